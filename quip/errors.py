@@ -1,0 +1,25 @@
+"""The errors that a user meets: one line each, with the value and the remedy."""
+
+
+class QuipError(Exception):
+    """Something outside the program is in the way. The command line prints it and exits with 1."""
+
+
+class UsageError(QuipError, ValueError):
+    """What was asked for means nothing. The command line prints it and exits with 2."""
+
+
+class NotPositiveDefinite(QuipError):
+    """A Hessian whose Cholesky factorisation fails even after damping."""
+
+
+class NonFinite(QuipError):
+    """NaN or infinity in weights or activations; the message names the matrix."""
+
+
+class UnsupportedModel(QuipError):
+    """A model whose weights this project would have to leave untouched without being asked to."""
+
+
+class Unavailable(QuipError):
+    """A model, dataset or file that cannot be found, reached or read."""
