@@ -1,0 +1,188 @@
+"""A Recipe says how one matrix is quantized; `METHODS` and `build_recipe` name the papers' rows."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from quip import feedback, transforms
+from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
+from quip.errors import UsageError
+
+Order = Callable[[Tensor, int, int | None], Tensor]
+
+
+def natural(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:
+    """First column to last: OPTQ."""
+    return torch.arange(len(H), device=H.device)
+
+
+def backwards(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:
+    """Last column to first, in blocks of `dim`: QuIP's LDLQ as published."""
+    return natural(H, dim, group).reshape(-1, dim).flip(0).reshape(-1)
+
+
+def largest_first(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:
+    """By diag(H), largest first; whole groups by their mean, and blocks of `dim` inside them.
+
+    A short last group stays last.
+    """
+    weight = H.diagonal().reshape(-1, dim).mean(1)  # [n/dim]
+    size = (group or len(H)) // dim
+    order = [
+        torch.argsort(part, descending=True, stable=True) + start * size
+        for start, part in enumerate(weight.split(size))
+    ]
+    means = torch.stack([part.mean() for part in weight.split(size)])
+    whole = means if len(weight) % size == 0 else means[:-1]
+    ranks = torch.argsort(whole, descending=True, stable=True).tolist()
+    blocks = torch.cat([order[g] for g in [*ranks, *range(len(ranks), len(order))]])
+    return (blocks[:, None] * dim + torch.arange(dim, device=H.device)).reshape(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How one matrix is quantized: algorithms, not flags.
+
+    `group` is the number of columns that share one fit of the codebook, refitted to the
+    running weights during the sweep (None: one fit for the matrix, before it). `clamp_target`
+    moves weights into the codebook's range before any feedback, so that the error of the clip
+    is lost to it: the paper's Algorithm 1, line 7.
+    """
+
+    codebook: Codebook
+    transforms: tuple[transforms.Draw, ...] = ()
+    order: Order = natural
+    feedback: feedback.Feedback = feedback.ldl
+    group: int | None = None
+    damp: float = 0.01
+    greedy_passes: int = 0
+    clamp_target: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the papers' method table."""
+
+    order: Order
+    feedback: feedback.Feedback
+    passes: int  # greedy passes by default
+    swept_passes: int  # passes that the sweep itself already is
+    title: str
+
+
+METHODS = {
+    "nearest": Method(natural, feedback.none, 0, 0, "each weight to its nearest level"),
+    "gptq": Method(natural, feedback.ldl, 0, 0, "OPTQ (GPTQ): LDLQ from first column to last"),
+    "ldlq": Method(backwards, feedback.ldl, 0, 0, "QuIP: optimal linear feedback"),
+    "ldlqRG": Method(largest_first, feedback.ldl, 10, 0, "QuIP-RG: LDLQ by diag(H), then greedy"),
+    "allbal": Method(largest_first, feedback.coordinate, 10, 1, "greedy updates alone"),
+    "ldlbal_admm": Method(largest_first, feedback.admm, 0, 0, "QuIP Algorithm 5, bounded feedback"),
+}
+ROTATIONS = {
+    0: transforms.draw_blocked,
+    1: transforms.Kronecker.draw,
+    2: transforms.draw_blocked_unpermuted,
+}
+FAITHFUL_RHO = 2.4
+DEFAULT_RHO = {2: 2.0, 3: 2.4, 4: 2.4}
+
+
+def build_recipe(
+    *,
+    quant: str,
+    wbits: int,
+    incoh_processing: bool = False,
+    pre_rescale: bool = False,
+    pre_proj: bool = False,
+    pre_proj_extra: int = 1,
+    qfn: str | None = None,
+    npasses: int | None = None,
+    unbiased: bool = False,
+    groupsize: int | None = None,
+    percdamp: float = 0.01,
+    range_: str | None = None,
+    rho: float | None = None,
+    faithful: bool = False,
+) -> Recipe:
+    """The recipe of a command line. Raises UsageError where a combination means nothing."""
+    if quant not in METHODS:
+        raise UsageError(f"--quant {quant}: not one of {', '.join(METHODS)}")
+    if not 2 <= wbits <= 8:
+        raise UsageError(f"--wbits {wbits}: 2 to 8 bits can be quantized to (16 evaluates only)")
+    if percdamp < 0:
+        raise UsageError(f"--percdamp {percdamp}: damping cannot be negative")
+    method = METHODS[quant]
+    rescale, rotate = pre_rescale or incoh_processing, pre_proj or incoh_processing
+    qfn = qfn or ("b" if incoh_processing else "a")
+    passes = _passes(quant, npasses, unbiased)
+    draws = (transforms.Rescale.draw,) if rescale else ()
+    draws += (ROTATIONS[pre_proj_extra],) if rotate else ()
+    recipe = Recipe(
+        codebook=MinMaxGrid(bits=wbits, unbiased=unbiased),
+        transforms=draws,
+        order=method.order,
+        feedback=method.feedback,
+        damp=percdamp,
+        greedy_passes=passes - method.swept_passes,
+    )
+    if qfn == "a":
+        _refuse_grid_a(incoh_processing, range_, rho, faithful)
+        if groupsize is not None and groupsize < 1:
+            raise UsageError(f"--groupsize {groupsize}: a group has at least one column")
+        return replace(recipe, group=groupsize)
+    if not rotate:
+        raise UsageError(
+            "--qfn b needs --pre_proj: one range for the whole matrix serves only weights that "
+            "a rotation has made alike; add --pre_proj (or --incoh_processing), or use --qfn a"
+        )
+    if groupsize is not None:
+        raise UsageError(
+            f"--groupsize {groupsize} with --qfn b: groups of a row share a range in grid a; "
+            "say --range N for the incoherent grid"
+        )
+    if faithful and (range_ or rho):
+        raise UsageError("--faithful fixes --range tensor and --rho 2.4: leave them out")
+    book = RmsGrid(
+        bits=wbits,
+        unbiased=unbiased,
+        rho=FAITHFUL_RHO if faithful else rho or DEFAULT_RHO.get(wbits, FAITHFUL_RHO),
+    )
+    group = None if faithful else _group(range_ or "column")
+    return replace(recipe, codebook=book, group=group, clamp_target=faithful)
+
+
+def _passes(quant: str, npasses: int | None, unbiased: bool) -> int:
+    passes = METHODS[quant].passes if npasses is None else npasses
+    if passes < 0:
+        raise UsageError(f"--npasses {passes}: it cannot be negative")
+    if quant == "allbal" and passes == 0:
+        raise UsageError("--quant allbal --npasses 0 would round nothing: say 1 or more")
+    if unbiased and passes:
+        raise UsageError(
+            f"--unbiased with {passes} greedy passes: a pass rounds to nearest and undoes it; "
+            "say --npasses 0 with ldlqRG, or leave out --unbiased"
+        )
+    return passes
+
+
+def _refuse_grid_a(incoh: bool, range_: str | None, rho: float | None, faithful: bool) -> None:
+    if incoh:
+        raise UsageError("--incoh_processing means --qfn b: leave out --qfn a")
+    for flag, given in (("--range", range_), ("--rho", rho), ("--faithful", faithful)):
+        if given:
+            raise UsageError(
+                f"{flag} speaks of the incoherent grid (--qfn b): add --incoh_processing"
+            )
+
+
+def _group(range_: str) -> int | None:
+    if range_ == "tensor":
+        return None
+    if range_ == "column":
+        return 1
+    if range_.isdecimal() and int(range_) > 0:
+        return int(range_)
+    raise UsageError(f"--range {range_}: say tensor, column or a number of columns")
