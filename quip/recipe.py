@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quip import feedback, transforms
 from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
 from quip.errors import UsageError
+from quip.feedback import Feedback, admm, coordinate, ldl, none
+from quip.transforms import Draw, Kronecker, Rescale, draw_blocked, draw_blocked_unpermuted
 
 Order = Callable[[Tensor, int, int | None], Tensor]
 
@@ -53,9 +54,9 @@ class Recipe:
     """
 
     codebook: Codebook
-    transforms: tuple[transforms.Draw, ...] = ()
+    transforms: tuple[Draw, ...] = ()
     order: Order = natural
-    feedback: feedback.Feedback = feedback.ldl
+    feedback: Feedback = ldl
     group: int | None = None
     damp: float = 0.01
     greedy_passes: int = 0
@@ -67,24 +68,24 @@ class Method:
     """One row of the papers' method table."""
 
     order: Order
-    feedback: feedback.Feedback
+    feedback: Feedback
     passes: int  # greedy passes by default
     swept_passes: int  # passes that the sweep itself already is
     title: str
 
 
 METHODS = {
-    "nearest": Method(natural, feedback.none, 0, 0, "each weight to its nearest level"),
-    "gptq": Method(natural, feedback.ldl, 0, 0, "OPTQ (GPTQ): LDLQ from first column to last"),
-    "ldlq": Method(backwards, feedback.ldl, 0, 0, "QuIP: optimal linear feedback"),
-    "ldlqRG": Method(largest_first, feedback.ldl, 10, 0, "QuIP-RG: LDLQ by diag(H), then greedy"),
-    "allbal": Method(largest_first, feedback.coordinate, 10, 1, "greedy updates alone"),
-    "ldlbal_admm": Method(largest_first, feedback.admm, 0, 0, "QuIP Algorithm 5, bounded feedback"),
+    "nearest": Method(natural, none, 0, 0, "each weight to its nearest level"),
+    "gptq": Method(natural, ldl, 0, 0, "OPTQ (GPTQ): LDLQ from first column to last"),
+    "ldlq": Method(backwards, ldl, 0, 0, "QuIP: optimal linear feedback"),
+    "ldlqRG": Method(largest_first, ldl, 10, 0, "QuIP-RG: LDLQ by diag(H), then greedy"),
+    "allbal": Method(largest_first, coordinate, 10, 1, "greedy updates alone"),
+    "ldlbal_admm": Method(largest_first, admm, 0, 0, "QuIP Algorithm 5, bounded feedback"),
 }
-ROTATIONS = {
-    0: transforms.draw_blocked,
-    1: transforms.Kronecker.draw,
-    2: transforms.draw_blocked_unpermuted,
+ROTATIONS: dict[int, Draw] = {
+    0: draw_blocked,
+    1: Kronecker.draw,
+    2: draw_blocked_unpermuted,
 }
 FAITHFUL_RHO = 2.4
 DEFAULT_RHO = {2: 2.0, 3: 2.4, 4: 2.4}
@@ -118,11 +119,12 @@ def build_recipe(
     rescale, rotate = pre_rescale or incoh_processing, pre_proj or incoh_processing
     qfn = qfn or ("b" if incoh_processing else "a")
     passes = _passes(quant, npasses, unbiased)
-    draws = (transforms.Rescale.draw,) if rescale else ()
-    draws += (ROTATIONS[pre_proj_extra],) if rotate else ()
+    draws: list[Draw] = [Rescale.draw] if rescale else []
+    if rotate:
+        draws.append(ROTATIONS[pre_proj_extra])
     recipe = Recipe(
         codebook=MinMaxGrid(bits=wbits, unbiased=unbiased),
-        transforms=draws,
+        transforms=tuple(draws),
         order=method.order,
         feedback=method.feedback,
         damp=percdamp,

@@ -12,7 +12,7 @@ since every column in it then holds its running weights. Any choice of spans giv
 codes. Weights are held transposed, so that a column is contiguous.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,7 @@ from torch import Tensor
 from quip.codebooks.base import Codebook
 from quip.linalg import block_jacobi
 
+Visit = Callable[[int, int], None]
 FINE = 16  # columns between single columns and a panel
 
 
@@ -53,7 +54,7 @@ def sweep(
         codes.append(books[-1].round(x, h[lo:hi]))
         eta[lo:hi] = (x - books[-1].decode(codes[-1])).T
 
-    visits = {d: [round_columns]}
+    visits: dict[int, list[Visit]] = {d: [round_columns]}
     if group:
         visits.setdefault(min(group, n), []).insert(0, refit)
     cascade(X, K.to(W), eta, visits, block=block)
@@ -104,7 +105,7 @@ def cascade(
     X: Float[Tensor, "n m"],
     K: Float[Tensor, "n n"],
     eta: Float[Tensor, "n m"],
-    visits: dict[int, list[Callable[[int, int], None]]],
+    visits: Mapping[int, Sequence[Visit]],
     *,
     block: int = 128,
 ) -> None:

@@ -7,7 +7,7 @@ p x q blocks of small random rotations around a permutation: O(m n (p + q)), nev
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -21,7 +21,10 @@ STORED = torch.bfloat16  # what transforms keep in a file; drawn values are roun
 class Transform(Protocol):
     """A frozen change of basis; its laws are in tests/laws.py."""
 
-    stored_bits: int
+    @property
+    def stored_bits(self) -> int:
+        """Bits that the transform takes in a file."""
+        ...
 
     def apply(
         self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
@@ -238,7 +241,7 @@ class Haar:
     """
 
     vectors: Float[Tensor, "count p p"]  # below the diagonal; the diagonal is 1 by convention
-    signs: Float[Tensor, "count p"] = field()
+    signs: Float[Tensor, "count p"]
 
     @classmethod
     def draw(cls, p: int, rng: torch.Generator, *, count: int = 1) -> "Haar":

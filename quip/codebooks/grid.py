@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+UNFITTED = torch.empty(0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
@@ -19,8 +21,8 @@ class Grid:
     bits: int
     unbiased: bool = False  # Q(t) = floor(t + u), u uniform on [0, 1), instead of u = 1/2
     step_dtype: torch.dtype = torch.bfloat16
-    step: Tensor | None = None  # [] or [m, 1]
-    zero: Tensor | None = None  # like step
+    step: Tensor = UNFITTED  # [] or [m, 1]
+    zero: Tensor = UNFITTED  # like step
     rng: torch.Generator | None = None
 
     dim = 1
@@ -37,7 +39,7 @@ class Grid:
     @property
     def stored_bits(self) -> int:
         """Bits of the fitted steps, and of the zeros where they are not implied."""
-        return 0 if self.step is None else self.step.numel() * self.step_dtype.itemsize * 8
+        return self.step.numel() * self.step_dtype.itemsize * 8
 
     def seeded(self, rng: torch.Generator) -> Self:
         return replace(self, rng=rng) if self.unbiased else self
@@ -48,11 +50,8 @@ class Grid:
     def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, "d"]) -> UInt8[Tensor, "m"]:
         """clamp(floor(x / step + zero + 1/2)): ties go up, everywhere."""
         t = x / self.step + self.zero
-        if self.unbiased:
-            t = t + torch.rand(t.shape, generator=self.rng).to(t)
-        else:
-            t = t + 0.5
-        return t.floor().clamp(0, self.top).to(torch.uint8).squeeze(1)
+        u = torch.rand(t.shape, generator=self.rng).to(t) if self.unbiased else 0.5
+        return (t + u).floor().clamp(0, self.top).to(torch.uint8).squeeze(1)
 
     def decode(self, codes: Int[Tensor, "m"]) -> Float[Tensor, "m 1"]:
         return self.step * (codes.unsqueeze(1) - self.zero)
@@ -69,7 +68,7 @@ class MinMaxGrid(Grid):
 
     @property
     def stored_bits(self) -> int:
-        return super().stored_bits + (0 if self.zero is None else self.zero.numel() * self.bits)
+        return super().stored_bits + self.zero.numel() * self.bits
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> Self:
         high = X.amax(1, keepdim=True).clamp_min(0)
