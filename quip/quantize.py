@@ -1,7 +1,7 @@
 """One matrix through the house: condition, transform, order, feedback, sweep, polish."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,24 +74,22 @@ def quantize_matrix(
 
 
 def quantize_matrices(
-    weights: Mapping[str, Float[Tensor, "m n"]],
+    weights: Mapping[str, Float[Tensor, "_m n"]],
     H: Float[Tensor, "n n"],
     recipe: Recipe,
     *,
     seed: int,
-) -> dict[str, QuantizedMatrix]:
-    """`quantize_matrix` for all matrices that share the input statistics H.
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """`quantize_matrix` for all matrices that share the input statistics H, one after the other.
 
     H is factorised once where no transform stands between (a transform depends on W). Each
     matrix draws from a generator of its own, so results do not depend on the company.
     """
-    results: dict[str, QuantizedMatrix] = {}
     shared = None
     for name, W in weights.items():
-        rng = rng_for(seed, name)
-        results[name], factored = _quantize(W, H, recipe, rng, name, shared=shared)
-        shared = None if recipe.transforms else (results[name].damp, factored)
-    return results
+        quantized, factored = _quantize(W, H, recipe, rng_for(seed, name), name, shared=shared)
+        shared = None if recipe.transforms else (quantized.damp, factored)
+        yield name, quantized
 
 
 def rng_for(seed: int, name: str) -> torch.Generator:

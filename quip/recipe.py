@@ -1,13 +1,15 @@
 """A Recipe says how one matrix is quantized; `METHODS` and `build_recipe` name the papers' rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
+from quip.codebooks.grid import FITTED, Grid
 from quip.errors import UsageError
 from quip.feedback import Feedback, admm, coordinate, ldl, none
 from quip.transforms import Draw, Kronecker, Rescale, draw_blocked, draw_blocked_unpermuted
@@ -61,6 +63,25 @@ class Recipe:
     damp: float = 0.01
     greedy_passes: int = 0
     clamp_target: bool = False
+
+
+def describe(recipe: Recipe) -> dict[str, object]:
+    """The recipe in words and numbers, for a report."""
+    return {field.name: _plain(getattr(recipe, field.name)) for field in fields(recipe)}
+
+
+def _plain(value: object) -> object:
+    match value:
+        case tuple():
+            return [_plain(item) for item in value]
+        case partial():
+            return {"name": _plain(value.func), **value.keywords}
+        case Grid():
+            shown = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in FITTED}
+            return {"name": type(value).__name__, **{k: _plain(v) for k, v in shown.items()}}
+        case torch.dtype():
+            return str(value).removeprefix("torch.")
+    return getattr(value, "__qualname__", value)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 UNFITTED = torch.empty(0)
+FITTED = ("step", "zero", "rng")  # what a grid owes to the matrix, not to the recipe
 
 
 @dataclass(frozen=True, kw_only=True)

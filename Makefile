@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-slow clean
+
+# Quantize the model inside the package to 2 bits and show what it cost.
+demo: $(READY)
+	$(BIN)/python -m quip.run demo pydoc --wbits 2 --quant ldlq --incoh_processing --compare
+
+# Style, types, the direction of imports, and every test that takes seconds.
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pytest -m "not slow"
+
+# The tests that take minutes.
+test-slow: $(READY)
+	$(BIN)/pytest -m slow
+
+$(READY): pyproject.toml .ci/constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt torch
+	$(BIN)/pip install --quiet --constraint .ci/constraints.txt --editable ".[test]"
+	touch $(READY)
+
+clean:
+	rm -rf .venv
