@@ -142,7 +142,7 @@ def _stamp(tokens: TokenSet) -> dict[str, Any]:
 
 
 def choose_device(name: str | None) -> str:
-    """The device asked for, or cuda if there is one. Raises UsageError for one that is not there."""
+    """The device asked for, or cuda if there is one. Raises UsageError if it is not there."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -147,8 +147,6 @@ def table(report: Mapping[str, Any]) -> str:
                 row += f"{value:>12.4g}"
             lines.append(row)
     spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in report.get("seconds", {}).items())
-    peak = ", ".join(
-        f"{place.removesuffix('_gb')} {gb:.2f} GB"
-        for place, gb in report.get("peak_memory", {}).items()
-    )
-    return "\n".join([*lines, "", f"time: {spent}", f"peak memory: {peak}"])
+    peak = report.get("peak_memory", {})
+    used = ", ".join(f"{key.removesuffix('_gb')} {peak[key]:.2f} GB" for key in peak)
+    return "\n".join([*lines, "", f"time: {spent}", f"peak memory: {used}"])

@@ -3,25 +3,20 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quip.cli.door import FromFile, guarded
 from quip.errors import UsageError
 
+if TYPE_CHECKING:
+    from quip.recipe import Recipe
+
 SUMMARY = "quantize a model, evaluate it, and report"
 PAPER_SETS = "wikitext2,ptb-new,c4-new"
-RECIPE_FLAGS = [
-    "incoh_processing",
-    "pre_rescale",
-    "pre_proj",
-    "pre_proj_extra",
-    "qfn",
-    "npasses",
-    "unbiased",
-    "groupsize",
-    "percdamp",
-    "rho",
-    "faithful",
-]
+RECIPE_FLAGS = (
+    *("incoh_processing", "pre_rescale", "pre_proj", "pre_proj_extra", "qfn", "rho", "faithful"),
+    *("npasses", "unbiased", "groupsize", "percdamp"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +101,7 @@ def _incoherence_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--incoh_processing",
         action="store_true",
-        help="QuIP's incoherence processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b",
+        help="QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b",
     )
     add(
         "--pre_gptqH",
@@ -231,7 +226,7 @@ def call(args: argparse.Namespace) -> None:
     print(table(report))
 
 
-def _recipe(args: argparse.Namespace):  # -> Recipe | None
+def _recipe(args: argparse.Namespace) -> "Recipe | None":
     from quip.recipe import build_recipe
 
     if args.wbits == 16:
