@@ -43,8 +43,11 @@ def unit_upper_inverse(U: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def block_jacobi(H: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
-    """H times the inverse of its block diagonal: entry (i, j) is H_ij / H_jj for dim = 1."""
-    return _scale_block_columns(H, torch.linalg.inv(_diagonal_blocks(H, dim)))
+    """H times the inverse of its block diagonal: entry (i, j) is H_ij / H_jj for dim = 1.
+
+    Where H_jj is 0, for an input that always is, so is the entry: a pseudo-inverse.
+    """
+    return _scale_block_columns(H, torch.linalg.pinv(_diagonal_blocks(H, dim), hermitian=True))
 
 
 def proxy_loss(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from quip.codebooks.base import Codebook
@@ -24,7 +24,7 @@ class QuantizedMatrix:
     `books[group_of[k]]` decodes the k-th column block of codes.
     """
 
-    codes: Int[Tensor, "m k"]
+    codes: Integer[Tensor, "m k"]
     books: Sequence[Codebook]
     group_of: Int[Tensor, "k"]
     transform: Chain

@@ -1,5 +1,6 @@
 """A Recipe says how one matrix is quantized; `METHODS` and `build_recipe` name the papers' rows."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -8,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
+from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, around
 from quip.codebooks.grid import FITTED, Grid
 from quip.errors import UsageError
 from quip.feedback import Feedback, admm, coordinate, ldl, none
@@ -109,7 +110,6 @@ ROTATIONS: dict[int, Draw] = {
     2: draw_blocked_unpermuted,
 }
 FAITHFUL_RHO = 2.4
-DEFAULT_RHO = {2: 2.0, 3: 2.4, 4: 2.4}
 
 
 def build_recipe(
@@ -130,12 +130,7 @@ def build_recipe(
     faithful: bool = False,
 ) -> Recipe:
     """The recipe of a command line. Raises UsageError where a combination means nothing."""
-    if quant not in METHODS:
-        raise UsageError(f"--quant {quant}: not one of {', '.join(METHODS)}")
-    if not 2 <= wbits <= 8:
-        raise UsageError(f"--wbits {wbits}: 2 to 8 bits can be quantized to (16 evaluates only)")
-    if percdamp < 0:
-        raise UsageError(f"--percdamp {percdamp}: damping cannot be negative")
+    _refuse_values(quant, wbits, percdamp, pre_proj_extra, qfn, rho)
     method = METHODS[quant]
     rescale, rotate = pre_rescale or incoh_processing, pre_proj or incoh_processing
     qfn = qfn or ("b" if incoh_processing else "a")
@@ -152,10 +147,14 @@ def build_recipe(
         greedy_passes=passes - method.swept_passes,
     )
     if qfn == "a":
-        _refuse_grid_a(incoh_processing, range_, rho, faithful)
+        _refuse_grid_a(incoh_processing, range_, rho)
         if groupsize is not None and groupsize < 1:
             raise UsageError(f"--groupsize {groupsize}: a group has at least one column")
-        return replace(recipe, group=groupsize)
+        if groupsize and faithful:
+            raise UsageError(
+                "--faithful clips to one range before the sweep: leave out --groupsize"
+            )
+        return replace(recipe, group=groupsize, clamp_target=faithful)
     if not rotate:
         raise UsageError(
             "--qfn b needs --pre_proj: one range for the whole matrix serves only weights that "
@@ -168,13 +167,27 @@ def build_recipe(
         )
     if faithful and (range_ or rho):
         raise UsageError("--faithful fixes --range tensor and --rho 2.4: leave them out")
-    book = RmsGrid(
-        bits=wbits,
-        unbiased=unbiased,
-        rho=FAITHFUL_RHO if faithful else rho or DEFAULT_RHO.get(wbits, FAITHFUL_RHO),
-    )
+    rhos = (FAITHFUL_RHO,) if faithful else (rho,) if rho else around(wbits)
+    book = RmsGrid(bits=wbits, unbiased=unbiased, rhos=rhos)
     group = None if faithful else _group(range_ or "column")
     return replace(recipe, codebook=book, group=group, clamp_target=faithful)
+
+
+def _refuse_values(
+    quant: str, wbits: int, percdamp: float, pre_proj_extra: int, qfn: str | None, rho: float | None
+) -> None:
+    if quant not in METHODS:
+        raise UsageError(f"--quant {quant}: not one of {', '.join(METHODS)}")
+    if not 2 <= wbits <= 8:
+        raise UsageError(f"--wbits {wbits}: 2 to 8 bits can be quantized to (16 evaluates only)")
+    if not 0 <= percdamp < math.inf:
+        raise UsageError(f"--percdamp {percdamp}: damping is a finite share, 0 or more")
+    if pre_proj_extra not in ROTATIONS:
+        raise UsageError(f"--pre_proj_extra {pre_proj_extra}: not one of 0, 1, 2")
+    if qfn not in (None, "a", "b"):
+        raise UsageError(f"--qfn {qfn}: the grids are a and b")
+    if rho is not None and not 0 < rho < math.inf:
+        raise UsageError(f"--rho {rho}: a range is a positive multiple of the RMS")
 
 
 def _passes(quant: str, npasses: int | None, unbiased: bool) -> int:
@@ -191,10 +204,10 @@ def _passes(quant: str, npasses: int | None, unbiased: bool) -> int:
     return passes
 
 
-def _refuse_grid_a(incoh: bool, range_: str | None, rho: float | None, faithful: bool) -> None:
+def _refuse_grid_a(incoh: bool, range_: str | None, rho: float | None) -> None:
     if incoh:
         raise UsageError("--incoh_processing means --qfn b: leave out --qfn a")
-    for flag, given in (("--range", range_), ("--rho", rho), ("--faithful", faithful)):
+    for flag, given in (("--range", range_), ("--rho", rho)):
         if given:
             raise UsageError(
                 f"{flag} speaks of the incoherent grid (--qfn b): add --incoh_processing"

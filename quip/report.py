@@ -71,6 +71,7 @@ def plot_losses(records: Sequence[MatrixRecord], path: Path) -> bool:
     """Proxy loss of each matrix along depth, one line a role; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return False
     roles: dict[str, list[MatrixRecord]] = {}
@@ -87,7 +88,7 @@ def plot_losses(records: Sequence[MatrixRecord], path: Path) -> bool:
         yscale="log",
         title="Error of each quantized matrix",
     )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -15,7 +15,7 @@ codes. Weights are held transposed, so that a column is contiguous.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.codebooks.base import Codebook
@@ -33,7 +33,7 @@ def sweep(
     *,
     group: int | None = None,
     block: int = 128,
-) -> tuple[Int[Tensor, "m k"], list[Codebook]]:
+) -> tuple[Integer[Tensor, "m k"], list[Codebook]]:
     """Round W column by column (book.dim at a time) under the feedback K.
 
     With `group`, the codebook is refitted to the running weights of each group of columns, and
@@ -64,13 +64,13 @@ def sweep(
 def greedy(
     W: Float[Tensor, "m n"],
     H: Float[Tensor, "n n"],
-    codes: Int[Tensor, "m k"],
+    codes: Integer[Tensor, "m k"],
     books: Sequence[Codebook],
     *,
     group: int | None = None,
     passes: int,
     block: int = 128,
-) -> Int[Tensor, "m k"]:
+) -> Integer[Tensor, "m k"]:
     """Coordinate descent on tr(E H E^T): each column moves to its best code, all others fixed.
 
     QuIP, Algorithm 4: x_k = w_k + sum_{j != k} (w_j - w_hat_j) H_jk / H_kk, new columns before

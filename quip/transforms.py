@@ -8,7 +8,7 @@ p x q blocks of small random rotations around a permutation: O(m n (p + q)), nev
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,7 @@ from torch import Tensor
 from quip.rotation import STORED, Rotation
 
 
+@runtime_checkable
 class Transform(Protocol):
     """A frozen change of basis; its laws are in tests/laws.py."""
 
@@ -97,11 +98,10 @@ class Rescale:
     def draw(cls, W: Tensor, H: Tensor, rng: torch.Generator) -> "Rescale":
         """r_j = (H_jj / (W^T W)_jj)^(1/4), the minimiser of tr(H) |W|_F^2.
 
-        A column of W that is zero counts as an average one; any positive r would do.
+        A column of W that is zero counts as an average one, and so does an input that always is:
+        any positive r would do, but a small one would blow up what undo makes of that column.
         """
-        norms = W.square().sum(0)
-        norms = torch.where(norms > 0, norms, norms.mean().clamp_min(torch.finfo(W.dtype).tiny))
-        r = (H.diagonal() / norms).pow(0.25)
+        r = (_filled(H.diagonal()) / _filled(W.square().sum(0))).pow(0.25)
         return cls((r / r.mean()).clamp_min(1e-8).to(STORED).to(W.dtype))
 
     @property
@@ -167,6 +167,11 @@ class Kronecker:
 
     def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         return self.R_out.invert(y)
+
+
+def _filled(sizes: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Zeros replaced by the mean of all, or by 1 if there is nothing else."""
+    return torch.where(sizes > 0, sizes, sizes.mean() if bool(sizes.any()) else 1.0)
 
 
 draw_blocked = partial(Kronecker.draw, blocked=True)

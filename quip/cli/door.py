@@ -66,6 +66,6 @@ def _checked(
             parser.error(f"--config: {name} is a switch: say true or false, not {value!r}")
         return value
     text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    parsed = parser._get_value(action, text)  # type: ignore[attr-defined]
-    parser._check_value(action, parsed)  # type: ignore[attr-defined]
+    parsed = parser._get_value(action, text)
+    parser._check_value(action, parsed)
     return parsed

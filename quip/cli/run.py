@@ -130,12 +130,18 @@ def _incoherence_flags(group: argparse._ArgumentGroup) -> None:
         help="what grid b's range is fitted to: the whole matrix once, or the running weights of "
         "each column (the default) or of every N columns as the rounding reaches them",
     )
-    add("--rho", type=float, metavar="X", help="grid b reaches X times the RMS of the weights")
+    add(
+        "--rho",
+        type=float,
+        metavar="X",
+        help="grid b reaches X times the RMS of the weights (default: of ten values around the "
+        "Gaussian optimum, the one with the smallest squared error at each fit)",
+    )
     add(
         "--faithful",
         action="store_true",
-        help="the paper's algorithm as printed: weights clipped before feedback, one range of "
-        "2.4 RMS for the matrix",
+        help="the paper's algorithm as printed: weights clipped before feedback, and for grid b "
+        "one range of 2.4 RMS for the matrix",
     )
 
 

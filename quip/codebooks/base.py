@@ -1,12 +1,13 @@
 """What a codebook is: a finite set of points, fitted to the weights it has to serve."""
 
-from typing import Protocol, Self
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 
+@runtime_checkable
 class Codebook(Protocol):
     """`dim` weights are rounded together to one code of `index_bits` bits.
 
@@ -25,11 +26,11 @@ class Codebook(Protocol):
         """Bits that a fitted codebook itself takes in a file."""
         ...
 
-    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> Self:
+    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "Codebook":
         """The codebook scaled to the columns X, whose errors weigh h."""
         ...
 
-    def seeded(self, rng: torch.Generator) -> Self:
+    def seeded(self, rng: torch.Generator) -> "Codebook":
         """The codebook that draws from rng; itself if it is deterministic."""
         ...
 
@@ -37,6 +38,6 @@ class Codebook(Protocol):
         """X moved into the range that the fitted codebook covers."""
         ...
 
-    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, "d"]) -> Int[Tensor, "m"]: ...
+    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, "d"]) -> Integer[Tensor, "m"]: ...
 
-    def decode(self, codes: Int[Tensor, "m"]) -> Float[Tensor, "m d"]: ...
+    def decode(self, codes: Integer[Tensor, "m"]) -> Float[Tensor, "m d"]: ...

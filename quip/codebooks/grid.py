@@ -1,14 +1,16 @@
 """Integer grids: w_hat = step (q - zero) with q = 0 ... 2^bits - 1."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 UNFITTED = torch.empty(0)
+CHUNK = 2**20  # weights whose error is measured at once, for each of the rhos
 FITTED = ("step", "zero", "rng")  # what a grid owes to the matrix, not to the recipe
+AnyGrid = TypeVar("AnyGrid", bound="Grid")  # beartype does not know Self in a method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,13 @@ class Grid:
         """Bits of the fitted steps, and of the zeros where they are not implied."""
         return self.step.numel() * self.step_dtype.itemsize * 8
 
-    def seeded(self, rng: torch.Generator) -> Self:
+    def seeded(self: AnyGrid, rng: torch.Generator) -> AnyGrid:
         return replace(self, rng=rng) if self.unbiased else self
+
+    def snap(self, X: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+        """The levels nearest to X."""
+        q = (X / self.step + self.zero + 0.5).floor().clamp(0, self.top)
+        return self.step * (q - self.zero)
 
     def clamp(self, X: Float[Tensor, "m g"]) -> Float[Tensor, "m g"]:
         return self.step * ((X / self.step + self.zero).clamp(0, self.top) - self.zero)
@@ -54,10 +61,10 @@ class Grid:
         u = torch.rand(t.shape, generator=self.rng).to(t) if self.unbiased else 0.5
         return (t + u).floor().clamp(0, self.top).to(torch.uint8).squeeze(1)
 
-    def decode(self, codes: Int[Tensor, "m"]) -> Float[Tensor, "m 1"]:
+    def decode(self, codes: Integer[Tensor, "m"]) -> Float[Tensor, "m 1"]:
         return self.step * (codes.unsqueeze(1) - self.zero)
 
-    def _fitted(self, step: Tensor, zero: Tensor) -> Self:
+    def _fitted(self: AnyGrid, step: Tensor, zero: Tensor) -> AnyGrid:
         tiny = torch.finfo(self.step_dtype).tiny  # all-zero weights: any positive step will do
         step = step.clamp_min(tiny).to(self.step_dtype).to(step.dtype)
         return replace(self, step=step, zero=zero)
@@ -71,7 +78,7 @@ class MinMaxGrid(Grid):
     def stored_bits(self) -> int:
         return super().stored_bits + self.zero.numel() * self.bits
 
-    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> Self:
+    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "MinMaxGrid":
         high = X.amax(1, keepdim=True).clamp_min(0)
         low = X.amin(1, keepdim=True).clamp_max(0)
         fitted = self._fitted((high - low) / self.top, low)
@@ -81,10 +88,28 @@ class MinMaxGrid(Grid):
 
 @dataclass(frozen=True, kw_only=True)
 class RmsGrid(Grid):
-    """`--qfn b`: one symmetric grid, levels s (2q / (2^bits - 1) - 1), s = rho RMS(X)."""
+    """`--qfn b`: one symmetric grid, levels s (2q / (2^bits - 1) - 1), s = rho RMS(X).
 
-    rho: float = 2.4
+    Of several rhos, `fit` takes the one with the smallest sum of h_k |x_k - w_hat_k|^2.
+    """
 
-    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> Self:
-        s = self.rho * X.square().mean().sqrt()
-        return self._fitted(2 * s / self.top, torch.full_like(s, self.top / 2))
+    rhos: tuple[float, ...]
+
+    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "RmsGrid":
+        steps = X.new_tensor(self.rhos) * (2 / self.top * X.square().mean().sqrt())
+        grids = self._fitted(steps, torch.full_like(steps, self.top / 2))
+        best = grids._errors(X, h).argmin() if len(steps) > 1 else 0
+        return replace(grids, step=grids.step[best], zero=grids.zero[best])
+
+    def _errors(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> Float[Tensor, "rhos"]:
+        """The weighted squared error of rounding X without feedback, for each step."""
+        total = torch.zeros_like(self.step)
+        rows = max(1, CHUNK // X.shape[1])
+        for x in X.unsqueeze(-1).split(rows):  # [rows, g, 1]
+            total += ((x - self.snap(x)).square().sum(0) * h[:, None]).sum(0)
+        return total
+
+
+def around(bits: int) -> tuple[float, ...]:
+    """Ten rhos from 0.7 to 1.7 times what is best, nearly, for Gaussian weights: (bits + 1) / 2."""
+    return tuple(round(0.35 * (bits + 1) * (1.7 / 0.7) ** (i / 9), 4) for i in range(10))

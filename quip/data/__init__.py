@@ -51,7 +51,7 @@ def evaluation_tokens(
     _require_positive(nsamples=nsamples, seqlen=seqlen)
     part = SOURCES[name].evaluation if name in SOURCES else local_part(_path(name), "test")
     documents = part.load(part.split)
-    count = min((n for n in (part.windows, nsamples) if n is not None), default=None)
+    count = min(part.windows, nsamples or part.windows)
     if part.join is None:
         rng = random.Random(0)  # published: the same windows whatever the run's own seed
         ids = document_windows(documents, tokenizer, count=count, seqlen=seqlen, rng=rng, name=name)

@@ -6,10 +6,12 @@ versions, like any data set between releases: the hash in a report tells them ap
 """
 
 import ast
+import gc
 import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -47,9 +49,10 @@ def _documents() -> dict[str, str]:
             f"pydoc: this Python {sys.version.split()[0]} comes without {missing}; "
             "install its full standard library or name a local text file instead"
         )
-    return {f"topic {n}": t for n, t in topics.items()} | {
-        f"module {n}": t for n, t in modules.items()
-    }
+    named = [(f"topic {name}", text) for name, text in topics.items()]
+    named += [(f"module {name}", text) for name, text in modules.items()]
+    first = {text: name for name, text in reversed(named)}  # some modules are copies of others
+    return {name: text for name, text in named if first[text] == name}
 
 
 def _topics() -> dict[str, str]:
@@ -75,12 +78,30 @@ def _modules() -> dict[str, str]:
     modules = {}
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
-        if parts[0] in sys.stdlib_module_names and SKIPPED.isdisjoint(parts):
-            with warnings.catch_warnings(action="ignore"):  # old escapes in the library's strings
-                tree = ast.parse(path.read_bytes(), filename=str(path))
-            if text := "\n\n".join(_docstrings(tree)):
-                modules[".".join(parts).removesuffix(".__init__")] = text
+        if parts[0] not in sys.stdlib_module_names or not SKIPPED.isdisjoint(parts):
+            continue
+        with _quiet_parsing():
+            tree = ast.parse(path.read_bytes(), filename=str(path))
+        if text := "\n\n".join(_docstrings(tree)):
+            modules[".".join(parts).removesuffix(".__init__")] = text
     return modules
+
+
+@contextmanager
+def _quiet_parsing() -> Iterator[None]:
+    """Without warnings about old escapes, and without searching new trees for garbage.
+
+    A tree has no cycles, but its many objects would set off collections that take longer than
+    the parsing itself.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _docstrings(node: ast.AST, scope: str = "") -> Iterator[str]:
@@ -88,12 +109,12 @@ def _docstrings(node: ast.AST, scope: str = "") -> Iterator[str]:
     if isinstance(node, ast.Module) and (text := ast.get_docstring(node)):
         yield text.strip()
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, Definition):
+        if isinstance(child, Definition):
+            if text := ast.get_docstring(child):
+                yield f"{_signature(child, scope)}\n{text.strip()}"
+            yield from _docstrings(child, f"{scope}{child.name}.")
+        elif not isinstance(child, ast.expr):  # most of a tree, and never a definition
             yield from _docstrings(child, scope)
-            continue
-        if text := ast.get_docstring(child):
-            yield f"{_signature(child, scope)}\n{text.strip()}"
-        yield from _docstrings(child, f"{scope}{child.name}.")
 
 
 def _signature(node: Definition, scope: str) -> str:

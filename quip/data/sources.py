@@ -1,5 +1,6 @@
 """What every named data set is made of: where it lives, which splits, what joins its documents."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ class Part:
     split: str
     join: str | None  # between documents; None: windows are drawn from single documents
     documents: int | None = None  # only the first so many
-    windows: int | None = None  # at most so many
+    windows: int = sys.maxsize  # at most so many
 
 
 @dataclass(frozen=True)

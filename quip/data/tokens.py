@@ -94,7 +94,7 @@ def document_windows(
 
 
 def consecutive_windows(
-    ids: Int64[Tensor, "tokens"], *, limit: int | None, seqlen: int, name: str
+    ids: Int64[Tensor, "tokens"], *, limit: int, seqlen: int, name: str
 ) -> Int64[Tensor, "count seqlen"]:
     """Windows side by side from the start, at most `limit`; the incomplete last one is dropped."""
     if len(ids) < seqlen:

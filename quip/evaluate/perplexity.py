@@ -1,0 +1,70 @@
+"""Perplexity on windows of consecutive tokens, as GPTQ and QuIP evaluate it."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from quip.errors import UsageError
+
+CHUNK = 4_000_000  # logits in float32 at a time: 16 MB, 80 positions of a vocabulary of 50,000
+
+
+@torch.no_grad()
+def perplexity(
+    model: nn.Module,
+    tokens: Int[Tensor, "count seqlen"],
+    *,
+    device: torch.device | str,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> float:
+    """exp of the mean over windows of the mean of -log p(token | the tokens before it in it).
+
+    A window of seqlen tokens gives seqlen - 1 predictions; log p is computed in float32 from
+    logits of any dtype. The model is on the device during the evaluation, then back where it
+    was. Returns inf where the mean is too large for exp, and NaN where the model's logits are
+    NaN or infinite, as when activations overflow float16: a result to report, not an error.
+    """
+    count, seqlen = tokens.shape
+    if count == 0 or seqlen < 2:
+        raise UsageError(f"{count} windows of {seqlen} tokens; perplexity needs 1 of 2 or more")
+    if model.training:
+        raise UsageError("the model is in training mode, where dropout is random; call eval()")
+    home = next(model.parameters()).device
+    model.to(device)
+    total, done = 0.0, 0
+    try:
+        with tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar:
+            for batch in tokens.split(batch_size):
+                ids = batch.to(device)
+                logits = model(input_ids=ids, use_cache=False).logits
+                total += float(_nll(logits[:, :-1], ids[:, 1:]).sum())
+                done += len(batch)
+                bar.update(len(batch))
+                bar.set_postfix(perplexity=f"{_exp(total / done):.2f}")
+    finally:
+        model.to(home)
+    return _exp(total / count)
+
+
+def _nll(logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]) -> Float[Tensor, "b"]:
+    """The mean over positions of -log softmax(logits)[target], in float64."""
+    count, length, vocab = logits.shape
+    positions = max(1, CHUNK // (count * vocab))
+    total = torch.zeros(count, dtype=torch.float64, device=logits.device)
+    for x, y in zip(logits.split(positions, dim=1), targets.split(positions, dim=1), strict=True):
+        # In float32: log p of some -10 has a spacing of 0.06 in bfloat16.
+        nll = cross_entropy(x.flatten(0, 1).float(), y.flatten(), reduction="none")
+        total += nll.view(y.shape).double().sum(dim=1)
+    return total / length
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,77 @@
+"""Put the tables of results/ into the README, between the markers that name them.
+
+    python scripts/render_results.py            (--check: fail if the README is out of date)
+
+No number in the README is typed by hand; what was not run is a dash.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+COLUMNS = [(wbits, processing) for wbits in (4, 3, 2) for processing in ("baseline", "incoherence", "as printed")]
+SHORT = {"baseline": "baseline", "incoherence": "incoherence", "as printed": "as printed"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
+    check = parser.parse_args().check
+    stale = []
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = path.read_text()
+        after = MARKED.sub(lambda m: m[1] + render(m[2]) + m[3], before)
+        if after != before:
+            stale.append(path.name)
+            if not check:
+                path.write_text(after)
+    print("stale: " + ", ".join(stale) if stale else "all tables are up to date")
+    return int(check and bool(stale))
+
+
+def render(name: str) -> str:
+    record = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    return method_table(record) if "rows" in record else rounding_table(record)
+
+
+def method_table(record: dict[str, Any]) -> str:
+    """Perplexity of each method (rows) at each bit width and processing (columns)."""
+    cells = {(r["quant"], r["wbits"], r["processing"]): r for r in record["rows"]}
+    methods = dict.fromkeys(r["quant"] for r in record["rows"] if r["quant"] != "none")
+    original = cells.get(("none", 16, "none"))
+    lines = [
+        "| | " + " | ".join(f"{wbits} bits, {SHORT[p]}" for wbits, p in COLUMNS) + " |",
+        "|---|" + "---:|" * len(COLUMNS),
+    ]
+    for method in methods:
+        row = [number(cells.get((method, *column))) for column in COLUMNS]
+        lines.append(f"| `{method}` | " + " | ".join(row) + " |")
+    tokens = record["evaluation"][0]
+    windows = record["calibration"]
+    caption = (
+        f"Perplexity of {record['model']} on {tokens['dataset']} ({tokens['windows']} windows of "
+        f"{tokens['seqlen']} tokens, {tokens['sha256'][:8]}), calibrated on {windows['windows']} windows "
+        f"of {windows['dataset']}; the original has {number(original)}."
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
+
+
+def rounding_table(record: dict[str, Any]) -> str:
+    raise NotImplementedError
+
+
+def number(row: dict[str, Any] | None) -> str:
+    """The perplexity of a row with four digits, or a dash."""
+    if row is None:
+        return "–"
+    value = next(iter(row["perplexity"].values()))
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Before the package is imported: its shapes are enforced, and the hub is out of reach."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+import pytest
+import torch
+
+jaxtyping.install_import_hook("quip", "beartype.beartype")
+pytest.register_assert_rewrite("tests.laws")
+torch.set_num_threads(1)  # sums in one order, and no fight for cores
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def problem():
+    """problem(m, n) -> W, H in float64: what a layer and its inputs look like, undamped."""
+
+    def make(
+        m: int, n: int, *, rank: int | None = None, dead: tuple[int, ...] = (), seed: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = torch.Generator().manual_seed(seed)
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+        W = randn(m, n) * randn(m, 1).exp()  # rows of different sizes
+        x = randn(rank or 2 * n + 8, n) @ randn(n, n) * randn(n).exp()  # correlated, ill-scaled
+        x[:, list(dead)] = 0
+        return W, x.T @ x / len(x)
+
+    return make

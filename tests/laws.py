@@ -1,0 +1,216 @@
+"""The laws of design: what every Transform, Codebook and Recipe owes.
+
+A new one is one more line in TRANSFORMS, CODEBOOKS or GRIDS below.
+"""
+
+import copy
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
+from quip.linalg import proxy_loss
+from quip.quantize import QuantizedMatrix, quantize_matrix, rng_for
+from quip.recipe import build_recipe
+from quip.transforms import (
+    Chain,
+    Draw,
+    Kronecker,
+    Rescale,
+    draw_blocked,
+    draw_blocked_unpermuted,
+)
+
+# Rounding noise of float64 sums of at most a few hundred terms, relative to their size.
+NOISE = 1e-11
+
+
+@dataclass(frozen=True)
+class Points:
+    """Any finite set of points times the RMS of the weights: the plainest codebook with dim > 1."""
+
+    points: Tensor  # [2^index_bits, dim]
+    scale: float = 1.0
+
+    @property
+    def dim(self) -> int:
+        return self.points.shape[1]
+
+    @property
+    def index_bits(self) -> int:
+        return len(self.points).bit_length() - 1
+
+    stored_bits = 64
+
+    @classmethod
+    def random(cls, dim: int, index_bits: int) -> "Points":
+        rng = torch.Generator().manual_seed(dim)
+        return cls(torch.randn(2**index_bits, dim, generator=rng, dtype=torch.float64))
+
+    def fit(self, X: Tensor, h: Tensor) -> "Points":
+        return replace(self, scale=float(X.square().mean().sqrt()))
+
+    def seeded(self, rng: torch.Generator) -> "Points":
+        return self
+
+    def clamp(self, X: Tensor) -> Tensor:
+        return X
+
+    def round(self, x: Tensor, h: Tensor) -> Tensor:
+        points = self.scale * self.points.to(x)
+        return ((x[:, None] - points) ** 2 @ h).argmin(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        return self.scale * self.points[codes]
+
+
+TRANSFORMS: dict[str, Sequence[Draw]] = {
+    "nothing": [],
+    "rescale": [Rescale.draw],
+    "kronecker": [Kronecker.draw],
+    "blocked": [draw_blocked],
+    "blocked, unpermuted": [draw_blocked_unpermuted],
+    "rescale, kronecker": [Rescale.draw, Kronecker.draw],
+}
+
+CODEBOOKS: dict[str, Codebook] = {
+    "min-max, 2 bits": MinMaxGrid(bits=2),
+    "min-max, 8 bits": MinMaxGrid(bits=8),
+    "rms, 2 bits": RmsGrid(bits=2),
+    "rms, 3 bits, narrow": RmsGrid(bits=3, rho=1.3),
+    "rms, 8 bits": RmsGrid(bits=8),
+    "pairs": Points.random(2, 4),
+    "eights": Points.random(8, 6),
+}
+
+GRIDS: dict[str, dict[str, object]] = {
+    "row": {},
+    "row, groups": {"groupsize": 16},
+    "row, rotated": {"pre_proj": True, "qfn": "a"},
+    "column": {"incoh_processing": True},
+    "tensor, blocked": {"incoh_processing": True, "range_": "tensor", "pre_proj_extra": 0},
+    "columns": {"incoh_processing": True, "range_": "16", "pre_proj_extra": 2},
+    "faithful": {"incoh_processing": True, "faithful": True},
+}
+
+
+def check_transform(draws: Sequence[Draw], W: Tensor, H: Tensor) -> None:
+    """undo(apply(W)) = W; tr(W H W^T) is kept; output(W~ input(x)) = W x; nothing is changed."""
+    given = W.clone(), H.clone()
+    T, W_t, H_t = Chain.draw(draws, W, H, torch.Generator().manual_seed(1))
+    again, *same = Chain.draw(draws, W, H, torch.Generator().manual_seed(1))
+    assert torch.equal(W, given[0])
+    assert torch.equal(H, given[1])
+    assert torch.equal(W_t, same[0])
+    assert torch.equal(H_t, same[1])
+    assert torch.equal(again.apply(W, H)[1], H_t)
+    assert_near(T.undo(W_t), W)
+    assert_near(((W_t @ H_t) * W_t).sum(), ((W @ H) * W).sum())
+    assert_near(H_t, H_t.T)
+    x = torch.randn(2, 3, W.shape[1], generator=torch.Generator().manual_seed(2)).double()
+    assert_near(T.output(T.input(x) @ W_t.T), x @ W.T)
+    assert_near(T.output(W_t @ T.input(x[0, 0])), W @ x[0, 0])
+    assert T.input(x.float()).dtype == T.output((x @ W.T).float()).dtype == torch.float32
+    assert all(link.stored_bits > 0 for link in T.links)
+
+
+def check_codebook(book: Codebook, X: Tensor, h: Tensor) -> None:
+    """round is nearest under h, decode(round(decode(c))) = decode(c), and fit forgets."""
+    book = book.fit(X, h)
+    m, d = len(X), book.dim
+    points = every_point(book, m)  # [2^index_bits, m, d]
+    assert_near(every_point(book.fit(2 * X, h).fit(X, h), m), points)
+    assert book.seeded(torch.Generator()) is book
+    assert book.stored_bits > 0
+    for c, point in enumerate(points):
+        codes = book.round(point, h[:d])
+        assert codes.shape == (m,)
+        assert torch.equal(book.decode(codes), point), f"code {c} decodes to another point"
+    for x in (3 * X).split(d, dim=1):  # beyond the fitted range too
+        codes = book.round(x, h[:d])
+        assert int(codes.min()) >= 0
+        assert int(codes.max()) < 2**book.index_bits
+        distances = ((points - x) ** 2) @ h[:d]
+        assert_near(((book.decode(codes) - x) ** 2) @ h[:d], distances.amin(0))
+    clamped = book.clamp(3 * X)
+    assert_near(book.clamp(clamped), clamped)
+    for point in points:
+        assert_near(book.clamp(point), point)
+
+
+def every_point(book: Codebook, rows: int) -> Tensor:
+    return torch.stack([book.decode(torch.full((rows,), c)) for c in range(2**book.index_bits)])
+
+
+def check_recipe(flags: dict[str, object], W: Tensor, H: Tensor) -> QuantizedMatrix:
+    """Codes in range, honest bits, an answer that is finite, kept, and blind to W's dtype."""
+    recipe = build_recipe(**flags)
+    given = W.clone(), H.clone()
+    q = quantize_matrix(W, H, recipe, rng=rng_for(0, "w"))
+    W_hat = q.dequantize()
+    assert torch.equal(W, given[0])
+    assert torch.equal(H, given[1])
+    assert q.codes.shape == W_hat.shape == W.shape
+    assert q.codes.dtype == torch.uint8
+    assert int(q.codes.max()) < 2 ** flags["wbits"]
+    assert bool(torch.isfinite(W_hat).all())
+    assert round(q.bits_per_weight * W.numel(), 6) == owed_bits(flags, *W.shape)
+    assert torch.equal(q.dequantize(), W_hat)
+    assert torch.equal(pickle.loads(pickle.dumps(copy.copy(q))).dequantize(), W_hat)
+    assert torch.equal(replace(q, codes=q.codes.int()).dequantize(), W_hat)
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow, wide = (
+            quantize_matrix(X, H, recipe, rng=rng_for(0, "w"))
+            for X in (W.to(dtype), W.to(dtype).float())
+        )
+        assert torch.equal(narrow.codes, wide.codes)
+        assert torch.equal(narrow.dequantize(), wide.dequantize())
+    return q
+
+
+def check_loss_falls(flags: dict[str, object], W: Tensor, H: Tensor) -> None:
+    """More bits, less loss; and every width obeys `check_recipe`."""
+    losses = [
+        proxy_loss(W, check_recipe({**flags, "wbits": bits}, W, H).dequantize(), H)
+        for bits in (2, 3, 4)
+    ]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 4
+
+
+def owed_bits(flags: dict[str, object], m: int, n: int) -> int:
+    """All bits that a file needs, counted from the flags; numbers take 16 bits, a sign one."""
+    bits, faithful = flags["wbits"], flags.get("faithful")
+    incoherent = flags.get("incoh_processing", False)
+    total = m * n * bits
+    if incoherent:
+        width = {"tensor": n, "column": 1}.get(flags.get("range_", "column"))
+        width = n if faithful else width or int(flags["range_"])
+        total += -(-n // width) * 16  # a step for each group of columns
+        total += 16 * n  # the rescaling
+    else:
+        groups = -(-n // flags.get("groupsize", n))
+        total += m * groups * (16 + bits)  # a step and a zero for each row of each group
+    if incoherent or flags.get("pre_proj"):
+        extra = flags.get("pre_proj_extra", 1)
+        total += rotation_bits(m, blocked=extra != 1) + rotation_bits(n, blocked=extra != 1)
+        total += 0 if extra == 2 else 16 * (m + 2 * n)  # permutations
+    return total
+
+
+def rotation_bits(n: int, *, blocked: bool) -> int:
+    """p(p-1)/2 numbers and p signs for each p x p factor."""
+    p = max(p for p in range(1, n + 1) if n % p == 0 and p * p <= n)
+    q = n // p
+    of_p, of_q = (k * (k - 1) // 2 * 16 + k for k in (p, q))
+    return q * of_p + p * of_q if blocked else of_p + of_q
+
+
+def assert_near(ours: Tensor, expected: Tensor, noise: float = NOISE) -> None:
+    """Equal but for rounding noise, relative to the largest entry."""
+    size = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(ours, expected, rtol=0, atol=noise * (size or 1.0))
+
