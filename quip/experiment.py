@@ -124,7 +124,7 @@ def _evaluate(
     key: str,
 ) -> None:
     with watch("evaluate"):
-        value = perplexity(loaded.model, evaluations[name].ids, device=e.device)
+        value = perplexity(loaded.model, evaluations[name].ids, device=e.device, progress=True)
     report.setdefault(key, {})[name] = value
     log.info("%s: perplexity %.4f on %s", key, value, name)
 

@@ -47,6 +47,9 @@ def block_jacobi(H: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
 
     Where H_jj is 0, for an input that always is, so is the entry: a pseudo-inverse.
     """
+    if dim == 1:
+        D = H.diagonal()
+        return H * torch.where(D == 0, 0, 1 / D)
     return _scale_block_columns(H, torch.linalg.pinv(_diagonal_blocks(H, dim), hermitian=True))
 
 

@@ -19,10 +19,11 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.codebooks.base import Codebook
+from quip.kernels.panel import panel_for
 from quip.linalg import block_jacobi
 
 Visit = Callable[[int, int], None]
-FINE = 16  # columns between single columns and a panel
+PANEL = 64  # columns that are rounded in one call
 
 
 def sweep(
@@ -41,24 +42,29 @@ def sweep(
     last group may be short. Codes are [m, n / dim]. W sets the precision and the device.
     """
     n, d = W.shape[1], book.dim
-    X, h = W.T.clone(), h.to(W)
-    eta = torch.empty_like(X)
+    X, K, h = _transposed(W), K.to(W), h.to(W)
+    eta = X  # an error takes the place of the weight it comes from
     codes: list[Tensor] = []
     books = [] if group else [book]
+    own = group == d  # a book for each code, fitted inside the panels
+    round_panel = panel_for(book, W, refit=own)
 
     def refit(lo: int, hi: int) -> None:
         books.append(book.fit(X[lo:hi].T, h[lo:hi]))
 
     def round_columns(lo: int, hi: int) -> None:
-        x = X[lo:hi].T  # [m, d]
-        codes.append(books[-1].round(x, h[lo:hi]))
-        eta[lo:hi] = (x - books[-1].decode(codes[-1])).T
+        at = slice(lo, hi)
+        panel_books = [book] if own else books[-1:]
+        panel_codes, fitted = round_panel(X[at], K[at, at], eta[at], h[at], panel_books, refit=own)
+        codes.append(panel_codes)
+        if own:
+            books.extend(fitted)
 
-    visits: dict[int, list[Visit]] = {d: [round_columns]}
-    if group:
+    visits: dict[int, list[Visit]] = {_panel_width(d, n, group): [round_columns]}
+    if group and not own:
         visits.setdefault(min(group, n), []).insert(0, refit)
-    cascade(X, K.to(W), eta, visits, block=block)
-    return torch.stack(codes, dim=1), books
+    cascade(X, K, eta, visits, block=block)
+    return torch.cat(codes).T, books
 
 
 def greedy(
@@ -77,28 +83,35 @@ def greedy(
     k and old ones after. The clamp to the grid is inside the step, so the loss never rises
     (for dim = 1; a lattice rounds in the Euclidean metric, not in that of H_kk).
     """
-    d = books[0].dim
+    n, d = W.shape[1], books[0].dim
+    W_T, h = _transposed(W), H.diagonal().to(W)
     J = block_jacobi(H.double(), d).to(W)
-    position = torch.arange(len(H), device=H.device) // d
-    before = position[:, None] < position[None, :]
-    after = J * before.T
-    book_of = [books[lo // group if group else 0] for lo in range(0, W.shape[1], d)]
-    h = H.diagonal().to(W)
-    E = torch.empty_like(W.T)
-    codes = codes.clone()
-    for lo, b in zip(range(0, W.shape[1], d), book_of, strict=True):
-        E[lo : lo + d] = (W[:, lo : lo + d] - b.decode(codes[:, lo // d])).T
+    position = torch.arange(n, device=H.device) // d
+    after = J * (position[:, None] > position[None, :])
+    E = torch.empty_like(W_T)
+    codes_T = codes.T.clone(memory_format=torch.contiguous_format)
+    for k, lo in enumerate(range(0, n, d)):
+        book = books[lo // group if group else 0]
+        E[lo : lo + d] = W_T[lo : lo + d] - book.decode(codes_T[k]).T
+    round_panel = panel_for(books[0], W)
 
     for _ in range(passes):
-        X = torch.addmm(W.T, after.T, E)
+        X = W_T.clone()
+        for lo in range(0, n, block):  # above the diagonal `after` is 0
+            X[lo : lo + block].addmm_(after[lo:, lo : lo + block].T, E[lo:])
 
         def improve(lo: int, hi: int, X: Tensor = X) -> None:
-            k = lo // d
-            codes[:, k] = book_of[k].round(X[lo:hi].T, h[lo:hi])
-            E[lo:hi] = (W[:, lo:hi] - book_of[k].decode(codes[:, k])).T
+            at = slice(lo, hi)
+            panel_books = books[lo // group : -(-hi // group)] if group else books
+            codes_T[lo // d : -(-hi // d)], _ = round_panel(
+                X[at], J[at, at], E[at], h[at], panel_books, base=W_T[at]
+            )
 
-        cascade(X, J * before, E, {d: [improve]}, block=block)
-    return codes
+        visits: dict[int, list[Visit]] = {_panel_width(d, n, group): [improve]}
+        if group and group != d:  # panels end where a book does
+            visits.setdefault(min(group, n), [])
+        cascade(X, J, E, visits, block=block)
+    return codes_T.T
 
 
 def cascade(
@@ -114,23 +127,30 @@ def cascade(
     `visits` maps a span's width to what is called with its (lo, hi) once X[lo:hi] is complete
     up to lo; the narrowest must write eta[lo:hi]. X and eta are changed in place.
     """
-    narrowest, widest = min(visits), max(visits)
-    panel = -(-block // widest) * widest if widest < block else block
-    fine = [
-        w for w in (FINE,) if w % narrowest == 0 and all(w <= v or v == narrowest for v in visits)
-    ]
-    widths = sorted({*visits, panel, *fine}, reverse=True)
-    K_T = K.T.contiguous()
+    unit = max(visits) if max(visits) < block else min(visits)  # a panel never cuts a span
+    panel = -(-block // unit) * unit
+    widths = sorted({*visits, panel}, reverse=True)
 
     def descend(start: int, stop: int, level: int) -> None:
         width = widths[level]
         for lo in range(start, stop, width):
             hi = min(lo + width, stop)
             if lo > start:
-                X[lo:hi].addmm_(K_T[lo:hi, start:lo], eta[start:lo])
+                X[lo:hi].addmm_(K[start:lo, lo:hi].T, eta[start:lo])
             for visit in visits.get(width, ()):
                 visit(lo, hi)
             if level + 1 < len(widths):
                 descend(lo, hi, level + 1)
 
     descend(0, len(X), 0)
+
+
+def _panel_width(dim: int, n: int, group: int | None) -> int:
+    """Whole codes; never across two groups, unless each code is a group of its own."""
+    width = max(dim, PANEL // dim * dim)
+    return min(width, group, n) if group and group != dim else width
+
+
+def _transposed(W: Tensor) -> Tensor:
+    """A copy in which columns of W are contiguous: a plain clone would keep W's order."""
+    return W.T.clone(memory_format=torch.contiguous_format)

@@ -7,9 +7,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
 
 jaxtyping.install_import_hook("quip", "beartype.beartype")
 pytest.register_assert_rewrite("tests.laws")
+settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
+settings.load_profile("same every time")
 torch.set_num_threads(1)  # sums in one order, and no fight for cores
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -43,11 +45,11 @@ def test_leading_axes_do_not_matter(rng):
 
 
 @given(cuts=st.lists(st.integers(0, 40), max_size=4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_tokens_may_come_in_any_portions_even_empty_ones(cuts):
     x = torch.randn(40, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     bounds = [0, *sorted(cuts), 40]
-    H = collected(*(x[lo:hi] for lo, hi in zip(bounds, bounds[1:], strict=False)))
+    H = collected(*(x[lo:hi] for lo, hi in itertools.pairwise(bounds)))
     assert_near(H, mean_of_outer_products(x))
 
 
@@ -65,8 +67,8 @@ def test_many_chunks_do_not_lose_what_one_float32_sum_would():
     hessian.update(torch.full((1, 1), 3e3))  # float32 cannot add 1e-8 to 9e6
     for _ in range(20):
         hessian.update(x)
-    expected = (9e6 + 60_000 * 1e-8) / 60_001
-    assert float(hessian.value()) - 9e6 / 60_001 == pytest.approx(expected - 9e6 / 60_001, rel=1e-3)
+    # The float64 master holds 9e6 to 2e-9, which is 3e-6 of what was added.
+    assert float(hessian.value()) * 60_001 - 9e6 == pytest.approx(60_000 * 1e-8, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

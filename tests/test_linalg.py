@@ -77,8 +77,8 @@ def test_block_jacobi_leaves_an_input_that_is_always_zero_alone(problem, dim):
     _, H = problem(1, 24, dead=(5, 8))
     J = linalg.block_jacobi(H, dim)
     assert bool(torch.isfinite(J).all())
-    assert bool((J[:, [5, 8]] == 0).all())
     assert bool((J[[5, 8]] == 0).all())
+    assert float(J[:, [5, 8]].abs().max()) < 1e-12  # a pseudo-inverse of blocks, in float64
 
 
 def test_proxy_loss_is_relative_to_the_output_energy(problem):

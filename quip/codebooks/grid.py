@@ -47,8 +47,8 @@ class Grid:
     def seeded(self: AnyGrid, rng: torch.Generator) -> AnyGrid:
         return replace(self, rng=rng) if self.unbiased else self
 
-    def snap(self, X: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
-        """The levels nearest to X."""
+    def snap(self, X: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The levels nearest to X, which broadcasts with the steps."""
         q = (X / self.step + self.zero + 0.5).floor().clamp(0, self.top)
         return self.step * (q - self.zero)
 
