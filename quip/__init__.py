@@ -1,0 +1,53 @@
+"""Compress language models to 2, 3 and 4 bits per weight: QuIP, OPTQ and their baselines.
+
+    import quip
+
+    loaded = quip.load_model("demo")
+    recipe = quip.build_recipe(quant="ldlq", wbits=2, incoh_processing=True)
+    quip.quantize_model(loaded.model, tokens, recipe, device="cpu", seed=0)
+
+Names are imported when they are first used, so that `import quip` costs nothing, and
+`quip.quantize_matrix` nothing beyond torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quip.evaluate.perplexity import perplexity as perplexity
+    from quip.experiment import Experiment as Experiment
+    from quip.experiment import run_experiment as run_experiment
+    from quip.models import load_model as load_model
+    from quip.pipeline import quantize_model as quantize_model
+    from quip.quantize import quantize_matrix as quantize_matrix
+    from quip.recipe import Recipe as Recipe
+    from quip.recipe import build_recipe as build_recipe
+
+    __version__: str
+
+_HOMES = {
+    "Experiment": "quip.experiment",
+    "Recipe": "quip.recipe",
+    "build_recipe": "quip.recipe",
+    "load_model": "quip.models",
+    "perplexity": "quip.evaluate.perplexity",
+    "quantize_matrix": "quip.quantize",
+    "quantize_model": "quip.pipeline",
+    "run_experiment": "quip.experiment",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("quip-quant")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

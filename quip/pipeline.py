@@ -68,26 +68,51 @@ def quantize_model(
     *,
     device: torch.device | str,
     seed: int,
-    watch: Stopwatch,
     batch_size: int = 1,
 ) -> list[MatrixRecord]:
     """Quantize every matrix of the model's blocks in place, first block to last.
 
     Each block sees the calibration tokens as the quantized blocks before it pass them on; the
     second moments of a block come from one pass before any of its own matrices is touched.
+    """
+    return list(
+        quantize_matrix_by_matrix(
+            model,
+            tokens,
+            recipe,
+            device=device,
+            seed=seed,
+            watch=Stopwatch(),
+            batch_size=batch_size,
+        )
+    )
+
+
+def quantize_matrix_by_matrix(
+    model: nn.Module,
+    tokens: Int[Tensor, "count seqlen"],
+    recipe: Recipe,
+    *,
+    device: torch.device | str,
+    seed: int,
+    watch: Stopwatch,
+    batch_size: int = 1,
+) -> Iterator[MatrixRecord]:
+    """`quantize_model`, which yields each record as soon as its matrix is in place.
+
     Stages counted in `watch`: replay, observe, quantize.
     """
-    records: list[MatrixRecord] = []
-    with tqdm(total=len(coverage(model).quantized), unit="matrix", dynamic_ncols=True) as bar:
+    total = len(coverage(model).quantized)
+    # disable=None: a bar on a terminal only.
+    with tqdm(total=total, unit="matrix", dynamic_ncols=True, disable=None) as bar:
         blocks = walk(model, tokens, device=device, batch_size=batch_size)
         for block in watch.each("replay", blocks):
             bar.set_description(block.name)
             with watch("observe"):
                 hessians = block.observe()
             for record in watch.each("quantize", _quantize_block(block, hessians, recipe, seed)):
-                records.append(record)
                 _report(record, recipe, bar)
-    return records
+                yield record
 
 
 def _quantize_block(

@@ -2,42 +2,53 @@
 
 import csv
 import json
+import math
 import os
 import platform
 import resource
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quip.errors import UsageError
+from quip.errors import Unavailable, UsageError
 from quip.pipeline import MatrixRecord
 
 PACKAGES = ("quip-quant", "torch", "transformers", "datasets", "numpy", "safetensors")
 
 
 class RunFolder:
-    """The folder of one run; what is written appears under its name only when it is complete."""
+    """The folder of one run, made when something is first written to it.
+
+    What is written appears under its name only when it is complete.
+    """
+
+    FILES = ("run.json", "layers.csv", "layers.png")
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
-        """Raises UsageError if the path is not a folder, or holds files and may not be reused."""
+        """Raises UsageError for a path that cannot be made, or that holds files not to be lost."""
         if path.exists() and not path.is_dir():
             raise UsageError(f"--out {path}: it is a file; name a folder")
         if path.is_dir() and any(path.iterdir()) and not overwrite:
             raise UsageError(
                 f"--out {path}: it exists and is not empty; name another folder or add --overwrite"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        above = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not (above.is_dir() and os.access(above, os.W_OK)):
+            raise UsageError(f"--out {path}: {above} is no folder that can be written to")
+        self.path, self._made = path, False
 
     def write_report(self, report: Mapping[str, Any]) -> None:
-        """run.json."""
+        """run.json. JSON has no NaN or infinity: they are the strings nan, inf and -inf."""
+        text = json.dumps(_as_json(report), indent=2, allow_nan=False)
         with self._replacing("run.json") as partial:
-            partial.write_text(json.dumps(report, indent=2, default=str) + "\n")
+            partial.write_text(text + "\n")
 
     def write_layers(self, records: Sequence[MatrixRecord]) -> None:
         """layers.csv, and layers.png where matplotlib is installed."""
@@ -45,35 +56,81 @@ class RunFolder:
             writer = csv.DictWriter(file, fieldnames=list(MatrixRecord.__dataclass_fields__))
             writer.writeheader()
             writer.writerows(asdict(record) for record in records)
-        plot_losses(records, self.path / "layers.png")
+        if find_spec("matplotlib") is not None:
+            with self._replacing("layers.png") as partial:
+                plot_losses(records, partial)
 
-    def _replacing(self, name: str) -> "_Replacing":
-        return _Replacing(self.path / name)
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        """Another path to write to, which takes the name's place when the block ends well."""
+        final, partial = self.path / name, self.path / f".{name}.partial"
+        try:
+            self._make()
+            yield partial
+            os.replace(partial, final)
+        except OSError as error:
+            raise Unavailable(
+                f"--out {self.path}: {name} cannot be written ({error.strerror or error}); "
+                "make room, or name another folder"
+            ) from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _make(self) -> None:
+        if not self._made:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in self.FILES:  # of the run before: one folder never mixes two
+                (self.path / name).unlink(missing_ok=True)
+            self._made = True
 
 
-class _Replacing:
-    """A file to write under another name, moved into place when the block ends well."""
+class Report:
+    """What is known of a run so far; `save` adds to it and writes it whole."""
 
-    def __init__(self, final: Path) -> None:
-        self.final, self.partial = final, final.with_name(f".{final.name}.partial")
+    def __init__(self, entries: Mapping[str, Any], *, folder: RunFolder | None, device: str):
+        self.entries, self.folder, self.device = dict(entries), folder, device
 
-    def __enter__(self) -> Path:
-        return self.partial
+    def save(self, status: str, **entries: Any) -> None:
+        """Note what the run has come to, and write run.json if the run has a folder."""
+        self.entries.update(entries, status=status, peak_memory=peak_memory(self.device))
+        if self.folder:
+            self.folder.write_report(self.entries)
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self.partial, self.final)
-        else:
-            self.partial.unlink(missing_ok=True)
+    def save_matrices(self, status: str, records: Sequence[MatrixRecord]) -> None:
+        """The same with the matrices, their totals, and the files that show them by depth."""
+        if self.folder:
+            self.folder.write_layers(records)
+        matrices = [asdict(record) for record in records]
+        self.save(status, totals=summary(records), matrices=matrices)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Whatever ends the block early is written down beside what was reached by then."""
+        try:
+            yield
+        except BaseException as error:
+            self.save("failed", error=f"{type(error).__name__}: {error}")
+            raise
 
 
-def plot_losses(records: Sequence[MatrixRecord], path: Path) -> bool:
-    """Proxy loss of each matrix along depth, one line a role; False without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        return False
+def _as_json(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {str(key): _as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_as_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+    return str(value)  # a path
+
+
+def plot_losses(records: Sequence[MatrixRecord], path: Path) -> None:
+    """Proxy loss of each matrix along depth, one line a role, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     roles: dict[str, list[MatrixRecord]] = {}
     for record in records:
         roles.setdefault(record.name.rpartition(".")[2], []).append(record)
@@ -91,8 +148,7 @@ def plot_losses(records: Sequence[MatrixRecord], path: Path) -> bool:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
-    return True
+    figure.savefig(path, dpi=150, format="png")
 
 
 def versions() -> dict[str, str]:
@@ -115,7 +171,7 @@ def peak_memory(device: torch.device | str) -> dict[str, float]:
     return peak
 
 
-def summary(records: Sequence[MatrixRecord]) -> dict[str, float]:
+def summary(records: Sequence[MatrixRecord]) -> dict[str, int | float]:
     """Totals over all matrices: bits are weighted by size, losses are plain means."""
     weights = sum(r.rows * r.columns for r in records)
     return {
@@ -135,19 +191,23 @@ def table(report: Mapping[str, Any]) -> str:
             f"{totals['matrices']} matrices at {totals['bits_per_weight']:.3f} bits per weight, "
             f"mean proxy loss {totals['mean_proxy_loss']:.3g}"
         )
-    original = report.get("original_perplexity", {})
     if perplexity := report.get("perplexity"):
-        lines.append("")
-        head = f"{'perplexity':<28}{'original':>12}{'quantized':>12}{'change':>10}"
-        lines.append(head if original else f"{'perplexity':<28}{'':>12}")
-        for name, value in perplexity.items():
-            row = f"{name:<28}"
-            if name in original:
-                row += f"{original[name]:>12.4g}{value:>12.4g}{value / original[name] - 1:>+10.1%}"
-            else:
-                row += f"{value:>12.4g}"
-            lines.append(row)
+        lines += ["", *_perplexities(perplexity, report.get("original_perplexity", {}))]
     spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in report.get("seconds", {}).items())
     peak = report.get("peak_memory", {})
     used = ", ".join(f"{key.removesuffix('_gb')} {peak[key]:.2f} GB" for key in peak)
     return "\n".join([*lines, "", f"time: {spent}", f"peak memory: {used}"])
+
+
+def _perplexities(found: Mapping[str, float], original: Mapping[str, float]) -> list[str]:
+    width = max(28, *(len(name) + 2 for name in found))
+    if not original:
+        rows = [f"{name:<{width}}{value:>12.4g}" for name, value in found.items()]
+        return ["perplexity", *rows]
+    lines = [f"{'perplexity':<{width}}{'original':>12}{'quantized':>12}{'change':>10}"]
+    for name, value in found.items():
+        before = original[name]
+        finite = math.isfinite(before) and math.isfinite(value)
+        change = f"{value / before - 1:+.1%}" if finite else "-"
+        lines.append(f"{name:<{width}}{before:>12.4g}{value:>12.4g}{change:>10}")
+    return lines

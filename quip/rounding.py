@@ -6,10 +6,11 @@ Columns go left to right; what a column's rounding leaves behind is carried to l
 
 `cascade` brings that sum to the columns in nested spans: a span first receives the feedback of
 all that lies between its parent's start and its own in one matrix product, then hands over to
-the finer spans inside it. Spans of 128 and 16 columns turn nearly all of the m n^2 operations
-into matrix products; a span of one group is the moment at which its codebook can be refitted,
-since every column in it then holds its running weights. Any choice of spans gives the same
-codes. Weights are held transposed, so that a column is contiguous.
+the finer spans inside it. Spans of 128 columns turn nearly all of the m n^2 operations into
+matrix products; the narrowest, of 64, are rounded column by column in quip/kernels/panel.py. A
+span of one group is the moment at which its codebook can be refitted, since every column in it
+then holds its running weights. Any choice of spans gives the same codes. Weights are held
+transposed, so that a column is contiguous.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -42,11 +43,11 @@ def sweep(
     last group may be short. Codes are [m, n / dim]. W sets the precision and the device.
     """
     n, d = W.shape[1], book.dim
-    X, K, h = _transposed(W), K.to(W), h.to(W)
-    eta = X  # an error takes the place of the weight it comes from
+    X, h = _transposed(W), h.to(W)
+    eta = X  # each error takes the place of its weight, which nobody needs any more
     codes: list[Tensor] = []
-    books = [] if group else [book]
-    own = group == d  # a book for each code, fitted inside the panels
+    books: list[Codebook] = [] if group else [book]
+    own = group == d  # a book for each code: fitted while a panel is rounded, not before
     round_panel = panel_for(book, W, refit=own)
 
     def refit(lo: int, hi: int) -> None:
@@ -55,7 +56,8 @@ def sweep(
     def round_columns(lo: int, hi: int) -> None:
         at = slice(lo, hi)
         panel_books = [book] if own else books[-1:]
-        panel_codes, fitted = round_panel(X[at], K[at, at], eta[at], h[at], panel_books, refit=own)
+        K_panel = K[at, at].to(X)
+        panel_codes, fitted = round_panel(X[at], K_panel, eta[at], h[at], panel_books, refit=own)
         codes.append(panel_codes)
         if own:
             books.extend(fitted)
@@ -127,16 +129,16 @@ def cascade(
     `visits` maps a span's width to what is called with its (lo, hi) once X[lo:hi] is complete
     up to lo; the narrowest must write eta[lo:hi]. X and eta are changed in place.
     """
-    unit = max(visits) if max(visits) < block else min(visits)  # a panel never cuts a span
-    panel = -(-block // unit) * unit
+    unit = max((width for width in visits if width <= block), default=min(visits))
+    panel = max(unit, block // unit * unit)  # cuts no narrower span
     widths = sorted({*visits, panel}, reverse=True)
 
     def descend(start: int, stop: int, level: int) -> None:
         width = widths[level]
         for lo in range(start, stop, width):
             hi = min(lo + width, stop)
-            if lo > start:
-                X[lo:hi].addmm_(K[start:lo, lo:hi].T, eta[start:lo])
+            if lo > start:  # half of K is never read, and never cast
+                X[lo:hi].addmm_(K[start:lo, lo:hi].T.to(X), eta[start:lo])
             for visit in visits.get(width, ()):
                 visit(lo, hi)
             if level + 1 < len(widths):

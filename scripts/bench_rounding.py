@@ -168,7 +168,7 @@ def problem(m: int, n: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 def ours(*, backwards: bool = False, group: int | None = None) -> Contestant:
     """The package's sweep, its columns turned round if it goes backwards."""
-    book = RmsGrid(bits=BITS, rho=RHO, step_dtype=torch.float32)
+    book = RmsGrid(bits=BITS, rhos=(RHO,), step_dtype=torch.float32)
 
     def turn(A: Tensor, *axes: int) -> Tensor:
         return A.flip(*axes) if backwards else A

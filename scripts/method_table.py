@@ -29,7 +29,8 @@ def main() -> None:
     args = parse_arguments()
     record = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     wanted: list[tuple[str, int, str]] = [("none", 16, "none")]
-    wanted += product(args.quant.split(","), map(int, args.wbits.split(",")), args.processing.split(","))
+    lists = (args.quant.split(","), map(int, args.wbits.split(",")), args.processing.split(","))
+    wanted += product(*lists)
     done = {(row["quant"], row["wbits"], row["processing"]) for row in record["rows"]}
     for quant, wbits, processing in wanted:
         if (quant, wbits, processing) in done:

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quip.report import table
+
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-COLUMNS = [(wbits, processing) for wbits in (4, 3, 2) for processing in ("baseline", "incoherence", "as printed")]
-SHORT = {"baseline": "baseline", "incoherence": "incoherence", "as printed": "as printed"}
+PROCESSING = ("baseline", "incoherence", "as printed")
+COLUMNS = [(wbits, processing) for wbits in (4, 3, 2) for processing in PROCESSING]
 
 
 def main() -> int:
@@ -36,7 +38,9 @@ def main() -> int:
 
 def render(name: str) -> str:
     record = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    return method_table(record) if "rows" in record else rounding_table(record)
+    if "status" in record:
+        return f"```\n{table(record)}\n```\n"
+    return method_table(record) if "evaluation" in record else rounding_table(record)
 
 
 def method_table(record: dict[str, Any]) -> str:
@@ -45,30 +49,42 @@ def method_table(record: dict[str, Any]) -> str:
     methods = dict.fromkeys(r["quant"] for r in record["rows"] if r["quant"] != "none")
     original = cells.get(("none", 16, "none"))
     lines = [
-        "| | " + " | ".join(f"{wbits} bits, {SHORT[p]}" for wbits, p in COLUMNS) + " |",
+        "| | " + " | ".join(f"{wbits} bits, {processing}" for wbits, processing in COLUMNS) + " |",
         "|---|" + "---:|" * len(COLUMNS),
     ]
     for method in methods:
         row = [number(cells.get((method, *column))) for column in COLUMNS]
         lines.append(f"| `{method}` | " + " | ".join(row) + " |")
-    tokens = record["evaluation"][0]
-    windows = record["calibration"]
+    seen, used = record["evaluation"][0], record["calibration"]
     caption = (
-        f"Perplexity of {record['model']} on {tokens['dataset']} ({tokens['windows']} windows of "
-        f"{tokens['seqlen']} tokens, {tokens['sha256'][:8]}), calibrated on {windows['windows']} windows "
-        f"of {windows['dataset']}; the original has {number(original)}."
+        f"Perplexity of {record['model']} on {seen['dataset']} ({seen['windows']} windows of "
+        f"{seen['seqlen']} tokens, SHA-256 {seen['sha256'][:8]}), calibrated on {used['windows']} "
+        f"windows of {used['dataset']}, in {record['dtype']}; the original has {number(original)}. "
+        "A dash was not run."
     )
     return "\n".join([*lines, "", caption]) + "\n"
 
 
 def rounding_table(record: dict[str, Any]) -> str:
-    raise NotImplementedError
+    """Ours against each loop: time, ratio and the share of torch's matrix product rate."""
+    lines = [
+        "| m x n | range | against | ours | loop | ratio | GFLOP/s | of torch's product |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['m']} x {r['n']} | {r['range']} | {r['peer']} | {r['ours_ms']:.1f} ms "
+        f"| {r['peer_ms']:.0f} ms | {r['ratio']:.1f}{'' if r['met'] else ' (missed)'} "
+        f"| {r['gflops']:.0f} | {r['share']:.0%} |"
+        for r in record["rows"]
+    ]
+    caption = f"One thread, {record['bits']} bits, {record['dtype']}, {record['cpu']}."
+    return "\n".join([*lines, "", caption]) + "\n"
 
 
 def number(row: dict[str, Any] | None) -> str:
     """The perplexity of a row with four digits, or a dash."""
     if row is None:
-        return "–"
+        return "-"
     value = next(iter(row["perplexity"].values()))
     return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e5 else f"{value:.1e}"
 

@@ -148,6 +148,15 @@ def test_a_row_grid_holds_an_exact_zero(bits):
     assert bool((book.decode(book.round(zero, ones(1))) == 0).all())
 
 
+@BITS
+@pytest.mark.parametrize("shift", [0.0, 9.0, -9.0])
+def test_a_zero_is_a_code(bits, shift):
+    # Among many rows below 0 are some whose step, rounded down, would put it past the last code.
+    book = MinMaxGrid(bits=bits).fit(weights(500, 30, shift=shift), ones(30))
+    assert torch.equal(book.zero, book.zero.round())
+    assert 0 <= float(book.zero.min()) <= float(book.zero.max()) < 2**bits
+
+
 @GRIDS
 def test_ties_go_up(kind):
     fitted = grid(kind, 3).fit(weights(6, 30), ones(30))

@@ -213,13 +213,13 @@ def test_a_search_for_a_long_document_ends(hub, tokenizer, monkeypatch):
         calibration_tokens("c4", tokenizer, nsamples=1, seqlen=81, seed=0)  # at most 40 letters
 
 
-def test_windows_that_must_overlap_are_announced(tokenizer, tmp_path, caplog):
+def test_fewer_tokens_than_asked_for_are_refused_with_the_number_that_fits(tokenizer, tmp_path):
     path = tmp_path / "text.txt"
-    path.write_text("x" * 40)
-    calibration_tokens(str(path), tokenizer, nsamples=2, seqlen=SEQLEN, seed=0)
-    assert not caplog.records
-    calibration_tokens(str(path), tokenizer, nsamples=3, seqlen=SEQLEN, seed=0)
-    assert "3 windows of 16 tokens out of 41 tokens overlap" in caplog.text
+    path.write_text("x" * 40)  # and </s>
+    assert calibration_tokens(str(path), tokenizer, nsamples=2, seqlen=SEQLEN, seed=0).ids.numel()
+    line = r"text.txt: 41 tokens, but 3 windows of 16 ask for 48; lower --nsamples to 2 or less"
+    with pytest.raises(UsageError, match=line):
+        calibration_tokens(str(path), tokenizer, nsamples=3, seqlen=SEQLEN, seed=0)
 
 
 def test_the_tokenizer_does_not_complain_about_long_texts(tokenizer, caplog):

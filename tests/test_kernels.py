@@ -96,7 +96,9 @@ def test_the_kernel_fits_the_steps_that_torch_fits(m, n, kind, dtype):
     expected, got = both(m, n, [grid(kind, bits, dtype)], refit=True)
     steps, native_steps = (torch.stack([b.step for b in used]) for *_, used in (expected, got))
     # The root of a float sum: one unit of bfloat16 apart if it lies next to a tie.
-    torch.testing.assert_close(native_steps, steps, rtol=1e-5 if dtype.itemsize == 4 else 8e-3, atol=0)
+    torch.testing.assert_close(
+        native_steps, steps, rtol=1e-5 if dtype.itemsize == 4 else 8e-3, atol=0
+    )
     assert (native_steps / steps - 1).abs().gt(1e-5).float().mean() < 0.1
     if torch.allclose(native_steps, steps, rtol=1e-5):
         assert_same(expected, got)
@@ -143,9 +145,7 @@ def rounded(W, H, book, group, passes):
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("kind", ["rms", "rhos", "rows"])
 @pytest.mark.parametrize("passes", [0, 2])
-def test_sweep_and_greedy_lose_as_much_with_the_kernel_as_without(
-    kind, group, passes, monkeypatch
-):
+def test_sweep_and_greedy_lose_as_much_with_the_kernel_as_without(kind, group, passes, monkeypatch):
     W, H = problem(90, 150)
     codes, W_hat, books = rounded(W, H, grid(kind, 2), group, passes)
     monkeypatch.setattr(rounding, "panel_for", lambda *_, **__: panel.round_panel)

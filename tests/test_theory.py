@@ -313,7 +313,7 @@ ORDERS = pytest.mark.parametrize(
 
 def incoherent(order, bits: int, rho: float, **fields) -> recipe.Recipe:
     return recipe.Recipe(
-        codebook=RmsGrid(bits=bits, rho=rho, step_dtype=torch.float64),
+        codebook=RmsGrid(bits=bits, rhos=(rho,), step_dtype=torch.float64),
         transforms=(transforms.Rescale.draw, transforms.Kronecker.draw),
         order=order,
         **fields,

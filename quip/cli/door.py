@@ -2,23 +2,35 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
 from quip.errors import QuipError, UsageError
 
 
-def guarded(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    """Parse and run; what a user can mend becomes one line and an exit status (2: usage)."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    args = parser.parse_args(argv)
+class Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one line, like all others, instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help explains every flag)")
+
+
+def guarded(parser: Parser, argv: Sequence[str] | None, *, commands: int = 0) -> int:
+    """Parse and run; what a user can mend becomes one line and an exit status (2: usage).
+
+    The first `commands` words of the line name a command; flags from a file go behind them.
+    """
+    _set_up_logging()
     try:
+        args = _parse(parser, list(sys.argv[1:] if argv is None else argv), commands)
         args.call(args)
     except QuipError as error:
-        print(f"quip: {error}", file=sys.stderr)
+        print(f"quip: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("quip: interrupted", file=sys.stderr)
@@ -26,46 +38,58 @@ def guarded(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     return 0
 
 
-class FromFile(argparse.Action):
-    """`--config FILE`: YAML of the same names; flags that follow it on the line win."""
+def _set_up_logging() -> None:
+    """Our own lines to stderr: progress bars on a terminal, a line for each matrix elsewhere.
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: object,
-        option_string: str | None = None,
-    ) -> None:
-        path = Path(str(values))
+    The libraries stay silent below errors (a hub out of reach is retried with two lines a time,
+    which would bury ours), unless the environment asks for more.
+    """
+    terminal = sys.stderr.isatty()
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not terminal:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    log = logging.getLogger("quip")
+    log.handlers = [logging.StreamHandler(sys.stderr)]
+    log.setLevel(logging.WARNING if terminal else logging.INFO)
+
+
+def _parse(parser: Parser, argv: list[str], commands: int) -> argparse.Namespace:
+    """The line, with the flags of its --config files before its own, so that its own win."""
+    args = parser.parse_args(argv)
+    files = getattr(args, "config", None) or []
+    flags: list[str] = []
+    for path in files:
+        flags += _flags(path, vars(args))
         try:
-            loaded = yaml.safe_load(path.read_text()) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            parser.error(f"--config {path}: {' '.join(str(error).split())}")
-        if not isinstance(loaded, dict):
-            parser.error(f"--config {path}: a mapping of flag names to values is expected")
-        flags = {
-            option.lstrip("-"): action
-            for action in parser._actions
-            for option in action.option_strings
-            if option.startswith("--") and action.dest not in ("help", "config")
-        }
-        for name, value in loaded.items():
-            if name not in flags:
-                parser.error(f"--config {path}: unknown name {name!r}; names are those of flags")
-            setattr(namespace, flags[name].dest, _checked(parser, flags[name], name, value))
+            args = parser.parse_args([*argv[:commands], *flags, *argv[commands:]])
+        except UsageError as error:
+            raise UsageError(f"--config {path}: {error}") from error
+    return args
 
 
-def _checked(
-    parser: argparse.ArgumentParser, action: argparse.Action, name: str, value: object
-) -> object:
-    """A value of the file as the flag would have parsed it."""
-    if value is None:
-        return None
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            parser.error(f"--config: {name} is a switch: say true or false, not {value!r}")
-        return value
-    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    parsed = parser._get_value(action, text)
-    parser._check_value(action, parsed)
-    return parsed
+def _flags(path: Path, known: dict[str, object]) -> list[str]:
+    """The file's values as they would stand on the line."""
+    try:
+        loaded = yaml.safe_load(path.read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: cannot be read as YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise UsageError(f"--config {path}: a mapping of flag names to values is expected")
+    flags = []
+    for name, value in loaded.items():
+        if name not in known or name in NOT_IN_FILES:
+            raise UsageError(f"--config {path}: unknown name {name!r}; names are those of flags")
+        if isinstance(known[name], bool):
+            if not isinstance(value, bool):
+                raise UsageError(
+                    f"--config {path}: {name} is a switch: say true or false, not {value!r}"
+                )
+            flags += [f"--{name}"] if value else []
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            flags.append(f"--{name}={text}")
+    return flags
+
+
+NOT_IN_FILES = ("model", "dataset", "config", "call")

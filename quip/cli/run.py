@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.cli.door import FromFile, guarded
+from quip.cli.door import Parser, guarded
+from quip.cli.flags import NAMED, PAPER_SETS, add_flags
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.recipe import Recipe
 
 SUMMARY = "quantize a model, evaluate it, and report"
-PAPER_SETS = "wikitext2,ptb-new,c4-new"
 RECIPE_FLAGS = (
     *("incoh_processing", "pre_rescale", "pre_proj", "pre_proj_extra", "qfn", "rho", "faithful"),
     *("npasses", "unbiased", "groupsize", "percdamp"),
@@ -21,195 +21,26 @@ RECIPE_FLAGS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m quip.run`. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="quip.run", description=SUMMARY.capitalize() + ".")
+    parser = Parser(prog="quip.run", description=SUMMARY.capitalize() + ".")
     build(parser)
     return guarded(parser, argv)
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
-    parser.add_argument(
-        "model",
-        help="a Hugging Face hub id, a local model folder, a .gguf file, or `demo`, the small "
-        "OPT that comes with this package",
-    )
-    parser.add_argument(
-        "dataset",
-        help="calibration text: wikitext2, ptb, ptb-new, c4, c4-new, pydoc (the documentation "
-        "inside CPython, no download), or a .txt, .json, .jsonl or .parquet file or a folder",
-    )
-    parser.add_argument(
-        "--config",
-        action=FromFile,
-        metavar="FILE",
-        help="a YAML file of flag names and values; flags after it on the line win",
-    )
-    _method_flags(parser.add_argument_group("method"))
-    _incoherence_flags(parser.add_argument_group("incoherence processing"))
-    _data_flags(parser.add_argument_group("data and evaluation"))
-    _machine_flags(parser.add_argument_group("machine and output"))
+    add_flags(parser)
     parser.set_defaults(call=call)
-
-
-def _method_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--wbits",
-        type=int,
-        default=16,
-        choices=[*range(2, 9), 16],
-        help="bits per weight; 16, the default, evaluates the model as it is",
-    )
-    add(
-        "--quant",
-        default="ldlq",
-        choices=["nearest", "gptq", "ldlq", "ldlqRG", "allbal", "ldlbal_admm"],
-        help="how weights are rounded: nearest; gptq (OPTQ); ldlq (QuIP, the default); ldlqRG "
-        "(LDLQ by diag(H), then greedy passes); allbal (greedy passes alone); ldlbal_admm "
-        "(QuIP's Algorithm 5)",
-    )
-    add(
-        "--npasses",
-        type=int,
-        metavar="N",
-        help="greedy passes over the columns: by default 10 for ldlqRG and allbal, else 0",
-    )
-    add("--unbiased", action="store_true", help="round at random, so that the mean is exact")
-    add(
-        "--groupsize",
-        type=int,
-        metavar="N",
-        help="columns of a row that share one range in grid a (by default the whole row)",
-    )
-    add(
-        "--percdamp",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="what is added to the diagonal of H, as a share of its mean (default 0.01); ten "
-        "times more after each failed factorisation, three times at most",
-    )
-    add(
-        "--lazy_batch",
-        action="store_true",
-        help="accepted and ignored: updates are always blocked, with the same codes",
-    )
-
-
-def _incoherence_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--incoh_processing",
-        action="store_true",
-        help="QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b",
-    )
-    add(
-        "--pre_gptqH",
-        action="store_true",
-        help="accepted and ignored: H is always damped by --percdamp (0 turns it off)",
-    )
-    add("--pre_rescale", action="store_true", help="rescale the inputs, to balance W against H")
-    add("--pre_proj", action="store_true", help="rotate W and H by random orthogonal matrices")
-    add(
-        "--pre_proj_extra",
-        type=int,
-        default=1,
-        choices=[0, 1, 2],
-        help="the rotation: 1, the default, a Kronecker product of two factors; 0 a factor for "
-        "each block; 2 as 0, without permutations",
-    )
-    add(
-        "--qfn",
-        choices=["a", "b"],
-        help="the grid: a, from the smallest to the largest weight of each row; b, symmetric "
-        "about 0 with a range of rho RMS (for rotated weights)",
-    )
-    add(
-        "--range",
-        metavar="{tensor,column,N}",
-        help="what grid b's range is fitted to: the whole matrix once, or the running weights of "
-        "each column (the default) or of every N columns as the rounding reaches them",
-    )
-    add(
-        "--rho",
-        type=float,
-        metavar="X",
-        help="grid b reaches X times the RMS of the weights (default: of ten values around the "
-        "Gaussian optimum, the one with the smallest squared error at each fit)",
-    )
-    add(
-        "--faithful",
-        action="store_true",
-        help="the paper's algorithm as printed: weights clipped before feedback, and for grid b "
-        "one range of 2.4 RMS for the matrix",
-    )
-
-
-def _data_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--nsamples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
-    add(
-        "--seqlen",
-        type=int,
-        metavar="N",
-        help="tokens in a window (default: what the model can take, at most 2048)",
-    )
-    add("--seed", type=int, default=0, metavar="N", help="of sampling and rotations (default 0)")
-    add(
-        "--eval_datasets",
-        metavar="A,B,...",
-        help="where perplexity is measured: names as for DATASET, or `none`; by default pydoc "
-        f"if that is DATASET, else {PAPER_SETS}",
-    )
-    add(
-        "--eval_nsamples",
-        type=int,
-        metavar="N",
-        help="evaluate on the first N windows of each data set (default: all)",
-    )
-    add(
-        "--compare",
-        action="store_true",
-        help="evaluate the original model too, and show the difference",
-    )
-    add(
-        "--proxy_only",
-        action="store_true",
-        help="quantize and report the proxy losses, without perplexities",
-    )
-
-
-def _machine_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="what the model computes in; auto, the default, is float32",
-    )
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="a folder for run.json, layers.csv and layers.png; it must be new or empty",
-    )
-    add("--overwrite", action="store_true", help="let --out be a folder that holds files")
 
 
 def call(args: argparse.Namespace) -> None:
     """Turn strings into plain values, run, and print the result."""
     recipe = _recipe(args)
     evaluations = _evaluations(args)
-    for name, low in (("nsamples", 1), ("seqlen", 2), ("eval_nsamples", 1)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UsageError(f"--{name} {value}: at least {low} is needed")
+    _refuse_values(args)
 
-    from quip.experiment import Experiment, choose_device, run_experiment
+    from quip.experiment import Experiment, run_experiment
     from quip.report import table
 
-    flags = {k: v for k, v in vars(args).items() if k not in ("call", "config")}
     report = run_experiment(
         Experiment(
             model=args.model,
@@ -219,17 +50,26 @@ def call(args: argparse.Namespace) -> None:
             nsamples=args.nsamples,
             seqlen=args.seqlen,
             seed=args.seed,
-            device=choose_device(args.device),
+            device=args.device,
             dtype=args.dtype,
             eval_datasets=evaluations,
             eval_nsamples=args.eval_nsamples,
             compare=args.compare,
             out=args.out,
             overwrite=args.overwrite,
-            flags=flags,
+            flags={name: value for name, value in vars(args).items() if name != "call"},
         )
     )
     print(table(report))
+
+
+def _refuse_values(args: argparse.Namespace) -> None:
+    for name, low in (("nsamples", 1), ("seqlen", 2), ("eval_nsamples", 1)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name} {value}: at least {low} is needed")
+    if args.overwrite and args.out is None:
+        raise UsageError("--overwrite speaks of --out: name the folder with --out DIR")
 
 
 def _recipe(args: argparse.Namespace) -> "Recipe | None":
@@ -250,13 +90,21 @@ def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
         return ()
     names = args.eval_datasets
     if names is None:
-        if Path(args.dataset).exists():
+        if args.dataset not in NAMED and Path(args.dataset).expanduser().exists():
             raise UsageError(
                 f"DATASET {args.dataset} is a file or folder: say where to measure perplexity with "
                 "--eval_datasets FILE,... (text that is not calibrated on), or `none`"
             )
         names = "pydoc" if args.dataset == "pydoc" else PAPER_SETS
-    return () if names == "none" else tuple(filter(None, names.split(",")))
+    if names == "none":
+        if args.compare or args.wbits == 16:
+            flag = "--compare" if args.compare else "--wbits 16"
+            raise UsageError(f"{flag} means to evaluate: leave out --eval_datasets none")
+        return ()
+    evaluations = tuple(filter(None, names.split(",")))
+    if not evaluations:
+        raise UsageError(f"--eval_datasets {names!r}: name a data set or a file, or say `none`")
+    return evaluations
 
 
 def _words(args: argparse.Namespace) -> str:

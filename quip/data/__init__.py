@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from quip.data.tokens import (
 )
 from quip.errors import UsageError
 
-__all__ = ["DATASETS", "TokenSet", "calibration_tokens", "evaluation_tokens"]
+__all__ = ["DATASETS", "TokenSet", "calibration_tokens", "check_dataset", "evaluation_tokens"]
 
 DATASETS = tuple(SOURCES)
 
@@ -59,6 +60,16 @@ def evaluation_tokens(
         text = encode(tokenizer, part.join.join(documents[: part.documents]))
         ids = consecutive_windows(text, limit=count, seqlen=seqlen, name=name)
     return TokenSet(ids, name, part.split, part.join)
+
+
+def check_dataset(name: str, use: Literal["calibration", "evaluation"]) -> None:
+    """Raise what would be raised later for a name that is no data set, or a file without texts.
+
+    Local files are read, which takes no time beside a model; nothing is downloaded.
+    """
+    if name not in SOURCES:
+        part = local_part(_path(name), "train" if use == "calibration" else "test")
+        part.load(part.split)
 
 
 def _path(name: str) -> Path:

@@ -37,7 +37,10 @@ def _files(files: list[Path], split: str) -> Part:
 def _documents(path: Path) -> list[str]:
     if path.suffix not in READERS:
         raise UsageError(f"{path}: not a file that can be read; use {', '.join(READERS)}")
-    return READERS[path.suffix](path)
+    try:
+        return READERS[path.suffix](path)
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 def _whole(path: Path) -> list[str]:

@@ -5,7 +5,6 @@ stream that the published `random.seed(seed)` gives, without touching the global
 """
 
 import hashlib
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from quip.errors import UsageError
-
-log = logging.getLogger(__name__)
 
 # About one C4 document in forty is longer than 2048 tokens; without a bound a corpus
 # that has none would be searched for ever.
@@ -52,15 +49,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int64[Tensor, "toke
 def random_windows(
     ids: Int64[Tensor, "tokens"], *, count: int, seqlen: int, rng: random.Random, name: str
 ) -> Int64[Tensor, "count seqlen"]:
-    """Windows anywhere in one text; two of them may overlap."""
+    """Windows anywhere in one text of at least so many tokens; two of them may overlap."""
     if len(ids) <= seqlen:
         raise UsageError(
             f"{name}: {len(ids)} tokens, but windows of {seqlen} need at least {seqlen + 1}; "
             "lower --seqlen or give more text"
         )
     if len(ids) < count * seqlen:
-        log.warning(
-            "%s: %d windows of %d tokens out of %d tokens overlap", name, count, seqlen, len(ids)
+        raise UsageError(
+            f"{name}: {len(ids)} tokens, but {count} windows of {seqlen} ask for {count * seqlen}; "
+            f"lower --nsamples to {len(ids) // seqlen} or less, lower --seqlen, or give more text"
         )
     return torch.stack([_window(ids, seqlen, rng) for _ in range(count)])
 

@@ -84,7 +84,7 @@ inline Ints nearest(Floats t, float top) {
 class Columns {
   public:
     Columns(const Panel &p, int64_t stride) : padded(round_up(p.width, COLUMNS)), stride(stride) {
-        static thread_local std::vector<Floats> scratch;  // kept: fresh pages cost more than the work
+        static thread_local std::vector<Floats> scratch;  // kept: fresh pages are dear
         scratch.resize(padded * stride + padded * padded / LANES + 1);
         x = scratch.data();
         K = reinterpret_cast<float *>(x + padded * stride);
@@ -201,7 +201,8 @@ void round_rows(const Panel &p, int64_t start, int64_t stop) {
             const Floats *x = columns.at(k, tile);
             for (int v = 0; p.candidates && v < VECTORS; v++) squares += sum(x[v] * x[v]);
         }
-        if (p.candidates) p.step[k * p.step_column] = fitted_step(p, columns.at(k, 0), squares, *p.zero);
+        if (p.candidates)
+            p.step[k * p.step_column] = fitted_step(p, columns.at(k, 0), squares, *p.zero);
         for (int64_t tile = 0; tile < tiles; tile++)
             round_tile(p, k, start + tile * ROWS, columns.at(k, tile));
     }

@@ -23,7 +23,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.codebooks.base import Codebook
-from quip.codebooks.grid import Grid, MinMaxGrid, RmsGrid
+from quip.codebooks.grid import MinMaxGrid, RmsGrid
 from quip.kernels.native import library
 
 Panel = Callable[..., tuple[Tensor, Sequence[Codebook]]]
@@ -60,8 +60,8 @@ def round_panel(
 def panel_for(book: Codebook, W: Float[Tensor, "m n"], *, refit: bool = False) -> Panel:
     """The fastest form for a codebook and the weights that it will round."""
     fast = (
-        (type(book) is RmsGrid or (type(book) is MinMaxGrid and not refit))
-        and isinstance(book, Grid)
+        isinstance(book, RmsGrid if refit else RmsGrid | MinMaxGrid)
+        and type(book) in (RmsGrid, MinMaxGrid)  # a subclass may round by other rules
         and not book.unbiased
         and book.step_dtype in (torch.bfloat16, torch.float32)
         and (W.dtype, W.device.type) == (torch.float32, "cpu")
@@ -100,11 +100,14 @@ def round_panel_native(
     """
     n, m = X.shape
     grid = books[0]
-    assert isinstance(grid, Grid)
+    assert isinstance(grid, RmsGrid | MinMaxGrid)
     assert eta.is_contiguous()
-    rhos = X.new_tensor(grid.rhos if refit and isinstance(grid, RmsGrid) else ())
+    rhos = X.new_empty(0)
     if refit:
+        assert isinstance(grid, RmsGrid)
+        rhos = X.new_tensor(grid.rhos)
         step, zero = X.new_empty(n, 1), X.new_full((1, 1), grid.top / 2)
+        books = _refitted(grid, step, zero)  # views of the steps that the kernel is to write
     else:
         step, zero = _stack(books, "step", X), _stack(books, "zero", X)
     X, base = X.contiguous(), None if base is None else base.contiguous()
@@ -135,7 +138,7 @@ def round_panel_native(
     native = library(SOURCE)
     assert native is not None
     native.round_panel(ctypes.byref(panel))
-    return codes, _refitted(grid, step, zero) if refit else books
+    return codes, books
 
 
 def _stack(books: Sequence[Codebook], name: str, X: Tensor) -> Tensor:
@@ -143,12 +146,10 @@ def _stack(books: Sequence[Codebook], name: str, X: Tensor) -> Tensor:
     return torch.stack([getattr(book, name) for book in books]).to(X).view(len(books), -1)
 
 
-def _refitted(grid: Grid, step: Tensor, zero: Tensor) -> list[Codebook]:
+def _refitted(grid: RmsGrid, step: Tensor, zero: Tensor) -> list[RmsGrid]:
     """`replace(grid, ...)` for each step, at a tenth of its time: there is one for each column."""
-    books: list[Codebook] = []
     shared = grid.__dict__ | {"zero": zero.view(())}
-    for s in step.view(-1).unbind():
-        book = object.__new__(type(grid))
+    books = [object.__new__(RmsGrid) for _ in step]
+    for book, s in zip(books, step.view(-1).unbind(), strict=True):
         book.__dict__.update(shared, step=s)
-        books.append(book)
     return books
