@@ -117,7 +117,10 @@ def _locate(name: str) -> _Source:
     if path.is_file():
         raise Unavailable(f"{name} is a file other than .gguf; give the folder it is in")
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise Unavailable(f"{name}: no such file or folder, and not of the form of a hub id")
+        raise Unavailable(
+            f"{name}: no such file or folder, and not of the form of a hub id; "
+            "give a folder, a .gguf file, an id such as facebook/opt-125m, or `demo`"
+        )
     return _Source(name)
 
 

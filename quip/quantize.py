@@ -110,7 +110,9 @@ def _quantize(
     W_d, H_0 = condition(W, H, name)
     damp, T, W_t, f = _prepare(W_d, H_0, recipe, rng, name, shared)
     W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-    book = recipe.codebook.seeded(rng).fit(W_t, f.h.to(W_t))
+    book = recipe.codebook.seeded(rng)
+    if recipe.group is None:
+        book = book.fit(W_t, f.h.to(W_t))
     if recipe.clamp_target:
         W_t = book.clamp(W_t)
     codes, books = sweep(W_t, f.K, f.h, book, group=recipe.group)

@@ -119,7 +119,7 @@ def build_recipe(
     incoh_processing: bool = False,
     pre_rescale: bool = False,
     pre_proj: bool = False,
-    pre_proj_extra: int = 1,
+    pre_proj_extra: int | None = None,
     qfn: str | None = None,
     npasses: int | None = None,
     unbiased: bool = False,
@@ -130,14 +130,19 @@ def build_recipe(
     faithful: bool = False,
 ) -> Recipe:
     """The recipe of a command line. Raises UsageError where a combination means nothing."""
-    _refuse_values(quant, wbits, percdamp, pre_proj_extra, qfn, rho)
+    extra = 1 if pre_proj_extra is None else pre_proj_extra
+    _refuse_values(quant, wbits, percdamp, extra, qfn, rho)
     method = METHODS[quant]
     rescale, rotate = pre_rescale or incoh_processing, pre_proj or incoh_processing
+    if pre_proj_extra is not None and not rotate:
+        raise UsageError(
+            f"--pre_proj_extra {extra} chooses a rotation: add --pre_proj or --incoh_processing"
+        )
     qfn = qfn or ("b" if incoh_processing else "a")
     passes = _passes(quant, npasses, unbiased)
     draws: list[Draw] = [Rescale.draw] if rescale else []
     if rotate:
-        draws.append(ROTATIONS[pre_proj_extra])
+        draws.append(ROTATIONS[extra])
     recipe = Recipe(
         codebook=MinMaxGrid(bits=wbits, unbiased=unbiased),
         transforms=tuple(draws),

@@ -37,7 +37,10 @@ def main() -> int:
 
 
 def render(name: str) -> str:
-    record = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    path = ROOT / "results" / f"{name}.json"
+    if not path.exists():
+        return "(not run)\n"
+    record = json.loads(path.read_text())
     if "status" in record:
         return f"```\n{table(record)}\n```\n"
     return method_table(record) if "evaluation" in record else rounding_table(record)

@@ -198,6 +198,7 @@ def test_faithful_is_the_algorithm_as_printed():
         ({"percdamp": float("nan")}, r"--percdamp nan"),
         ({"percdamp": float("inf")}, r"--percdamp inf"),
         ({"pre_proj": True, "pre_proj_extra": 3}, r"--pre_proj_extra 3: not one of 0, 1, 2"),
+        ({"pre_proj_extra": 0}, r"--pre_proj_extra 0 chooses a rotation: add --pre_proj"),
         ({"pre_proj": True, "qfn": "c"}, r"--qfn c: the grids are a and b"),
         ({"npasses": -1}, r"--npasses -1: it cannot be negative"),
         ({"quant": "allbal", "npasses": 0}, r"--quant allbal --npasses 0 would round nothing"),

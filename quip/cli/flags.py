@@ -99,7 +99,6 @@ def _incoherence_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--pre_proj_extra",
         type=int,
-        default=1,
         choices=[0, 1, 2],
         help="the rotation: 1, the default, a Kronecker product of two factors; 0 a factor for "
         "each block; 2 as 0, without permutations",
