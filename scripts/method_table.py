@@ -15,7 +15,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from quip.experiment import Experiment, choose_device, run_experiment
+from bench_rounding import commit
+
+from quip.experiment import Experiment, run_experiment
 from quip.recipe import METHODS, build_recipe
 
 PROCESSING: dict[str, dict[str, Any]] = {
@@ -38,6 +40,7 @@ def main() -> None:
         report = run_experiment(experiment(args, quant, wbits, processing))
         record |= {key: report[key] for key in ("model", "dataset", "device", "dtype", "versions")}
         record |= {"model": args.name or args.model, "dataset": Path(args.dataset).name}
+        record["commit"] = commit()
         record["evaluation"] = [shorten(stamp) for stamp in report["evaluation"].values()]
         record["calibration"] = shorten(report["calibration"]) or record.get("calibration")
         record["rows"].append(row(quant, wbits, processing, report))
@@ -76,7 +79,7 @@ def experiment(args: argparse.Namespace, quant: str, wbits: int, processing: str
         nsamples=args.nsamples,
         seqlen=args.seqlen,
         dtype=args.dtype,
-        device=choose_device(args.device),
+        device=args.device,
         eval_datasets=tuple(args.eval_datasets.split(",")),
         eval_nsamples=args.eval_nsamples,
     )
