@@ -25,25 +25,34 @@ PROCESSING: dict[str, dict[str, Any]] = {
     "incoherence": {"incoh_processing": True},
     "as printed": {"incoh_processing": True, "faithful": True},
 }
+RANGES: dict[str, dict[str, Any]] = {
+    f"{range_}, {f'rho {rho}' if rho else 'best of ten'}": {
+        "incoh_processing": True,
+        "range_": range_,
+        "rho": rho,
+    }
+    for range_ in ("tensor", "16", "column")
+    for rho in (1.7, 2.0, 2.4, 2.8, None)
+}
 
 
 def main() -> None:
     args = parse_arguments()
     record = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     wanted: list[tuple[str, int, str]] = [("none", 16, "none")]
-    lists = (args.quant.split(","), map(int, args.wbits.split(",")), args.processing.split(","))
-    wanted += product(*lists)
+    processing = RANGES if args.ranges else PROCESSING
+    wanted += product(args.quant.split(","), map(int, args.wbits.split(",")), processing)
     done = {(row["quant"], row["wbits"], row["processing"]) for row in record["rows"]}
-    for quant, wbits, processing in wanted:
-        if (quant, wbits, processing) in done:
+    for quant, wbits, name in wanted:
+        if (quant, wbits, name) in done:
             continue
-        report = run_experiment(experiment(args, quant, wbits, processing))
+        report = run_experiment(experiment(args, quant, wbits, processing.get(name)))
         record |= {key: report[key] for key in ("model", "dataset", "device", "dtype", "versions")}
         record |= {"model": args.name or args.model, "dataset": Path(args.dataset).name}
         record["commit"] = commit()
         record["evaluation"] = [shorten(stamp) for stamp in report["evaluation"].values()]
         record["calibration"] = shorten(report["calibration"]) or record.get("calibration")
-        record["rows"].append(row(quant, wbits, processing, report))
+        record["rows"].append(row(quant, wbits, name, report))
         write(args.out, record)
         print(json.dumps(record["rows"][-1]), flush=True)
 
@@ -58,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="what to call the model in the table")
     parser.add_argument("--quant", default=",".join(METHODS))
     parser.add_argument("--wbits", default="4,3,2")
-    parser.add_argument("--processing", default=",".join(PROCESSING))
+    parser.add_argument("--ranges", action="store_true", help="compare --range and --rho instead")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int)
     parser.add_argument("--eval_datasets", default="pydoc")
@@ -68,10 +77,10 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def experiment(args: argparse.Namespace, quant: str, wbits: int, processing: str) -> Experiment:
-    recipe = None
-    if wbits < 16:
-        recipe = build_recipe(quant=quant, wbits=wbits, **PROCESSING[processing])
+def experiment(
+    args: argparse.Namespace, quant: str, wbits: int, options: dict[str, Any] | None
+) -> Experiment:
+    recipe = None if options is None else build_recipe(quant=quant, wbits=wbits, **options)
     return Experiment(
         model=args.model,
         dataset=args.dataset,

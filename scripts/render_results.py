@@ -43,14 +43,16 @@ def render(name: str) -> str:
     record = json.loads(path.read_text())
     if "status" in record:
         return f"```\n{table(record)}\n```\n"
-    return method_table(record) if "evaluation" in record else rounding_table(record)
+    if "claim" in record:
+        return rounding_table(record)
+    methods = {row["quant"] for row in record["rows"]} - {"none"}
+    return (method_table if len(methods) > 1 else range_table)(record) + caption(record)
 
 
 def method_table(record: dict[str, Any]) -> str:
     """Perplexity of each method (rows) at each bit width and processing (columns)."""
     cells = {(r["quant"], r["wbits"], r["processing"]): r for r in record["rows"]}
     methods = dict.fromkeys(r["quant"] for r in record["rows"] if r["quant"] != "none")
-    original = cells.get(("none", 16, "none"))
     lines = [
         "| | " + " | ".join(f"{wbits} bits, {processing}" for wbits, processing in COLUMNS) + " |",
         "|---|" + "---:|" * len(COLUMNS),
@@ -58,14 +60,32 @@ def method_table(record: dict[str, Any]) -> str:
     for method in methods:
         row = [number(cells.get((method, *column))) for column in COLUMNS]
         lines.append(f"| `{method}` | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def range_table(record: dict[str, Any]) -> str:
+    """Perplexity of one method: what the range is fitted to (rows) at each bit width."""
+    cells = {(r["quant"], r["wbits"], r["processing"]): r for r in record["rows"]}
+    (method,) = {r["quant"] for r in record["rows"]} - {"none"}
+    widths = sorted({wbits for _, wbits, _ in cells} - {16}, reverse=True)
+    lines = [f"| range of `{method}` | " + " | ".join(f"{w} bits" for w in widths) + " |"]
+    lines.append("|---|" + "---:|" * len(widths))
+    for name in dict.fromkeys(p for _, _, p in cells if p != "none"):
+        row = [number(cells.get((method, wbits, name))) for wbits in widths]
+        lines.append(f"| {name} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def caption(record: dict[str, Any]) -> str:
+    """What the perplexities of a table were measured on."""
     seen, used = record["evaluation"][0], record["calibration"]
-    caption = (
-        f"Perplexity of {record['model']} on {seen['dataset']} ({seen['windows']} windows of "
+    original = next((r for r in record["rows"] if r["quant"] == "none"), None)
+    return (
+        f"\nPerplexity of {record['model']} on {seen['dataset']} ({seen['windows']} windows of "
         f"{seen['seqlen']} tokens, SHA-256 {seen['sha256'][:8]}), calibrated on {used['windows']} "
         f"windows of {used['dataset']}, in {record['dtype']}; the original has {number(original)}. "
-        "A dash was not run."
+        "A dash was not run.\n"
     )
-    return "\n".join([*lines, "", caption]) + "\n"
 
 
 def rounding_table(record: dict[str, Any]) -> str:

@@ -459,22 +459,3 @@ def test_kronecker_rotations_make_a_diagonal_h_as_incoherent_as_published(n, inc
 def test_a_full_haar_rotation_is_more_incoherent_than_a_kronecker_one(n, incoherence):
     R = rotation.Haar.draw(n, torch.Generator().manual_seed(0)).matrices[0]
     assert n**0.5 * float(R.abs().max()) == pytest.approx(incoherence, rel=0.15)
-
-
-@pytest.mark.parametrize(
-    ("n", "factors"),
-    [
-        (768, (24, 32)),
-        (2048, (32, 64)),
-        (2560, (40, 64)),
-        (3072, (48, 64)),
-        (4096, (64, 64)),
-        (5120, (64, 80)),
-        (7168, (64, 112)),
-        (11008, (86, 128)),
-        (14336, (112, 128)),
-        (97, (1, 97)),
-    ],
-)
-def test_rotations_factor_as_near_to_the_root_as_divisors_allow(n, factors):
-    assert rotation.balanced_factors(n) == factors
