@@ -31,8 +31,8 @@ RANGES: dict[str, dict[str, Any]] = {
         "range_": range_,
         "rho": rho,
     }
-    for range_ in ("tensor", "16", "column")
-    for rho in (1.7, 2.0, 2.4, 2.8, None)
+    for range_ in ("tensor", "column")
+    for rho in (1.7, 2.0, 2.4, None)
 }
 
 
