@@ -109,7 +109,7 @@ ROTATIONS: dict[int, Draw] = {
     1: Kronecker.draw,
     2: draw_blocked_unpermuted,
 }
-FAITHFUL_RHO = 2.4
+PAPERS_RHO = 2.4
 
 
 def build_recipe(
@@ -172,7 +172,10 @@ def build_recipe(
         )
     if faithful and (range_ or rho):
         raise UsageError("--faithful fixes --range tensor and --rho 2.4: leave them out")
-    rhos = (FAITHFUL_RHO,) if faithful else (rho,) if rho else around(wbits)
+    # A range of the least squared error shrinks weights on the whole. Feedback makes up for that;
+    # without it perplexity suffers.
+    fixed = faithful or method.feedback is none
+    rhos = (rho,) if rho else (PAPERS_RHO,) if fixed else around(wbits)
     book = RmsGrid(bits=wbits, unbiased=unbiased, rhos=rhos)
     group = None if faithful else _group(range_ or "column")
     return replace(recipe, codebook=book, group=group, clamp_target=faithful)

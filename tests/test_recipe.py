@@ -138,6 +138,11 @@ def test_incoherence_processing_rescales_rotates_and_refits_each_column():
     assert not built.clamp_target
 
 
+def test_without_feedback_the_range_is_the_papers():
+    """The best range in the mean square shrinks weights, which only feedback makes up for."""
+    assert build(quant="nearest", **INCOHERENT).codebook.rhos == (2.4,)
+
+
 def test_incoherence_processing_is_short_for_its_parts():
     parts = build(pre_rescale=True, pre_proj=True, qfn="b")
     assert describe(parts) == describe(build(**INCOHERENT))
