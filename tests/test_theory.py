@@ -433,7 +433,7 @@ def test_the_best_range_for_gaussian_weights(bits, best_rho, best, at_the_papers
 
     def error(rho: float) -> float:
         step = torch.tensor(2 * rho / top, dtype=torch.float64)
-        book = RmsGrid(bits=bits, step=step, zero=torch.full_like(step, top / 2))
+        book = RmsGrid(bits=bits, rhos=(rho,), step=step, zero=torch.full_like(step, top / 2))
         codes = book.round(x.unsqueeze(1), torch.ones(1, dtype=torch.float64))
         return float(((book.decode(codes).squeeze(1) - x) ** 2 * density).sum())
 
