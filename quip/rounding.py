@@ -6,11 +6,11 @@ Columns go left to right; what a column's rounding leaves behind is carried to l
 
 `cascade` brings that sum to the columns in nested spans: a span first receives the feedback of
 all that lies between its parent's start and its own in one matrix product, then hands over to
-the finer spans inside it. Spans of 128 columns turn nearly all of the m n^2 operations into
-matrix products; the narrowest, of 64, are rounded column by column in quip/kernels/panel.py. A
-span of one group is the moment at which its codebook can be refitted, since every column in it
-then holds its running weights. Any choice of spans gives the same codes. Weights are held
-transposed, so that a column is contiguous.
+the finer spans inside it. So nearly all of the m n^2 operations are matrix products; the panels
+of 128 columns that remain are rounded column by column in quip/kernels/panel.py. A span of one
+group is the moment at which its codebook can be refitted, since every column in it then holds
+its running weights. Any choice of spans gives the same codes. Weights are held transposed, so
+that a column is contiguous.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from quip.kernels.panel import panel_for
 from quip.linalg import block_jacobi
 
 Visit = Callable[[int, int], None]
-PANEL = 64  # columns that are rounded in one call
+PANEL = 128  # columns that are rounded in one call
 
 
 def sweep(

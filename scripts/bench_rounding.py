@@ -180,7 +180,8 @@ def ours(*, backwards: bool = False, group: int | None = None) -> Contestant:
         X = turn(W, 1)
         codes, books = sweep(X, K, h, book.fit(X, h), group=group)
         if group is None:
-            return turn(books[0].decode(codes.flatten()).view_as(X), 1)
+            columns_first = books[0].decode(codes.T.flatten()).view(codes.T.shape)
+            return turn(columns_first, 0).T
         columns = [b.decode(c) for b, c in zip(books, codes.T, strict=True)]  # group = 1
         return turn(torch.cat(columns, dim=1), 1)
 
