@@ -152,26 +152,9 @@ def build_recipe(
         greedy_passes=passes - method.swept_passes,
     )
     if qfn == "a":
-        _refuse_grid_a(incoh_processing, range_, rho)
-        if groupsize is not None and groupsize < 1:
-            raise UsageError(f"--groupsize {groupsize}: a group has at least one column")
-        if groupsize and faithful:
-            raise UsageError(
-                "--faithful clips to one range before the sweep: leave out --groupsize"
-            )
+        _refuse_grid_a(incoh_processing, range_, rho, groupsize, faithful)
         return replace(recipe, group=groupsize, clamp_target=faithful)
-    if not rotate:
-        raise UsageError(
-            "--qfn b needs --pre_proj: one range for the whole matrix serves only weights that "
-            "a rotation has made alike; add --pre_proj (or --incoh_processing), or use --qfn a"
-        )
-    if groupsize is not None:
-        raise UsageError(
-            f"--groupsize {groupsize} with --qfn b: groups of a row share a range in grid a; "
-            "say --range N for the incoherent grid"
-        )
-    if faithful and (range_ or rho):
-        raise UsageError("--faithful fixes --range tensor and --rho 2.4: leave them out")
+    _refuse_grid_b(rotate, range_, rho, groupsize, faithful)
     # A range of the least squared error shrinks weights on the whole. Feedback makes up for that;
     # without it perplexity suffers.
     fixed = faithful or method.feedback is none
@@ -212,7 +195,9 @@ def _passes(quant: str, npasses: int | None, unbiased: bool) -> int:
     return passes
 
 
-def _refuse_grid_a(incoh: bool, range_: str | None, rho: float | None) -> None:
+def _refuse_grid_a(
+    incoh: bool, range_: str | None, rho: float | None, groupsize: int | None, faithful: bool
+) -> None:
     if incoh:
         raise UsageError("--incoh_processing means --qfn b: leave out --qfn a")
     for flag, given in (("--range", range_), ("--rho", rho)):
@@ -220,6 +205,27 @@ def _refuse_grid_a(incoh: bool, range_: str | None, rho: float | None) -> None:
             raise UsageError(
                 f"{flag} speaks of the incoherent grid (--qfn b): add --incoh_processing"
             )
+    if groupsize is not None and groupsize < 1:
+        raise UsageError(f"--groupsize {groupsize}: a group has at least one column")
+    if groupsize and faithful:
+        raise UsageError("--faithful clips to one range before the sweep: leave out --groupsize")
+
+
+def _refuse_grid_b(
+    rotate: bool, range_: str | None, rho: float | None, groupsize: int | None, faithful: bool
+) -> None:
+    if not rotate:
+        raise UsageError(
+            "--qfn b needs --pre_proj: one range for the whole matrix serves only weights that "
+            "a rotation has made alike; add --pre_proj (or --incoh_processing), or use --qfn a"
+        )
+    if groupsize is not None:
+        raise UsageError(
+            f"--groupsize {groupsize} with --qfn b: groups of a row share a range in grid a; "
+            "say --range N for the incoherent grid"
+        )
+    if faithful and (range_ or rho):
+        raise UsageError("--faithful fixes --range tensor and --rho 2.4: leave them out")
 
 
 def _group(range_: str) -> int | None:

@@ -147,7 +147,7 @@ def plot_losses(records: Sequence[MatrixRecord], path: Path) -> None:
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=150, format="png")
 
 

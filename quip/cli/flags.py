@@ -125,7 +125,7 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="X",
         help="grid b reaches X times the RMS of the weights (default: of ten values around the "
-        "Gaussian optimum, the one with the smallest squared error at each fit)",
+        "Gaussian optimum, the one with the smallest squared error at each fit; 2.4 for nearest)",
     )
     add(
         "--faithful",
