@@ -2,23 +2,19 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-slow clean
+.PHONY: demo test clean
 
 # Quantize the model inside the package to 2 bits and show what it cost.
 demo: $(READY)
 	$(BIN)/python -m quip.run demo pydoc --wbits 2 --quant ldlq --incoh_processing --compare
 
-# Style, types, the direction of imports, and every test that takes seconds.
+# Style, types, the direction of imports, and all tests.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -m "not slow" -n auto --dist loadfile
-
-# The tests that take minutes.
-test-slow: $(READY)
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -n auto --dist loadfile
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv

@@ -17,7 +17,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quip.linalg import block_jacobi, block_ldl, cholesky, unit_upper_inverse
+from quip.linalg import (
+    block_jacobi,
+    block_ldl,
+    cholesky,
+    strictly_block_upper,
+    unit_upper_inverse,
+)
 
 Feedback = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
@@ -44,9 +50,8 @@ def coordinate(
     One sweep with it is the first pass of stand-alone greedy updates (QuIP, Algorithm 4 with
     the guess W itself).
     """
-    F = block_jacobi(H.double(), dim)
-    block = torch.arange(len(H), device=H.device) // dim
-    return _running(F * (block[:, None] < block[None, :])), H.diagonal().double()
+    F = strictly_block_upper(block_jacobi(H.double(), dim), dim)
+    return _running(F), H.diagonal().double()
 
 
 def admm(

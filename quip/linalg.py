@@ -33,7 +33,7 @@ def block_ldl(
     C = cholesky(H.flip(0, 1)).flip(0, 1)  # H = C C^T, C upper
     corners = _diagonal_blocks(C, dim)
     U = _scale_block_columns(C, torch.linalg.inv(corners))
-    return U.triu(1) if dim == 1 else _strictly_block_upper(U, dim), corners @ corners.mT
+    return strictly_block_upper(U, dim), corners @ corners.mT
 
 
 def unit_upper_inverse(U: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -51,6 +51,12 @@ def block_jacobi(H: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
         D = H.diagonal()
         return H * torch.where(D == 0, 0, 1 / D)
     return _scale_block_columns(H, torch.linalg.pinv(_diagonal_blocks(H, dim), hermitian=True))
+
+
+def strictly_block_upper(A: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
+    """A above its diagonal blocks of `dim`, and 0 elsewhere."""
+    block = torch.arange(len(A), device=A.device) // dim
+    return A * (block[:, None] < block[None, :])
 
 
 def proxy_loss(
@@ -73,8 +79,3 @@ def _scale_block_columns(A: Tensor, blocks: Tensor) -> Tensor:
         return A * blocks.flatten()
     columns = A.reshape(len(A), len(blocks), 1, -1)  # [n, n/dim, 1, dim]
     return (columns @ blocks).reshape(A.shape)
-
-
-def _strictly_block_upper(A: Tensor, dim: int) -> Tensor:
-    block = torch.arange(len(A), device=A.device) // dim
-    return A * (block[:, None] < block[None, :])

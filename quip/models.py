@@ -76,18 +76,14 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     _check_causal(name, config)
     max_length = _max_length(config)
     if seqlen is not None:
-        _check_seqlen(name, max_length, seqlen)
+        check_seqlen(name, max_length, seqlen)
     tokenizer = _tokenizer(name, source)
     model = _weights(name, source, config, DTYPES[dtype])
     return LoadedModel(model=model, tokenizer=tokenizer, name=name, max_length=max_length)
 
 
-def check_seqlen(loaded: LoadedModel, seqlen: int) -> None:
+def check_seqlen(name: str, max_length: int, seqlen: int) -> None:
     """Raise UsageError unless windows of seqlen tokens fit the model and hold a prediction."""
-    _check_seqlen(loaded.name, loaded.max_length, seqlen)
-
-
-def _check_seqlen(name: str, max_length: int, seqlen: int) -> None:
     if seqlen < 2:
         raise UsageError(f"seqlen {seqlen}: a window needs at least 2 tokens to predict one")
     if seqlen > max_length:

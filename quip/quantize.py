@@ -156,7 +156,7 @@ def _prepare(
     name: str,
     shared: tuple[float, Factored] | None,
 ) -> tuple[float, Chain, Tensor, Factored]:
-    """Damp, transform and factorise, with ten times the damping after each failure."""
+    """Damp, transform and factorise; after a failure ten times the damping, and at least 0.001."""
     if shared is not None:
         return shared[0], Chain(), W, shared[1]
     damp, mean = recipe.damp, float(H.diagonal().mean()) or 1.0

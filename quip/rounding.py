@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quip.codebooks.base import Codebook
 from quip.kernels.panel import panel_for
-from quip.linalg import block_jacobi
+from quip.linalg import block_jacobi, strictly_block_upper
 
 Visit = Callable[[int, int], None]
 PANEL = 128  # columns that are rounded in one call
@@ -88,8 +88,7 @@ def greedy(
     n, d = W.shape[1], books[0].dim
     W_T, h = _transposed(W), H.diagonal().to(W)
     J = block_jacobi(H.double(), d).to(W)
-    position = torch.arange(n, device=H.device) // d
-    after = J * (position[:, None] > position[None, :])
+    after = strictly_block_upper(J.T, d).T
     E = torch.empty_like(W_T)
     codes_T = codes.T.clone(memory_format=torch.contiguous_format)
     for k, lo in enumerate(range(0, n, d)):

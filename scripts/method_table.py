@@ -47,7 +47,7 @@ def main() -> None:
         if (quant, wbits, name) in done:
             continue
         report = run_experiment(experiment(args, quant, wbits, processing.get(name)))
-        record |= {key: report[key] for key in ("model", "dataset", "device", "dtype", "versions")}
+        record |= {key: report[key] for key in ("device", "dtype", "versions")}
         record |= {"model": args.name or args.model, "dataset": Path(args.dataset).name}
         record["commit"] = commit()
         record["evaluation"] = [shorten(stamp) for stamp in report["evaluation"].values()]

@@ -102,10 +102,10 @@ def test_unknown_dtypes_are_refused(saved):
 
 def test_seqlen_is_checked_against_the_positions_of_the_model(saved):
     loaded = load_model(str(saved), seqlen=32)
-    check_seqlen(loaded, 2)
+    check_seqlen(loaded.name, loaded.max_length, 2)
     for seqlen in (33, 1):
         with pytest.raises(UsageError, match=f"seqlen {seqlen}"):
-            check_seqlen(loaded, seqlen)
+            check_seqlen(loaded.name, loaded.max_length, seqlen)
     assert "seqlen 33 is above the 32 positions" in refusal(saved, seqlen=33)
 
 
