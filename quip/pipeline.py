@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from quip.hessian import Hessian
 from quip.linalg import proxy_loss
+from quip.linear import QuantizedLinear
 from quip.quantize import QuantizedMatrix, quantize_matrices
 from quip.recipe import Recipe
 from quip.walk import Block, coverage, walk
@@ -124,9 +125,8 @@ def _quantize_block(
         weights = {name: linears[name].weight.detach() for name in names}
         start = time.perf_counter()
         for name, quantized in quantize_matrices(weights, H, recipe, seed=seed):
-            W_hat = quantized.dequantize()
-            block.replace(name, _with_weight(linears[name], W_hat))
-            record = _record(name, block.index, weights[name], W_hat, H, quantized, start)
+            block.replace(name, QuantizedLinear.from_matrix(quantized, linears[name].bias))
+            record = _record(name, block.index, weights[name], H, quantized, start)
             start = time.perf_counter()
             yield record
 
@@ -139,24 +139,15 @@ def _sharing(hessians: Mapping[str, Hessian]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _with_weight(linear: nn.Linear, weight: Float[Tensor, "m n"]) -> nn.Linear:
-    m, n = weight.shape
-    dense = nn.Linear(n, m, bias=False, device="meta")
-    dense.weight = nn.Parameter(weight.to(linear.weight), requires_grad=False)
-    dense.bias = linear.bias
-    return dense
-
-
 def _record(
     name: str,
     block: int,
     W: Float[Tensor, "m n"],
-    W_hat: Float[Tensor, "m n"],
     H: Float[Tensor, "n n"],
     quantized: QuantizedMatrix,
     start: float,
 ) -> MatrixRecord:
-    loss = proxy_loss(W, W_hat, H)
+    loss = proxy_loss(W, quantized.dequantize(), H)
     return MatrixRecord(
         name=name,
         block=block,

@@ -1,14 +1,15 @@
 """One matrix through the house: condition, transform, order, feedback, sweep, polish."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook
+from quip.bits import pack
+from quip.codebooks.base import Decoder, Groups
 from quip.errors import NonFinite, NotPositiveDefinite
 from quip.recipe import Recipe
 from quip.rounding import greedy, sweep
@@ -19,29 +20,27 @@ ESCALATIONS = 3  # times that damping is multiplied by 10 before giving up
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedMatrix:
-    """A quantized weight matrix in the basis of its transform, columns in natural order.
-
-    `books[group_of[k]]` decodes the k-th column block of codes.
-    """
+    """A quantized weight matrix in the basis of its transform, columns in natural order."""
 
     codes: Integer[Tensor, "m k"]
-    books: Sequence[Codebook]
-    group_of: Int[Tensor, "k"]
+    decoder: Decoder
     transform: Chain
     damp: float  # as used, after escalation
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """W_hat in the original basis, float32."""
-        blocks = zip(self.group_of.tolist(), self.codes.T, strict=True)
-        W_hat = torch.cat([self.books[g].decode(codes) for g, codes in blocks], dim=1)
-        return self.transform.undo(W_hat.double()).float()
+        return self.transform.undo(self.decoder.decode(self.codes).double()).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must be stored for the matrix; the codes as packed words."""
+        codes = {"codes": pack(self.codes, self.decoder.index_bits)}
+        return codes | self.decoder.tensors() | self.transform.tensors()
 
     @property
     def bits_per_weight(self) -> float:
-        """All that must be stored for the matrix, over its number of weights."""
-        stored = self.codes.numel() * self.books[0].index_bits
-        stored += sum(book.stored_bits for book in self.books) + self.transform.stored_bits
-        return stored / (self.codes.numel() * self.books[0].dim)
+        """The bits of all `tensors`, over the number of weights."""
+        stored = 8 * sum(tensor.nbytes for tensor in self.tensors().values())
+        return stored / (self.codes.numel() * self.decoder.dim)
 
 
 @dataclass(frozen=True)
@@ -118,12 +117,14 @@ def _quantize(
     codes, books = sweep(W_t, f.K, f.h, book, group=recipe.group)
     if recipe.greedy_passes:
         codes = greedy(W_t, f.H, codes, books, group=recipe.group, passes=recipe.greedy_passes)
-    d, group = book.dim, recipe.group or W.shape[1]
-    natural = torch.argsort(f.order[::d])
+    d = book.dim
+    place = torch.argsort(f.order[::d]).cpu()  # of each column of codes in the sweep
+    groups = Groups(len(place), recipe.group and recipe.group // d)
+    if recipe.group:
+        books = [books[int(p) * d // recipe.group] for p in place[:: groups.size]]
     quantized = QuantizedMatrix(
-        codes=codes[:, natural],
-        books=books,
-        group_of=natural * d // group,
+        codes=codes[:, place.to(codes.device)],
+        decoder=book.joined(books, groups),
         transform=T,
         damp=damp,
     )

@@ -24,8 +24,13 @@ def natural(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor,
 
 
 def backwards(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:
-    """Last column to first, in blocks of `dim`: QuIP's LDLQ as published."""
-    return natural(H, dim, group).reshape(-1, dim).flip(0).reshape(-1)
+    """Last column to first, in blocks of `dim`: QuIP's LDLQ as published.
+
+    Groups are counted from the first column; a short last group stays last.
+    """
+    columns = natural(H, dim, group).reshape(-1, dim)
+    whole = len(columns) - len(columns) % ((group or dim) // dim)
+    return torch.cat([columns[:whole].flip(0), columns[whole:].flip(0)]).reshape(-1)
 
 
 def largest_first(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:

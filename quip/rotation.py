@@ -5,12 +5,16 @@ matrices from both sides, between two permutations (QuIP, section 4.2 and Lemma 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from quip.bits import pack, unpack, words
+from quip.errors import QuipError
 
 STORED = torch.bfloat16  # what a file keeps; drawn values are rounded to it
 
@@ -40,36 +44,77 @@ class Rotation:
             torch.randperm(n, generator=rng) if shuffle else None,
         )
 
-    def to(self, device: torch.device | str) -> "Rotation":
-        indices = (None if i is None else i.to(device) for i in (self.mix, self.shuffle))
-        return Rotation(self.left.to(device), self.right.to(device), *indices)
+    @staticmethod
+    def sizes(n: int, *, blocked: bool, mix: bool, shuffle: bool) -> tuple[int, int, int]:
+        """The lengths of the three tensors of `stored`, for a rotation of n numbers."""
+        p, q = balanced_factors(n)
+        left, right = (q, p) if blocked else (1, 1)
+        factors = left * p * (p - 1) // 2 + right * q * (q - 1) // 2
+        permutations = (mix + shuffle) * words(n, _index_bits(n))
+        return factors, words(left * p, 1) + words(right * q, 1), permutations
 
-    @property
-    def stored_bits(self) -> int:
-        index_bits = sum(
-            i.numel() * (16 if i.numel() <= 2**15 else 32)
-            for i in (self.mix, self.shuffle)
-            if i is not None
-        )
-        return self.left.stored_bits + self.right.stored_bits + index_bits
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What a file holds: factors [bfloat16], signs and permutations [int32 words], all flat.
+
+        First the left factors, then the right ones; first `mix`, then `shuffle`.
+        """
+        factors = torch.cat([haar.below_diagonal for haar in (self.left, self.right)])
+        signs = [pack((haar.signs.flatten() < 0).int(), 1) for haar in (self.left, self.right)]
+        indices = [i for i in (self.mix, self.shuffle) if i is not None]
+        empty = torch.empty(0, dtype=torch.int32)
+        packed = [pack(i.cpu(), _index_bits(len(i))) for i in indices]
+        return factors, torch.cat(signs), torch.cat([empty, *packed])
+
+    @classmethod
+    def restored(
+        cls, n: int, stored: Sequence[Tensor], *, blocked: bool, mix: bool, shuffle: bool
+    ) -> "Rotation":
+        """The rotation whose `stored` this is. Raises QuipError if its permutations are none."""
+        factors, signs, permutations = (t.cpu() for t in stored)
+        p, q = balanced_factors(n)
+        counts = (q, p) if blocked else (1, 1)
+        haars = []
+        for count, size in zip(counts, (p, q), strict=True):
+            values, factors = _cut(factors, count * size * (size - 1) // 2)
+            negative, signs = _cut(signs, words(count * size, 1))
+            haars.append(Haar.restored(values, unpack(negative, 1, count * size), size))
+        indices = []
+        for wanted in (mix, shuffle):
+            packed, permutations = _cut(permutations, wanted * words(n, _index_bits(n)))
+            indices.append(_permutation(packed, n) if wanted else None)
+        return cls(haars[0], haars[1], indices[0], indices[1])
 
     def rotate(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """R x on the last axis."""
-        L, R = self.left.matrices.to(x), self.right.matrices.to(x)
-        if self.mix is not None:
-            x = x[..., self.mix]
+        L, R = self.left.like(x), self.right.like(x)
+        mix, _, shuffle, _ = self._indices(x.device)
+        if mix is not None:
+            x = x[..., mix]
         y = _columns(L, x.reshape(-1, L.shape[-1], R.shape[-1]))
         y = _columns(R, y.mT).mT.reshape(x.shape)
-        return y if self.shuffle is None else y[..., self.shuffle]
+        return y if shuffle is None else y[..., shuffle]
 
     def invert(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """R^T y on the last axis."""
-        L, R = self.left.matrices.to(y).mT, self.right.matrices.to(y).mT
-        if self.shuffle is not None:
-            y = y[..., torch.argsort(self.shuffle)]
+        L, R = self.left.like(y).mT, self.right.like(y).mT
+        _, unmix, _, unshuffle = self._indices(y.device)
+        if unshuffle is not None:
+            y = y[..., unshuffle]
         x = _columns(R, y.reshape(-1, L.shape[-1], R.shape[-1]).mT).mT
         x = _columns(L, x).reshape(y.shape)
-        return x if self.mix is None else x[..., torch.argsort(self.mix)]
+        return x if unmix is None else x[..., unmix]
+
+    def _indices(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """mix, its inverse, shuffle and its inverse, on the device."""
+        if device not in self._moved:
+            given = (self.mix, self.shuffle)
+            both = [x for i in given for x in (i, None if i is None else torch.argsort(i))]
+            self._moved[device] = tuple(None if i is None else i.int().to(device) for i in both)
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, tuple[Tensor | None, ...]]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -91,13 +136,31 @@ class Haar:
         signs = torch.where(factored.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).double()
         return cls(factored.tril(-1).to(STORED).double(), signs)
 
-    def to(self, device: torch.device | str) -> "Haar":
-        return Haar(self.vectors.to(device), self.signs.to(device))
-
     @property
-    def stored_bits(self) -> int:
-        count, p, _ = self.vectors.shape
-        return count * (p * (p - 1) // 2 * STORED.itemsize * 8 + p)
+    def below_diagonal(self) -> Float[Tensor, "numbers"]:
+        """All that is not known of the vectors, as it is stored."""
+        p = self.vectors.shape[-1]
+        rows, columns = torch.tril_indices(p, p, -1)
+        return self.vectors[:, rows, columns].flatten().to(STORED)
+
+    @classmethod
+    def restored(cls, below_diagonal: Tensor, negative: Tensor, p: int) -> "Haar":
+        """Of `below_diagonal`, and 1 for each sign that is -1, 0 for the others."""
+        vectors = torch.zeros(len(negative) // p, p, p, dtype=torch.float64)
+        rows, columns = torch.tril_indices(p, p, -1)
+        vectors[:, rows, columns] = below_diagonal.double().view(len(vectors), -1)
+        return cls(vectors, 1 - 2 * negative.double().view(len(vectors), p))
+
+    def like(self, x: Tensor) -> Float[Tensor, "count p p"]:
+        """`matrices` in the dtype and on the device of x."""
+        key = x.dtype, x.device
+        if key not in self._cast:
+            self._cast[key] = self.matrices.to(x)
+        return self._cast[key]
+
+    @cached_property
+    def _cast(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+        return {}
 
     @cached_property
     def matrices(self) -> Float[Tensor, "count p p"]:
@@ -118,3 +181,18 @@ def _columns(A: Tensor, x: Tensor) -> Tensor:
     if len(A) == 1:
         return (x.mT @ A[0].T).mT
     return torch.einsum("jik,bkj->bij", A, x)
+
+
+def _index_bits(n: int) -> int:
+    return max(1, (n - 1).bit_length())
+
+
+def _cut(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    return x[:length], x[length:]
+
+
+def _permutation(packed: Tensor, n: int) -> Tensor:
+    indices = unpack(packed, _index_bits(n), n).long()
+    if not torch.equal(indices.sort().values, torch.arange(n)):
+        raise QuipError(f"what should be a permutation of {n} numbers is none: the file is damaged")
+    return indices

@@ -5,26 +5,23 @@ A^-1 W~ (B x) = W x. `Rescale` is a diagonal B; `Kronecker` has orthogonal A and
 p x q blocks of small random rotations around a permutation: O(m n (p + q)), never n x n.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quip.errors import QuipError
 from quip.rotation import STORED, Rotation
+from quip.stored import Options, Stored
 
 
 @runtime_checkable
-class Transform(Protocol):
+class Transform(Stored, Protocol):
     """A frozen change of basis; its laws are in tests/laws.py."""
-
-    @property
-    def stored_bits(self) -> int:
-        """Bits that the transform takes in a file."""
-        ...
 
     def apply(
         self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
@@ -50,10 +47,6 @@ class Chain:
 
     links: Sequence[Transform] = ()
 
-    @property
-    def stored_bits(self) -> int:
-        return sum(link.stored_bits for link in self.links)
-
     @classmethod
     def draw(
         cls, draws: Sequence[Draw], W: Tensor, H: Tensor, rng: torch.Generator
@@ -71,6 +64,10 @@ class Chain:
         for link in self.links:
             W, H = link.apply(W, H)
         return W, H
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all links."""
+        return {name: x for link in self.links for name, x in link.tensors().items()}
 
     def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         for link in reversed(self.links):
@@ -104,9 +101,22 @@ class Rescale:
         r = (_filled(H.diagonal()) / _filled(W.square().sum(0))).pow(0.25)
         return cls((r / r.mean()).clamp_min(1e-8).to(STORED).to(W.dtype))
 
-    @property
-    def stored_bits(self) -> int:
-        return self.r.numel() * STORED.itemsize * 8
+    def options(self) -> Options:
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"rescale": self.r.to(STORED)}
+
+    @classmethod
+    def layout(cls, m: int, n: int) -> dict[str, Tensor]:
+        return {"rescale": torch.empty(n, dtype=STORED, device="meta")}
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], m: int, n: int) -> "Rescale":
+        r = tensors["rescale"].float()
+        if not bool(((r > 0) & r.isfinite()).all()):
+            raise QuipError("a factor of its rescaling is not positive: the file is damaged")
+        return cls(r)
 
     def apply(
         self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
@@ -147,11 +157,37 @@ class Kronecker:
         """
         R_in = Rotation.draw(W.shape[1], rng, blocked=blocked, mix=permute, shuffle=permute)
         R_out = Rotation.draw(W.shape[0], rng, blocked=blocked, mix=permute, shuffle=False)
-        return cls(R_out.to(W.device), R_in.to(W.device))
+        return cls(R_out, R_in)
 
-    @property
-    def stored_bits(self) -> int:
-        return self.R_out.stored_bits + self.R_in.stored_bits
+    def options(self) -> Options:
+        haars = [h for R in (self.R_in, self.R_out) for h in (R.left, R.right)]
+        blocked = any(len(haar.signs) > 1 for haar in haars)
+        return {"blocked": blocked, "permute": self.R_in.mix is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        pairs = zip(self.R_in.stored(), self.R_out.stored(), strict=True)
+        parts = [torch.cat(pair) for pair in pairs]
+        return {name: x for name, x in zip(ROTATIONS, parts, strict=True) if x.numel()}
+
+    @classmethod
+    def layout(cls, m: int, n: int, *, blocked: bool, permute: bool) -> dict[str, Tensor]:
+        pairs = zip(*_sizes(m, n, blocked, permute), strict=True)
+        return {
+            name: torch.empty(sum(pair), dtype=dtype, device="meta")
+            for (name, dtype), pair in zip(ROTATIONS.items(), pairs, strict=True)
+            if sum(pair)
+        }
+
+    @classmethod
+    def restore(
+        cls, tensors: Mapping[str, Tensor], m: int, n: int, *, blocked: bool, permute: bool
+    ) -> "Kronecker":
+        sizes_in, _ = _sizes(m, n, blocked, permute)
+        parts = [tensors.get(name, torch.empty(0)) for name in ROTATIONS]
+        halves = [(x[:size], x[size:]) for x, size in zip(parts, sizes_in, strict=True)]
+        of_in, of_out = zip(*halves, strict=True)
+        R_in = Rotation.restored(n, of_in, blocked=blocked, mix=permute, shuffle=permute)
+        return cls(Rotation.restored(m, of_out, blocked=blocked, mix=permute, shuffle=False), R_in)
 
     def apply(
         self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
@@ -169,6 +205,17 @@ class Kronecker:
         return self.R_out.invert(y)
 
 
+ROTATIONS = {"factors": STORED, "signs": torch.int32, "permutations": torch.int32}
+
+
+def _sizes(m: int, n: int, blocked: bool, permute: bool) -> tuple[tuple[int, int, int], ...]:
+    """The lengths of what R_in and R_out each add to the tensors of ROTATIONS."""
+    return (
+        Rotation.sizes(n, blocked=blocked, mix=permute, shuffle=permute),
+        Rotation.sizes(m, blocked=blocked, mix=permute, shuffle=False),
+    )
+
+
 def _filled(sizes: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """Zeros replaced by the mean of all, or by 1 if there is nothing else."""
     return torch.where(sizes > 0, sizes, sizes.mean() if bool(sizes.any()) else 1.0)
@@ -176,3 +223,6 @@ def _filled(sizes: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
 
 draw_blocked = partial(Kronecker.draw, blocked=True)
 draw_blocked_unpermuted = partial(Kronecker.draw, blocked=True, permute=False)
+
+# By the name that a file gives them.
+TRANSFORMS: dict[str, Any] = {"rescale": Rescale, "kronecker": Kronecker}

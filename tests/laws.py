@@ -3,17 +3,21 @@
 A new one is one more line in TRANSFORMS, CODEBOOKS or GRIDS below.
 """
 
+import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, around
+from quip.bits import words
+from quip.codebooks import DECODERS, Codebook, Groups, MinMaxGrid, RmsGrid, around
 from quip.linalg import proxy_loss
 from quip.quantize import QuantizedMatrix, quantize_matrix, rng_for
 from quip.recipe import build_recipe
+from quip.stored import Stored
 from quip.transforms import (
     Chain,
     Draw,
@@ -42,8 +46,6 @@ class Points:
     def index_bits(self) -> int:
         return len(self.points).bit_length() - 1
 
-    stored_bits = 64
-
     @classmethod
     def random(cls, dim: int, index_bits: int) -> "Points":
         rng = torch.Generator().manual_seed(dim)
@@ -64,6 +66,43 @@ class Points:
 
     def decode(self, codes: Tensor) -> Tensor:
         return self.scale * self.points[codes]
+
+    def joined(self, books: Sequence["Points"], groups: Groups) -> "JoinedPoints":
+        return JoinedPoints(tuple(books), groups)
+
+
+@dataclass(frozen=True)
+class JoinedPoints:
+    """The points of each group of a matrix; only their scales are counted as stored."""
+
+    books: tuple[Points, ...]
+    groups: Groups
+
+    @property
+    def dim(self) -> int:
+        return self.books[0].dim
+
+    @property
+    def index_bits(self) -> int:
+        return self.books[0].index_bits
+
+    def decode(self, codes: Tensor) -> Tensor:
+        columns = zip(self.groups.index().tolist(), codes.T, strict=True)
+        return torch.cat([self.books[g].decode(c) for g, c in columns], dim=1)
+
+    def options(self) -> dict[str, object]:
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"scale": torch.tensor([book.scale for book in self.books])}
+
+    @classmethod
+    def layout(cls, m: int, n: int, **options: object) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    @classmethod
+    def restore(cls, tensors: object, m: int, n: int, **options: object) -> "JoinedPoints":
+        raise NotImplementedError
 
 
 TRANSFORMS: dict[str, Sequence[Draw]] = {
@@ -115,7 +154,29 @@ def check_transform(draws: Sequence[Draw], W: Tensor, H: Tensor) -> None:
     assert_near(T.output(T.input(x) @ W_t.T), x @ W.T)
     assert_near(T.output(W_t @ T.input(x[0, 0])), W @ x[0, 0])
     assert T.input(x.float()).dtype == T.output((x @ W.T).float()).dtype == torch.float32
-    assert all(link.stored_bits > 0 for link in T.links)
+    for link in T.links:
+        again = check_stored(link, *W.shape)
+        assert torch.equal(again.undo(W), link.undo(W))
+        assert torch.equal(again.input(x), link.input(x))
+        assert torch.equal(again.output(x @ W.T), link.output(x @ W.T))
+
+
+def check_stored(part: Stored, m: int, n: int) -> Any:
+    """Options fit for JSON; tensors as laid out, that come to more than nothing; and the way back."""
+    tensors, options = part.tensors(), json.loads(json.dumps(part.options()))
+    layout = type(part).layout(m, n, **options)
+    codes = layout.pop("codes", None)
+    assert (codes is not None) == (type(part) in DECODERS.values())
+    assert options == part.options()
+    assert {k: (x.shape, x.dtype) for k, x in tensors.items()} == {
+        k: (x.shape, x.dtype) for k, x in layout.items()
+    }
+    assert sum(x.nbytes for x in tensors.values()) > 0
+    assert all(x.is_meta for x in layout.values())
+    again = type(part).restore(tensors, m, n, **options)
+    assert again.options() == options
+    assert all(torch.equal(x, tensors[name]) for name, x in again.tensors().items())
+    return again
 
 
 def check_codebook(book: Codebook, X: Tensor, h: Tensor) -> None:
@@ -125,7 +186,6 @@ def check_codebook(book: Codebook, X: Tensor, h: Tensor) -> None:
     points = every_point(book, m)  # [2^index_bits, m, d]
     assert_near(every_point(book.fit(2 * X, h).fit(X, h), m), points)
     assert book.seeded(torch.Generator()) is book
-    assert book.stored_bits > 0
     for c, point in enumerate(points):
         codes = book.round(point, h[:d])
         assert codes.shape == (m,)
@@ -158,6 +218,9 @@ def check_recipe(flags: dict[str, object], W: Tensor, H: Tensor) -> QuantizedMat
     assert int(q.codes.max()) < 2 ** flags["wbits"]
     assert bool(torch.isfinite(W_hat).all())
     assert round(q.bits_per_weight * W.numel(), 6) == owed_bits(flags, *W.shape)
+    decoder = check_stored(q.decoder, *W.shape)
+    assert type(decoder) in DECODERS.values()
+    assert torch.equal(decoder.decode(q.codes), q.decoder.decode(q.codes))
     for saved in (q, pickle.loads(pickle.dumps(q)), replace(q, codes=q.codes.int())):
         assert torch.equal(saved.dequantize(), W_hat)
     return q
@@ -184,9 +247,9 @@ def check_loss_falls(flags: dict[str, object], W: Tensor, H: Tensor) -> None:
 
 
 def owed_bits(flags: dict[str, object], m: int, n: int) -> int:
-    """All bits that a file needs, counted from the flags; numbers take 16 bits, a sign one."""
+    """All bits that a file needs, counted from the flags; numbers take 16 bits."""
     bits, incoherent = flags["wbits"], flags.get("incoh_processing", False)
-    total = m * n * bits
+    total = 32 * m * words(n, bits)
     if incoherent:
         named = {"tensor": n, "column": 1}
         range_ = "tensor" if flags.get("faithful") else flags.get("range_", "column")
@@ -195,20 +258,27 @@ def owed_bits(flags: dict[str, object], m: int, n: int) -> int:
         total += 16 * n  # the rescaling
     else:
         groups = -(-n // flags.get("groupsize", n))
-        total += m * groups * (16 + bits)  # a step and a zero for each row of each group
+        total += m * groups * 16 + 32 * words(m * groups, bits)  # steps and zeros of each row
     if incoherent or flags.get("pre_proj"):
         extra = flags.get("pre_proj_extra", 1)
         total += rotation_bits(m, blocked=extra != 1) + rotation_bits(n, blocked=extra != 1)
-        total += 0 if extra == 2 else 16 * (m + 2 * n)  # permutations
+        total += 0 if extra == 2 else permutation_bits(m) + 2 * permutation_bits(n)
     return total
 
 
 def rotation_bits(n: int, *, blocked: bool) -> int:
-    """p(p-1)/2 numbers and p signs for each p x p factor."""
+    """p(p-1)/2 numbers for each p x p factor; and p signs, which end with a whole word."""
     p = max(p for p in range(1, n + 1) if n % p == 0 and p * p <= n)
     q = n // p
-    of_p, of_q = (k * (k - 1) // 2 * 16 + k for k in (p, q))
-    return q * of_p + p * of_q if blocked else of_p + of_q
+    numbers = [k * (k - 1) // 2 * 16 for k in (p, q)]
+    counts = (q, p) if blocked else (1, 1)
+    signs = sum(-(-count * k // 32) * 32 for count, k in zip(counts, (p, q), strict=True))
+    return counts[0] * numbers[0] + counts[1] * numbers[1] + signs
+
+
+def permutation_bits(n: int) -> int:
+    """As many bits for each number as the largest needs."""
+    return 32 * words(n, max(1, (n - 1).bit_length()))
 
 
 def assert_near(ours: Tensor, expected: Tensor, noise: float = NOISE) -> None:

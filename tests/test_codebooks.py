@@ -132,15 +132,6 @@ def test_steps_are_used_as_they_are_stored(kind, bits):
     torch.testing.assert_close(stored.step, exact.step, rtol=STEP, atol=0)
 
 
-@GRIDS
-def test_stored_bits_count_steps_and_the_zeros_that_are_not_implied(kind):
-    fitted = grid(kind, 3).fit(weights(6, 30), ones(30))
-    assert fitted.stored_bits == (6 * (16 + 3) if kind == "row" else 16)
-    assert grid(kind, 3, **DOUBLE).fit(weights(6, 30), ones(30)).stored_bits == (
-        6 * (64 + 3) if kind == "row" else 64
-    )
-
-
 @BITS
 def test_a_row_grid_holds_an_exact_zero(bits):
     book = MinMaxGrid(bits=bits).fit(weights(6, 30, shift=1.0), ones(30))

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from quip import feedback, recipe, transforms
-from quip.codebooks import MinMaxGrid, RmsGrid
+from quip.bits import words
+from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
 from quip.errors import NonFinite, NotPositiveDefinite
 from quip.linalg import proxy_loss
 from quip.quantize import QuantizedMatrix, condition, quantize_matrices, quantize_matrix, rng_for
 from quip.recipe import METHODS, Recipe, build_recipe
+from quip.rounding import greedy, sweep
 from tests import reference as ref
 from tests.laws import GRIDS, Points, assert_near
 
@@ -143,7 +145,7 @@ def test_groups_of_any_order_are_refitted_on_running_weights(problem, quant, fla
     G = ref.damp(H, 0.01)
     p = built.order(G, 1, built.group)
     expected = ref.optq(W[:, p], G[p][:, p], lambda X: ref.minmax_rounding(X, 2), group=built.group)
-    assert len(q.books) == -(-100 // built.group)
+    assert q.decoder.step.shape[1] == -(-100 // built.group)
     assert_near(q.dequantize().double(), expected[:, p.argsort()], SINGLE)
 
 
@@ -185,10 +187,14 @@ def test_incoherence_processing_saves_weights_with_outliers(problem):
 # Vector codebooks, orders and the way back
 
 
+def fitted(built: Recipe, W: Tensor, h: Tensor) -> Codebook:
+    return built.codebook if built.group else built.codebook.fit(W, h)
+
+
 @pytest.mark.parametrize(
     "order", [recipe.natural, recipe.backwards, recipe.largest_first], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize("group", [None, 8, 24])
+@pytest.mark.parametrize("group", [None, 8, 24, 32])
 @pytest.mark.parametrize("passes", [0, 2])
 def test_codes_are_kept_in_natural_order_whatever_the_order_of_rounding(
     problem, order, group, passes
@@ -200,10 +206,16 @@ def test_codes_are_kept_in_natural_order_whatever_the_order_of_rounding(
     W_hat = q.dequantize().double()
     p = order(ref.damp(H, 0.01), 8, group)
     starts = p[::8].tolist()
+    K, h = built.feedback(ref.damp(H, 0.01)[p][:, p], 8)
+    codes, books = sweep(W[:, p], K, h, fitted(built, W[:, p], h), group=group)
+    if passes:
+        H_p = ref.damp(H, 0.01)[p][:, p]
+        codes = greedy(W[:, p], H_p, codes, books, group=group, passes=passes)
     for position, lo in enumerate(starts):
-        book = q.books[position * 8 // group if group else 0]
-        assert_near(W_hat[:, lo : lo + 8], book.decode(q.codes[:, lo // 8]).double(), SINGLE)
-    assert q.bits_per_weight * 9 * 72 == 9 * 9 * 6 + len(q.books) * 64
+        book = books[position * 8 // group if group else 0]
+        assert torch.equal(q.codes[:, lo // 8], codes[:, position])
+        assert_near(W_hat[:, lo : lo + 8], book.decode(codes[:, position]), SINGLE)
+    assert round(q.bits_per_weight * 9 * 72) == 9 * words(9, 6) * 32 + len(books) * 32
     assert proxy_loss(W, W_hat, H) < 1
 
 
@@ -216,9 +228,16 @@ def test_a_quantized_matrix_is_frozen_and_decodes_to_single_precision(problem):
 
 def test_double_weights_are_rounded_in_double_precision(problem):
     W, H = problem(6, 20)
-    assert quantized(W, H, plain()).books[0].step.dtype == torch.float64
-    assert quantized(W.float(), H, plain()).books[0].step.dtype == torch.float32
-    assert quantized(W.bfloat16(), H.float(), plain()).books[0].step.dtype == torch.float32
+    seen: list[torch.dtype] = []
+
+    class Watched(MinMaxGrid):
+        def round(self, x: Tensor, h: Tensor) -> Tensor:
+            seen.append(x.dtype)
+            return super().round(x, h)
+
+    for given in (W, W.float(), W.bfloat16()):
+        quantized(given, H, plain(codebook=Watched(bits=2)))
+    assert seen == [torch.float64] * 20 + [torch.float32] * 40
 
 
 # Every field of a recipe

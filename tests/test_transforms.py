@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quip.errors import QuipError
 from quip.rotation import STORED
 from quip.transforms import (
     Chain,
@@ -12,7 +13,13 @@ from quip.transforms import (
     draw_blocked_unpermuted,
 )
 from tests import reference as ref
-from tests.laws import TRANSFORMS, assert_near, check_transform, rotation_bits
+from tests.laws import (
+    TRANSFORMS,
+    assert_near,
+    check_transform,
+    permutation_bits,
+    rotation_bits,
+)
 
 SHAPES = [(12, 20), (40, 18), (7, 13), (1, 24), (9, 1), (3, 131)]
 KRONECKER = pytest.mark.parametrize(
@@ -45,16 +52,16 @@ def test_a_chain_undoes_its_links_last_first(problem, rng):
     rescale, kronecker = T.links
     assert_near(W_t, kronecker.apply(*rescale.apply(W, H))[0])
     assert_near(T.undo(W_t), rescale.undo(kronecker.undo(W_t)))
-    assert T.stored_bits == rescale.stored_bits + kronecker.stored_bits
+    assert T.tensors().keys() == rescale.tensors().keys() | kronecker.tensors().keys()
     assert all(isinstance(link, Transform) for link in T.links)
 
 
 def test_each_link_is_drawn_for_what_the_links_before_it_left(problem, rng):
     seen = []
 
-    def spy(W: Tensor, H: Tensor, rng: torch.Generator) -> Chain:
+    def spy(W: Tensor, H: Tensor, rng: torch.Generator) -> Rescale:
         seen.append((W, H))
-        return Chain()
+        return Rescale(torch.ones(20).double())
 
     W, H = problem(12, 20)
     _, W_t, H_t = Chain.draw([Rescale.draw, spy], W, H, rng)
@@ -67,7 +74,7 @@ def test_an_empty_chain_changes_and_costs_nothing(problem):
     T = Chain()
     assert T.apply(W, H)[0] is W
     assert T.undo(W) is W
-    assert T.stored_bits == 0
+    assert T.tensors() == {}
 
 
 def test_rescaling_balances_h_against_w(problem, rng):
@@ -133,21 +140,31 @@ def test_w_and_h_are_turned_by_dense_orthogonal_matrices(problem, rng, draw):
 
 
 @pytest.mark.parametrize(
-    ("draw", "blocked", "indices"),
-    [
-        (Kronecker.draw, False, 2 * 60 + 35),
-        (draw_blocked, True, 2 * 60 + 35),
-        (draw_blocked_unpermuted, True, 0),
-    ],
+    ("draw", "blocked", "permutations"),
+    [(Kronecker.draw, False, 3), (draw_blocked, True, 3), (draw_blocked_unpermuted, True, 0)],
 )
-def test_a_rotation_stores_its_vectors_signs_and_permutations(problem, rng, draw, blocked, indices):
+def test_a_rotation_stores_its_vectors_signs_and_permutations(
+    problem, rng, draw, blocked, permutations
+):
     T = draw(*problem(35, 60), rng)
     owed = rotation_bits(35, blocked=blocked) + rotation_bits(60, blocked=blocked)
-    assert T.stored_bits == owed + 16 * indices
+    if permutations:
+        owed += permutation_bits(35) + 2 * permutation_bits(60)
+    assert 8 * sum(x.nbytes for x in T.tensors().values()) == owed
 
 
-def test_rescaling_stores_a_half_precision_number_a_column(problem, rng):
-    assert Rescale.draw(*problem(12, 20), rng).stored_bits == 20 * 16
+def test_permutations_that_are_none_are_damage(problem, rng):
+    T = Kronecker.draw(*problem(12, 20), rng)
+    tensors = T.tensors()
+    tensors["permutations"] = torch.zeros_like(tensors["permutations"])
+    with pytest.raises(QuipError, match=r"a permutation of 20 numbers is none: the file is dam"):
+        Kronecker.restore(tensors, 12, 20, **T.options())
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rescaling_that_is_not_positive_is_damage(value):
+    with pytest.raises(QuipError, match=r"not positive: the file is damaged"):
+        Rescale.restore({"rescale": torch.tensor([1.0, value])}, 3, 2)
 
 
 def test_what_a_file_keeps_of_a_transform_is_what_was_used(problem, rng):

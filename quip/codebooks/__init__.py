@@ -1,6 +1,10 @@
 """Codebooks: the sets of values that weights are rounded to."""
 
-from quip.codebooks.base import Codebook
-from quip.codebooks.grid import MinMaxGrid, RmsGrid, around
+from typing import Any
 
-__all__ = ["Codebook", "MinMaxGrid", "RmsGrid", "around"]
+from quip.codebooks.base import Codebook, Decoder, Groups
+from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, around
+
+DECODERS: dict[str, Any] = {"grid": Grids}  # by the name that a file gives them
+
+__all__ = ["DECODERS", "Codebook", "Decoder", "Grids", "Groups", "MinMaxGrid", "RmsGrid", "around"]

@@ -1,10 +1,52 @@
 """What a codebook is: a finite set of points, fitted to the weights it has to serve."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
+
+from quip.stored import Stored
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`blocks` columns of codes in runs of `size` that share a codebook; the last may be short."""
+
+    blocks: int
+    size: int | None  # None: one run of all
+
+    @property
+    def count(self) -> int:
+        return -(-self.blocks // self.size) if self.size else 1
+
+    def index(self) -> Int[Tensor, "blocks"]:
+        """The group of each column of codes."""
+        return torch.arange(self.blocks) // (self.size or self.blocks)
+
+    def spread(self, x: Shaped[Tensor, "r groups"]) -> Shaped[Tensor, "r blocks_or_1"]:
+        """What each group has, for each of its columns; one group for all stays one column."""
+        if self.size is None or self.size == 1 or self.count == 1:
+            return x
+        return x.repeat_interleave(self.size, dim=1)[:, : self.blocks]
+
+
+@runtime_checkable
+class Decoder(Stored, Protocol):
+    """The fitted codebooks of all groups of one matrix: what turns its codes into weights.
+
+    Beside its own tensors, `layout` has the packed codes.
+    """
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def index_bits(self) -> int: ...
+
+    def decode(self, codes: Integer[Tensor, "m k"]) -> Float[Tensor, "m n"]: ...
 
 
 @runtime_checkable
@@ -21,11 +63,6 @@ class Codebook(Protocol):
     @property
     def index_bits(self) -> int: ...
 
-    @property
-    def stored_bits(self) -> int:
-        """Bits that a fitted codebook itself takes in a file."""
-        ...
-
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "Codebook":
         """The codebook scaled to the columns X, whose errors weigh h."""
         ...
@@ -41,3 +78,7 @@ class Codebook(Protocol):
     def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, "d"]) -> Integer[Tensor, "m"]: ...
 
     def decode(self, codes: Integer[Tensor, "m"]) -> Float[Tensor, "m d"]: ...
+
+    def joined(self, books: Sequence["Codebook"], groups: Groups) -> Decoder:
+        """These fitted codebooks of one matrix, one a group, as a file holds them."""
+        ...

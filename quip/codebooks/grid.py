@@ -1,11 +1,17 @@
 """Integer grids: w_hat = step (q - zero) with q = 0 ... 2^bits - 1."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Int32, Integer, UInt8
 from torch import Tensor
+
+from quip.bits import pack, unpack, words
+from quip.codebooks.base import Codebook, Groups
+from quip.errors import QuipError
+from quip.stored import Options
 
 UNFITTED = torch.empty(0)
 CHUNK = 2**20  # weights whose error is measured at once, for each of the rhos
@@ -39,11 +45,6 @@ class Grid:
         """The largest code."""
         return 2**self.bits - 1
 
-    @property
-    def stored_bits(self) -> int:
-        """Bits of the fitted steps, and of the zeros where they are not implied."""
-        return self.step.numel() * self.step_dtype.itemsize * 8
-
     def seeded(self: AnyGrid, rng: torch.Generator) -> AnyGrid:
         return replace(self, rng=rng) if self.unbiased else self
 
@@ -74,16 +75,16 @@ class Grid:
 class MinMaxGrid(Grid):
     """`--qfn a`: one asymmetric grid a row, spanning its smallest and largest weight and 0."""
 
-    @property
-    def stored_bits(self) -> int:
-        return super().stored_bits + self.zero.numel() * self.bits
-
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "MinMaxGrid":
         high = X.amax(1, keepdim=True).clamp_min(0)
         low = X.amin(1, keepdim=True).clamp_max(0)
         fitted = self._fitted((high - low) / self.top, low)
         zero = (-low / fitted.step + 0.5).floor().clamp(0, self.top)
         return replace(fitted, zero=zero)
+
+    def joined(self, books: Sequence[Codebook], groups: Groups) -> "Grids":
+        step, zero = _side_by_side(books, "step"), _side_by_side(books, "zero")
+        return Grids(bits=self.bits, step=step.to(self.step_dtype), zero=zero, groups=groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +102,10 @@ class RmsGrid(Grid):
         best = grids._errors(X, h).argmin() if len(steps) > 1 else 0
         return replace(grids, step=grids.step[best], zero=grids.zero[best])
 
+    def joined(self, books: Sequence[Codebook], groups: Groups) -> "Grids":
+        step = _side_by_side(books, "step").to(self.step_dtype)
+        return Grids(bits=self.bits, step=step, zero=None, groups=groups)
+
     def _errors(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> Float[Tensor, "rhos"]:
         """The weighted squared error of rounding X without feedback, for each step."""
         total = torch.zeros_like(self.step)
@@ -110,6 +115,73 @@ class RmsGrid(Grid):
         return total
 
 
+def _packed(*shape: int) -> Int32[Tensor, "..."]:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def _side_by_side(books: Sequence[Codebook], name: str) -> Float[Tensor, "r groups"]:
+    return torch.cat([getattr(book, name).reshape(-1, 1) for book in books], dim=1)
+
+
 def around(bits: int) -> tuple[float, ...]:
     """Ten rhos from 0.7 to 1.7 times what is best, nearly, for Gaussian weights: (bits + 1) / 2."""
     return tuple(round(0.35 * (bits + 1) * (1.7 / 0.7) ** (i / 9), 4) for i in range(10))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grids:
+    """The grids of all groups of a matrix: of each row its own, or symmetric ones for all rows."""
+
+    bits: int
+    step: Float[Tensor, "m_or_1 groups"]
+    zero: Float[Tensor, "m groups"] | None  # integers; None for symmetric ones: (2^bits - 1) / 2
+    groups: Groups
+
+    dim = 1
+
+    @property
+    def index_bits(self) -> int:
+        return self.bits
+
+    def decode(self, codes: Integer[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """step (code - zero) in float32."""
+        step = self.groups.spread(self.step.float())
+        zero = (2**self.bits - 1) / 2 if self.zero is None else self.groups.spread(self.zero)
+        return (codes.float() - zero).mul_(step)
+
+    def options(self) -> Options:
+        return {"bits": self.bits, "group": self.groups.size, "symmetric": self.zero is None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        stored = {"step": self.step}
+        if self.zero is None:
+            return stored
+        return stored | {"zero": pack(self.zero.flatten().int(), self.bits)}
+
+    @classmethod
+    def layout(
+        cls, m: int, n: int, *, bits: int, group: int | None, symmetric: bool
+    ) -> dict[str, Tensor]:
+        count = Groups(n, group).count
+        step = torch.empty(1 if symmetric else m, count, dtype=torch.bfloat16, device="meta")
+        layout = {"codes": _packed(m, words(n, bits)), "step": step}
+        return layout if symmetric else layout | {"zero": _packed(words(m * count, bits))}
+
+    @classmethod
+    def restore(
+        cls,
+        tensors: Mapping[str, Tensor],
+        m: int,
+        n: int,
+        *,
+        bits: int,
+        group: int | None,
+        symmetric: bool,
+    ) -> "Grids":
+        step, groups = tensors["step"], Groups(n, group)
+        if not bool(((step > 0) & step.isfinite()).all()):
+            raise QuipError("a step of its grid is not a positive number: the file is damaged")
+        if symmetric:
+            return cls(bits=bits, step=step, zero=None, groups=groups)
+        zero = unpack(tensors["zero"], bits, m * groups.count).view(m, groups.count)
+        return cls(bits=bits, step=step, zero=zero.float(), groups=groups)

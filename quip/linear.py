@@ -1,0 +1,191 @@
+"""QuantizedLinear: a matrix that stays packed in memory, and computes as a layer of a model.
+
+With W_hat = A^-1 W~ B, where W~ are the decoded weights and A, B the transform,
+
+    y = W_hat x + b = A^-1 (W~ (B x)) + b.
+
+For few tokens the products are taken from the right, as written. For about as many tokens as the
+matrix has rows and columns it is cheaper to transform the weights: (A^-1 W~ B) x. Either way a
+dense matrix exists only while its own layer runs. Transforms are computed in float32 at least: they
+cost little, and a rotation in half precision would add an error of the size of rounding W~.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from quip.bits import unpack
+from quip.codebooks import DECODERS, Decoder
+from quip.errors import QuipError
+from quip.quantize import QuantizedMatrix
+from quip.transforms import TRANSFORMS, Chain
+
+INTEGERS = {2: torch.int16, 4: torch.int32}  # of the size of a float
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the tensors of a quantized matrix mean: alike for all matrices of one recipe.
+
+    A part is {"kind": its name in DECODERS or TRANSFORMS, **its options}.
+    """
+
+    codebook: Mapping[str, Any]
+    transforms: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, matrix: QuantizedMatrix) -> "Spec":
+        links = tuple(_part(TRANSFORMS, link) for link in matrix.transform.links)
+        return cls(_part(DECODERS, matrix.decoder), links)
+
+    @classmethod
+    def from_json(cls, codebook: Mapping[str, Any], transforms: list[Mapping[str, Any]]) -> "Spec":
+        """Raises QuipError for a kind of codebook or transform that this version does not know."""
+        for kinds, part in ((DECODERS, codebook), *((TRANSFORMS, part) for part in transforms)):
+            if part.get("kind") not in kinds:
+                raise QuipError(
+                    f"a matrix has a {part.get('kind')!r}, and this version of quip knows only "
+                    f"{', '.join(kinds)}; use a newer one"
+                )
+        return cls(codebook, tuple(transforms))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"codebook": dict(self.codebook), "transforms": [dict(t) for t in self.transforms]}
+
+    def layout(self, m: int, n: int) -> dict[str, Tensor]:
+        """Every tensor of an m x n matrix, on the meta device."""
+        tensors = DECODERS[self.codebook["kind"]].layout(m, n, **_options(self.codebook))
+        for part in self.transforms:
+            tensors |= TRANSFORMS[part["kind"]].layout(m, n, **_options(part))
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], m: int, n: int) -> tuple[Decoder, Chain]:
+        """What decodes the codes, and the transform. Raises QuipError where tensors make none."""
+        codebook = DECODERS[self.codebook["kind"]]
+        links = tuple(
+            TRANSFORMS[part["kind"]].restore(tensors, m, n, **_options(part))
+            for part in self.transforms
+        )
+        return codebook.restore(tensors, m, n, **_options(self.codebook)), Chain(links)
+
+
+class QuantizedLinear(nn.Module):
+    """nn.Linear with a quantized weight: W_hat is held as packed codes and small tensors.
+
+    Made empty from its sizes and a specification, for a checkpoint to fill (also on the meta
+    device); or full from a quantized matrix. The stored tensors are buffers. They move with
+    the model but are never cast: only the bias follows the model's dtype.
+    """
+
+    codes: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        spec: Spec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        for name, tensor in spec.layout(out_features, in_features).items():
+            self.register_buffer(name, torch.empty_like(tensor, device=device or "cpu"))
+        empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter(
+            "bias", None if empty is None else nn.Parameter(empty, requires_grad=False)
+        )
+        self._held: list[tuple[Tensor, int]] = []  # buffers and versions that _parts was made of
+
+    @classmethod
+    def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None) -> "QuantizedLinear":
+        """The layer of this matrix, on the device of its codes."""
+        m, n = len(matrix.codes), matrix.codes.shape[1] * matrix.decoder.dim
+        layer = cls(n, m, bias is not None, spec=Spec.of(matrix), device="meta")
+        for name, tensor in matrix.tensors().items():
+            setattr(layer, name, tensor.to(matrix.codes.device))
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        decoder, transform = self._parts()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        W = decoder.decode(self._codes(decoder))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        (m, n), tokens = W.shape, x.numel() // x.shape[-1]
+        if not transform.links or tokens * (m + n) > 2 * m * n:
+            return linear(x, transform.undo(W.to(wide)).to(x.dtype), bias)
+        y = linear(transform.input(x.to(wide)).to(x.dtype), W.to(x.dtype))
+        y = transform.output(y.to(wide)).to(x.dtype)
+        return y if bias is None else y + bias
+
+    def dequantize(self) -> Float[Tensor, "m n"]:
+        """W_hat in the original basis, float32."""
+        decoder, transform = self._parts()
+        return transform.undo(decoder.decode(self._codes(decoder)).double()).float()
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """The dense layer of the same W_hat, rounded to dtype."""
+        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(self.dequantize().to(dtype), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
+        return dense
+
+    def check(self) -> None:
+        """Raise QuipError if the stored tensors make no matrix."""
+        self._parts()
+
+    def stored(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {name: x for name, x in self._buffers.items() if x is not None}
+
+    def extra_repr(self) -> str:
+        parts = [self.spec.codebook, *self.spec.transforms]
+        words = "; ".join(" ".join(f"{k}={v}" for k, v in part.items()) for part in parts)
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {words}"
+
+    def _codes(self, decoder: Decoder) -> Tensor:
+        return unpack(self.codes, decoder.index_bits, self.in_features // decoder.dim)
+
+    def _parts(self) -> tuple[Decoder, Chain]:
+        """Made of the buffers when these are first used, and again when one was changed."""
+        tensors = self.stored()
+        held = [(tensor, tensor._version) for tensor in tensors.values()]
+        if not _same(self._held, held):
+            self._made = self.spec.restore(tensors, self.out_features, self.in_features)
+            self._held = held
+        return self._made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        # Casts leave integers alone: as such the floats among the buffers only move.
+        floats = {k: x.dtype for k, x in self.stored().items() if x.is_floating_point()}
+        for name, dtype in floats.items():
+            self._buffers[name] = self.stored()[name].view(INTEGERS[dtype.itemsize])
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            for name, dtype in floats.items():
+                self._buffers[name] = self.stored()[name].view(dtype)
+        return self
+
+
+def _same(held: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
+    return bool(held) and all(a is b and i == j for (a, i), (b, j) in zip(held, now, strict=True))
+
+
+def _part(kinds: Mapping[str, Any], part: Any) -> dict[str, Any]:
+    kind = next(name for name, cls in kinds.items() if type(part) is cls)
+    return {"kind": kind, **part.options()}
+
+
+def _options(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name != "kind"}
