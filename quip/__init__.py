@@ -7,13 +7,18 @@
     quip.quantize_model(loaded.model, tokens, recipe, device="cpu", seed=0)
 
 Names are imported when they are first used, so that `import quip` costs nothing, and
-`quip.quantize_matrix` nothing beyond torch.
+`quip.quantize_matrix` nothing beyond torch. After `import quip`, transformers' from_pretrained
+loads checkpoints that quip saved.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from wrapt import register_post_import_hook
+
 if TYPE_CHECKING:
+    from quip.checkpoint import load as load
+    from quip.checkpoint import save_checkpoint as save_checkpoint
     from quip.evaluate.perplexity import perplexity as perplexity
     from quip.experiment import Experiment as Experiment
     from quip.experiment import run_experiment as run_experiment
@@ -29,11 +34,13 @@ _HOMES = {
     "Experiment": "quip.experiment",
     "Recipe": "quip.recipe",
     "build_recipe": "quip.recipe",
+    "load": "quip.checkpoint",
     "load_model": "quip.models",
     "perplexity": "quip.evaluate.perplexity",
     "quantize_matrix": "quip.quantize",
     "quantize_model": "quip.pipeline",
     "run_experiment": "quip.experiment",
+    "save_checkpoint": "quip.checkpoint",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -51,3 +58,11 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _register(_: object) -> None:
+    import_module("quip.pretrained").register()
+
+
+# At once where transformers has its quantizers already, otherwise as soon as it does.
+register_post_import_hook(_register, "transformers.quantizers.auto")

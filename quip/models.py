@@ -25,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.errors import Unavailable, UnsupportedModel, UsageError
+from quip.checkpoint import refuse_gaps
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
+from quip.pretrained import METHOD, register
 
 DTYPES = {
     "auto": torch.float32,
@@ -62,9 +64,11 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     """The model called `name`, every weight of it read from the checkpoint.
 
     `name` is a hub id, a folder written by save_pretrained, a .gguf file (dequantized while
-    loading) or `demo`, the small model inside this package. `dtype` is float32, bfloat16 or
-    float16; auto means float32, whatever the checkpoint holds: nothing is cast to a narrower
-    type unasked. A `seqlen` is checked against the model's positions before weights are read.
+    loading), `demo`, the small model inside this package, or a checkpoint that quip saved, whose
+    matrices stay packed. `dtype` is float32, bfloat16 or float16; auto means float32, whatever the
+    files hold (nothing is cast to a narrower type unasked), and for a checkpoint of quip what the
+    run computed in that saved it. A `seqlen` is checked against the model's positions before
+    weights are read.
 
     Raises Unavailable (not found, unreachable, damaged), UnsupportedModel (no causal language
     model that transformers itself knows) or UsageError (dtype, seqlen).
@@ -78,7 +82,8 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     if seqlen is not None:
         check_seqlen(name, max_length, seqlen)
     tokenizer = _tokenizer(name, source)
-    model = _weights(name, source, config, DTYPES[dtype])
+    own: Any = config.dtype if dtype == "auto" and _quantized_by(config) else None
+    model = _weights(name, source, config, own or DTYPES[dtype])
     return LoadedModel(model=model, tokenizer=tokenizer, name=name, max_length=max_length)
 
 
@@ -170,12 +175,16 @@ def _check_causal(name: str, config: PretrainedConfig) -> None:
             f"{name} is a {', '.join(made) or config.model_type}, not a causal language model; "
             "give a model that predicts the next token"
         )
-    if quantization := getattr(config, "quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise UnsupportedModel(
-            f"{name} is quantized already ({method or 'method unknown'}); "
-            "give the unquantized original"
-        )
+    method = _quantized_by(config)
+    if method not in (None, METHOD):
+        raise UnsupportedModel(f"{name} is quantized already ({method}); give the original")
+
+
+def _quantized_by(config: PretrainedConfig) -> str | None:
+    words = getattr(config, "quantization_config", None)
+    if not words:
+        return None
+    return words.get("quant_method", "method unknown") if isinstance(words, dict) else "unknown"
 
 
 def _max_length(config: PretrainedConfig) -> int:
@@ -199,6 +208,7 @@ def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
 def _weights(
     name: str, source: _Source, config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
+    register()
     keywords = source.keywords
     if source.gguf is not None:
         keywords["quantization_config"] = GgufConfig(dequantize=True)
@@ -206,19 +216,15 @@ def _weights(
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.where, config=config, dtype=dtype, output_loading_info=True, **keywords
         )
+    except QuipError as error:
+        raise type(error)(f"{name}: {error}") from error
     except Exception as error:
         raise Unavailable(
             f"{name}: its weights cannot be read: {_reason(error)}; "
             "download it again, or save it anew"
         ) from error
     model, info = loaded
-    # transformers only warns of layers that it had to initialise at random.
-    for kind, keys in info.items():
-        if keys:
-            raise Unavailable(
-                f"{name}: the checkpoint does not fit its config.json: {len(keys)} "
-                f"{kind.replace('_', ' ')} such as {min(map(str, keys))}; download it again"
-            )
+    refuse_gaps(name, info)
     return model.eval().requires_grad_(False)
 
 

@@ -45,64 +45,54 @@ class Rotation:
         )
 
     @staticmethod
-    def sizes(n: int, *, blocked: bool, mix: bool, shuffle: bool) -> tuple[int, int, int]:
-        """The lengths of the three tensors of `stored`, for a rotation of n numbers."""
+    def sizes(n: int, *, blocked: bool, mix: bool, shuffle: bool) -> tuple[int, int]:
+        """The lengths of the two tensors of `stored`, for a rotation of n numbers."""
         p, q = balanced_factors(n)
         left, right = (q, p) if blocked else (1, 1)
-        factors = left * p * (p - 1) // 2 + right * q * (q - 1) // 2
-        permutations = (mix + shuffle) * words(n, _index_bits(n))
-        return factors, words(left * p, 1) + words(right * q, 1), permutations
+        factors = left * p * (p + 1) // 2 + right * q * (q + 1) // 2
+        return factors, (mix + shuffle) * words(n, _index_bits(n))
 
-    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """What a file holds: factors [bfloat16], signs and permutations [int32 words], all flat.
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """What a file holds: factors [bfloat16] and permutations [int32 words], both flat.
 
         First the left factors, then the right ones; first `mix`, then `shuffle`.
         """
-        factors = torch.cat([haar.below_diagonal for haar in (self.left, self.right)])
-        signs = [pack((haar.signs.flatten() < 0).int(), 1) for haar in (self.left, self.right)]
         indices = [i for i in (self.mix, self.shuffle) if i is not None]
-        empty = torch.empty(0, dtype=torch.int32)
         packed = [pack(i.cpu(), _index_bits(len(i))) for i in indices]
-        return factors, torch.cat(signs), torch.cat([empty, *packed])
+        empty = torch.empty(0, dtype=torch.int32)
+        return torch.cat([self.left.stored, self.right.stored]), torch.cat([empty, *packed])
 
     @classmethod
     def restored(
         cls, n: int, stored: Sequence[Tensor], *, blocked: bool, mix: bool, shuffle: bool
     ) -> "Rotation":
-        """The rotation whose `stored` this is. Raises QuipError if its permutations are none."""
-        factors, signs, permutations = (t.cpu() for t in stored)
+        """The rotation whose `stored` this is. Raises QuipError if its tensors make none."""
+        factors, permutations = (x.cpu() for x in stored)
         p, q = balanced_factors(n)
-        counts = (q, p) if blocked else (1, 1)
-        haars = []
-        for count, size in zip(counts, (p, q), strict=True):
-            values, factors = _cut(factors, count * size * (size - 1) // 2)
-            negative, signs = _cut(signs, words(count * size, 1))
-            haars.append(Haar.restored(values, unpack(negative, 1, count * size), size))
-        indices = []
-        for wanted in (mix, shuffle):
-            packed, permutations = _cut(permutations, wanted * words(n, _index_bits(n)))
-            indices.append(_permutation(packed, n) if wanted else None)
-        return cls(haars[0], haars[1], indices[0], indices[1])
+        border = (q if blocked else 1) * p * (p + 1) // 2
+        packed = iter(permutations.split(words(n, _index_bits(n))))
+        indices = [_permutation(next(packed), n) if given else None for given in (mix, shuffle)]
+        return cls(Haar.restored(factors[:border], p), Haar.restored(factors[border:], q), *indices)
 
     def rotate(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """R x on the last axis."""
         L, R = self.left.like(x), self.right.like(x)
         mix, _, shuffle, _ = self._indices(x.device)
         if mix is not None:
-            x = x[..., mix]
+            x = x.index_select(-1, mix)
         y = _columns(L, x.reshape(-1, L.shape[-1], R.shape[-1]))
         y = _columns(R, y.mT).mT.reshape(x.shape)
-        return y if shuffle is None else y[..., shuffle]
+        return y if shuffle is None else y.index_select(-1, shuffle)
 
     def invert(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """R^T y on the last axis."""
         L, R = self.left.like(y).mT, self.right.like(y).mT
         _, unmix, _, unshuffle = self._indices(y.device)
         if unshuffle is not None:
-            y = y[..., unshuffle]
+            y = y.index_select(-1, unshuffle)
         x = _columns(R, y.reshape(-1, L.shape[-1], R.shape[-1]).mT).mT
         x = _columns(L, x).reshape(y.shape)
-        return x if unmix is None else x[..., unmix]
+        return x if unmix is None else x.index_select(-1, unmix)
 
     def _indices(self, device: torch.device) -> tuple[Tensor | None, ...]:
         """mix, its inverse, shuffle and its inverse, on the device."""
@@ -122,7 +112,7 @@ class Haar:
     """Haar-distributed orthogonal matrices as Householder vectors, count of p x p.
 
     The vectors are rounded to 16 bits before the matrices are formed, and any vector makes an
-    exact reflection: what a file holds (p (p - 1) / 2 numbers and p signs) rebuilds matrices
+    exact reflection: what a file holds (a triangle of p (p + 1) / 2 numbers) rebuilds matrices
     that are orthogonal to machine precision (Stewart, 1980).
     """
 
@@ -137,19 +127,24 @@ class Haar:
         return cls(factored.tril(-1).to(STORED).double(), signs)
 
     @property
-    def below_diagonal(self) -> Float[Tensor, "numbers"]:
-        """All that is not known of the vectors, as it is stored."""
+    def stored(self) -> Float[Tensor, "numbers"]:
+        """The lower triangle of each matrix of vectors, with the signs on its diagonal."""
         p = self.vectors.shape[-1]
-        rows, columns = torch.tril_indices(p, p, -1)
-        return self.vectors[:, rows, columns].flatten().to(STORED)
+        rows, columns = torch.tril_indices(p, p)
+        triangles = self.vectors + torch.diag_embed(self.signs)
+        return triangles[:, rows, columns].flatten().to(STORED)
 
     @classmethod
-    def restored(cls, below_diagonal: Tensor, negative: Tensor, p: int) -> "Haar":
-        """Of `below_diagonal`, and 1 for each sign that is -1, 0 for the others."""
-        vectors = torch.zeros(len(negative) // p, p, p, dtype=torch.float64)
-        rows, columns = torch.tril_indices(p, p, -1)
-        vectors[:, rows, columns] = below_diagonal.double().view(len(vectors), -1)
-        return cls(vectors, 1 - 2 * negative.double().view(len(vectors), p))
+    def restored(cls, stored: Float[Tensor, "numbers"], p: int) -> "Haar":
+        """The matrices whose `stored` this is. Raises QuipError for what no factor can hold."""
+        rows, columns = torch.tril_indices(p, p)
+        values = stored.double().view(-1, len(rows))
+        triangles = values.new_zeros(len(values), p, p)
+        triangles[:, rows, columns] = values
+        signs = triangles.diagonal(dim1=1, dim2=2)
+        if not bool(values.isfinite().all() and (signs.abs() == 1).all()):
+            raise QuipError("a factor of its rotation is no orthogonal matrix: the file is damaged")
+        return cls(triangles.tril(-1), signs.clone())
 
     def like(self, x: Tensor) -> Float[Tensor, "count p p"]:
         """`matrices` in the dtype and on the device of x."""
@@ -185,10 +180,6 @@ def _columns(A: Tensor, x: Tensor) -> Tensor:
 
 def _index_bits(n: int) -> int:
     return max(1, (n - 1).bit_length())
-
-
-def _cut(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    return x[:length], x[length:]
 
 
 def _permutation(packed: Tensor, n: int) -> Tensor:

@@ -205,10 +205,10 @@ class Kronecker:
         return self.R_out.invert(y)
 
 
-ROTATIONS = {"factors": STORED, "signs": torch.int32, "permutations": torch.int32}
+ROTATIONS = {"factors": STORED, "permutations": torch.int32}
 
 
-def _sizes(m: int, n: int, blocked: bool, permute: bool) -> tuple[tuple[int, int, int], ...]:
+def _sizes(m: int, n: int, blocked: bool, permute: bool) -> tuple[tuple[int, int], ...]:
     """The lengths of what R_in and R_out each add to the tensors of ROTATIONS."""
     return (
         Rotation.sizes(n, blocked=blocked, mix=permute, shuffle=permute),

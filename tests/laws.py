@@ -162,7 +162,7 @@ def check_transform(draws: Sequence[Draw], W: Tensor, H: Tensor) -> None:
 
 
 def check_stored(part: Stored, m: int, n: int) -> Any:
-    """Options fit for JSON; tensors as laid out, that come to more than nothing; and the way back."""
+    """Options fit for JSON; tensors as laid out, which come to something; and the way back."""
     tensors, options = part.tensors(), json.loads(json.dumps(part.options()))
     layout = type(part).layout(m, n, **options)
     codes = layout.pop("codes", None)
@@ -267,13 +267,11 @@ def owed_bits(flags: dict[str, object], m: int, n: int) -> int:
 
 
 def rotation_bits(n: int, *, blocked: bool) -> int:
-    """p(p-1)/2 numbers for each p x p factor; and p signs, which end with a whole word."""
+    """p(p+1)/2 numbers for each p x p factor."""
     p = max(p for p in range(1, n + 1) if n % p == 0 and p * p <= n)
     q = n // p
-    numbers = [k * (k - 1) // 2 * 16 for k in (p, q)]
-    counts = (q, p) if blocked else (1, 1)
-    signs = sum(-(-count * k // 32) * 32 for count, k in zip(counts, (p, q), strict=True))
-    return counts[0] * numbers[0] + counts[1] * numbers[1] + signs
+    of_p, of_q = (k * (k + 1) // 2 * 16 for k in (p, q))
+    return q * of_p + p * of_q if blocked else of_p + of_q
 
 
 def permutation_bits(n: int) -> int:

@@ -322,6 +322,6 @@ def test_any_codebook_can_be_described():
 
 def test_honest_bits_are_what_the_specification_counts():
     # 2-bit codes, a 16-bit step a column, 16-bit rescaling, 64 x 64 rotations and permutations.
-    rotation = 2 * (64 * 63 // 2 * 16 + 64)
+    rotation = 2 * (64 * 65 // 2 * 16)
     expected = 4096 * 4096 * 2 + 4096 * (16 + 16 + 3 * 12) + 2 * rotation
     assert owed_bits({"wbits": 2, **INCOHERENT}, 4096, 4096) == expected

@@ -161,6 +161,15 @@ def test_permutations_that_are_none_are_damage(problem, rng):
         Kronecker.restore(tensors, 12, 20, **T.options())
 
 
+@pytest.mark.parametrize("value", [float("nan"), 0.5])
+def test_factors_that_are_not_orthogonal_are_damage(problem, rng, value):
+    T = Kronecker.draw(*problem(12, 20), rng)
+    tensors = T.tensors()
+    tensors["factors"][0] = value  # a sign
+    with pytest.raises(QuipError, match=r"no orthogonal matrix: the file is damaged"):
+        Kronecker.restore(tensors, 12, 20, **T.options())
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_rescaling_that_is_not_positive_is_damage(value):
     with pytest.raises(QuipError, match=r"not positive: the file is damaged"):

@@ -1,0 +1,126 @@
+"""How far a model's predictions moved: the divergence of two models on the same tokens.
+
+Perplexity asks how well a model predicts the text. This asks whether it still predicts what the
+original does, at every token of the vocabulary: errors that cancel in perplexity add up here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float64, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quip.errors import UsageError
+from quip.evaluate.perplexity import CHUNK
+
+
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """KL(p_reference || p_model) = sum_v p_reference(v) log(p_reference(v) / p_model(v)), in nats.
+
+    All four are NaN if the KL of any position is, as when activations overflow float16: a result
+    to report, not an error. A token that the model alone excludes makes the mean infinite.
+    """
+
+    kl: float  # mean over positions: the cost, in nats per token
+    kl_std_error: float  # of that mean, over windows; positions of one are not independent
+    kl_p99: float  # the least KL that 99% of positions do not exceed: rare but large changes
+    top1_agreement: float  # share of positions with the same likeliest token: greedy decoding
+
+
+@torch.no_grad()
+def divergence(
+    model: nn.Module,
+    reference: nn.Module,
+    tokens: Int[Tensor, "count seqlen"],
+    *,
+    device: torch.device | str,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Divergence:
+    """KL(p_reference || p_model) of the next token, over the seqlen - 1 positions of each window.
+
+    Both models are on the device during the evaluation, then back where they were. Of a single
+    window the standard error is NaN. KL is not clamped at zero: rounding leaves some 1e-7 of
+    either sign, which cancels in the mean, where a clamp would add it up.
+    """
+    _check(model, reference, tokens)
+    count, seqlen = tokens.shape
+    homes = [(module, next(module.parameters()).device) for module in (model, reference)]
+    kl = torch.empty(count, seqlen - 1, dtype=torch.float64)
+    same = torch.empty(count, seqlen - 1, dtype=torch.bool)
+    done = 0
+    try:
+        for module, _ in homes:
+            module.to(device)
+        with tqdm(total=count, desc="divergence", unit="window", disable=not progress) as bar:
+            for batch in tokens.split(batch_size):
+                ids, rows = batch.to(device), slice(done, done + len(batch))
+                p = reference(input_ids=ids, use_cache=False).logits[:, :-1]
+                q = model(input_ids=ids, use_cache=False).logits[:, :-1]
+                _check_vocabularies(q.shape[-1], p.shape[-1])
+                kl[rows] = _kl(p, q).cpu()
+                same[rows] = (p.argmax(-1) == q.argmax(-1)).cpu()
+                done += len(batch)
+                bar.update(len(batch))
+                bar.set_postfix(kl=f"{float(kl[:done].mean()):.4g}")
+    finally:
+        for module, home in homes:
+            module.to(home)
+    return _summary(kl, same)
+
+
+def _check(model: nn.Module, reference: nn.Module, tokens: Int[Tensor, "count seqlen"]) -> None:
+    count, seqlen = tokens.shape
+    if count == 0 or seqlen < 2:
+        raise UsageError(f"{count} windows of {seqlen} tokens; divergence needs 1 of 2 or more")
+    for name, module in (("model", model), ("reference", reference)):
+        if module.training:
+            raise UsageError(
+                f"the {name} is in training mode, where dropout is random; call eval()"
+            )
+
+
+def _check_vocabularies(model: int, reference: int) -> None:
+    if model != reference:
+        raise UsageError(
+            f"the model has logits for {model} tokens, the reference for {reference}; "
+            "divergence needs one vocabulary, padded alike"
+        )
+
+
+def _kl(
+    p_logits: Float[Tensor, "b s vocab"], q_logits: Float[Tensor, "b s vocab"]
+) -> Float64[Tensor, "b s"]:
+    """sum_v p(v) (log p(v) - log q(v)), in chunks of positions; the sums in float64."""
+    count, _, vocab = p_logits.shape
+    positions = max(1, CHUNK // (count * vocab))
+    found = []
+    for x, y in zip(p_logits.split(positions, 1), q_logits.split(positions, 1), strict=True):
+        # In float32: log p of some -10 has a spacing of 0.06 in bfloat16.
+        log_p, log_q = x.float().log_softmax(-1), y.float().log_softmax(-1)
+        p = log_p.exp()
+        # 0 log 0 = 0: tokens that a model excludes have log p = -inf, and 0 inf is NaN.
+        terms = (p * (log_p - log_q)).masked_fill_(p == 0, 0)
+        found.append(terms.sum(-1, dtype=torch.float64))
+    return torch.cat(found, dim=1)
+
+
+def _summary(
+    kl: Float64[Tensor, "count positions"], same: Bool[Tensor, "count positions"]
+) -> Divergence:
+    windows = kl.mean(dim=1)
+    # One window says nothing about how windows differ.
+    error = float(windows.std()) / math.sqrt(len(windows)) if len(windows) > 1 else math.nan
+    # A NaN has no likeliest token, though argmax names one.
+    agreement = same.double().masked_fill(kl.isnan(), math.nan)
+    return Divergence(
+        kl=float(windows.mean()),
+        kl_std_error=error,
+        # torch.quantile refuses more than 16 million values.
+        kl_p99=float(np.quantile(kl.numpy(), 0.99, method="inverted_cdf")),
+        top1_agreement=float(agreement.mean()),
+    )

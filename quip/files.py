@@ -1,0 +1,92 @@
+"""Files and folders that appear under their name only when they are complete."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from quip.errors import Unavailable, UsageError
+
+
+@contextmanager
+def replacing(final: Path) -> Iterator[Path]:
+    """Another path to write a file to, which takes the name's place when the block ends well.
+
+    Raises Unavailable where the disk does not take it (full, read-only).
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        with writing(final):
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())  # or the name might outlive a power cut, and not the bytes
+            os.replace(partial, final)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Another path to make a folder at, which becomes `final` when the block ends well.
+
+    If `final` came to hold files meanwhile and is not to be overwritten, the folder gets the
+    next free name (final-2 ...) and Unavailable says so: what was computed is not lost.
+    """
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    try:
+        with writing(final):
+            partial.mkdir(parents=True)
+            yield partial
+            _take_place(partial, final, overwrite=overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What goes wrong with the disk, as one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unavailable(
+            f"{path} cannot be written ({reason}); make room, or name another place"
+        ) from error
+
+
+def check_new(path: Path, flag: str, *, overwrite: bool) -> None:
+    """Raises UsageError for a folder that cannot be made, or that holds files not to be lost."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{flag} {path}: it is a file; name a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UsageError(
+            f"{flag} {path}: it exists and is not empty; name another folder or add --overwrite"
+        )
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UsageError(f"{flag} {path}: {above} is no folder that can be written to")
+
+
+def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
+    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    if overwrite and final.exists():
+        os.replace(final, old)
+    try:
+        os.replace(partial, final)  # over an empty folder too
+    except OSError as error:
+        if old.exists():
+            os.replace(old, final)
+        kept = next(p for n in range(2, 100) if not (p := _numbered(final, n)).exists())
+        os.replace(partial, kept)
+        raise Unavailable(
+            f"{final} cannot be written ({error.strerror or error}); "
+            f"what was to go there is in {kept}"
+        ) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _numbered(path: Path, n: int) -> Path:
+    return path.with_name(f"{path.name}-{n}")

@@ -1,0 +1,178 @@
+"""What from_pretrained and save_pretrained need to know of packed matrices.
+
+config.json says what the tensors mean (`QuipConfig`); the quantizer puts an empty QuantizedLinear
+wherever it says so, before the files are read. `import quip` brings this module in as soon as
+transformers has its quantizers, and not before: importing them takes seconds.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quip.errors import QuipError, Unavailable
+from quip.linear import QuantizedLinear, Spec
+
+METHOD = "quip"
+FORMAT = 1  # raised when a file of the new format would be misread by the old code
+DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.bfloat16: "BF16", torch.float16: "F16"}
+DAMAGED = "download or save it again"
+
+
+class QuipConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json: the format, what the tensors mean, and of whom."""
+
+    def __init__(self, **words: Any) -> None:
+        """Raises QuipError for a format or a kind of matrix that this version cannot read."""
+        form = words.get("format")
+        if form != FORMAT:
+            newer = isinstance(form, int) and form > FORMAT
+            remedy = "upgrade quip" if newer else "its config.json is damaged; " + DAMAGED
+            raise QuipError(
+                f"a checkpoint of format {form!r}, and this version of quip reads format {FORMAT}: "
+                + remedy
+            )
+        try:
+            self.spec = Spec.from_json(words["codebook"], words["transforms"])
+            self.modules: list[str] = sorted(words["modules"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise QuipError(
+                f"the quantization_config of its config.json lacks {error}; {DAMAGED}"
+            ) from error
+        self.quant_method: Any = METHOD
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "QuipConfig":
+        """The config of a model that holds quantized matrices, all of one specification."""
+        layers = quantized_layers(model)
+        spec = next(iter(layers.values())).spec
+        for name, layer in layers.items():
+            if layer.spec != spec:
+                raise QuipError(
+                    f"{name} is quantized as {layer.spec.to_json()}, other matrices as "
+                    f"{spec.to_json()}; one checkpoint holds matrices of one recipe"
+                )
+        return cls(format=FORMAT, modules=list(layers), **spec.to_json())
+
+    def to_dict(self) -> dict[str, Any]:
+        words = {"quant_method": METHOD, "format": FORMAT}
+        return {**words, **self.spec.to_json(), "modules": list(self.modules)}
+
+
+class QuipQuantizer(HfQuantizer):
+    """Makes room for packed matrices before a checkpoint is read, and checks them after."""
+
+    requires_calibration = True  # from_pretrained cannot quantize a model on the way
+    quantization_config: QuipConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        for name in config.modules:
+            old = _linear(model, name)
+            new = QuantizedLinear(
+                old.in_features,
+                old.out_features,
+                old.bias is not None,
+                spec=config.spec,
+                device="meta",
+                dtype=old.weight.dtype,
+            )
+            model.set_submodule(name, new)
+        _check_files(model, kwargs.get("checkpoint_files") or ())
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in quantized_layers(model).items():
+            if any(tensor.is_meta for tensor in layer.stored().values()):
+                continue  # offloaded to disk
+            try:
+                layer.check()
+            except QuipError as error:
+                raise Unavailable(f"{name}: {error}; {DAMAGED}") from error
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
+        return dense(model, dtype or model.dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed matrices of a model by name."""
+    layers = model.named_modules()
+    return {name: layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
+
+
+def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with an nn.Linear of the same W_hat, rounded to dtype, for each packed matrix."""
+    for name, layer in quantized_layers(model).items():
+        model.set_submodule(name, layer.to_linear(dtype).train(layer.training))
+    return model
+
+
+def register() -> None:
+    """Make quip's checkpoints known to transformers; once is enough, and twice no harm."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(QuipConfig)
+        register_quantizer(METHOD)(QuipQuantizer)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear):
+        what = "there is no such module" if module is None else f"it is a {type(module).__name__}"
+        raise Unavailable(
+            f"config.json says that {name} is a quantized matrix, but in a {type(model).__name__} "
+            f"{what}; {DAMAGED}"
+        )
+    return module
+
+
+def _check_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Compare the headers of safetensors files with what the packed matrices need.
+
+    transformers itself only warns of what is missing, and fills it at random.
+    """
+    found: dict[str, tuple[list[int], str]] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            found |= _header(Path(file))
+    if not found:
+        return
+    for name, layer in quantized_layers(model).items():
+        for key, tensor in layer.stored().items():
+            wanted = list(tensor.shape), DTYPES[tensor.dtype]
+            if found.get(f"{name}.{key}") != wanted:
+                is_there = found.get(f"{name}.{key}", ("nothing", ""))
+                raise Unavailable(
+                    f"{name}.{key}: config.json asks for {wanted[1]} {wanted[0]}, and the files "
+                    f"hold {is_there[1]} {is_there[0]}; {DAMAGED}"
+                )
+
+
+def _header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Name -> shape and dtype of each tensor of a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise Unavailable(f"{path.name} is damaged or truncated ({error}); {DAMAGED}") from error
