@@ -1,21 +1,39 @@
-"""One run from names to numbers: load, calibrate, quantize, evaluate, and report on the way."""
+"""One run from names to numbers: load, calibrate, quantize, save, evaluate, report on the way."""
 
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
+from torch import nn
 
-from quip.data import TokenSet, calibration_tokens, check_dataset, evaluation_tokens
-from quip.errors import UnsupportedModel, UsageError
-from quip.evaluate.perplexity import perplexity
+from quip.data import TokenSet, calibration_tokens, check_dataset
+from quip.errors import QuipError, UnsupportedModel, UsageError
+from quip.evaluate.zeroshot import ZeroShot
+from quip.evaluation import (
+    check_measures,
+    choose_device,
+    default_seqlen,
+    device_name,
+    dtype_name,
+    measure_perplexities,
+    measure_tasks,
+    stamp,
+    token_sets,
+)
+from quip.files import check_new
 from quip.models import LoadedModel, load_model
-from quip.pipeline import MatrixRecord, Stopwatch, quantize_matrix_by_matrix
+from quip.notes import save_with_notes, write_notes
+from quip.pipeline import quantize_matrix_by_matrix
+from quip.pretrained import quantized_layers
 from quip.recipe import Recipe, describe
-from quip.report import Report, RunFolder, versions
+from quip.records import MatrixRecord, Stopwatch
+from quip.report import Report, versions
+from quip.resume import Ledger
+from quip.run_folder import RunFolder, read_report
 from quip.walk import check_weights, coverage
 
 log = logging.getLogger(__name__)
@@ -30,6 +48,7 @@ class Experiment:
     model: str
     dataset: str
     recipe: Recipe | None  # None evaluates the model as it is
+    load: str | None = None  # a checkpoint of the model, evaluated in its place
     method: str = "unquantized"  # the recipe in a person's words
     nsamples: int = 128
     seqlen: int | None = None  # None: the model's positions, at most 2048
@@ -38,8 +57,12 @@ class Experiment:
     dtype: str = "auto"
     eval_datasets: tuple[str, ...] = ()
     eval_nsamples: int | None = None
+    tasks: ZeroShot | None = None
+    batch_size: int = 8  # of tasks
     compare: bool = False
-    out: Path | None = None
+    save: Path | None = None  # the checkpoint
+    out: Path | None = None  # the report and, for `resume`, the finished blocks
+    resume: bool = False
     overwrite: bool = False
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 
@@ -53,62 +76,125 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     e, watch = experiment, Stopwatch()
     folder, device = _check(e)
     with watch("load"):
-        loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen)
-        kept = _check_model(loaded)
+        loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
+        kept = _matrices_kept(loaded) if e.recipe else ()
+        check_weights(loaded.model)
     with watch("data"):
-        calibration, evaluations = _token_sets(e, loaded)
+        calibration = _calibration(e, loaded) if e.recipe else None
+        windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
+    ledger = _ledger(e, loaded, calibration, device, folder)
+    earlier = folder.earlier_report() if folder else {}
     entries = _entries(e, loaded, device) | {
-        "calibration": calibration and _stamp(calibration),
-        "evaluation": {name: _stamp(tokens) for name, tokens in evaluations.items()},
+        "calibration": calibration and stamp(calibration),
+        "evaluation": {name: stamp(tokens) for name, tokens in windows.items()},
         "kept_matrices": list(kept),
+        "fingerprint": ledger and ledger.fingerprint,
         "seconds": watch.seconds,
     }
     report = Report(entries, folder=folder, device=device)
     report.save("started")
     with report.kept():
-        if e.compare and e.recipe:
-            _evaluate("original_perplexity", evaluations, loaded, report, watch)
-        if calibration and e.recipe:
-            _quantize(e.recipe, calibration, e.seed, loaded, report, watch)
-        _evaluate("perplexity", evaluations, loaded, report, watch)
+        if e.compare and (e.recipe or e.load):
+            original = load_model(e.model, dtype=dtype_name(loaded)) if e.load else loaded
+            measure_perplexities(
+                "original_perplexity", windows, original, report, watch, earlier=earlier
+            )
+            del original
+        if e.recipe and calibration:
+            records = _quantize(e.recipe, calibration, e.seed, loaded, report, watch, ledger)
+            if e.save:
+                with watch("save"):
+                    save_with_notes(e.save, loaded, records, report, overwrite=e.overwrite)
+        measure_perplexities("perplexity", windows, loaded, report, watch, earlier=earlier)
+        if e.tasks:
+            measure_tasks(e.tasks, loaded, report, watch, batch_size=e.batch_size, earlier=earlier)
         report.save("complete")
+        if e.save:
+            write_notes(e.save, report)
     return report.entries
 
 
 def _check(e: Experiment) -> tuple[RunFolder | None, str]:
     """Whatever can be refused at once; the run's folder, not made yet, and its device."""
-    folder = RunFolder(e.out, overwrite=e.overwrite) if e.out else None
+    folder = RunFolder(e.out, overwrite=e.overwrite, resume=e.resume) if e.out else None
+    if e.save:
+        if e.out and e.save.absolute() == e.out.absolute():
+            raise UsageError(f"--save and --out are both {e.save}; name two folders")
+        _check_save(e)
     device = choose_device(e.device)
     check_dataset(e.dataset, "calibration")
-    for name in e.eval_datasets:
-        check_dataset(name, "evaluation")
+    check_measures(e.eval_datasets, e.tasks)
     return folder, device
 
 
-def _check_model(loaded: LoadedModel) -> tuple[str, ...]:
+def _matrices_kept(loaded: LoadedModel) -> tuple[str, ...]:
     """The matrices that stay as they are, in a model whose others can all be quantized."""
+    if quantized_layers(loaded.model):
+        raise UnsupportedModel(
+            f"{loaded.name} is a checkpoint of quip, quantized already; give the original, or "
+            "leave out --wbits to evaluate it"
+        )
     covered = coverage(loaded.model)
     if not covered.quantized:
         raise UnsupportedModel(
             f"{loaded.name}: its blocks hold no nn.Linear to quantize; give another model"
         )
-    check_weights(loaded.model)
     return covered.kept
 
 
-def _token_sets(e: Experiment, loaded: LoadedModel) -> tuple[TokenSet | None, dict[str, TokenSet]]:
-    """What to calibrate on, unless nothing is quantized, and what to evaluate on."""
-    seqlen = e.seqlen or min(2048, loaded.max_length)
-    evaluations = {
-        name: evaluation_tokens(name, loaded.tokenizer, seqlen=seqlen, nsamples=e.eval_nsamples)
-        for name in e.eval_datasets
-    }
-    if e.recipe is None:
-        return None, evaluations
-    calibration = calibration_tokens(
+def _calibration(e: Experiment, loaded: LoadedModel) -> TokenSet:
+    seqlen = e.seqlen or default_seqlen(loaded)
+    return calibration_tokens(
         e.dataset, loaded.tokenizer, nsamples=e.nsamples, seqlen=seqlen, seed=e.seed
     )
-    return calibration, evaluations
+
+
+def _ledger(
+    e: Experiment,
+    loaded: LoadedModel,
+    calibration: TokenSet | None,
+    device: str,
+    folder: RunFolder | None,
+) -> Ledger | None:
+    """Where finished blocks go, in the run's folder, with a fingerprint of all they depend on."""
+    if folder is None or e.recipe is None or calibration is None:
+        return None
+    fingerprint = {
+        "recipe": describe(e.recipe),
+        "seed": e.seed,
+        "dtype": dtype_name(loaded),
+        "device": torch.device(device).type,
+        "calibration": stamp(calibration),
+        "model": {"class": type(loaded.model).__name__, "weights": _digest(loaded.model)},
+    }
+    ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
+    folder.open()
+    try:
+        ledger.open()
+        _check_save(e, ledger.fingerprint)
+    except QuipError:
+        folder.release()
+        raise
+    return ledger
+
+
+def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> None:
+    """Refuse a folder that holds files, unless a run that is taken up has saved there already."""
+    if e.save is None:
+        return
+    saved = read_report(e.save).get("fingerprint") if e.resume else None
+    same = saved is not None and fingerprint in (None, saved)
+    check_new(e.save, "--save", overwrite=e.overwrite or same)
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of every parameter's name, type, shape and bytes."""
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        flat = parameter.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
@@ -120,8 +206,8 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
         "flags": dict(e.flags),
         "recipe": e.recipe and describe(e.recipe),
         "seed": e.seed,
-        "device": _device_name(device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "dtype": dtype_name(loaded),
         "versions": versions(),
     }
 
@@ -133,7 +219,8 @@ def _quantize(
     loaded: LoadedModel,
     report: Report,
     watch: Stopwatch,
-) -> None:
+    ledger: Ledger | None,
+) -> list[MatrixRecord]:
     records: list[MatrixRecord] = []
     try:
         for record in quantize_matrix_by_matrix(
@@ -144,57 +231,10 @@ def _quantize(
             seed=seed,
             watch=watch,
             batch_size=max(1, TOKENS_PER_BATCH // calibration.seqlen),
+            ledger=ledger,
         ):
             records.append(record)
     finally:
         if records:
             report.save_matrices("quantized", records)
-
-
-def _evaluate(
-    key: str,
-    evaluations: Mapping[str, TokenSet],
-    loaded: LoadedModel,
-    report: Report,
-    watch: Stopwatch,
-) -> None:
-    found: dict[str, float] = {}
-    bar = sys.stderr.isatty()
-    for name, tokens in evaluations.items():
-        with watch("evaluate"):
-            value = perplexity(loaded.model, tokens.ids, device=report.device, progress=bar)
-        found[name] = value
-        log.info("%s: %s %.4f", name, key.replace("_", " "), value)
-        report.save("evaluating", **{key: found})
-
-
-def _stamp(tokens: TokenSet) -> dict[str, Any]:
-    """What a perplexity depends on, beside the model."""
-    return {
-        "dataset": tokens.dataset,
-        "split": tokens.split,
-        "join": tokens.join,
-        "windows": len(tokens.ids),
-        "seqlen": tokens.seqlen,
-        "sha256": tokens.sha256,
-    }
-
-
-def choose_device(name: str | None) -> str:
-    """The device asked for, or cuda if there is one. Raises UsageError if it cannot compute."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        if "device type at start of device string" in reason:
-            reason = "no such kind of device"
-        raise UsageError(f"--device {name}: {reason}; say cpu, or leave it out") from error
-    return name
-
-
-def _device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return device
+    return records

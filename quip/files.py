@@ -35,12 +35,14 @@ def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     If `final` came to hold files meanwhile and is not to be overwritten, the folder gets the
     next free name (final-2 ...) and Unavailable says so: what was computed is not lost.
     """
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    place = final.resolve()  # "." and ".." are no names to replace, and links stay links
+    partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
     try:
         with writing(final):
             partial.mkdir(parents=True)
             yield partial
-            _take_place(partial, final, overwrite=overwrite)
+            _take_place(partial, place, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -50,7 +52,10 @@ def writing(path: Path) -> Iterator[None]:
     """What goes wrong with the disk, as one line."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # tokenizers raises a bare Exception, which tells by its text alone that it is of the disk.
+        if not (isinstance(error, OSError | SafetensorError) or "(os error " in str(error)):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise Unavailable(
             f"{path} cannot be written ({reason}); make room, or name another place"
@@ -72,12 +77,13 @@ def check_new(path: Path, flag: str, *, overwrite: bool) -> None:
 
 def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
     old = final.with_name(f".{final.name}.old-{os.getpid()}")
-    if overwrite and final.exists():
-        os.replace(final, old)
+    aside = overwrite and final.is_dir()
     try:
+        if aside:
+            os.replace(final, old)
         os.replace(partial, final)  # over an empty folder too
     except OSError as error:
-        if old.exists():
+        if aside and not final.exists():
             os.replace(old, final)
         kept = next(p for n in range(2, 100) if not (p := _numbered(final, n)).exists())
         os.replace(partial, kept)
@@ -85,7 +91,8 @@ def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
             f"{final} cannot be written ({error.strerror or error}); "
             f"what was to go there is in {kept}"
         ) from error
-    shutil.rmtree(old, ignore_errors=True)
+    if aside:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _numbered(path: Path, n: int) -> Path:

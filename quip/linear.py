@@ -44,14 +44,24 @@ class Spec:
         return cls(_part(DECODERS, matrix.decoder), links)
 
     @classmethod
-    def from_json(cls, codebook: Mapping[str, Any], transforms: list[Mapping[str, Any]]) -> "Spec":
-        """Raises QuipError for a kind of codebook or transform that this version does not know."""
-        for kinds, part in ((DECODERS, codebook), *((TRANSFORMS, part) for part in transforms)):
-            if part.get("kind") not in kinds:
+    def from_json(cls, codebook: Any, transforms: list[Any]) -> "Spec":
+        """Raises QuipError for a codebook or transform that this version does not know."""
+        parts = [("codebook", DECODERS, codebook)]
+        parts += [("transform", TRANSFORMS, part) for part in transforms]
+        for what, kinds, part in parts:
+            kind = part.get("kind") if isinstance(part, Mapping) else part
+            if not (isinstance(kind, str) and kind in kinds and isinstance(part, Mapping)):
                 raise QuipError(
-                    f"a matrix has a {part.get('kind')!r}, and this version of quip knows only "
-                    f"{', '.join(kinds)}; use a newer one"
+                    f"its matrices have a {what} of kind {kind!r}, and this version of quip knows "
+                    f"{', '.join(kinds)}; upgrade quip"
                 )
+            try:
+                kinds[kind].layout(1, 1, **_options(part))
+            except (TypeError, RuntimeError, QuipError) as error:
+                raise QuipError(
+                    f"its matrices have a {what} {dict(part)}, which this version of quip does not "
+                    "understand; upgrade quip, or download or save the model again"
+                ) from error
         return cls(codebook, tuple(transforms))
 
     def to_json(self) -> dict[str, Any]:
@@ -116,6 +126,8 @@ class QuantizedLinear(nn.Module):
         return layer
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        if x.shape[-1] != self.in_features:  # a permutation would just leave columns out
+            raise ValueError(f"inputs of {x.shape[-1]} numbers, to a matrix for {self.in_features}")
         decoder, transform = self._parts()
         wide = torch.promote_types(x.dtype, torch.float32)
         W = decoder.decode(self._codes(decoder))
@@ -159,11 +171,17 @@ class QuantizedLinear(nn.Module):
     def _parts(self) -> tuple[Decoder, Chain]:
         """Made of the buffers when these are first used, and again when one was changed."""
         tensors = self.stored()
-        held = [(tensor, tensor._version) for tensor in tensors.values()]
+        # Tensors made under inference_mode have no version.
+        held = [(x, -1 if x.is_inference() else x._version) for x in tensors.values()]
         if not _same(self._held, held):
             self._made = self.spec.restore(tensors, self.out_features, self.in_features)
             self._held = held
         return self._made
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles hold the packed tensors, not what these were unpacked to.
+        state = {name: x for name, x in vars(self).items() if name != "_made"}
+        return {**state, "_held": []}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         # Casts leave integers alone: as such the floats among the buffers only move.

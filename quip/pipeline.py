@@ -2,10 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
 
 import torch
 from jaxtyping import Float, Int
@@ -17,49 +14,11 @@ from quip.linalg import proxy_loss
 from quip.linear import QuantizedLinear
 from quip.quantize import QuantizedMatrix, quantize_matrices
 from quip.recipe import Recipe
-from quip.walk import Block, coverage, walk
+from quip.records import MatrixRecord, Stopwatch
+from quip.resume import Ledger
+from quip.walk import Block, coverage, find_blocks, walk
 
 log = logging.getLogger(__name__)
-Item = TypeVar("Item")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MatrixRecord:
-    """What quantizing one matrix came to."""
-
-    name: str
-    block: int
-    rows: int
-    columns: int
-    proxy_loss: float  # relative, original basis, undamped H
-    damp: float  # as used
-    bits_per_weight: float  # all overheads included
-    seconds: float
-
-
-class Stopwatch:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
-        """The items, with the time taken to come by them counted as `stage`."""
-        iterator, done = iter(items), object()
-        while True:
-            with self(stage):
-                item = next(iterator, done)
-            if item is done:
-                return
-            yield item  # type: ignore[misc]
 
 
 def quantize_model(
@@ -98,22 +57,62 @@ def quantize_matrix_by_matrix(
     seed: int,
     watch: Stopwatch,
     batch_size: int = 1,
+    ledger: Ledger | None = None,
 ) -> Iterator[MatrixRecord]:
     """`quantize_model`, which yields each record as soon as its matrix is in place.
 
-    Stages counted in `watch`: replay, observe, quantize.
+    With a ledger, finished blocks are written down; those that it holds already are taken
+    from it instead of being quantized again, and come out bitwise the same.
+    Stages counted in `watch`: replay, observe, quantize, keep.
     """
-    total = len(coverage(model).quantized)
+    total, count = len(coverage(model).quantized), len(find_blocks(model)[1])
     # disable=None: a bar on a terminal only.
     with tqdm(total=total, unit="matrix", dynamic_ncols=True, disable=None) as bar:
-        blocks = walk(model, tokens, device=device, batch_size=batch_size)
+        start, hidden = _take_up(ledger, count)
+        for index in range(start):
+            assert ledger is not None
+            yield from _restore(ledger, index, model, bar)
+        if start == count:
+            return
+        blocks = walk(
+            model, tokens, device=device, batch_size=batch_size, start=start, hidden=hidden
+        )
         for block in watch.each("replay", blocks):
             bar.set_description(block.name)
+            if ledger and block.index > start:
+                with watch("keep"):
+                    ledger.keep_hidden(block.index, block.hidden)
+            if ledger and ledger.has(block.index):
+                yield from _restore(ledger, block.index, model, bar)
+                continue
             with watch("observe"):
                 hessians = block.observe()
+            names, records = list(block.linears()), []
             for record in watch.each("quantize", _quantize_block(block, hessians, recipe, seed)):
                 _report(record, recipe, bar)
+                records.append(record)
                 yield record
+            if ledger:
+                with watch("keep"):
+                    ledger.keep(block.index, {n: model.get_submodule(n) for n in names}, records)
+    if ledger:
+        ledger.forget_hidden()
+
+
+def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
+    """The first of `count` blocks to walk, and the hidden states that enter it."""
+    if ledger is None:
+        return 0, None
+    if all(map(ledger.has, range(count))):
+        return count, None
+    return ledger.hidden()
+
+
+def _restore(ledger: Ledger, index: int, model: nn.Module, bar: tqdm) -> Iterator[MatrixRecord]:
+    records = ledger.restore(index, model)
+    log.info("block %d: %d matrices taken from the run before", index, len(records))
+    bar.update(len(records))
+    yield from records
 
 
 def _quantize_block(

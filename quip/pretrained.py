@@ -27,6 +27,7 @@ from quip.linear import QuantizedLinear, Spec
 METHOD = "quip"
 FORMAT = 1  # raised when a file of the new format would be misread by the old code
 DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.bfloat16: "BF16", torch.float16: "F16"}
+WORDS = {"codebook": dict, "transforms": list, "modules": list}
 DAMAGED = "download or save it again"
 
 
@@ -43,13 +44,14 @@ class QuipConfig(QuantizationConfigMixin):
                 f"a checkpoint of format {form!r}, and this version of quip reads format {FORMAT}: "
                 + remedy
             )
-        try:
-            self.spec = Spec.from_json(words["codebook"], words["transforms"])
-            self.modules: list[str] = sorted(words["modules"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise QuipError(
-                f"the quantization_config of its config.json lacks {error}; {DAMAGED}"
-            ) from error
+        for name, kind in WORDS.items():
+            if not isinstance(words.get(name), kind):
+                raise QuipError(
+                    f"the quantization_config of its config.json lacks {name!r} "
+                    f"(a {kind.__name__}); {DAMAGED}"
+                )
+        self.spec = Spec.from_json(words["codebook"], words["transforms"])
+        self.modules: list[str] = sorted(map(str, words["modules"]))
         self.quant_method: Any = METHOD
 
     @classmethod
@@ -147,11 +149,12 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _check_files(model: nn.Module, files: Sequence[str]) -> None:
-    """Compare the headers of safetensors files with what the packed matrices need.
+    """Compare the headers of safetensors files with what the model needs.
 
-    transformers itself only warns of what is missing, and fills it at random.
+    transformers itself only warns of what is missing, and fills it at random. Packed matrices must
+    be there; other tensors may go by older names in a file, but under their own have their shape.
     """
-    found: dict[str, tuple[list[int], str]] = {}
+    found: dict[str, tuple[list[int] | str, str]] = {}
     for file in files:
         if file.endswith(".safetensors"):
             found |= _header(Path(file))
@@ -159,13 +162,21 @@ def _check_files(model: nn.Module, files: Sequence[str]) -> None:
         return
     for name, layer in quantized_layers(model).items():
         for key, tensor in layer.stored().items():
-            wanted = list(tensor.shape), DTYPES[tensor.dtype]
-            if found.get(f"{name}.{key}") != wanted:
-                is_there = found.get(f"{name}.{key}", ("nothing", ""))
+            wanted = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"
+            shape, dtype = found.get(f"{name}.{key}", ("", "nothing"))
+            there = f"{dtype} {shape}".strip()
+            if there != wanted:
                 raise Unavailable(
-                    f"{name}.{key}: config.json asks for {wanted[1]} {wanted[0]}, and the files "
-                    f"hold {is_there[1]} {is_there[0]}; {DAMAGED}"
+                    f"{name}.{key}: config.json asks for {wanted}, and the files hold {there}; "
+                    + DAMAGED
                 )
+    for name, tensor in model.state_dict().items():
+        shape, _ = found.get(name, (list(tensor.shape), ""))
+        if shape != list(tensor.shape):
+            raise Unavailable(
+                f"{name}: config.json asks for the shape {list(tensor.shape)}, and the files hold "
+                f"{shape}; {DAMAGED}"
+            )
 
 
 def _header(path: Path) -> dict[str, tuple[list[int], str]]:

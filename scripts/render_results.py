@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quip.report import table
+from quip.table import table
 
 ROOT = Path(__file__).parent.parent
 MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -97,8 +97,8 @@ AT_ONCE = [
     ("demo pydoc --wbits 2 --proxy_only --compare", "--proxy_only evaluates nothing"),
     ("demo pydoc --eval_datasets none", "--wbits 16 means to evaluate"),
     ("demo pydoc --wbits 2 --compare --eval_datasets none", "--compare means to evaluate"),
-    ("demo pydoc --eval_datasets ,", "--eval_datasets ',': name a data set or a file"),
-    ("demo pydoc --eval_datasets ''", "--eval_datasets '': name a data set or a file"),
+    ("demo pydoc --eval_datasets ,", "--eval_datasets ',': name one or more"),
+    ("demo pydoc --eval_datasets ''", "--eval_datasets '': name one or more"),
     ("demo train.txt --wbits 2", "train.txt is a file or folder: say where to measure perplexity"),
     ("demo wikitxt2", "unknown data set 'wikitxt2': choose wikitext2, ptb, ptb-new, c4"),
     ("demo nowhere.txt", "unknown data set 'nowhere.txt'"),
@@ -108,7 +108,7 @@ AT_ONCE = [
     ("demo pydoc --out used", "--out used: it exists and is not empty; name another folder or add"),
     ("demo pydoc --out train.txt", "--out train.txt: it is a file; name a folder"),
     ("demo pydoc --out train.txt/run", "train.txt is no folder that can be written to"),
-    ("demo pydoc --overwrite", "--overwrite speaks of --out"),
+    ("demo pydoc --overwrite", "--overwrite speaks of folders: name one"),
     ("demo pydoc --config nowhere.yaml", "--config nowhere.yaml: cannot be read as YAML"),
 ]
 
@@ -177,7 +177,7 @@ def test_data_and_weights_that_cannot_be_used_are_one_line_before_anything_is_co
     if "broken" in line:
         save_model(folder / "broken", model__decoder__layers__2__fc1__weight=math.nan)
     monkeypatch.setattr("quip.experiment.quantize_matrix_by_matrix", never)
-    monkeypatch.setattr("quip.experiment.perplexity", never)
+    monkeypatch.setattr("quip.evaluation.perplexity", never)
     found, out, err = quip(line)
     assert (found, out, len(err)) == (status, "", 1)
     assert err[0].startswith("quip: ")
@@ -222,7 +222,7 @@ def test_every_method_runs_and_is_compared(quip, quant):
 
 
 def test_proxy_only_evaluates_nothing(quip, monkeypatch):
-    monkeypatch.setattr("quip.experiment.perplexity", never)
+    monkeypatch.setattr("quip.evaluation.perplexity", never)
     status, out, _ = quip("MODEL train.txt --wbits 2 --proxy_only --nsamples 8 --seqlen 16")
     assert status == 0
     assert "mean proxy loss" in out
@@ -243,7 +243,7 @@ def asked(monkeypatch, capsys):
     def call(words: list[str], main=run_command.main):
         caught = []
         monkeypatch.setattr("quip.experiment.run_experiment", lambda e: caught.append(e) or {})
-        monkeypatch.setattr("quip.report.table", lambda report: "")
+        monkeypatch.setattr("quip.table.table", lambda report: "")
         assert main(words) == 0, capsys.readouterr().err
         return caught[0]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from quip import experiment
+from quip import evaluation, experiment
 from quip.errors import NonFinite, NotPositiveDefinite, QuipError, UnsupportedModel, UsageError
-from quip.experiment import Experiment, choose_device, run_experiment
+from quip.evaluation import choose_device
+from quip.experiment import Experiment, run_experiment
 from quip.models import load_model
 from quip.recipe import build_recipe
 from tests.runs import save_model, write_text
@@ -77,13 +78,12 @@ def test_the_report_holds_all_that_a_number_depends_on(plan, texts, tmp_path):
     for key in ("name", "rows", "columns", "proxy_loss", "damp", "bits_per_weight", "seconds"):
         assert key in found["matrices"][0]
     assert "lm_head" in found["kept_matrices"]
-    assert list(found["seconds"]) == ["load", "data", "evaluate", "replay", "observe", "quantize"]
+    assert list(found["seconds"]) == [
+        *("load", "data", "evaluate", "replay", "observe", "quantize", "keep"),
+    ]
     assert found["peak_memory"]["host_gb"] > 0.1
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "run.json",
-        "layers.csv",
-        "layers.png",
-    }
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"run.json", "layers.csv", "layers.png", "blocks"}
 
 
 def test_the_same_experiment_gives_the_same_numbers(plan):
@@ -112,13 +112,13 @@ def test_windows_are_as_long_as_the_model_takes_unless_said(plan, texts, tmp_pat
 def test_the_report_is_written_before_evaluation_starts_and_completed_after(
     plan, texts, tmp_path, monkeypatch
 ):
-    seen, real = [], experiment.perplexity
+    seen, real = [], evaluation.perplexity
 
     def watched(*args, **options) -> float:
         seen.append(written(tmp_path))
         return real(*args, **options)
 
-    monkeypatch.setattr(experiment, "perplexity", watched)
+    monkeypatch.setattr(evaluation, "perplexity", watched)
     run_experiment(plan(compare=True, out=tmp_path))
     assert [found["status"] for found in seen] == [
         "started",
@@ -136,7 +136,7 @@ def test_an_evaluation_that_fails_loses_nothing_before_it(plan, tmp_path, monkey
     def fail(*args, **options) -> float:
         raise error
 
-    monkeypatch.setattr(experiment, "perplexity", fail)
+    monkeypatch.setattr(evaluation, "perplexity", fail)
     with pytest.raises(type(error)):
         run_experiment(plan(out=tmp_path))
     found = written(tmp_path)
@@ -180,7 +180,7 @@ def test_a_hessian_that_no_damping_helps_is_named(plan, monkeypatch):
 
 
 def test_nan_perplexities_are_reported_in_valid_json(plan, texts, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "perplexity", lambda *args, **options: math.nan)
+    monkeypatch.setattr(evaluation, "perplexity", lambda *args, **options: math.nan)
     report = run_experiment(plan(out=tmp_path))
     assert math.isnan(report["perplexity"][texts["test"]])
     assert written(tmp_path)["perplexity"][texts["test"]] == "nan"
@@ -236,7 +236,7 @@ def test_a_model_whose_blocks_hold_no_matrix_is_unsupported(model):
     loaded = load_model(model)
     loaded.model.model.decoder.layers = torch.nn.ModuleList([torch.nn.LayerNorm(4)] * 2)
     with pytest.raises(UnsupportedModel, match=r"no nn\.Linear to quantize"):
-        experiment._check_model(loaded)
+        experiment._matrices_kept(loaded)
 
 
 def test_devices_that_cannot_compute_are_refused_in_one_line():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from quip.linear import QuantizedLinear
-from quip.pipeline import MatrixRecord, Stopwatch, quantize_matrix_by_matrix, quantize_model
+from quip.pipeline import Stopwatch, quantize_matrix_by_matrix, quantize_model
 from quip.recipe import Recipe, build_recipe
+from quip.records import MatrixRecord
 from quip.walk import block as walk_block
 from quip.walk import coverage, find_blocks
 from tests.tiny import tiny, tokens

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from quip import plots
 from quip import report as report_module
 from quip.errors import Unavailable, UsageError
-from quip.pipeline import MatrixRecord
-from quip.report import Report, RunFolder, peak_memory, plot_losses, summary, table, versions
+from quip.records import MatrixRecord
+from quip.plots import plot_losses
+from quip.report import Report, peak_memory, summary, versions
+from quip.run_folder import RunFolder
+from quip.table import table
 
 PNG = b"\x89PNG"
 
@@ -69,6 +73,7 @@ def test_an_overwritten_folder_never_mixes_two_runs(tmp_path):
     first = RunFolder(tmp_path)
     first.write_layers(RECORDS)
     first.write_report({"run": 1})
+    first.release()
     second = RunFolder(tmp_path, overwrite=True)
     assert (tmp_path / "layers.csv").exists()  # nothing is lost before there is something new
     second.write_report({"run": 2})
@@ -110,7 +115,7 @@ def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(PNG)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report_module, "plot_losses", interrupted)
+    monkeypatch.setattr(plots, "plot_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         RunFolder(tmp_path).write_layers(RECORDS)
     assert [path.name for path in tmp_path.iterdir()] == ["layers.csv"]
@@ -126,7 +131,7 @@ def test_layers_are_a_table_with_a_row_for_each_matrix_and_a_picture(tmp_path):
 
 
 def test_without_matplotlib_there_is_no_picture_and_no_complaint(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_module, "find_spec", lambda package: None)
+    monkeypatch.setattr(plots, "find_spec", lambda package: None)
     RunFolder(tmp_path).write_layers(RECORDS)
     assert [path.name for path in tmp_path.iterdir()] == ["layers.csv"]
 

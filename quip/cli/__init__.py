@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from quip.cli import run
+from quip.cli import evaluate, export, inspect, run
 from quip.cli.door import Parser, guarded
 
-COMMANDS = {"run": run}
+COMMANDS = {"run": run, "evaluate": evaluate, "inspect": inspect, "export": export}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

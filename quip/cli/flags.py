@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from quip.cli.shared import machine_flags, task_flags
+
 NAMED = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "pydoc")
 PAPER_SETS = "wikitext2,ptb-new,c4-new"
 
@@ -29,6 +31,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _method_flags(parser.add_argument_group("method"))
     _incoherence_flags(parser.add_argument_group("incoherence processing"))
     _data_flags(parser.add_argument_group("data and evaluation"))
+    task_flags(parser.add_argument_group("zero-shot tasks"))
     _machine_flags(parser.add_argument_group("machine and output"))
 
 
@@ -171,17 +174,24 @@ def _data_flags(group: argparse._ArgumentGroup) -> None:
 
 def _machine_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add(
-        "--dtype",
-        default="auto",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        help="what the model computes in; auto, the default, is float32",
-    )
-    add(
-        "--out",
+        "--save",
         type=Path,
         metavar="DIR",
-        help="a folder for run.json, layers.csv and layers.png; it must be new or empty",
+        help="a new or empty folder for the packed checkpoint, written before evaluation",
     )
-    add("--overwrite", action="store_true", help="let --out be a folder that holds files")
+    add(
+        "--load",
+        metavar="DIR",
+        help="evaluate this checkpoint of MODEL, which is then only read for --compare",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="take up the run that --out holds, after its last finished block; without one, start",
+    )
+    machine_flags(
+        group,
+        out="a folder for run.json, layers.csv, layers.png and the finished blocks; it must be new "
+        "or empty",
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from quip.cli.door import Parser, guarded
 from quip.cli.flags import NAMED, PAPER_SETS, add_flags
+from quip.cli.shared import as_given, names, refuse_small, zero_shot
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -36,17 +37,19 @@ def call(args: argparse.Namespace) -> None:
     """Turn strings into plain values, run, and print the result."""
     recipe = _recipe(args)
     evaluations = _evaluations(args)
+    tasks = zero_shot(args)
     _refuse_values(args)
 
     from quip.experiment import Experiment, run_experiment
-    from quip.report import table
+    from quip.table import table
 
     report = run_experiment(
         Experiment(
             model=args.model,
             dataset=args.dataset,
             recipe=recipe,
-            method=_words(args) if recipe else "as it is",
+            load=args.load,
+            method=_words(args),
             nsamples=args.nsamples,
             seqlen=args.seqlen,
             seed=args.seed,
@@ -54,22 +57,35 @@ def call(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             eval_datasets=evaluations,
             eval_nsamples=args.eval_nsamples,
+            tasks=tasks,
+            batch_size=args.batch_size,
             compare=args.compare,
+            save=args.save,
             out=args.out,
+            resume=args.resume,
             overwrite=args.overwrite,
-            flags={name: value for name, value in vars(args).items() if name != "call"},
+            flags=as_given(args),
         )
     )
     print(table(report))
 
 
 def _refuse_values(args: argparse.Namespace) -> None:
-    for name, low in (("nsamples", 1), ("seqlen", 2), ("eval_nsamples", 1)):
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UsageError(f"--{name} {value}: at least {low} is needed")
-    if args.overwrite and args.out is None:
-        raise UsageError("--overwrite speaks of --out: name the folder with --out DIR")
+    refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1)
+    if args.overwrite and args.out is None and args.save is None:
+        raise UsageError("--overwrite speaks of folders: name one with --out DIR or --save DIR")
+    if args.resume and args.out is None:
+        raise UsageError("--resume takes up the run in --out: name the folder with --out DIR")
+    if args.resume and args.overwrite:
+        raise UsageError("--resume goes on and --overwrite starts over: leave one out")
+    if args.wbits == 16:
+        for flag in ("save", "resume"):
+            if getattr(args, flag):
+                raise UsageError(f"--{flag} needs weights to quantize: give --wbits 2 to 8")
+    elif args.load:
+        raise UsageError(
+            f"--load {args.load} evaluates what is quantized already: leave out --wbits"
+        )
 
 
 def _recipe(args: argparse.Namespace) -> "Recipe | None":
@@ -85,29 +101,30 @@ def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
     if args.proxy_only:
         if args.wbits == 16:
             raise UsageError("--proxy_only needs weights to quantize: give --wbits 2 to 8")
-        if args.compare or args.eval_datasets:
-            raise UsageError("--proxy_only evaluates nothing: leave out --compare, --eval_datasets")
+        if args.compare or args.eval_datasets or args.tasks:
+            raise UsageError(
+                "--proxy_only evaluates nothing: leave out --compare, --eval_datasets and --tasks"
+            )
         return ()
-    names = args.eval_datasets
-    if names is None:
+    wanted = args.eval_datasets
+    if wanted is None:
         if args.dataset not in NAMED and Path(args.dataset).expanduser().exists():
             raise UsageError(
                 f"DATASET {args.dataset} is a file or folder: say where to measure perplexity with "
                 "--eval_datasets FILE,... (text that is not calibrated on), or `none`"
             )
-        names = "pydoc" if args.dataset == "pydoc" else PAPER_SETS
-    if names == "none":
-        if args.compare or args.wbits == 16:
+        wanted = "pydoc" if args.dataset == "pydoc" else PAPER_SETS
+    if wanted == "none":
+        if args.compare or (args.wbits == 16 and not args.tasks):
             flag = "--compare" if args.compare else "--wbits 16"
             raise UsageError(f"{flag} means to evaluate: leave out --eval_datasets none")
         return ()
-    evaluations = tuple(filter(None, names.split(",")))
-    if not evaluations:
-        raise UsageError(f"--eval_datasets {names!r}: name a data set or a file, or say `none`")
-    return evaluations
+    return names(wanted, "--eval_datasets")
 
 
 def _words(args: argparse.Namespace) -> str:
+    if args.wbits == 16:
+        return f"as saved in {args.load}" if args.load else "as it is"
     processing = "with" if args.incoh_processing else "without"
     faithful = ", as printed" if args.faithful else ""
     return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"

@@ -20,6 +20,8 @@ def walk(
     *,
     device: torch.device | str,
     batch_size: int = 1,
+    start: int = 0,
+    hidden: Float[Tensor, "count seqlen width"] | None = None,
 ) -> Iterator["Block"]:
     """Each decoder block in order, on the device while the loop body runs.
 
@@ -29,7 +31,8 @@ def walk(
                 block.replace(name, quantized(linear, hessians[name]))
 
     At the end of the body the block, as it then is, turns its inputs into those of the next
-    block, and returns to where the model is (usually the host). Raises UnsupportedModel before
+    block, and returns to where the model is (usually the host). A walk that was broken off is taken
+    up at block `start` with the `hidden` states that enter it. Raises UnsupportedModel before
     anything runs where `coverage` does, and for blocks that are no plain chain.
     """
     coverage(model)
@@ -37,14 +40,16 @@ def walk(
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
-    hidden, calls = _enter(model, tokens.to(host), device=device, batch_size=batch_size)
-    for index, module in enumerate(blocks):
+    entering, calls = _enter(model, tokens.to(host), device=device, batch_size=batch_size)
+    if hidden is not None:
+        entering.copy_(hidden)
+    for index, module in enumerate(blocks[start:], start):
         try:
             block = Block(
                 index,
                 f"{prefix}.{index}",
                 module.to(device),
-                hidden,
+                entering,
                 [batch_calls[index] for batch_calls in calls],
                 device=device,
                 batch_size=batch_size,

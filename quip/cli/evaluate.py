@@ -1,0 +1,81 @@
+"""`quip evaluate MODEL`: perplexity, tasks, divergence and speed of a model or checkpoint."""
+
+import argparse
+
+from quip.cli.shared import as_given, machine_flags, names, refuse_small, task_flags, zero_shot
+from quip.errors import UsageError
+
+SUMMARY = "measure a checkpoint or a model as it is"
+
+
+def build(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments, and what to call with them."""
+    parser.add_argument(
+        "model", help="a checkpoint written by --save, or a model as `quip run` takes it"
+    )
+    group = parser.add_argument_group("what is measured")
+    group.add_argument(
+        "--datasets",
+        metavar="A,B,...",
+        help="where perplexity is measured: names as for `quip run`, or files; by default what the "
+        "run measured that saved the checkpoint",
+    )
+    group.add_argument(
+        "--seqlen",
+        type=int,
+        metavar="N",
+        help="tokens in a window (default: as in that run, or what the model can take)",
+    )
+    group.add_argument(
+        "--nsamples",
+        type=int,
+        metavar="N",
+        help="the first N windows of each data set (default: as in that run, or all)",
+    )
+    group.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="the original: adds its perplexities, the KL divergence from its predictions, and how "
+        "often both predict the same token",
+    )
+    group.add_argument(
+        "--speed",
+        action="store_true",
+        help="tokens per second and memory, beside the same model with dense matrices",
+    )
+    task_flags(parser.add_argument_group("zero-shot tasks"))
+    machine_flags(
+        parser.add_argument_group("machine and output"), out="a new or empty folder for run.json"
+    )
+    parser.set_defaults(call=call)
+
+
+def call(args: argparse.Namespace) -> None:
+    """Turn strings into plain values, measure, and print the result."""
+    refuse_small(args, seqlen=2, nsamples=1)
+    if args.overwrite and args.out is None:
+        raise UsageError("--overwrite speaks of --out: name the folder with --out DIR")
+    datasets = None if args.datasets is None else names(args.datasets, "--datasets")
+    tasks = zero_shot(args)
+
+    from quip.evaluation import Evaluation, run_evaluation
+    from quip.table import table
+
+    report = run_evaluation(
+        Evaluation(
+            model=args.model,
+            datasets=datasets,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            tasks=tasks,
+            batch_size=args.batch_size,
+            reference=args.reference,
+            speed=args.speed,
+            device=args.device,
+            dtype=args.dtype,
+            out=args.out,
+            overwrite=args.overwrite,
+            flags=as_given(args),
+        )
+    )
+    print(table(report))

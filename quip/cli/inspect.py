@@ -1,0 +1,141 @@
+"""`quip inspect DIR`: what a checkpoint holds and takes, without reading its weights."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from quip.card import size_words
+from quip.errors import Unavailable
+
+SUMMARY = "show what a saved checkpoint holds and takes"
+
+
+def build(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments, and what to call with them."""
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="a folder written by `quip run ... --save DIR`")
+    add("--json", action="store_true", help="print everything that is known, as JSON")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="write the proxy loss of each matrix along depth to this file, as PNG",
+    )
+    parser.set_defaults(call=call)
+
+
+def call(args: argparse.Namespace) -> None:
+    """Inspect, plot, and print."""
+    if args.plot and find_spec("matplotlib") is None:
+        raise Unavailable(
+            "--plot needs the package matplotlib; install it with: pip install 'quip-quant[plot]'"
+        )
+
+    from quip.files import replacing
+    from quip.inspection import inspect_checkpoint, matrix_records
+    from quip.plots import plot_losses
+
+    found = inspect_checkpoint(args.folder)
+    if args.plot:
+        records = matrix_records(args.folder)
+        with replacing(args.plot) as partial:
+            plot_losses(records, partial)
+    print(json.dumps(found, indent=2, allow_nan=False) if args.json else inspection_table(found))
+
+
+def inspection_table(found: Mapping[str, Any]) -> str:
+    """What `inspect_checkpoint` found, in a few lines for a person."""
+    parts = [
+        _heading(found),
+        _sizes(found),
+        _aligned([("stored as", "bytes"), *_counts(found["bytes_by_kind"])]),
+        _perplexity_table(found["perplexities"]),
+        _worst_table(found["worst_matrices"]),
+    ]
+    if found["plot"]:
+        parts.append(f"proxy losses along depth: {Path(found['folder']) / found['plot']}")
+    return "\n\n".join(filter(None, [*parts, *(f"note: {note}" for note in found["notes"])]))
+
+
+def _heading(found: Mapping[str, Any]) -> str:
+    of = found["architecture"]
+    lines = [
+        found["folder"],
+        f"{of['class']} ({of['model_type']}): {of['blocks']} blocks, hidden size "
+        f"{of['hidden_size']}, vocabulary {of['vocab_size']}",
+    ]
+    if found["base_model"]:
+        lines.append(f"made from {found['base_model']}: {found['method']}")
+    return "\n".join(lines)
+
+
+def _sizes(found: Mapping[str, Any]) -> str:
+    size = {key: size_words(found[f"{key}_bytes"]) for key in ("file", "header", "memory", "dense")}
+    rows = [
+        (
+            "quantized",
+            f"{found['quantized_matrices']} matrices, {found['quantized_weights']:,} of "
+            f"{found['weights']:,} weights",
+        ),
+        (
+            "bits per weight",
+            f"{found['bits_per_weight']:.3f} in these matrices, "
+            f"{found['bits_per_weight_of_all']:.3f} over all weights",
+        ),
+        ("on disk", f"{size['file']}, of which headers {size['header']}"),
+        ("in memory", f"{size['memory']} to compute in {found['dtype']}"),
+        ("dense", f"{size['dense']} in 16 bits"),
+    ]
+    return "\n".join(f"{name:<17}{words}" for name, words in rows)
+
+
+def _counts(sizes: Mapping[str, int]) -> list[tuple[str, str]]:
+    return [(kind, f"{size:,}") for kind, size in sizes.items()]
+
+
+def _perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    heads = ("perplexity", "original", "quantized", "windows", "tokens each", "SHA-256")
+    lines = [
+        (
+            row["dataset"],
+            *(_short(row[key]) for key in ("original", "quantized")),
+            *(str(row.get(key, "-")) for key in ("windows", "seqlen")),
+            str(row.get("sha256", "-"))[:8],
+        )
+        for row in rows
+    ]
+    return _aligned([heads, *lines]) if lines else ""
+
+
+def _worst_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = [
+        (
+            row["name"],
+            f"{row['rows']} x {row['columns']}",
+            f"{row['bits_per_weight']:.3f}",
+            _short(row["proxy_loss"]),
+        )
+        for row in rows
+    ]
+    return _aligned([("worst matrices", "shape", "bits", "proxy loss"), *lines]) if lines else ""
+
+
+def _short(value: float | str | None) -> str:
+    return "-" if value is None else f"{float(value):.4g}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns under one another: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
+        for line in lines
+    )

@@ -1,0 +1,83 @@
+"""Flags that several commands have, and what they become."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quip.errors import UsageError
+
+if TYPE_CHECKING:
+    from quip.evaluate.zeroshot import ZeroShot
+
+
+def task_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--tasks",
+        metavar="A,B,...",
+        help="zero-shot tasks: any name of lm-eval (arc_easy, piqa ...), or our own: lambada_quip, "
+        "prompted as in QuIP; storycloze, from --storycloze_csv; quip_demo_cloze, no download",
+    )
+    add("--num_fewshot", type=int, default=0, metavar="N", help="examples shown (default 0)")
+    add("--batch_size", type=int, default=8, metavar="N", help="of zero-shot tasks (default 8)")
+    add("--limit", type=int, metavar="N", help="the first N documents of each task (default: all)")
+    add(
+        "--storycloze_csv",
+        type=Path,
+        metavar="FILE",
+        help="the StoryCloze file; its licence form is yours to sign",
+    )
+
+
+def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
+    add = group.add_argument
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="what the model computes in; auto, the default, is float32, and for a checkpoint of "
+        "quip what the run computed in that saved it",
+    )
+    add("--out", type=Path, metavar="DIR", help=out)
+    add("--overwrite", action="store_true", help="let folders to write to be ones that hold files")
+
+
+def zero_shot(args: argparse.Namespace) -> "ZeroShot | None":
+    """The tasks asked for. Raises UsageError for flags that speak of none."""
+    from quip.evaluate.zeroshot import ZeroShot
+
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size {args.batch_size}: at least 1 is needed")
+    if args.tasks is None:
+        for name, unset in (("num_fewshot", 0), ("limit", None), ("storycloze_csv", None)):
+            if getattr(args, name) != unset:
+                raise UsageError(f"--{name} speaks of zero-shot tasks: name some with --tasks A,B")
+        return None
+    return ZeroShot(
+        tasks=names(args.tasks, "--tasks"),
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        storycloze_csv=args.storycloze_csv,
+    )
+
+
+def names(text: str, flag: str) -> tuple[str, ...]:
+    """A,B,... as a tuple. Raises UsageError if there is none."""
+    found = tuple(filter(None, text.split(",")))
+    if not found:
+        raise UsageError(f"{flag} {text!r}: name one or more, as in {flag} A,B")
+    return found
+
+
+def refuse_small(args: argparse.Namespace, **least: int) -> None:
+    """Raise UsageError for a number below what is needed at least."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name} {value}: at least {low} is needed")
+
+
+def as_given(args: argparse.Namespace) -> dict[str, object]:
+    """The flags for the report."""
+    return {name: value for name, value in vars(args).items() if name != "call"}

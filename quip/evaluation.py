@@ -1,0 +1,257 @@
+"""What is measured of a whole model, each number written down as soon as it is known.
+
+`run_evaluation` measures a model or checkpoint as it is; quip/experiment.py measures what it has
+just quantized with the same functions, so that both give the same numbers.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quip.checkpoint import to_dense
+from quip.data import TokenSet, check_dataset, evaluation_tokens
+from quip.errors import UsageError
+from quip.evaluate.divergence import divergence
+from quip.evaluate.perplexity import perplexity
+from quip.evaluate.speed import speed
+from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
+from quip.models import LoadedModel, load_model
+from quip.pretrained import quantized_layers
+from quip.records import Stopwatch
+from quip.report import Report, versions
+from quip.run_folder import RunFolder, read_report
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything that one evaluation depends on."""
+
+    model: str
+    datasets: tuple[str, ...] | None = None  # None: those of the run that saved the checkpoint
+    nsamples: int | None = None  # windows of each data set, the first ones
+    seqlen: int | None = None  # None: as in that run, or the model's positions, at most 2048
+    tasks: ZeroShot | None = None
+    batch_size: int = 8  # of tasks
+    reference: str | None = None  # the original, which predictions are compared with
+    speed: bool = False
+    device: str | None = None  # None: cuda if there is one
+    dtype: str = "auto"
+    out: Path | None = None
+    overwrite: bool = False
+    flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
+
+
+def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Measure what is asked for and return the report, which `out` receives as it grows."""
+    e, watch = _as_when_saved(evaluation), Stopwatch()
+    folder = RunFolder(e.out, overwrite=e.overwrite) if e.out else None
+    device = choose_device(e.device)
+    check_measures(e.datasets or (), e.tasks)
+    with watch("load"):
+        loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen)
+        reference = e.reference and load_model(
+            e.reference, dtype=dtype_name(loaded), seqlen=e.seqlen
+        )
+    with watch("data"):
+        tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
+    saved = read_report(Path(e.model))
+    entries = {
+        "model": e.model,
+        "method": saved.get("method", "as it is"),
+        "flags": dict(e.flags),
+        "device": device_name(device),
+        "dtype": dtype_name(loaded),
+        "versions": versions(),
+        "evaluation": {name: stamp(windows) for name, windows in tokens.items()},
+        "seconds": watch.seconds,
+    }
+    report = Report(entries, folder=folder, device=device)
+    report.save("started")
+    with report.kept():
+        if reference:
+            measure_perplexities("original_perplexity", tokens, reference, report, watch)
+        measure_perplexities("perplexity", tokens, loaded, report, watch)
+        if reference:
+            _measure_divergence(tokens, loaded, reference, report, watch)
+        if e.tasks:
+            measure_tasks(e.tasks, loaded, report, watch, batch_size=e.batch_size)
+        if e.speed:
+            del reference  # its memory is not the model's
+            _measure_speed(loaded, report, watch)
+        report.save("complete")
+    return report.entries
+
+
+def check_measures(datasets: tuple[str, ...], tasks: ZeroShot | None) -> None:
+    """Whatever can be refused before a model is loaded."""
+    for name in datasets:
+        check_dataset(name, "evaluation")
+    if tasks:
+        check_tasks(tasks)
+
+
+def token_sets(
+    datasets: tuple[str, ...], loaded: LoadedModel, *, seqlen: int | None, nsamples: int | None
+) -> dict[str, TokenSet]:
+    """The windows that each perplexity is taken over, by name of the data set."""
+    seqlen = seqlen or default_seqlen(loaded)
+    return {
+        name: evaluation_tokens(name, loaded.tokenizer, seqlen=seqlen, nsamples=nsamples)
+        for name in datasets
+    }
+
+
+def default_seqlen(loaded: LoadedModel) -> int:
+    return min(2048, loaded.max_length)
+
+
+def stamp(tokens: TokenSet) -> dict[str, Any]:
+    """What a perplexity depends on, beside the model."""
+    return {
+        "dataset": tokens.dataset,
+        "split": tokens.split,
+        "join": tokens.join,
+        "windows": len(tokens.ids),
+        "seqlen": tokens.seqlen,
+        "sha256": tokens.sha256,
+    }
+
+
+def measure_perplexities(
+    key: str,
+    token_sets: Mapping[str, TokenSet],
+    loaded: LoadedModel,
+    report: Report,
+    watch: Stopwatch,
+    *,
+    earlier: Mapping[str, Any] | None = None,
+) -> None:
+    """Perplexity on each data set, except where `earlier`, a report, has it of the same windows."""
+    found: dict[str, float] = {}
+    known, stamps = (earlier or {}).get(key, {}), (earlier or {}).get("evaluation", {})
+    for name, tokens in token_sets.items():
+        if name in known and stamps.get(name) == stamp(tokens):
+            found[name] = float(known[name])
+        else:
+            with watch("evaluate"):
+                found[name] = perplexity(
+                    loaded.model, tokens.ids, device=report.device, progress=_bar()
+                )
+        log.info("%s: %s %.4f", name, key.replace("_", " "), found[name])
+        report.save("evaluating", **{key: found})
+
+
+def measure_tasks(
+    asked: ZeroShot,
+    loaded: LoadedModel,
+    report: Report,
+    watch: Stopwatch,
+    *,
+    batch_size: int,
+    earlier: Mapping[str, Any] | None = None,
+) -> None:
+    """Each task in turn, except where `earlier`, a report, has it as it is asked for."""
+    terms = {"num_fewshot": asked.num_fewshot, "limit": asked.limit}
+    known = (earlier or {}).get("tasks", {})
+    same = (earlier or {}).get("tasks_asked") == terms
+    found: dict[str, Mapping[str, float | int]] = {}
+    for name in asked.tasks:
+        if same and name in known:
+            found[name] = known[name]
+        else:
+            with watch("tasks"):
+                found |= zeroshot(
+                    loaded.model,
+                    loaded.tokenizer,
+                    replace(asked, tasks=(name,)),
+                    device=report.device,
+                    batch_size=batch_size,
+                    progress=_bar(),
+                )
+        log.info("%s: %s", name, ", ".join(f"{k} {v:.4g}" for k, v in found[name].items()))
+        report.save("evaluating", tasks=found, tasks_asked=terms)
+
+
+def _measure_divergence(
+    token_sets: Mapping[str, TokenSet],
+    loaded: LoadedModel,
+    reference: LoadedModel,
+    report: Report,
+    watch: Stopwatch,
+) -> None:
+    found: dict[str, Any] = {}
+    for name, tokens in token_sets.items():
+        with watch("evaluate"):
+            moved = divergence(
+                loaded.model, reference.model, tokens.ids, device=report.device, progress=_bar()
+            )
+        found[name] = asdict(moved)
+        report.save("evaluating", divergence=found)
+
+
+def _measure_speed(loaded: LoadedModel, report: Report, watch: Stopwatch) -> None:
+    """Of the model as it is, and with dense matrices in place of its packed ones."""
+    prompt = min(256, loaded.max_length // 2)
+    packed = bool(quantized_layers(loaded.model))
+    found: dict[str, Any] = {}
+    for name in ("packed", "dense") if packed else ("dense",):
+        model = to_dense(loaded.model) if packed and name == "dense" else loaded.model
+        with watch("speed"):
+            measured = speed(model, device=report.device, prompt_tokens=prompt)
+        found[name] = asdict(measured)
+        report.save("evaluating", speed=found)
+
+
+def _as_when_saved(e: Evaluation) -> Evaluation:
+    """Data sets and windows of the run that saved the checkpoint, where none are asked for."""
+    if e.datasets is not None:
+        return e
+    saved = read_report(Path(e.model)).get("evaluation", {})
+    wanted = e.reference is not None or not (e.tasks or e.speed)
+    if wanted and not saved:
+        raise UsageError(
+            f"{e.model} is no checkpoint whose run measured perplexities: say where to measure "
+            "with --datasets (or ask for --tasks or --speed alone)"
+        )
+    stamps = list(saved.values()) if wanted else []
+    return replace(
+        e,
+        datasets=tuple(one["dataset"] for one in stamps),
+        seqlen=e.seqlen or next((one["seqlen"] for one in stamps), None),
+        nsamples=e.nsamples or max((one["windows"] for one in stamps), default=None),
+    )
+
+
+def dtype_name(loaded: LoadedModel) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
+
+
+def choose_device(name: str | None) -> str:
+    """The device asked for, or cuda if there is one. Raises UsageError if it cannot compute."""
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).tolist()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        if "device type at start of device string" in reason:
+            reason = "no such kind of device"
+        raise UsageError(f"--device {name}: {reason}; say cpu, or leave it out") from error
+    return name
+
+
+def device_name(device: str) -> str:
+    if torch.device(device).type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return device
+
+
+def _bar() -> bool:
+    return sys.stderr.isatty()

@@ -1,0 +1,65 @@
+"""A checkpoint with what belongs beside its weights: run.json, the card and the plot."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from quip.card import model_card
+from quip.checkpoint import save_checkpoint
+from quip.files import replacing
+from quip.models import LoadedModel
+from quip.plots import write_plot
+from quip.pretrained import quantized_layers
+from quip.records import MatrixRecord
+from quip.report import Report
+from quip.run_folder import as_json, read_report
+
+log = logging.getLogger(__name__)
+
+
+def save_with_notes(
+    folder: Path,
+    loaded: LoadedModel,
+    records: Sequence[MatrixRecord],
+    report: Report,
+    *,
+    overwrite: bool,
+) -> None:
+    """Save the checkpoint, unless the same run, taken up again, has saved it already."""
+    fingerprint = report.entries["fingerprint"]
+    if not fingerprint or read_report(folder).get("fingerprint") != fingerprint:
+        save_checkpoint(
+            loaded.model,
+            loaded.tokenizer,
+            folder,
+            texts=_texts(folder, report),
+            overwrite=overwrite,
+        )
+        write_plot(records, folder)
+    report.save("saved", checkpoint=_sizes(folder, loaded.model))
+    write_notes(folder, report)
+    log.info("%s: %.4g MB", folder, report.entries["checkpoint"]["bytes"] / 1e6)
+
+
+def write_notes(folder: Path, report: Report) -> None:
+    """The report and the card of a checkpoint, as of now."""
+    for name, text in _texts(folder, report).items():
+        with replacing(folder / name) as partial:
+            partial.write_text(text)
+
+
+def _texts(folder: Path, report: Report) -> dict[str, str]:
+    has_plot = (folder / "layers.png").exists()
+    card = model_card(report.entries, folder_name=folder.name, has_plot=has_plot)
+    return {"run.json": as_json(report.entries), "README.md": card}
+
+
+def _sizes(folder: Path, model: nn.Module) -> dict[str, int]:
+    """Bytes of the files with weights, and of the same weights in 16 bits."""
+    layers = quantized_layers(model).values()
+    rest = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
+    weights = rest + sum(layer.in_features * layer.out_features for layer in layers)
+    files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"bytes": files, "dense_bytes": 2 * weights}

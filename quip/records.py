@@ -1,0 +1,48 @@
+"""What is written down of a run: a record of each quantized matrix, and seconds by stage."""
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRecord:
+    """What quantizing one matrix came to."""
+
+    name: str
+    block: int
+    rows: int
+    columns: int
+    proxy_loss: float  # relative, original basis, undamped H
+    damp: float  # as used
+    bits_per_weight: float  # all overheads included
+    seconds: float
+
+
+class Stopwatch:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def each(self, stage: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, with the time taken to come by them counted as `stage`."""
+        iterator, done = iter(items), object()
+        while True:
+            with self(stage):
+                item = next(iterator, done)
+            if item is done:
+                return
+            yield item  # type: ignore[misc]

@@ -1,0 +1,150 @@
+"""The finished blocks of a run on disk, so that a run which was killed goes on where it was.
+
+    fingerprint.json          what every code depends on
+    block-0000.safetensors    the packed matrices of a block, and their records
+    hidden.safetensors        the hidden states that enter the next block
+
+Each file appears when it is complete. Blocks are never changed again; hidden states are
+replaced by those of the block after, so that the disk holds those of one block only. A run
+killed between the two writes has a block more than hidden states: replaying that block, whose
+matrices are there, makes up for them.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quip.errors import Unavailable, UsageError
+from quip.files import replacing, writing
+from quip.linear import QuantizedLinear, Spec
+from quip.records import MatrixRecord
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """The finished blocks of one run, in a folder of their own.
+
+    The fingerprint says what the codes depend on: two runs of one fingerprint make the same.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.folder, self.fingerprint = folder, json.loads(json.dumps(fingerprint))
+
+    def open(self) -> None:
+        """Make the folder, unless it holds finished blocks of this very run.
+
+        Raises UsageError, naming every difference, if they are of another.
+        """
+        path = self.folder / "fingerprint.json"
+        if path.exists():
+            changes = differences(_read_json(path), self.fingerprint)
+            if changes:
+                raise UsageError(
+                    f"--resume: the run in {self.folder.parent} was another one ({changes}); "
+                    "name another folder, or start over with --overwrite"
+                )
+            return
+        with writing(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
+
+    def has(self, block: int) -> bool:
+        return self._block(block).exists()
+
+    def keep(
+        self, block: int, layers: Mapping[str, nn.Module], records: Sequence[MatrixRecord]
+    ) -> None:
+        """Write down a finished block: its packed matrices, by full dotted name."""
+        packed = {n: layer for n, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+        tensors = {
+            f"{name}.{key}": tensor.cpu().contiguous()
+            for name, layer in packed.items()
+            for key, tensor in layer.stored().items()
+        }
+        words = {
+            "specs": json.dumps({name: layer.spec.to_json() for name, layer in packed.items()}),
+            "records": json.dumps([asdict(record) for record in records]),
+        }
+        with replacing(self._block(block)) as partial:
+            save_file(tensors, partial, metadata=words)
+
+    def restore(self, block: int, model: nn.Module) -> list[MatrixRecord]:
+        """Put the packed matrices of a finished block into the model; returns their records."""
+        tensors, words = _read(self._block(block))
+        for name, spec in json.loads(words["specs"]).items():
+            old = model.get_submodule(name)
+            assert isinstance(old, nn.Linear)
+            layer = QuantizedLinear(
+                old.in_features, old.out_features, False, spec=Spec.from_json(**spec), device="meta"
+            )
+            for key in layer.stored():
+                setattr(layer, key, tensors[f"{name}.{key}"].to(old.weight.device))
+            layer.bias = old.bias
+            model.set_submodule(name, layer.train(old.training))
+        return [MatrixRecord(**record) for record in json.loads(words["records"])]
+
+    def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
+        """Write down the hidden states that enter a block, in place of those before."""
+        with replacing(self._hidden) as partial:
+            save_file({"hidden": hidden.cpu()}, partial, metadata={"block": str(block)})
+
+    def hidden(self) -> tuple[int, Tensor | None]:
+        """The last block whose hidden states are known, and these; block 0 needs none."""
+        if not self._hidden.exists():
+            return 0, None
+        tensors, words = _read(self._hidden)
+        return int(words["block"]), tensors["hidden"]
+
+    def forget_hidden(self) -> None:
+        """After the last block nobody needs them."""
+        self._hidden.unlink(missing_ok=True)
+
+    @property
+    def _hidden(self) -> Path:
+        return self.folder / "hidden.safetensors"
+
+    def _block(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    """What changed from one fingerprint to another, by dotted name; empty if nothing did."""
+    found = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found.append(differences(a, b, f"{prefix}{key}."))
+        elif a != b:
+            found.append(f"{prefix}{key} was {a}, is now {b}")
+    return "; ".join(filter(None, found))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> Unavailable:
+    return Unavailable(f"{path} is damaged ({error}); start over with --overwrite")

@@ -1,0 +1,119 @@
+"""The folder of one run: written to by one run at a time, each file complete or not there."""
+
+import csv
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quip.errors import UsageError
+from quip.files import check_new, replacing, writing
+from quip.plots import write_plot
+from quip.records import MatrixRecord
+
+
+class RunFolder:
+    """The folder of one run, made when something is first written to it.
+
+    What is written appears under its name only when it is complete. While a run writes to the
+    folder no other can.
+    """
+
+    FILES = ("run.json", "layers.csv", "layers.png")
+    BLOCKS = "blocks"  # the finished blocks, for --resume
+
+    def __init__(self, path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+        """Raises UsageError for a path that cannot be made, that is in use by another run, or
+        that holds files not to be lost."""
+        self.path, self.resume = path, resume
+        self._lock: int | None = None
+        if resume and (path / self.BLOCKS).is_dir():
+            overwrite = True
+        elif path.is_dir() and (path / self.BLOCKS).is_dir() and not overwrite:
+            raise UsageError(
+                f"--out {path}: it holds an earlier run; take it up with --resume, start over with "
+                "--overwrite, or name another folder"
+            )
+        check_new(path, "--out", overwrite=overwrite)
+        if path.is_dir():
+            self._take()
+            self.release()
+
+    def earlier_report(self) -> dict[str, Any]:
+        """run.json as the run before left it, if this one takes it up."""
+        return read_report(self.path) if self.resume else {}
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """run.json."""
+        self.open()
+        with replacing(self.path / "run.json") as partial:
+            partial.write_text(as_json(report))
+
+    def write_layers(self, records: Sequence[MatrixRecord]) -> None:
+        """layers.csv, and layers.png where matplotlib is installed."""
+        self.open()
+        with replacing(self.path / "layers.csv") as partial, partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(MatrixRecord.__dataclass_fields__))
+            writer.writeheader()
+            writer.writerows(asdict(record) for record in records)
+        write_plot(records, self.path)
+
+    def open(self) -> None:
+        """Make the folder, keep other runs out, and clear away the run before, unless taken up."""
+        if self._lock is not None:
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._take()
+        if not self.resume:  # one folder never mixes two runs
+            for name in self.FILES:
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.path / self.BLOCKS, ignore_errors=True)
+
+    def release(self) -> None:
+        """Let others in. The end of the process, however it comes, does the same."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _take(self) -> None:
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise UsageError(
+                f"--out {self.path}: another run is writing to it; name another folder, or wait"
+            ) from error
+        self._lock = lock
+
+
+def read_report(folder: Path) -> dict[str, Any]:
+    """The run.json of a folder; empty where there is none that can be read."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def as_json(report: Mapping[str, Any]) -> str:
+    """JSON has no NaN or infinity: they are the strings nan, inf and -inf."""
+    return json.dumps(_as_json(report), indent=2, allow_nan=False) + "\n"
+
+
+def _as_json(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {str(key): _as_json(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_as_json(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case None | bool() | int() | float() | str():
+            return value
+    return str(value)  # a path

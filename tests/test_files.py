@@ -1,0 +1,226 @@
+"""Files and folders take their name when they are complete; until then the old ones stay."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from quip.errors import QuipError, Unavailable, UsageError
+from quip.files import check_new, new_folder, replacing
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def fill(folder: Path, text: str = "old") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "file").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def room(tmp_path) -> Path:
+    """An empty folder for the files of a test."""
+    (tmp_path / "room").mkdir()
+    return tmp_path / "room"
+
+
+def test_a_file_is_replaced_when_its_block_ends(room):
+    final = room / "run.json"
+    for text in ("one", "two"):
+        with replacing(final) as partial:
+            partial.write_text(text)
+            assert partial.parent == room  # of the same disk
+            assert not final.exists() or final.read_text() == "one"
+        assert final.read_text() == text
+        assert names(room) == ["run.json"]
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("midway"), KeyboardInterrupt()], ids=repr)
+def test_an_error_in_the_block_leaves_the_old_file_and_no_other(room, error, existing):
+    final = room / "run.json"
+    if existing:
+        final.write_text("old")
+    with pytest.raises(type(error)), replacing(final) as partial:
+        partial.write_text("ne")
+        raise error
+    assert names(room) == (["run.json"] if existing else [])
+    assert not existing or final.read_text() == "old"
+
+
+@pytest.mark.parametrize("where", ["os.fsync", "os.replace", "pathlib.Path.write_text"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_file(room, where, monkeypatch):
+    final = room / "run.json"
+    final.write_text("old")
+    with monkeypatch.context() as patch, pytest.raises(Unavailable) as caught:
+        patch.setattr(where, full_disk)
+        with replacing(final) as partial:
+            partial.touch()
+            partial.write_text("new")
+    assert str(caught.value) == (
+        f"{final} cannot be written (No space left on device); make room, or name another place"
+    )
+    assert names(room) == ["run.json"]
+    assert final.read_text() == "old"
+
+
+def test_a_file_that_was_never_written_is_said_to_be_missing(room):
+    with pytest.raises(Unavailable, match=r"run.json cannot be written \(No such file"):
+        with replacing(room / "run.json"):
+            pass
+    with pytest.raises(Unavailable, match=r"run.json cannot be written \(No such file"):
+        with replacing(room / "nowhere" / "run.json") as partial:
+            partial.write_text("new")
+    assert names(room) == []
+
+
+@pytest.mark.parametrize("existing", ["nothing", "an empty folder", "files"])
+def test_a_folder_appears_when_its_block_ends(room, existing):
+    final = room / "above" / "model"
+    if existing == "an empty folder":
+        final.mkdir(parents=True)
+    if existing == "files":
+        fill(final)
+        (final / "more").mkdir()
+    with new_folder(final, overwrite=existing == "files") as partial:
+        (partial / "file").write_text("new")
+        assert final.exists() == (existing != "nothing")
+        assert existing != "files" or names(final) == ["file", "more"]
+    assert names(final) == ["file"]
+    assert (final / "file").read_text() == "new"
+    assert names(final.parent) == ["model"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError("midway"), KeyboardInterrupt()], ids=repr)
+def test_an_error_in_the_block_leaves_the_old_folder_and_no_other(room, error, overwrite):
+    final = fill(room / "model")
+    with pytest.raises(type(error)), new_folder(final, overwrite=overwrite) as partial:
+        (partial / "file").write_text("ne")
+        raise error
+    assert names(room) == ["model"]
+    assert (final / "file").read_text() == "old"
+
+
+def test_a_name_that_was_filled_meanwhile_is_kept_and_the_new_folder_goes_beside_it(room):
+    final = room / "model"
+    for kept in ("model-2", "model-3"):
+        with pytest.raises(Unavailable) as caught, new_folder(final, overwrite=False) as partial:
+            (partial / "file").write_text(kept)
+            if not final.exists():
+                fill(final)
+        assert str(caught.value) == (
+            f"{final} cannot be written (Directory not empty); what was to go there is in "
+            f"{room / kept}"
+        )
+        assert (room / kept / "file").read_text() == kept
+    assert (final / "file").read_text() == "old"
+    assert names(room) == ["model", "model-2", "model-3"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_took_the_name_meanwhile_is_kept(room, overwrite):
+    final = room / "model"
+    with pytest.raises(Unavailable, match="what was to go there is in .*model-2$"):
+        with new_folder(final, overwrite=overwrite) as partial:
+            (partial / "file").write_text("new")
+            final.write_text("a file")
+    assert final.read_text() == "a file"
+    assert names(room) == ["model", "model-2"]
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(room, monkeypatch):
+    final, plain = fill(room / "model"), os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if "partial" in source.name and target.name == "model":
+            full_disk()
+        plain(source, target)
+
+    monkeypatch.setattr("os.replace", replace)
+    with pytest.raises(Unavailable, match=r"\(No space left on device\); what was to go there is"):
+        with new_folder(final, overwrite=True) as partial:
+            (partial / "file").write_text("new")
+    assert (final / "file").read_text() == "old"
+    assert (room / "model-2" / "file").read_text() == "new"
+    assert names(room) == ["model", "model-2"]
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(room, monkeypatch):
+    (room / "file").write_text("")
+    with pytest.raises(Unavailable, match=r"model cannot be written \(Not a directory\)"):
+        with new_folder(room / "file" / "model", overwrite=False):
+            pass
+    monkeypatch.setattr("pathlib.Path.mkdir", full_disk)
+    with pytest.raises(Unavailable, match=r"model cannot be written \(No space left on device\)"):
+        with new_folder(room / "model", overwrite=False):
+            pass
+    assert names(room) == ["file"]
+
+
+def test_what_another_process_left_half_done_is_in_nobodys_way(room):
+    fill(room / f".model.partial-{os.getpid()}")
+    with new_folder(room / "model", overwrite=False) as partial:
+        (partial / "new").write_text("new")
+    assert names(room / "model") == ["new"]
+    assert names(room) == ["model"]
+    # What was moved aside may be the only copy of a model: it is not touched.
+    old = fill(room / f".model.old-{os.getpid()}")
+    with pytest.raises(Unavailable, match="what was to go there is in .*model-2$"):
+        with new_folder(room / "model", overwrite=True) as partial:
+            (partial / "newer").write_text("newer")
+    assert [names(path) for path in sorted(room.iterdir())] == [["file"], ["new"], ["newer"]]
+    assert old.is_dir()
+
+
+@pytest.mark.parametrize("name", [".", "", "../here", "below/.."])
+def test_the_folder_may_be_the_current_one(room, name, monkeypatch):
+    (room / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(room / "here")
+    with new_folder(Path(name), overwrite=True) as partial:
+        (partial / "file").write_text("new")
+    assert names(room) == ["here"]
+    assert names(room / "here") == ["file"]
+
+
+def test_a_link_to_a_folder_stays_a_link(room):
+    fill(room / "disk" / "model")
+    (room / "link").symlink_to(room / "disk" / "model")
+    with new_folder(room / "link", overwrite=True) as partial:
+        (partial / "file").write_text("new")
+    assert (room / "link").is_symlink()
+    assert (room / "disk" / "model" / "file").read_text() == "new"
+    assert names(room) == ["disk", "link"]
+    assert names(room / "disk") == ["model"]
+
+
+def test_places_that_can_be_written_to_are_accepted(room):
+    for path in (room, room / "new", room / "new" / "below"):
+        check_new(path, "--save", overwrite=False)
+    check_new(fill(room / "old"), "--save", overwrite=True)
+    assert names(room) == ["old"]  # nothing is made yet
+
+
+def test_places_that_cannot_be_written_to_are_refused_at_once(room, monkeypatch):
+    def refusal(path: Path) -> str:
+        with pytest.raises(UsageError) as caught:
+            check_new(path, "--save", overwrite=False)
+        assert isinstance(caught.value, QuipError)
+        return str(caught.value)
+
+    old = fill(room / "old")
+    assert refusal(old) == (
+        f"--save {old}: it exists and is not empty; name another folder or add --overwrite"
+    )
+    assert refusal(old / "file") == f"--save {old / 'file'}: it is a file; name a folder"
+    below = old / "file" / "below"
+    assert refusal(below) == f"--save {below}: {old / 'file'} is no folder that can be written to"
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    assert refusal(room / "new").endswith(f"{room} is no folder that can be written to")

@@ -1,0 +1,257 @@
+"""from_pretrained loads what quip saved, after `import quip` and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+import quip
+from quip.checkpoint import to_dense
+from quip.errors import QuipError
+from quip.linear import QuantizedLinear
+from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer, quantized_layers, register
+from tests.checkpoints import fresh, quantized, save
+from tests.test_models import logits
+from tests.tiny import tokens
+
+Q = "model.layers.0.self_attn.q_proj"
+NAMES = ["opt", "opt-350m", "llama", "gemma2"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: quantized(name, blocks=3) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def saved(models, tmp_path_factory) -> Path:
+    """A folder with a checkpoint of each model, and the tokens and logits of each."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    for name, model in models.items():
+        save(model, folder / name)
+    answers = {name: logits(model) for name, model in models.items()}
+    save_file({"tokens": tokens(2), **answers}, folder / "expected.safetensors")
+    return folder
+
+
+def assert_answers(model: nn.Module, expected: torch.Tensor) -> None:
+    assert torch.equal(logits(model), expected)
+
+
+START = """
+import json, sys
+from pathlib import Path
+{imports}
+import torch
+from safetensors.torch import load_file, save_file
+
+folder, seen = Path(sys.argv[1]), {{}}
+torch.set_num_threads(1)
+expected = load_file(folder / "expected.safetensors")
+
+
+@torch.no_grad()
+def same(model, name):
+    model.eval()
+    return torch.equal(model(input_ids=expected["tokens"]).logits, expected[name])
+
+"""
+
+LOADED = """
+from transformers import AutoModelForCausalLM
+for name in expected.keys() - {"tokens"}:
+    model = AutoModelForCausalLM.from_pretrained(folder / name)
+    seen[name] = same(model, name) and same(quip.load(folder / name), name)
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize(
+    "imports",
+    ["import quip, transformers", "import transformers, quip", "import quip.pretrained, quip"],
+)
+def test_a_new_process_gets_the_same_logits(imports, saved):
+    # Where quip comes first it is told when transformers comes; otherwise it looks.
+    code = START.format(imports=imports) + LOADED
+    assert fresh(code, saved) == dict.fromkeys(NAMES, True)
+
+
+NEEDS_QUIP_ONLY_TO_PACK = """
+from transformers import AutoModelForCausalLM
+for path in sorted(folder.glob("dense-*")):
+    seen[path.name] = same(AutoModelForCausalLM.from_pretrained(path), path.name)
+seen["quip"] = "quip" in sys.modules
+print(json.dumps(seen))
+"""
+
+
+def test_the_dense_model_is_plain_and_loads_without_quip(saved, tmp_path):
+    expected = {"tokens": tokens(2)}
+    for name in NAMES:
+        model = AutoModelForCausalLM.from_pretrained(saved / name)
+        packed = logits(model)
+        for kind in ("dequantized", "converted"):
+            if kind == "dequantized":
+                model.dequantize()
+            else:
+                model = to_dense(quip.load(saved / name))
+            assert not quantized_layers(model)
+            # In float32, other products and one rounding of W_hat more.
+            torch.testing.assert_close(logits(model), packed, rtol=0, atol=5e-5)
+            model.save_pretrained(tmp_path / f"dense-{kind}-{name}")
+            expected[f"dense-{kind}-{name}"] = logits(model)
+            config = (tmp_path / f"dense-{kind}-{name}" / "config.json").read_text()
+            assert "quantization_config" not in config
+    save_file(expected, tmp_path / "expected.safetensors")
+    seen = fresh(START.format(imports="") + NEEDS_QUIP_ONLY_TO_PACK, tmp_path)
+    assert seen.pop("quip") is False
+    assert seen == dict.fromkeys(expected.keys() - {"tokens"}, True)
+
+
+def test_quip_alone_imports_neither_torch_nor_transformers():
+    heavy = ["torch", "transformers", "numpy", "quip.pretrained"]
+    code = f"import json, sys, quip; dir(quip); print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    assert fresh(code) == []
+    code = "import json, sys, quip; quip.build_recipe; print(json.dumps('transformers' in sys.modules))"
+    assert fresh(code) is False
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_model_is_saved_and_loaded_again_bitwise(name, saved, models, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved / name)
+    model.save_pretrained(tmp_path / "again")
+    expected = logits(models[name])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert_answers(again, expected)
+    words = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (saved / name, tmp_path / "again")
+    ]
+    assert words[0] == words[1]
+    save(again, tmp_path / "packed")
+    first, last = (
+        load_file(folder / "model.safetensors") for folder in (saved / name, tmp_path / "packed")
+    )
+    assert first.keys() == last.keys()
+    assert all(torch.equal(x, last[k]) and x.dtype == last[k].dtype for k, x in first.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_dtype_asked_for_is_computed_in_and_casts_no_packed_tensor(dtype, saved, models):
+    for load in (AutoModelForCausalLM.from_pretrained, quip.load):
+        model = load(saved / "opt", dtype=dtype)
+        assert model.dtype == dtype
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+        for name, layer in quantized_layers(model).items():
+            ours = quantized_layers(models["opt"])[name].stored()
+            assert all(torch.equal(x, ours[k]) for k, x in layer.stored().items())
+            assert all(x.dtype == ours[k].dtype for k, x in layer.stored().items())
+        assert logits(model).dtype == dtype
+        error = (logits(model).double() - logits(models["opt"]).double()).abs().max()
+        assert error < (1e-4 if dtype == torch.float64 else 0.1)
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto", "cpu"], ids=str)
+def test_device_maps_are_taken(device_map, saved, models):
+    for load in (AutoModelForCausalLM.from_pretrained, quip.load):
+        model = load(saved / "llama", device_map=device_map)
+        assert_answers(model, logits(models["llama"]))
+
+
+def test_blocks_may_stay_on_the_disk(saved, models, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
+    places |= {"lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        saved / "llama", device_map=places, offload_folder=tmp_path, offload_buffers=True
+    )
+    assert_answers(model, logits(models["llama"]))
+    assert_answers(model, logits(models["llama"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_goes_on_as_with_the_dense_model(name, saved):
+    model = quip.load(saved / name)
+    prompt = tokens(2)
+    made = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert made.shape == (2, prompt.shape[1] + 6)
+    assert torch.equal(made, to_dense(model).generate(prompt, max_new_tokens=6, do_sample=False))
+
+
+def test_a_loaded_model_takes_gradients_nowhere_in_its_matrices(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved / "opt")
+    for layer in quantized_layers(model).values():
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert model.hf_quantizer.is_serializable()
+    assert not model.hf_quantizer.is_trainable
+
+
+def test_a_plain_model_is_not_quantized_on_the_way(saved, models, tmp_path):
+    to_dense(quip.load(saved / "llama")).save_pretrained(tmp_path)
+    config = QuipConfig.of(models["llama"])
+    with pytest.raises((ValueError, QuipError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+
+
+def test_the_config_says_what_is_packed_and_how(models):
+    config = QuipConfig.of(models["llama"])
+    words = json.loads(json.dumps(config.to_dict()))
+    assert words["format"] == FORMAT == 1
+    assert words["quant_method"] == "quip"
+    assert words["codebook"] == {"kind": "grid", "bits": 2, "group": 1, "symmetric": True}
+    assert words["transforms"] == [
+        {"kind": "rescale"},
+        {"kind": "kronecker", "blocked": False, "permute": True},
+    ]
+    assert words["modules"] == sorted(quantized_layers(models["llama"]))
+    assert QuipConfig(**words).to_dict() == config.to_dict()
+    assert QuipConfig.from_dict(words).to_dict() == config.to_dict()
+    assert "bits" in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("form", "remedy"),
+    [(2, "upgrade quip"), (0, "damaged"), (None, "damaged"), ("1", "damaged"), (True, "damaged")],
+)
+def test_other_formats_are_refused(form, remedy, models):
+    words = {**QuipConfig.of(models["llama"]).to_dict(), "format": form}
+    with pytest.raises(QuipError, match=f"a checkpoint of format {form!r}, .* reads format 1: .*"):
+        QuipConfig(**words)
+    with pytest.raises(QuipError, match=remedy):
+        QuipConfig(**words)
+
+
+def test_registering_twice_does_no_harm():
+    for _ in range(2):
+        register()
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["quip"] is QuipConfig
+    assert AUTO_QUANTIZER_MAPPING["quip"] is QuipQuantizer
+
+
+def test_a_checkpoint_of_another_class_of_model_says_which_module_it_lacks(saved, tmp_path):
+    folder = Path(shutil.copytree(saved / "llama", tmp_path / "copy"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    with pytest.raises(QuipError, match=r"layers\.2\.mlp.* but in a LlamaForCausalLM there is no"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    path.write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(QuipError, match="missing keys such as model.layers.3"):
+        quip.load(folder)
+    path.write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(QuipError, match=r"config.json asks for I32 \[48, 4\], and the files hold"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_packed_modules_are_where_the_config_says(saved):
+    model = AutoModelForCausalLM.from_pretrained(saved / "llama")
+    config = model.hf_quantizer.quantization_config
+    assert set(config.modules) == set(quantized_layers(model))
+    assert isinstance(model.get_submodule(Q), QuantizedLinear)
+    assert type(model.lm_head) is nn.Linear
