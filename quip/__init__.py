@@ -61,7 +61,7 @@ def __dir__() -> list[str]:
 
 
 def _register(_: object) -> None:
-    import_module("quip.pretrained").register()
+    import_module("quip.pretrained")
 
 
 # At once where transformers has its quantizers already, otherwise as soon as it does.

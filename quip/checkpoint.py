@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel
 from quip.files import new_folder
-from quip.pretrained import METHOD, QuipConfig, dense, quantized_layers, register
+from quip.pretrained import METHOD, QuipConfig, dense, quantized_layers
 
 SHARD = "4GB"  # larger models are cut into files of at most this size
 
@@ -54,7 +54,6 @@ def load(
     write.
     """
     check_folder(folder)
-    register()
     options = {} if device_map is None else {"device_map": device_map}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(

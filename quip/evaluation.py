@@ -199,12 +199,13 @@ def _measure_divergence(
 def _measure_speed(loaded: LoadedModel, report: Report, watch: Stopwatch) -> None:
     """Of the model as it is, and with dense matrices in place of its packed ones."""
     prompt = min(256, loaded.max_length // 2)
+    new = min(32, loaded.max_length - prompt)
     packed = bool(quantized_layers(loaded.model))
     found: dict[str, Any] = {}
     for name in ("packed", "dense") if packed else ("dense",):
         model = to_dense(loaded.model) if packed and name == "dense" else loaded.model
         with watch("speed"):
-            measured = speed(model, device=report.device, prompt_tokens=prompt)
+            measured = speed(model, device=report.device, prompt_tokens=prompt, new_tokens=new)
         found[name] = asdict(measured)
         report.save("evaluating", speed=found)
 

@@ -1,19 +1,14 @@
 """A checkpoint as a plain Hugging Face folder, which any tool reads without quip."""
 
+import os
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
 
-from quip.checkpoint import SHARD, check_folder, load, to_dense
-from quip.errors import NonFinite, Unavailable, UsageError
+from quip.checkpoint import SHARD, check_folder, to_dense
+from quip.errors import NonFinite, UsageError
 from quip.files import check_new, new_folder
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+from quip.models import load_model
 
 
 def export_dense(
@@ -29,33 +24,20 @@ def export_dense(
     and Unavailable for a damaged checkpoint or a disk that does not take the files.
     """
     folder, out = Path(folder), Path(out)
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"--dtype {dtype}: choose auto, {', '.join(DTYPES)}")
     check_new(out, "OUT", overwrite=overwrite)
     if folder.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"OUT {out}: the checkpoint is in it, and would be lost; name another")
     check_folder(folder)
-    tokenizer = _tokenizer(folder)
-    model = load(folder, dtype=DTYPES.get(dtype, "auto"))
-    to_dense(model)
+    loaded = load_model(os.path.join(".", folder), dtype=dtype)  # ./demo is a folder, demo is not
+    model = to_dense(loaded.model)
     _check_range(model)
     with new_folder(out, overwrite=overwrite) as partial:
         model.save_pretrained(partial, max_shard_size=SHARD)
-        tokenizer.save_pretrained(partial)
+        loaded.tokenizer.save_pretrained(partial)
         return sum(path.stat().st_size for path in partial.glob("*.safetensors"))
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the loaders underneath raise no common class
-        raise Unavailable(
-            f"{folder}: no tokenizer that can be read ({' '.join(str(error).split())[:200]}); "
-            "download or save it again"
-        ) from error
-
-
-def _check_range(model: PreTrainedModel) -> None:
+def _check_range(model: nn.Module) -> None:
     """float16 ends at 65504: what is beyond would become infinite."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):

@@ -27,7 +27,7 @@ from transformers import (
 
 from quip.checkpoint import refuse_gaps
 from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
-from quip.pretrained import METHOD, register
+from quip.pretrained import METHOD
 
 DTYPES = {
     "auto": torch.float32,
@@ -208,7 +208,6 @@ def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
 def _weights(
     name: str, source: _Source, config: PretrainedConfig, dtype: torch.dtype
 ) -> PreTrainedModel:
-    register()
     keywords = source.keywords
     if source.gguf is not None:
         keywords["quantization_config"] = GgufConfig(dequantize=True)

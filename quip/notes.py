@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from quip.card import model_card
+from quip.card import model_card, size_words
 from quip.checkpoint import save_checkpoint
 from quip.files import replacing
 from quip.models import LoadedModel
@@ -40,7 +40,7 @@ def save_with_notes(
         write_plot(records, folder)
     report.save("saved", checkpoint=_sizes(folder, loaded.model))
     write_notes(folder, report)
-    log.info("%s: %.4g MB", folder, report.entries["checkpoint"]["bytes"] / 1e6)
+    log.info("%s: %s of weights", folder, size_words(report.entries["checkpoint"]["bytes"]))
 
 
 def write_notes(folder: Path, report: Report) -> None:
@@ -52,7 +52,7 @@ def write_notes(folder: Path, report: Report) -> None:
 
 def _texts(folder: Path, report: Report) -> dict[str, str]:
     has_plot = (folder / "layers.png").exists()
-    card = model_card(report.entries, folder_name=folder.name, has_plot=has_plot)
+    card = model_card(report.entries, folder_name=folder.absolute().name, has_plot=has_plot)
     return {"run.json": as_json(report.entries), "README.md": card}
 
 

@@ -127,13 +127,6 @@ def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def register() -> None:
-    """Make quip's checkpoints known to transformers; once is enough, and twice no harm."""
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(QuipConfig)
-        register_quantizer(METHOD)(QuipQuantizer)
-
-
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     try:
         module = model.get_submodule(name)
@@ -187,3 +180,8 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
             return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise Unavailable(f"{path.name} is damaged or truncated ({error}); {DAMAGED}") from error
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again
+    register_quantization_config(METHOD)(QuipConfig)
+    register_quantizer(METHOD)(QuipQuantizer)

@@ -116,7 +116,7 @@ class Haar:
     that are orthogonal to machine precision (Stewart, 1980).
     """
 
-    vectors: Float[Tensor, "count p p"]  # below the diagonal; the diagonal is 1 by convention
+    vectors: Float[Tensor, "count p p"]  # as stored, below the diagonal; on it is 1 by convention
     signs: Float[Tensor, "count p"]
 
     @classmethod
@@ -124,27 +124,27 @@ class Haar:
         gaussian = torch.randn(count, p, p, generator=rng, dtype=torch.float64)
         factored, _ = torch.geqrf(gaussian)
         signs = torch.where(factored.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).double()
-        return cls(factored.tril(-1).to(STORED).double(), signs)
+        return cls(factored.tril(-1).to(STORED), signs)
 
     @property
     def stored(self) -> Float[Tensor, "numbers"]:
         """The lower triangle of each matrix of vectors, with the signs on its diagonal."""
         p = self.vectors.shape[-1]
         rows, columns = torch.tril_indices(p, p)
-        triangles = self.vectors + torch.diag_embed(self.signs)
-        return triangles[:, rows, columns].flatten().to(STORED)
+        triangles = self.vectors + torch.diag_embed(self.signs).to(STORED)
+        return triangles[:, rows, columns].flatten()
 
     @classmethod
     def restored(cls, stored: Float[Tensor, "numbers"], p: int) -> "Haar":
         """The matrices whose `stored` this is. Raises QuipError for what no factor can hold."""
         rows, columns = torch.tril_indices(p, p)
-        values = stored.double().view(-1, len(rows))
+        values = stored.view(-1, len(rows))
         triangles = values.new_zeros(len(values), p, p)
         triangles[:, rows, columns] = values
         signs = triangles.diagonal(dim1=1, dim2=2)
         if not bool(values.isfinite().all() and (signs.abs() == 1).all()):
             raise QuipError("a factor of its rotation is no orthogonal matrix: the file is damaged")
-        return cls(triangles.tril(-1), signs.clone())
+        return cls(triangles.tril(-1), signs.double())
 
     def like(self, x: Tensor) -> Float[Tensor, "count p p"]:
         """`matrices` in the dtype and on the device of x."""
@@ -157,12 +157,13 @@ class Haar:
     def _cast(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
         return {}
 
-    @cached_property
+    @property
     def matrices(self) -> Float[Tensor, "count p p"]:
-        """H_1 ... H_p diag(signs), H_i = I - 2 v v^T / |v|^2."""
-        scales = 2 / (1 + self.vectors.square().sum(1))
+        """H_1 ... H_p diag(signs), H_i = I - 2 v v^T / |v|^2, in float64."""
+        vectors = self.vectors.double()
+        scales = 2 / (1 + vectors.square().sum(1))
         scales[:, -1] = 0  # the last vector is (1): a sign, which `signs` holds already
-        return torch.linalg.householder_product(self.vectors, scales) * self.signs[:, None, :]
+        return torch.linalg.householder_product(vectors, scales) * self.signs[:, None, :]
 
 
 def balanced_factors(n: int) -> tuple[int, int]:

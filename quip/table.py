@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from quip.card import size_words
+
 
 def table(report: Mapping[str, Any]) -> str:
     """The result in a few lines for a person."""
@@ -14,8 +16,8 @@ def table(report: Mapping[str, Any]) -> str:
             f"mean proxy loss {totals['mean_proxy_loss']:.3g}"
         )
     if saved := report.get("checkpoint"):
-        size, dense = saved["bytes"] / 1e6, saved["dense_bytes"] / 1e6
-        lines.append(f"saved in {size:.4g} MB; {dense:.4g} MB in 16 bits")
+        size, dense = size_words(saved["bytes"]), size_words(saved["dense_bytes"])
+        lines.append(f"saved in {size}, against {dense} in 16 bits")
     if perplexity := report.get("perplexity"):
         lines += ["", *_perplexities(perplexity, report.get("original_perplexity", {}))]
     for name, moved in report.get("divergence", {}).items():
@@ -48,7 +50,7 @@ def _speeds(found: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{name:<20}{one['prefill_tokens_per_second']:>10.4g}"
             f"{one['decode_tokens_per_second']:>10.4g}"
-            f"{one['model_bytes'] / 1e6:>9.4g} MB{one['peak_bytes'] / 1e6:>9.4g} MB"
+            f"{size_words(one['model_bytes']):>12}{size_words(one['peak_bytes']):>12}"
         )
     return lines
 

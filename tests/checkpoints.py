@@ -6,11 +6,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from quip.checkpoint import save_checkpoint
 from quip.pipeline import quantize_model
@@ -74,7 +80,7 @@ def damage(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def fresh(code: str, *arguments: object) -> dict[str, object]:
+def fresh(code: str, *arguments: object) -> Any:
     """What a new Python process, with these arguments, prints at last: a line of JSON."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],

@@ -11,9 +11,9 @@ from tests.tiny import tiny
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def save_model(folder: Path, name: str = "opt", **parameters: float) -> str:
+def save_model(folder: Path, name: str = "opt", positions: int = 32, **parameters: float) -> str:
     """A tiny model with its tokenizer, one token a letter; `parameters` are filled with a value."""
-    model = tiny(name)
+    model = tiny(name, positions=positions)
     with torch.no_grad():
         for parameter, value in parameters.items():
             model.get_parameter(parameter.replace("__", ".")).fill_(value)

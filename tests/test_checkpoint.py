@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -73,10 +72,10 @@ def refusals(folder: Path) -> str:
     return line
 
 
-@pytest.mark.parametrize("name", ["opt", "opt-post-norm", "opt-350m", "llama", "gemma2", "qwen2"])
+@pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_model_comes_back_bitwise(name, dtype, tmp_path):
-    model = quantized(name, blocks=3, dtype=dtype)
+    model = quantized(name, blocks=2, dtype=dtype)
     folder = save(model, tmp_path / "model")
     loaded = load(folder)
     assert loaded.dtype == dtype
@@ -90,21 +89,15 @@ def test_a_model_comes_back_bitwise(name, dtype, tmp_path):
 @pytest.mark.parametrize("grid", GRIDS)
 def test_every_method_comes_back_bitwise(grid, tmp_path):
     start = list(GRIDS).index(grid)
-    for i, quant in enumerate(QUANTS):  # over the grids, each method at each width
-        flags = {**GRIDS[grid], "quant": quant, "wbits": WIDTHS[(start + i) % len(WIDTHS)]}
+    for i, wbits in enumerate(WIDTHS):  # over the grids, each method at each width
+        quant = QUANTS[(start + i) % len(QUANTS)]
+        flags = {**GRIDS[grid], "quant": quant, "wbits": wbits}
         model = quantized("llama", flags, blocks=1)
         loaded = load(save(model, tmp_path / quant))
         assert torch.equal(logits(loaded), logits(model)), flags
         for name, layer in quantized_layers(loaded).items():
             ours = quantized_layers(model)[name]
             assert torch.equal(layer.dequantize(), ours.dequantize())
-
-
-def test_the_grids_and_methods_above_meet_at_every_width():
-    met = {(quant, (g + i) % 4) for (g, _), (i, quant) in product(
-        enumerate(GRIDS), enumerate(QUANTS)
-    )}
-    assert len(met) == len(QUANTS) * len(WIDTHS)
 
 
 def test_the_folder_holds_what_others_read_and_no_pickles(saved):
@@ -208,9 +201,8 @@ def test_embeddings_that_came_as_float16_are_stored_so_in_a_float32_run(tmp_path
 def test_a_tied_head_is_stored_once(name, tmp_path):
     folder = save(quantized(name, blocks=1), tmp_path / "model")
     stored = load_file(folder / "model.safetensors")
-    tied = [key for key, x in stored.items() if len(x) == 64 and x.ndim == 2 and x.dtype.is_floating_point]
-    assert len(tied) == 1
-    assert "embed_tokens" in tied[0]
+    tied = [key for key, x in stored.items() if x.shape == (64, 32)]
+    assert [key.rpartition(".")[0].rpartition(".")[2] for key in tied] == ["embed_tokens"]
     loaded = load(folder)
     assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
 
@@ -243,7 +235,8 @@ def test_the_dense_model_has_no_trace_of_quip(saved, tmp_path):
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=2e-5)
     model.save_pretrained(tmp_path / "dense")
     assert "quip" not in (tmp_path / "dense" / "config.json").read_text()
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense")), logits(model))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_the_dense_model_takes_the_dtype_asked_for_and_else_its_own(saved):
@@ -307,7 +300,10 @@ GRID = {"kind": "grid", "bits": 2, "group": 1, "symmetric": True}
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ({"format": 2}, "a checkpoint of format 2, and this version of quip reads format 1: upgrad"),
+        (
+            {"format": 2},
+            "a checkpoint of format 2, and this version of quip reads format 1: upgrad",
+        ),
         ({"format": None}, "a checkpoint of format None, and this version of quip reads format 1"),
         ({"format": "x"}, "reads format 1: its config.json is damaged; download or save it again"),
         ({"codebook": {**GRID, "kind": "e8p"}}, "have a codebook of kind 'e8p'"),
@@ -414,7 +410,7 @@ def test_tensors_missing_or_left_over_are_refused(change, reason, copy):
 
 def test_gaps_of_any_kind_are_refused():
     refuse_gaps("model", {"missing_keys": set(), "error_msgs": []})
-    with pytest.raises(Unavailable, match="model: .* 2 mismatched keys such as a; download"):
+    with pytest.raises(Unavailable, match=r"model: .* 2 mismatched keys such as a; download"):
         refuse_gaps("model", {"mismatched_keys": {"b", "a"}})
 
 
@@ -501,7 +497,7 @@ def test_a_disk_that_takes_no_more_is_one_line_and_leaves_what_was_there(saved, 
 def test_a_name_that_was_filled_meanwhile_is_kept_and_said_so(model, saved, tmp_path):
     shutil.copytree(saved, tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("mine")
-    with pytest.raises(Unavailable, match="what was to go there is in .*model-2$"):
+    with pytest.raises(Unavailable, match=r"what was to go there is in .*model-2$"):
         save(model, tmp_path / "model")
     assert (tmp_path / "model" / "config.json").read_text() == "mine"
     assert torch.equal(logits(quip.load(tmp_path / "model-2")), logits(model))

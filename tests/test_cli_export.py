@@ -162,8 +162,7 @@ def test_the_checkpoint_itself_is_never_overwritten(quip, copy, monkeypatch):
 def test_a_wrong_request_is_one_line_and_status_2_before_anything_is_read(
     quip, packed, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("quip.export.load", never)
-    monkeypatch.setattr("quip.export.AutoTokenizer.from_pretrained", never)
+    monkeypatch.setattr("quip.export.load_model", never)
     (tmp_path / "file").write_text("")
     for words, reason in [
         ([packed, tmp_path / "out"], "add --dense for a plain Hugging Face one"),
@@ -174,9 +173,20 @@ def test_a_wrong_request_is_one_line_and_status_2_before_anything_is_read(
         status, out, [line] = quip("export", *words)
         assert (status, out) == (2, "")
         assert reason in line
-    with pytest.raises(UsageError, match="--dtype int8: choose auto, float32, bfloat16, float16"):
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_that_is_none_is_a_wrong_request(packed, tmp_path):
+    with pytest.raises(UsageError, match="unknown dtype 'int8'; choose from auto, float32"):
         export_dense(packed, tmp_path / "out", dtype="int8")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_named_demo_is_a_folder(packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(packed, "demo")
+    export_dense("demo", "dense")
+    assert json.loads(Path("dense/config.json").read_text())["hidden_size"] == 32
 
 
 def test_what_is_no_checkpoint_is_one_line_and_leaves_nothing(quip, copy, tmp_path):
@@ -189,7 +199,7 @@ def test_what_is_no_checkpoint_is_one_line_and_leaves_nothing(quip, copy, tmp_pa
         assert (status, out, reason in line) == (1, "", True)
     for path in copy.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(Unavailable, match="no tokenizer that can be read"):
+    with pytest.raises(Unavailable, match="no usable tokenizer"):
         export_dense(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

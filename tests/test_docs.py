@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from quip.cli import COMMANDS
 from quip.cli.door import Parser
-from quip.cli.run import build
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -28,9 +28,11 @@ def test_the_python_of_the_documents_runs_as_it_stands(code, tmp_path, monkeypat
 
 
 def flags() -> set[str]:
-    parser = Parser()
-    build(parser)
-    found = {option for action in parser._actions for option in action.option_strings}
+    found = set()
+    for command in COMMANDS.values():
+        parser = Parser()
+        command.build(parser)
+        found |= {option for action in parser._actions for option in action.option_strings}
     return {option for option in found if option.startswith("--")}
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,30 @@ from quip.files import check_new, new_folder, replacing
 
 def full_disk(*_: object, **__: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def nothing() -> None: ...
+
+
+def write_file(final: Path, text: str, *, then: Callable[[], object] = nothing) -> None:
+    with replacing(final) as partial:
+        partial.write_text(text)
+        then()
+
+
+def write_folder(
+    final: Path, text: str, *, overwrite: bool = False, then: Callable[[], object] = nothing
+) -> None:
+    with new_folder(final, overwrite=overwrite) as partial:
+        (partial / "file").write_text(text)
+        then()
+
+
+def failing(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
 
 
 def names(folder: Path) -> list[str]:
@@ -48,9 +73,8 @@ def test_an_error_in_the_block_leaves_the_old_file_and_no_other(room, error, exi
     final = room / "run.json"
     if existing:
         final.write_text("old")
-    with pytest.raises(type(error)), replacing(final) as partial:
-        partial.write_text("ne")
-        raise error
+    with pytest.raises(type(error)):
+        write_file(final, "ne", then=failing(error))
     assert names(room) == (["run.json"] if existing else [])
     assert not existing or final.read_text() == "old"
 
@@ -59,11 +83,9 @@ def test_an_error_in_the_block_leaves_the_old_file_and_no_other(room, error, exi
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(room, where, monkeypatch):
     final = room / "run.json"
     final.write_text("old")
-    with monkeypatch.context() as patch, pytest.raises(Unavailable) as caught:
-        patch.setattr(where, full_disk)
-        with replacing(final) as partial:
-            partial.touch()
-            partial.write_text("new")
+    monkeypatch.setattr(where, full_disk)
+    with pytest.raises(Unavailable) as caught:
+        write_file(final, "new")
     assert str(caught.value) == (
         f"{final} cannot be written (No space left on device); make room, or name another place"
     )
@@ -72,12 +94,11 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(room, where, monkeypatc
 
 
 def test_a_file_that_was_never_written_is_said_to_be_missing(room):
+    missing = pytest.raises(Unavailable, match=r"run.json cannot be written \(No such file")
+    with missing, replacing(room / "run.json"):
+        pass
     with pytest.raises(Unavailable, match=r"run.json cannot be written \(No such file"):
-        with replacing(room / "run.json"):
-            pass
-    with pytest.raises(Unavailable, match=r"run.json cannot be written \(No such file"):
-        with replacing(room / "nowhere" / "run.json") as partial:
-            partial.write_text("new")
+        write_file(room / "nowhere" / "run.json", "new")
     assert names(room) == []
 
 
@@ -102,9 +123,8 @@ def test_a_folder_appears_when_its_block_ends(room, existing):
 @pytest.mark.parametrize("error", [RuntimeError("midway"), KeyboardInterrupt()], ids=repr)
 def test_an_error_in_the_block_leaves_the_old_folder_and_no_other(room, error, overwrite):
     final = fill(room / "model")
-    with pytest.raises(type(error)), new_folder(final, overwrite=overwrite) as partial:
-        (partial / "file").write_text("ne")
-        raise error
+    with pytest.raises(type(error)):
+        write_folder(final, "ne", overwrite=overwrite, then=failing(error))
     assert names(room) == ["model"]
     assert (final / "file").read_text() == "old"
 
@@ -112,10 +132,8 @@ def test_an_error_in_the_block_leaves_the_old_folder_and_no_other(room, error, o
 def test_a_name_that_was_filled_meanwhile_is_kept_and_the_new_folder_goes_beside_it(room):
     final = room / "model"
     for kept in ("model-2", "model-3"):
-        with pytest.raises(Unavailable) as caught, new_folder(final, overwrite=False) as partial:
-            (partial / "file").write_text(kept)
-            if not final.exists():
-                fill(final)
+        with pytest.raises(Unavailable) as caught:
+            write_folder(final, kept, then=lambda: final.exists() or fill(final))
         assert str(caught.value) == (
             f"{final} cannot be written (Directory not empty); what was to go there is in "
             f"{room / kept}"
@@ -128,10 +146,8 @@ def test_a_name_that_was_filled_meanwhile_is_kept_and_the_new_folder_goes_beside
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_that_took_the_name_meanwhile_is_kept(room, overwrite):
     final = room / "model"
-    with pytest.raises(Unavailable, match="what was to go there is in .*model-2$"):
-        with new_folder(final, overwrite=overwrite) as partial:
-            (partial / "file").write_text("new")
-            final.write_text("a file")
+    with pytest.raises(Unavailable, match=r"what was to go there is in .*model-2$"):
+        write_folder(final, "new", overwrite=overwrite, then=lambda: final.write_text("a file"))
     assert final.read_text() == "a file"
     assert names(room) == ["model", "model-2"]
 
@@ -146,8 +162,7 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(room,
 
     monkeypatch.setattr("os.replace", replace)
     with pytest.raises(Unavailable, match=r"\(No space left on device\); what was to go there is"):
-        with new_folder(final, overwrite=True) as partial:
-            (partial / "file").write_text("new")
+        write_folder(final, "new", overwrite=True)
     assert (final / "file").read_text() == "old"
     assert (room / "model-2" / "file").read_text() == "new"
     assert names(room) == ["model", "model-2"]
@@ -156,36 +171,30 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(room,
 def test_a_folder_that_cannot_be_made_is_one_line(room, monkeypatch):
     (room / "file").write_text("")
     with pytest.raises(Unavailable, match=r"model cannot be written \(Not a directory\)"):
-        with new_folder(room / "file" / "model", overwrite=False):
-            pass
+        write_folder(room / "file" / "model", "new")
     monkeypatch.setattr("pathlib.Path.mkdir", full_disk)
     with pytest.raises(Unavailable, match=r"model cannot be written \(No space left on device\)"):
-        with new_folder(room / "model", overwrite=False):
-            pass
+        write_folder(room / "model", "new")
     assert names(room) == ["file"]
 
 
 def test_what_another_process_left_half_done_is_in_nobodys_way(room):
     fill(room / f".model.partial-{os.getpid()}")
-    with new_folder(room / "model", overwrite=False) as partial:
-        (partial / "new").write_text("new")
-    assert names(room / "model") == ["new"]
+    write_folder(room / "model", "new")
     assert names(room) == ["model"]
     # What was moved aside may be the only copy of a model: it is not touched.
     old = fill(room / f".model.old-{os.getpid()}")
-    with pytest.raises(Unavailable, match="what was to go there is in .*model-2$"):
-        with new_folder(room / "model", overwrite=True) as partial:
-            (partial / "newer").write_text("newer")
-    assert [names(path) for path in sorted(room.iterdir())] == [["file"], ["new"], ["newer"]]
-    assert old.is_dir()
+    with pytest.raises(Unavailable, match=r"what was to go there is in .*model-2$"):
+        write_folder(room / "model", "newer", overwrite=True)
+    texts = [(path / "file").read_text() for path in (old, room / "model", room / "model-2")]
+    assert texts == ["old", "new", "newer"]
 
 
 @pytest.mark.parametrize("name", [".", "", "../here", "below/.."])
 def test_the_folder_may_be_the_current_one(room, name, monkeypatch):
     (room / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(room / "here")
-    with new_folder(Path(name), overwrite=True) as partial:
-        (partial / "file").write_text("new")
+    write_folder(Path(name), "new", overwrite=True)
     assert names(room) == ["here"]
     assert names(room / "here") == ["file"]
 
@@ -193,8 +202,7 @@ def test_the_folder_may_be_the_current_one(room, name, monkeypatch):
 def test_a_link_to_a_folder_stays_a_link(room):
     fill(room / "disk" / "model")
     (room / "link").symlink_to(room / "disk" / "model")
-    with new_folder(room / "link", overwrite=True) as partial:
-        (partial / "file").write_text("new")
+    write_folder(room / "link", "new", overwrite=True)
     assert (room / "link").is_symlink()
     assert (room / "disk" / "model" / "file").read_text() == "new"
     assert names(room) == ["disk", "link"]

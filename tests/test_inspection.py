@@ -126,7 +126,7 @@ def test_headers_suffice(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[: before["header_bytes"]].ljust(before["file_bytes"], b"\0"))
     assert inspect_checkpoint(copy) == before
-    with pytest.raises(QuipError, match="not a positive number"):
+    with pytest.raises(QuipError, match="the file is damaged"):
         load(copy)
 
 
@@ -134,13 +134,13 @@ def test_a_checkpoint_in_several_files_is_the_same_checkpoint(tmp_path, packed, 
     monkeypatch.setattr(checkpoint, "SHARD", "20KB")
     save_quantized(tmp_path / "a")
     one, many = inspect_checkpoint(packed), inspect_checkpoint(tmp_path / "a")
-    assert many["files"] > 1
+    assert many["files"] == 2
     for key in ("bits_per_weight", "bytes_by_kind", "memory_bytes", "weights"):
         assert many[key] == one[key]
     assert many["file_bytes"] - many["header_bytes"] == one["file_bytes"] - one["header_bytes"]
 
-    (tmp_path / "a" / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(Unavailable, match=r"there is no model-00002-of-00003\.safetensors; "):
+    (tmp_path / "a" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(Unavailable, match=r"there is no model-00002-of-00002\.safetensors; "):
         inspect_checkpoint(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(Unavailable, match=r"index\.json cannot be read"):

@@ -146,7 +146,7 @@ def reachable(module: nn.Module) -> int:
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("grid", ["row", "row, groups", "row, rotated", "column", "faithful"])
+@pytest.mark.parametrize("grid", GRIDS)
 def test_no_dense_matrix_is_kept_after_a_forward(grid):
     m, n = 512, 1024
     packed = layer(GRIDS[grid], m=m, n=n, wbits=2, bias=False)
@@ -156,7 +156,9 @@ def test_no_dense_matrix_is_kept_after_a_forward(grid):
         for count in (FEW, 700):
             packed(inputs(count, n, dtype=dtype))
     # Beside the packed tensors, what decodes them: permutations, rotations and zeros unpacked.
-    assert reachable(packed) < m * n * 2 / 3  # a third of a matrix in half precision
+    # Blocked rotations have p and q factors where others have one, and take more than the codes.
+    blocked = GRIDS[grid].get("pre_proj_extra") is not None
+    assert reachable(packed) < m * n * 2 * (0.9 if blocked else 1 / 3)  # dense in half precision
 
 
 def test_a_model_holds_one_dense_matrix_at_a_time(monkeypatch):

@@ -41,7 +41,7 @@ def test_haar_matrices_follow_their_formula(rng):
     haar = Haar.draw(5, rng)
     expected = eye(5)
     for i in range(4):
-        v = haar.vectors[0, :, i].clone()
+        v = haar.vectors[0, :, i].double()
         v[i] = 1
         expected = expected @ (eye(5) - 2 * torch.outer(v, v) / v.square().sum())
     assert_near(haar.matrices[0], expected * haar.signs[0])

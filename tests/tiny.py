@@ -50,9 +50,18 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {
 EAGER_ONLY = ("gemma2", "bloom", "gptj")
 
 
-def tiny(name: str, attention: str = "eager", *, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny(
+    name: str,
+    attention: str = "eager",
+    *,
+    dtype: torch.dtype = torch.float32,
+    positions: int | None = None,
+) -> nn.Module:
     """A random model whose every parameter matters: large weights, biases that are not zero."""
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)
+    config = CONFIGS[name]()
+    if positions is not None:
+        config.max_position_embeddings = positions
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

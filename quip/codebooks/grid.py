@@ -83,8 +83,9 @@ class MinMaxGrid(Grid):
         return replace(fitted, zero=zero)
 
     def joined(self, books: Sequence[Codebook], groups: Groups) -> "Grids":
-        step, zero = _side_by_side(books, "step"), _side_by_side(books, "zero")
-        return Grids(bits=self.bits, step=step.to(self.step_dtype), zero=zero, groups=groups)
+        step = _side_by_side(books, "step").to(self.step_dtype)
+        zero = _side_by_side(books, "zero").to(torch.uint8)
+        return Grids(bits=self.bits, step=step, zero=zero, groups=groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,7 @@ class Grids:
 
     bits: int
     step: Float[Tensor, "m_or_1 groups"]
-    zero: Float[Tensor, "m groups"] | None  # integers; None for symmetric ones: (2^bits - 1) / 2
+    zero: UInt8[Tensor, "m groups"] | None  # None for symmetric ones: (2^bits - 1) / 2
     groups: Groups
 
     dim = 1
@@ -156,7 +157,7 @@ class Grids:
         stored = {"step": self.step}
         if self.zero is None:
             return stored
-        return stored | {"zero": pack(self.zero.flatten().int(), self.bits)}
+        return stored | {"zero": pack(self.zero.flatten(), self.bits)}
 
     @classmethod
     def layout(
@@ -184,4 +185,4 @@ class Grids:
         if symmetric:
             return cls(bits=bits, step=step, zero=None, groups=groups)
         zero = unpack(tensors["zero"], bits, m * groups.count).view(m, groups.count)
-        return cls(bits=bits, step=step, zero=zero.float(), groups=groups)
+        return cls(bits=bits, step=step, zero=zero, groups=groups)
