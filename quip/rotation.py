@@ -94,6 +94,26 @@ class Rotation:
         x = _columns(L, x).reshape(y.shape)
         return x if unmix is None else x.index_select(-1, unmix)
 
+    def rotate_rows(self, W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """R W: `rotate` on the first axis, without a transposition."""
+        L, R = self.left.like(W), self.right.like(W)
+        mix, _, shuffle, _ = self._indices(W.device)
+        if mix is not None:
+            W = W.index_select(0, mix)
+        X = R @ _rows(L, W.reshape(L.shape[-1], R.shape[-1], -1))
+        X = X.reshape(W.shape)
+        return X if shuffle is None else X.index_select(0, shuffle)
+
+    def invert_rows(self, W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """R^T W: `invert` on the first axis."""
+        L, R = self.left.like(W).mT, self.right.like(W).mT
+        _, unmix, _, unshuffle = self._indices(W.device)
+        if unshuffle is not None:
+            W = W.index_select(0, unshuffle)
+        X = _rows(L, R @ W.reshape(L.shape[-1], R.shape[-1], -1))
+        X = X.reshape(W.shape)
+        return X if unmix is None else X.index_select(0, unmix)
+
     def _indices(self, device: torch.device) -> tuple[Tensor | None, ...]:
         """mix, its inverse, shuffle and its inverse, on the device."""
         if device not in self._moved:
@@ -188,3 +208,10 @@ def _permutation(packed: Tensor, n: int) -> Tensor:
     if not torch.equal(indices.sort().values, torch.arange(n)):
         raise QuipError(f"what should be a permutation of {n} numbers is none: the file is damaged")
     return indices
+
+
+def _rows(A: Tensor, X: Tensor) -> Tensor:
+    """A_j times X[:, j], [p, m], for each j of X, [p, q, m]; a single A serves all j."""
+    if len(A) == 1:
+        return (A[0] @ X.flatten(1)).view(X.shape)
+    return torch.einsum("jik,kjm->ijm", A, X)

@@ -192,11 +192,11 @@ class Kronecker:
     def apply(
         self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
     ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-        W = self.R_out.rotate(self.R_in.rotate(W).T).T
-        return W, self.R_in.rotate(self.R_in.rotate(H).T)
+        W = self.R_in.rotate(self.R_out.rotate_rows(W))
+        return W, self.R_in.rotate(self.R_in.rotate_rows(H))
 
     def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        return self.R_in.invert(self.R_out.invert(W_hat.T).T)
+        return self.R_in.invert(self.R_out.invert_rows(W_hat))
 
     def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         return self.R_in.rotate(x)
