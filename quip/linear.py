@@ -6,8 +6,9 @@ With W_hat = A^-1 W~ B, where W~ are the decoded weights and A, B the transform,
 
 For few tokens the products are taken from the right, as written. For about as many tokens as the
 matrix has rows and columns it is cheaper to transform the weights: (A^-1 W~ B) x. Either way a
-dense matrix exists only while its own layer runs. Transforms are computed in float32 at least: they
-cost little, and a rotation in half precision would add an error of the size of rounding W~.
+dense matrix exists only while its own layer runs, and for a few tokens on a CPU not even then.
+Transforms are computed in float32 at least: they cost little, and a rotation in half precision
+would add an error of the size of rounding W~.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from torch.nn.functional import linear
 from quip.bits import unpack
 from quip.codebooks import DECODERS, Decoder
 from quip.errors import QuipError
+from quip.kernels.matvec import multiply_for
 from quip.quantize import QuantizedMatrix
 from quip.transforms import TRANSFORMS, Chain
 
@@ -130,13 +132,14 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"inputs of {x.shape[-1]} numbers, to a matrix for {self.in_features}")
         decoder, transform = self._parts()
         wide = torch.promote_types(x.dtype, torch.float32)
-        W = decoder.decode(self._codes(decoder))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        (m, n), tokens = W.shape, x.numel() // x.shape[-1]
-        if not transform.links or tokens * (m + n) > 2 * m * n:
-            return linear(x, transform.undo(W.to(wide)).to(x.dtype), bias)
-        y = linear(transform.input(x.to(wide)).to(x.dtype), W.to(x.dtype))
-        y = transform.output(y.to(wide)).to(x.dtype)
+        m, n, tokens = self.out_features, self.in_features, x.numel() // self.in_features
+        if tokens * (m + n) > 2 * m * n:
+            W = transform.undo(decoder.decode(self._codes(decoder)).to(wide))
+            return linear(x, W.to(x.dtype), bias)
+        x_t = transform.input(x.to(wide))
+        multiply = multiply_for(decoder, x_t)
+        y = transform.output(multiply(x_t, self.codes, decoder, x.dtype)).to(x.dtype)
         return y if bias is None else y + bias
 
     def dequantize(self) -> Float[Tensor, "m n"]:

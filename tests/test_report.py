@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from quip import plots
-from quip import report as report_module
 from quip.errors import Unavailable, UsageError
-from quip.records import MatrixRecord
 from quip.plots import plot_losses
+from quip.records import MatrixRecord
 from quip.report import Report, peak_memory, summary, versions
 from quip.run_folder import RunFolder
 from quip.table import table
