@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel
 from quip.files import new_folder
-from quip.pretrained import METHOD, QuipConfig, dense, quantized_layers
+from quip.linear import quantized_layers
+from quip.pretrained import METHOD, QuipConfig, dense
 
 SHARD = "4GB"  # larger models are cut into files of at most this size
 

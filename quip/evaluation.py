@@ -11,17 +11,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quip.checkpoint import to_dense
 from quip.data import TokenSet, check_dataset, evaluation_tokens
+from quip.device import choose_device, device_name
 from quip.errors import UsageError
 from quip.evaluate.divergence import divergence
 from quip.evaluate.perplexity import perplexity
 from quip.evaluate.speed import speed
 from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
+from quip.linear import quantized_layers
 from quip.models import LoadedModel, load_model
-from quip.pretrained import quantized_layers
 from quip.records import Stopwatch
 from quip.report import Report, versions
 from quip.run_folder import RunFolder, read_report
@@ -232,26 +231,6 @@ def _as_when_saved(e: Evaluation) -> Evaluation:
 
 def dtype_name(loaded: LoadedModel) -> str:
     return str(loaded.model.dtype).removeprefix("torch.")
-
-
-def choose_device(name: str | None) -> str:
-    """The device asked for, or cuda if there is one. Raises UsageError if it cannot compute."""
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).tolist()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
-        if "device type at start of device string" in reason:
-            reason = "no such kind of device"
-        raise UsageError(f"--device {name}: {reason}; say cpu, or leave it out") from error
-    return name
-
-
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return device
 
 
 def _bar() -> bool:

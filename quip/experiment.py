@@ -11,13 +11,12 @@ import xxhash
 from torch import nn
 
 from quip.data import TokenSet, calibration_tokens, check_dataset
+from quip.device import choose_device, device_name
 from quip.errors import QuipError, UnsupportedModel, UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.evaluation import (
     check_measures,
-    choose_device,
     default_seqlen,
-    device_name,
     dtype_name,
     measure_perplexities,
     measure_tasks,
@@ -25,10 +24,10 @@ from quip.evaluation import (
     token_sets,
 )
 from quip.files import check_new
+from quip.linear import quantized_layers
 from quip.models import LoadedModel, load_model
 from quip.notes import save_with_notes, write_notes
 from quip.pipeline import quantize_matrix_by_matrix
-from quip.pretrained import quantized_layers
 from quip.recipe import Recipe, describe
 from quip.records import MatrixRecord, Stopwatch
 from quip.report import Report, versions

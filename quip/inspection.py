@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from quip.checkpoint import check_folder
 from quip.errors import QuipError, Unavailable
 from quip.evaluate.memory import module_bytes
-from quip.linear import QuantizedLinear
-from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer, quantized_layers
+from quip.linear import QuantizedLinear, quantized_layers
+from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer
 from quip.records import MatrixRecord
 
 WORST = 10  # matrices that are named

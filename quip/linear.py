@@ -199,6 +199,12 @@ class QuantizedLinear(nn.Module):
         return self
 
 
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
+    """The packed matrices of a model by name."""
+    layers = model.named_modules()
+    return {name: layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
+
+
 def _same(held: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
     return bool(held) and all(a is b and i == j for (a, i), (b, j) in zip(held, now, strict=True))
 

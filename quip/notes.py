@@ -9,9 +9,9 @@ from torch import nn
 from quip.card import model_card, size_words
 from quip.checkpoint import save_checkpoint
 from quip.files import replacing
+from quip.linear import quantized_layers
 from quip.models import LoadedModel
 from quip.plots import write_plot
-from quip.pretrained import quantized_layers
 from quip.records import MatrixRecord
 from quip.report import Report
 from quip.run_folder import as_json, read_report

@@ -72,29 +72,18 @@ def quantize_matrix_by_matrix(
         for index in range(start):
             assert ledger is not None
             yield from _restore(ledger, index, model, bar)
-        if start == count:
-            return
         blocks = walk(
             model, tokens, device=device, batch_size=batch_size, start=start, hidden=hidden
         )
-        for block in watch.each("replay", blocks):
+        for block in watch.each("replay", blocks if start < count else ()):
             bar.set_description(block.name)
             if ledger and block.index > start:
                 with watch("keep"):
                     ledger.keep_hidden(block.index, block.hidden)
             if ledger and ledger.has(block.index):
                 yield from _restore(ledger, block.index, model, bar)
-                continue
-            with watch("observe"):
-                hessians = block.observe()
-            names, records = list(block.linears()), []
-            for record in watch.each("quantize", _quantize_block(block, hessians, recipe, seed)):
-                _report(record, recipe, bar)
-                records.append(record)
-                yield record
-            if ledger:
-                with watch("keep"):
-                    ledger.keep(block.index, {n: model.get_submodule(n) for n in names}, records)
+            else:
+                yield from _quantize_and_keep(block, recipe, seed, watch, ledger, bar)
     if ledger:
         ledger.forget_hidden()
 
@@ -113,6 +102,26 @@ def _restore(ledger: Ledger, index: int, model: nn.Module, bar: tqdm) -> Iterato
     log.info("block %d: %d matrices taken from the run before", index, len(records))
     bar.update(len(records))
     yield from records
+
+
+def _quantize_and_keep(
+    block: Block,
+    recipe: Recipe,
+    seed: int,
+    watch: Stopwatch,
+    ledger: Ledger | None,
+    bar: tqdm,
+) -> Iterator[MatrixRecord]:
+    with watch("observe"):
+        hessians = block.observe()
+    records = []
+    for record in watch.each("quantize", _quantize_block(block, hessians, recipe, seed)):
+        _report(record, recipe, bar)
+        records.append(record)
+        yield record
+    if ledger:
+        with watch("keep"):
+            ledger.keep(block, records)
 
 
 def _quantize_block(

@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable
-from quip.linear import QuantizedLinear, Spec
+from quip.linear import QuantizedLinear, Spec, quantized_layers
 
 METHOD = "quip"
 FORMAT = 1  # raised when a file of the new format would be misread by the old code
@@ -112,12 +112,6 @@ class QuipQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The packed matrices of a model by name."""
-    layers = model.named_modules()
-    return {name: layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
 
 
 def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
-from quip.linear import QuantizedLinear, Spec
+from quip.linear import QuantizedLinear, Spec, quantized_layers
 from quip.records import MatrixRecord
+from quip.walk import Block
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +64,9 @@ class Ledger:
     def has(self, block: int) -> bool:
         return self._block(block).exists()
 
-    def keep(
-        self, block: int, layers: Mapping[str, nn.Module], records: Sequence[MatrixRecord]
-    ) -> None:
-        """Write down a finished block: its packed matrices, by full dotted name."""
-        packed = {n: layer for n, layer in layers.items() if isinstance(layer, QuantizedLinear)}
+    def keep(self, block: Block, records: Sequence[MatrixRecord]) -> None:
+        """Write down a finished block: its packed matrices, and what is known of them."""
+        packed = {f"{block.name}.{n}": layer for n, layer in quantized_layers(block.module).items()}
         tensors = {
             f"{name}.{key}": tensor.cpu().contiguous()
             for name, layer in packed.items()
@@ -77,7 +76,7 @@ class Ledger:
             "specs": json.dumps({name: layer.spec.to_json() for name, layer in packed.items()}),
             "records": json.dumps([asdict(record) for record in records]),
         }
-        with replacing(self._block(block)) as partial:
+        with replacing(self._block(block.index)) as partial:
             save_file(tensors, partial, metadata=words)
 
     def restore(self, block: int, model: nn.Module) -> list[MatrixRecord]:

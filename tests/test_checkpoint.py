@@ -17,10 +17,9 @@ import quip
 from quip import checkpoint
 from quip.checkpoint import check_folder, load, refuse_gaps, save_checkpoint, to_dense
 from quip.errors import QuipError, Unavailable, UnsupportedModel
-from quip.linear import QuantizedLinear
+from quip.linear import QuantizedLinear, quantized_layers
 from quip.models import load_model
 from quip.pipeline import quantize_model
-from quip.pretrained import quantized_layers
 from quip.recipe import build_recipe
 from tests.checkpoints import INCOHERENT, damage, edit, fresh, quantized, save, tokenizer
 from tests.laws import GRIDS

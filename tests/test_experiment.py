@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from quip import evaluation, experiment
+from quip.device import choose_device
 from quip.errors import NonFinite, NotPositiveDefinite, QuipError, UnsupportedModel, UsageError
-from quip.evaluation import choose_device
 from quip.experiment import Experiment, run_experiment
 from quip.models import load_model
 from quip.recipe import build_recipe

@@ -15,8 +15,8 @@ import quip
 from quip import pretrained
 from quip.checkpoint import to_dense
 from quip.errors import QuipError
-from quip.linear import QuantizedLinear
-from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer, quantized_layers
+from quip.linear import QuantizedLinear, quantized_layers
+from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer
 from tests.checkpoints import fresh, quantized, save
 from tests.laws import assert_near
 from tests.test_models import logits
