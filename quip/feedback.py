@@ -28,12 +28,12 @@ from quip.linalg import (
 Feedback = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
-def none(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n"]]:
+def none(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """K = 0: each column is rounded by itself (nearest or stochastic rounding)."""
     return torch.zeros_like(H, dtype=torch.float64), H.diagonal().double()
 
 
-def ldl(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n"]]:
+def ldl(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """F = U of H = (I + U) D (I + U)^T: LDLQ, and OPTQ in natural order (QuIP, Theorem 6).
 
     Returns K and diag(D). Raises NotPositiveDefinite.
@@ -44,7 +44,7 @@ def ldl(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Fl
 
 def coordinate(
     H: Float[Tensor, "n n"], dim: int = 1
-) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n"]]:
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """F = (H . M) diag(H)^-1: each column minimises the loss, later columns still unrounded.
 
     One sweep with it is the first pass of stand-alone greedy updates (QuIP, Algorithm 4 with
@@ -62,7 +62,7 @@ def admm(
     penalty: float = 0.1,
     iterations: int = 100,
     tolerance: float = 1e-4,
-) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n"]]:
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """F = L^-1 - I for the unit upper L that minimises tr(H L^T L), columns |L e_i|^2 <= 1 + bound.
 
     QuIP, Algorithm 5, step 3, by ADMM on L = I + Z; stops early once Z moves by less than

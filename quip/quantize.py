@@ -47,10 +47,10 @@ class QuantizedMatrix:
 class Factored:
     """What a sweep needs to know of H: the order of columns, H in it, and its feedback."""
 
-    order: Int[Tensor, "n"]
+    order: Int[Tensor, " n"]
     H: Float[Tensor, "n n"]
     K: Float[Tensor, "n n"]
-    h: Float[Tensor, "n"]
+    h: Float[Tensor, " n"]
 
 
 def quantize_matrix(

@@ -18,12 +18,12 @@ from quip.transforms import Draw, Kronecker, Rescale, draw_blocked, draw_blocked
 Order = Callable[[Tensor, int, int | None], Tensor]
 
 
-def natural(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:
+def natural(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, " n"]:
     """First column to last: OPTQ."""
     return torch.arange(len(H), device=H.device)
 
 
-def backwards(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:
+def backwards(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, " n"]:
     """Last column to first, in blocks of `dim`: QuIP's LDLQ as published.
 
     Groups are counted from the first column; a short last group stays last.
@@ -33,7 +33,7 @@ def backwards(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tenso
     return torch.cat([columns[:whole].flip(0), columns[whole:].flip(0)]).reshape(-1)
 
 
-def largest_first(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, "n"]:
+def largest_first(H: Float[Tensor, "n n"], dim: int, group: int | None) -> Int[Tensor, " n"]:
     """By diag(H), largest first; whole groups by their mean, and blocks of `dim` inside them.
 
     A short last group stays last.

@@ -147,7 +147,7 @@ class Haar:
         return cls(factored.tril(-1).to(STORED), signs)
 
     @property
-    def stored(self) -> Float[Tensor, "numbers"]:
+    def stored(self) -> Float[Tensor, " numbers"]:
         """The lower triangle of each matrix of vectors, with the signs on its diagonal."""
         p = self.vectors.shape[-1]
         rows, columns = torch.tril_indices(p, p)
@@ -155,7 +155,7 @@ class Haar:
         return triangles[:, rows, columns].flatten()
 
     @classmethod
-    def restored(cls, stored: Float[Tensor, "numbers"], p: int) -> "Haar":
+    def restored(cls, stored: Float[Tensor, " numbers"], p: int) -> "Haar":
         """The matrices whose `stored` this is. Raises QuipError for what no factor can hold."""
         rows, columns = torch.tril_indices(p, p)
         values = stored.view(-1, len(rows))

@@ -30,7 +30,7 @@ PANEL = 128  # columns that are rounded in one call
 def sweep(
     W: Float[Tensor, "m n"],
     K: Float[Tensor, "n n"],
-    h: Float[Tensor, "n"],
+    h: Float[Tensor, " n"],
     book: Codebook,
     *,
     group: int | None = None,

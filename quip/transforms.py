@@ -89,7 +89,7 @@ class Chain:
 class Rescale:
     """W diag(r), diag(r)^-1 H diag(r)^-1 (QuIP, Algorithm 1, line 4)."""
 
-    r: Float[Tensor, "n"]
+    r: Float[Tensor, " n"]
 
     @classmethod
     def draw(cls, W: Tensor, H: Tensor, rng: torch.Generator) -> "Rescale":
@@ -216,7 +216,7 @@ def _sizes(m: int, n: int, blocked: bool, permute: bool) -> tuple[tuple[int, int
     )
 
 
-def _filled(sizes: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+def _filled(sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """Zeros replaced by the mean of all, or by 1 if there is nothing else."""
     return torch.where(sizes > 0, sizes, sizes.mean() if bool(sizes.any()) else 1.0)
 

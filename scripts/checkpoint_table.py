@@ -47,6 +47,7 @@ def main() -> None:
         for key, folder in (("packed_rss", saved), ("dense_rss", f"{saved}-dense")):
             line = [__file__, "--memory", "--measure", str(folder)]
             found[key] = json.loads(python(line).splitlines()[-1])
+        record["threads"] = found.pop("threads")
         report = json.loads((run / "run.json").read_text())
         record |= {key: report[key] for key in ("device", "dtype", "versions")}
         record |= {"model": args.name or args.model, "commit": commit(), "checkpoints": True}
@@ -110,6 +111,7 @@ def measure(folder: str) -> dict[str, Any]:
         "dense_bytes": saved["checkpoint"]["dense_bytes"],
         "bits_per_weight": held["bits_per_weight"],
         "reported_bits_per_weight": saved["totals"]["bits_per_weight"],
+        "threads": torch.get_num_threads(),
         "speed": speed,
     }
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from quip.card import size_words
 from quip.table import table
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,8 @@ def render(name: str) -> str:
         return f"```\n{table(record)}\n```\n"
     if "claim" in record:
         return rounding_table(record)
+    if "checkpoints" in record:
+        return checkpoint_table(record)
     methods = {row["quant"] for row in record["rows"]} - {"none"}
     return (method_table if len(methods) > 1 else range_table)(record) + caption(record)
 
@@ -102,6 +105,35 @@ def rounding_table(record: dict[str, Any]) -> str:
     ]
     caption = f"One thread, {record['bits']} bits, {record['dtype']}, {record['cpu']}."
     return "\n".join([*lines, "", caption]) + "\n"
+
+
+def checkpoint_table(record: dict[str, Any]) -> str:
+    """What each checkpoint takes and gives, beside the same weights in 16 bits."""
+    lines = [
+        "| method | bits | as stored | file / tensors | file / 16 bits | memory / 16 bits "
+        "| perplexity | in a new process | prefill | decode |",
+        "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    for r in record["rows"]:
+        packed, dense = r["speed"]["packed"], r["speed"]["dense"]
+        rates = (f"{k}_tokens_per_second" for k in ("prefill", "decode"))
+        prefill, decode = (f"{packed[k]:.0f} / {dense[k]:.0f}" for k in rates)
+        back = "equal" if r["perplexity_equal"] and r["logits_equal"] else "differs"
+        lines.append(
+            f"| {r['method']} | {r['wbits']} | {r['bits_per_weight']:.3f} "
+            f"| {r['file_bytes'] / r['tensor_bytes'] - 1:+.2%} "
+            f"| {size_words(r['file_bytes'])} / {size_words(r['dense_bytes'])} "
+            f"| {size_words(r['packed_rss'])} / {size_words(r['dense_rss'])} "
+            f"| {number(r)} | {back} | {prefill} | {decode} |"
+        )
+    seen, threads = record["evaluation"][0], record.get("threads")
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, {record['dtype']}, {threads} thread on a shared machine; "
+        f"perplexity on {seen['dataset']} ({seen['windows']} windows of {seen['seqlen']} tokens, "
+        f"SHA-256 {seen['sha256'][:8]}). Memory is what loading adds to the resident size, in 16 "
+        "bits that of the exported dense model; prefill and decode are tokens per second, packed / "
+        "dense.\n"
+    )
 
 
 def number(row: dict[str, Any] | None) -> str:

@@ -120,8 +120,8 @@ def model_config(args: argparse.Namespace) -> OPTConfig:
 
 def train_model(
     model: OPTForCausalLM,
-    train_ids: Int64[Tensor, "train"],
-    test_ids: Int64[Tensor, "test"],
+    train_ids: Int64[Tensor, " train"],
+    test_ids: Int64[Tensor, " test"],
     args: argparse.Namespace,
     *,
     save: Callable[[], None],
@@ -178,7 +178,7 @@ def rate(step: int, steps: int, *, warm: int = 100, last: float = 0.02) -> float
 
 
 @torch.no_grad()
-def held_out_perplexity(model: OPTForCausalLM, ids: Int64[Tensor, "tokens"], seqlen: int) -> float:
+def held_out_perplexity(model: OPTForCausalLM, ids: Int64[Tensor, " tokens"], seqlen: int) -> float:
     """exp of the mean loss over consecutive windows, in float32."""
     model.eval()
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.checkpoint import save_checkpoint
+from quip.checkpoint import load, save_checkpoint
+from quip.errors import QuipError
+from quip.models import load_model
 from quip.pipeline import quantize_model
 from quip.recipe import build_recipe
 from tests.test_models import save_tokenizer
@@ -92,3 +95,23 @@ def fresh(code: str, *arguments: object) -> Any:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def refusal(folder: Path, load=load) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(QuipError) as caught:
+        load(folder)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"{folder}: ")
+    return f"{type(caught.value).__name__}: {line}"
+
+
+def refusals(folder: Path) -> str:
+    """That line, once load, load_model and from_pretrained have all refused the folder with it."""
+    line = refusal(folder)
+    assert refusal(folder, lambda folder: load_model(str(folder))) == line
+    with pytest.raises(QuipError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert line == f"{type(caught.value).__name__}: {folder}: {caught.value}"
+    return line

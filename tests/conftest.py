@@ -1,5 +1,6 @@
 """Before the package is imported: its shapes are enforced, and the hub is out of reach."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -7,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jaxtyping
 import pytest
 import torch
+import transformers
 from hypothesis import settings
 
 jaxtyping.install_import_hook("quip", "beartype.beartype")
@@ -39,3 +41,17 @@ def problem():
         return W, x.T @ x / len(x)
 
     return make
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """main() sets defaults of the environment and the log, which end with the test."""
+    for name, value in (("HF_HUB_VERBOSITY", "error"), ("TRANSFORMERS_VERBOSITY", "error")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TQDM_DISABLE", "1")  # read when tqdm is imported, which it is by now
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+    log = logging.getLogger("quip")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)

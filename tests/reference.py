@@ -23,7 +23,7 @@ def nearest(t: Float64[Tensor, "*m"], bits: int | None = None) -> Float64[Tensor
     return q if bits is None else q.clamp(0, 2**bits - 1)
 
 
-def stochastic(t: Float64[Tensor, "m"], rng: torch.Generator) -> Float64[Tensor, "m"]:
+def stochastic(t: Float64[Tensor, " m"], rng: torch.Generator) -> Float64[Tensor, " m"]:
     """Q(t) = floor(t + u) with u uniform on [0, 1), so E Q(t) = t."""
     return torch.floor(t + torch.rand(t.shape, generator=rng, dtype=t.dtype))
 
@@ -31,17 +31,17 @@ def stochastic(t: Float64[Tensor, "m"], rng: torch.Generator) -> Float64[Tensor,
 # Orders
 
 
-def natural(H: Float64[Tensor, "n n"]) -> Int64[Tensor, "n"]:
+def natural(H: Float64[Tensor, "n n"]) -> Int64[Tensor, " n"]:
     """First to last: OPTQ's order."""
     return torch.arange(len(H))
 
 
-def backwards(H: Float64[Tensor, "n n"]) -> Int64[Tensor, "n"]:
+def backwards(H: Float64[Tensor, "n n"]) -> Int64[Tensor, " n"]:
     """Last to first."""
     return torch.arange(len(H)).flip(0)
 
 
-def largest_first(H: Float64[Tensor, "n n"]) -> Int64[Tensor, "n"]:
+def largest_first(H: Float64[Tensor, "n n"]) -> Int64[Tensor, " n"]:
     """By falling diagonal of H; equals keep their order."""
     return torch.tensor(sorted(range(len(H)), key=lambda j: -float(H[j, j])))
 
@@ -67,7 +67,7 @@ def proxy_loss(
 # Linear feedback: LDLQ and OPTQ
 
 
-def ldl(H: Float64[Tensor, "n n"]) -> tuple[Float64[Tensor, "n n"], Float64[Tensor, "n"]]:
+def ldl(H: Float64[Tensor, "n n"]) -> tuple[Float64[Tensor, "n n"], Float64[Tensor, " n"]]:
     """F and the diagonal of D in H = (F + I) D (F + I)^T, F strictly upper.
 
     Flip H, factor, flip back: H = C C^T with C upper, F = C diag(C)^-1 - I, D = diag(C)^2.
@@ -87,7 +87,7 @@ def round_with_feedback(
 
 
 def ldlq(
-    W: Float64[Tensor, "m n"], H: Float64[Tensor, "n n"], Q: Rounding, p: Int64[Tensor, "n"]
+    W: Float64[Tensor, "m n"], H: Float64[Tensor, "n n"], Q: Rounding, p: Int64[Tensor, " n"]
 ) -> Float64[Tensor, "m n"]:
     """Rounding with LDLQ's F in the order p; W in code units."""
     F, _ = ldl(H[p][:, p])
@@ -142,7 +142,7 @@ def optq(
 
 def minmax_grid(
     W: Float64[Tensor, "m g"], bits: int
-) -> tuple[Float64[Tensor, "m"], Float64[Tensor, "m"]]:
+) -> tuple[Float64[Tensor, " m"], Float64[Tensor, " m"]]:
     """Per row (qfn a): step = (hi - lo) / (2^b - 1), zero = round(-lo / step).
 
     hi = max(0, max W) and lo = min(0, min W).
@@ -175,7 +175,7 @@ def ldlq_baseline(
     H: Float64[Tensor, "n n"],
     bits: int,
     alpha: float,
-    p: Int64[Tensor, "n"],
+    p: Int64[Tensor, " n"],
 ) -> Float64[Tensor, "m n"]:
     """LDLQ without incoherence: on the codes W / step + zero, clamped before feedback."""
     step, zero = (column[:, None] for column in minmax_grid(W, bits))
@@ -190,7 +190,7 @@ def preprocess(
     alpha: float,
     R_out: Float64[Tensor, "m m"],
     R_in: Float64[Tensor, "n n"],
-) -> tuple[Float64[Tensor, "m n"], Float64[Tensor, "n n"], Float64[Tensor, "n"]]:
+) -> tuple[Float64[Tensor, "m n"], Float64[Tensor, "n n"], Float64[Tensor, " n"]]:
     """Algorithm 1, steps 2 to 5: processed W, processed H, and the rescaling
 
     r_j = (H_jj / (W^T W)_jj)^(1/4).
@@ -202,7 +202,7 @@ def preprocess(
 
 def postprocess(
     W_hat: Float64[Tensor, "m n"],
-    r: Float64[Tensor, "n"],
+    r: Float64[Tensor, " n"],
     R_out: Float64[Tensor, "m m"],
     R_in: Float64[Tensor, "n n"],
 ) -> Float64[Tensor, "m n"]:
@@ -261,7 +261,7 @@ def greedy(
     H: Float64[Tensor, "n n"],
     bits: int,
     passes: int,
-    p: Int64[Tensor, "n"],
+    p: Int64[Tensor, " n"],
 ) -> Float64[Tensor, "m n"]:
     """Passes of W_hat_k <- clamp(round(W_hat_k + (W - W_hat) H_k / H_kk)), in the order p.
 

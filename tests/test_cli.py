@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import math
 import re
 import subprocess
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 import yaml
 
 from quip import cli
@@ -24,24 +22,12 @@ from tests.runs import save_model, write_text
 from tests.test_models import write_gguf
 from tests.tiny import tiny
 
+pytestmark = pytest.mark.usefixtures("command")
+
 
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("models") / "opt")
-
-
-@pytest.fixture(autouse=True)
-def _as_it_was(monkeypatch):
-    """main() sets defaults of the environment and the log, which end with the test."""
-    for name, value in (("HF_HUB_VERBOSITY", "error"), ("TRANSFORMERS_VERBOSITY", "error")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("TQDM_DISABLE", "1")  # read when tqdm is imported, which it is by now
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
-    log = logging.getLogger("quip")
-    log.handlers.clear()
-    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

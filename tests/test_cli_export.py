@@ -18,9 +18,10 @@ from quip.errors import NonFinite, Unavailable, UsageError
 from quip.export import export_dense
 from quip.linear import QuantizedLinear
 from tests.runs import save_model
-from tests.test_cli import _as_it_was  # noqa: F401
 from tests.test_inspection import save_quantized
 from tests.tiny import tokens
+
+pytestmark = pytest.mark.usefixtures("command")
 
 EMBEDDING = "model.decoder.embed_tokens.weight"
 

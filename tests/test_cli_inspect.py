@@ -9,8 +9,9 @@ from quip.cli import inspect as inspect_command
 from quip.cli.inspect import inspection_table
 from quip.inspection import inspect_checkpoint
 from tests.runs import save_model, write_text
-from tests.test_cli import _as_it_was  # noqa: F401
 from tests.test_inspection import save_quantized
+
+pytestmark = pytest.mark.usefixtures("command")
 
 
 @pytest.fixture(scope="module")

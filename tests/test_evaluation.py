@@ -190,6 +190,7 @@ AT_ONCE = [
 
 
 @pytest.mark.parametrize(("line", "reason"), AT_ONCE)
+@pytest.mark.usefixtures("command")
 def test_a_wrong_request_is_one_line_before_a_model_is_loaded(
     made, capsys, tmp_path, monkeypatch, line, reason
 ):
@@ -208,6 +209,7 @@ def test_a_wrong_request_is_one_line_before_a_model_is_loaded(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("command")
 def test_the_command_prints_what_it_measured(made, capsys):
     experiment, run = made
     assert cli.main(["evaluate", str(experiment.save), "--device", "cpu"]) == 0

@@ -22,7 +22,7 @@ class Groups:
     def count(self) -> int:
         return -(-self.blocks // self.size) if self.size else 1
 
-    def index(self) -> Int[Tensor, "blocks"]:
+    def index(self) -> Int[Tensor, " blocks"]:
         """The group of each column of codes."""
         return torch.arange(self.blocks) // (self.size or self.blocks)
 
@@ -63,7 +63,7 @@ class Codebook(Protocol):
     @property
     def index_bits(self) -> int: ...
 
-    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "Codebook":
+    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "Codebook":
         """The codebook scaled to the columns X, whose errors weigh h."""
         ...
 
@@ -75,9 +75,9 @@ class Codebook(Protocol):
         """X moved into the range that the fitted codebook covers."""
         ...
 
-    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, "d"]) -> Integer[Tensor, "m"]: ...
+    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, " d"]) -> Integer[Tensor, " m"]: ...
 
-    def decode(self, codes: Integer[Tensor, "m"]) -> Float[Tensor, "m d"]: ...
+    def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]: ...
 
     def joined(self, books: Sequence["Codebook"], groups: Groups) -> Decoder:
         """These fitted codebooks of one matrix, one a group, as a file holds them."""

@@ -56,13 +56,13 @@ class Grid:
     def clamp(self, X: Float[Tensor, "m g"]) -> Float[Tensor, "m g"]:
         return self.step * ((X / self.step + self.zero).clamp(0, self.top) - self.zero)
 
-    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, "d"]) -> UInt8[Tensor, "m"]:
+    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, " d"]) -> UInt8[Tensor, " m"]:
         """clamp(floor(x / step + zero + 1/2)): ties go up, everywhere."""
         t = x / self.step + self.zero
         u = torch.rand(t.shape, generator=self.rng).to(t) if self.unbiased else 0.5
         return (t + u).floor().clamp(0, self.top).to(torch.uint8).squeeze(1)
 
-    def decode(self, codes: Integer[Tensor, "m"]) -> Float[Tensor, "m 1"]:
+    def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m 1"]:
         return self.step * (codes.unsqueeze(1) - self.zero)
 
     def _fitted(self: AnyGrid, step: Tensor, zero: Tensor) -> AnyGrid:
@@ -75,7 +75,7 @@ class Grid:
 class MinMaxGrid(Grid):
     """`--qfn a`: one asymmetric grid a row, spanning its smallest and largest weight and 0."""
 
-    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "MinMaxGrid":
+    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "MinMaxGrid":
         high = X.amax(1, keepdim=True).clamp_min(0)
         low = X.amin(1, keepdim=True).clamp_max(0)
         fitted = self._fitted((high - low) / self.top, low)
@@ -97,7 +97,7 @@ class RmsGrid(Grid):
 
     rhos: tuple[float, ...]
 
-    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> "RmsGrid":
+    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "RmsGrid":
         steps = X.new_tensor(self.rhos) * (2 / self.top * X.square().mean().sqrt())
         grids = self._fitted(steps, torch.full_like(steps, self.top / 2))
         best = grids._errors(X, h).argmin() if len(steps) > 1 else 0
@@ -107,7 +107,7 @@ class RmsGrid(Grid):
         step = _side_by_side(books, "step").to(self.step_dtype)
         return Grids(bits=self.bits, step=step, zero=None, groups=groups)
 
-    def _errors(self, X: Float[Tensor, "m g"], h: Float[Tensor, "g"]) -> Float[Tensor, "rhos"]:
+    def _errors(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> Float[Tensor, " rhos"]:
         """The weighted squared error of rounding X without feedback, for each step."""
         total = torch.zeros_like(self.step)
         rows = max(1, CHUNK // X.shape[1])

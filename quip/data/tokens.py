@@ -40,14 +40,14 @@ class TokenSet:
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int64[Tensor, "tokens"]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int64[Tensor, " tokens"]:
     """The tokens of a whole text, with the special tokens that the tokenizer itself adds."""
     # verbose=False: a text longer than the model's positions is what we want, not a mistake.
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
 
 
 def random_windows(
-    ids: Int64[Tensor, "tokens"], *, count: int, seqlen: int, rng: random.Random, name: str
+    ids: Int64[Tensor, " tokens"], *, count: int, seqlen: int, rng: random.Random, name: str
 ) -> Int64[Tensor, "count seqlen"]:
     """Windows anywhere in one text of at least so many tokens; two of them may overlap."""
     if len(ids) <= seqlen:
@@ -78,7 +78,7 @@ def document_windows(
     wherever it lives, the tokens are the same.
     """
 
-    def draw() -> Int64[Tensor, "seqlen"]:
+    def draw() -> Int64[Tensor, " seqlen"]:
         for _ in range(DRAWS):
             ids = encode(tokenizer, documents[rng.randint(0, len(documents) - 1)])
             if len(ids) > seqlen:
@@ -92,7 +92,7 @@ def document_windows(
 
 
 def consecutive_windows(
-    ids: Int64[Tensor, "tokens"], *, limit: int, seqlen: int, name: str
+    ids: Int64[Tensor, " tokens"], *, limit: int, seqlen: int, name: str
 ) -> Int64[Tensor, "count seqlen"]:
     """Windows side by side from the start, at most `limit`; the incomplete last one is dropped."""
     if len(ids) < seqlen:
@@ -104,8 +104,8 @@ def consecutive_windows(
 
 
 def _window(
-    ids: Int64[Tensor, "tokens"], seqlen: int, rng: random.Random
-) -> Int64[Tensor, "seqlen"]:
+    ids: Int64[Tensor, " tokens"], seqlen: int, rng: random.Random
+) -> Int64[Tensor, " seqlen"]:
     # One start less than fits: the published range, kept so that the stream stays in step.
     start = rng.randint(0, len(ids) - seqlen - 1)
     return ids[start : start + seqlen]

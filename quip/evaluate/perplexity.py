@@ -51,7 +51,7 @@ def perplexity(
     return _exp(total / count)
 
 
-def _nll(logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]) -> Float[Tensor, "b"]:
+def _nll(logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]) -> Float[Tensor, " b"]:
     """The mean over positions of -log softmax(logits)[target], in float64."""
     count, length, vocab = logits.shape
     positions = max(1, CHUNK // (count * vocab))
