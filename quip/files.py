@@ -1,6 +1,8 @@
 """Files and folders that appear under their name only when they are complete."""
 
+import glob
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +38,11 @@ def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     next free name (final-2 ...) and Unavailable says so: what was computed is not lost.
     """
     place = final.resolve()  # "." and ".." are no names to replace, and links stay links
-    partial = place.with_name(f".{place.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had our number
+    ours = f".{place.name}.partial-{platform.node()}-"
+    for left in place.parent.glob(f"{glob.escape(ours)}*"):
+        if not _runs(left.name.removeprefix(ours)):
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+    partial = place.with_name(f"{ours}{os.getpid()}")
     try:
         with writing(final):
             partial.mkdir(parents=True)
@@ -93,6 +98,19 @@ def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
         ) from error
     if aside:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _runs(number: str) -> bool:
+    """Whether another process of this machine has the number."""
+    if not number.isdecimal() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def _numbered(path: Path, n: int) -> Path:

@@ -2,6 +2,9 @@
 
 import errno
 import os
+import platform
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -179,9 +182,18 @@ def test_a_folder_that_cannot_be_made_is_one_line(room, monkeypatch):
 
 
 def test_what_another_process_left_half_done_is_in_nobodys_way(room):
-    fill(room / f".model.partial-{os.getpid()}")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    partial = f".model.partial-{platform.node()}-"
+    for number in (os.getpid(), dead.pid):
+        fill(room / f"{partial}{number}")
+    kept = [f"{partial}{os.getppid()}", ".model.partial-another.machine-1", f".m{partial}x"]
+    for name in kept:  # a process that runs, on this machine and perhaps on another
+        fill(room / name)
     write_folder(room / "model", "new")
-    assert names(room) == ["model"]
+    assert names(room) == sorted([*kept, "model"])
+    for name in kept:
+        shutil.rmtree(room / name)
     # What was moved aside may be the only copy of a model: it is not touched.
     old = fill(room / f".model.old-{os.getpid()}")
     with pytest.raises(Unavailable, match=r"what was to go there is in .*model-2$"):

@@ -1,11 +1,13 @@
 """Runs that are killed and taken up again: the same codes, whatever the moment."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quip import evaluation, pipeline, resume
+from quip import checkpoint, evaluation, pipeline, resume
 from quip.checkpoint import load
 from quip.errors import Unavailable, UsageError
 from quip.experiment import Experiment, run_experiment
@@ -30,8 +32,19 @@ RECIPE = build_recipe(quant="ldlq", wbits=2, incoh_processing=True)
 BLOCKS = 4  # of the tiny models
 
 
-class Killed(BaseException):
-    """Stands in for SIGKILL where the moment has to be exact."""
+def killed(work: Callable[[], object]) -> bool:
+    """Whether a process that does this work, a copy of this one, dies of SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            work()
+        os._exit(0)  # without what pytest would do at the end
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def kill(*args: object, **options: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def quantized(ledger: Ledger | None, name: str = "llama") -> tuple[nn.Module, list]:
@@ -90,18 +103,17 @@ def test_a_run_killed_at_any_moment_ends_bitwise_as_one_that_was_not(
     target = {"quip.pipeline": pipeline, "quip.resume": resume, "quip.resume.Ledger": Ledger}[owner]
     real, calls = getattr(target, attribute), []
 
-    def killed(*args, **options):
+    def sometimes(*args, **options):
         calls.append(call)
         if len(calls) > before:
             if attribute == "save_file":
                 Path(args[1]).write_bytes(b"half of it")
-            raise Killed
+            kill()
         return real(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(target, attribute, killed)
-        with pytest.raises(Killed):
-            quantized(ledger(tmp_path), name)
+        patched.setattr(target, attribute, sometimes)
+        assert killed(lambda: quantized(ledger(tmp_path), name))
     model, again = quantized(ledger(tmp_path), name)
     assert_equal(model, expected)
     unclocked = [replace(record, seconds=0.0) for record in again]
@@ -116,11 +128,11 @@ def test_finished_blocks_are_not_quantized_again(tmp_path, monkeypatch):
     def watched(block, *args):
         seen.append(block.index)
         if len(seen) == 3:
-            raise Killed
+            raise KeyboardInterrupt
         return real(block, *args)
 
     monkeypatch.setattr(pipeline, "_quantize_block", watched)
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         quantized(ledger(tmp_path))
     quantized(ledger(tmp_path))
     assert seen == [0, 1, 2, 2, 3]
@@ -194,18 +206,18 @@ def test_a_run_killed_in_its_evaluation_goes_on_there(plan, tmp_path, monkeypatc
     calls: list[str] = []
     real = evaluation.perplexity
 
-    def killed(*args, **options) -> float:
+    def second(*args, **options) -> float:
         calls.append("perplexity")
-        if len(calls) == 2:
-            raise Killed
-        return real(*args, **options)
+        return kill() if len(calls) == 2 else real(*args, **options)
 
-    monkeypatch.setattr(evaluation, "perplexity", killed)
-    with pytest.raises(Killed):
-        run_experiment(plan(save=tmp_path / "saved", compare=True))
+    plans = plan(save=tmp_path / "saved", compare=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "perplexity", second)
+        assert killed(lambda: run_experiment(plans))
     before = (tmp_path / "saved" / "model.safetensors").stat().st_mtime_ns
-    report = run_experiment(plan(save=tmp_path / "saved", compare=True, resume=True))
-    assert len(calls) == 3  # the original's is known, and was not measured again
+    monkeypatch.setattr(evaluation, "perplexity", lambda *a, **o: calls.append("") or real(*a, **o))
+    report = run_experiment(replace(plans, resume=True))
+    assert len(calls) == 1  # the original's is known, and was not measured again
     assert report["status"] == "complete"
     assert report["perplexity"] == expected["perplexity"]
     assert "quantize" not in report["seconds"]
@@ -213,6 +225,18 @@ def test_a_run_killed_in_its_evaluation_goes_on_there(plan, tmp_path, monkeypatc
     assert json.loads((tmp_path / "saved" / "run.json").read_text())["status"] == "complete"
     assert_equal(load(tmp_path / "saved"), load(tmp_path / "whole-saved"))
     assert len(report["matrices"]) == 24
+
+
+def test_a_run_killed_while_it_saves_leaves_nothing_under_the_name(plan, tmp_path, monkeypatch):
+    plans = plan(save=tmp_path / "saved")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_narrowed", kill)
+        assert killed(lambda: run_experiment(plans))
+    assert not (tmp_path / "saved").exists()
+    report = run_experiment(replace(plans, resume=True))
+    assert "quantize" not in report["seconds"]
+    assert stored(load(tmp_path / "saved"))
+    assert not list(tmp_path.glob(".saved*"))  # what was half written is gone
 
 
 def test_a_finished_run_can_be_saved_later_without_quantizing(plan, tmp_path):
