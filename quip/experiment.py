@@ -117,8 +117,11 @@ def _check(e: Experiment) -> tuple[RunFolder | None, str]:
     """Whatever can be refused at once; the run's folder, not made yet, and its device."""
     folder = RunFolder(e.out, overwrite=e.overwrite, resume=e.resume) if e.out else None
     if e.save:
-        if e.out and e.save.absolute() == e.out.absolute():
-            raise UsageError(f"--save and --out are both {e.save}; name two folders")
+        if e.out and e.out.resolve().is_relative_to(e.save.resolve()):
+            raise UsageError(
+                f"--out {e.out} is in --save {e.save}, which is written as a whole; "
+                "name two folders"
+            )
         _check_save(e)
     device = choose_device(e.device)
     check_dataset(e.dataset, "calibration")

@@ -183,7 +183,8 @@ AT_ONCE = [
     ("run demo pydoc --wbits 2 --resume", "--resume takes up the run in --out"),
     ("run demo pydoc --wbits 2 --out x --resume --overwrite", "leave one out"),
     ("run demo pydoc --wbits 2 --load SAVED", "quantized already: leave out --wbits"),
-    ("run demo pydoc --wbits 2 --out x --save x", "--save and --out are both x; name two"),
+    ("run demo pydoc --wbits 2 --out x --save x", "--out x is in --save x, which is written as"),
+    ("run demo pydoc --wbits 2 --out x/run --save x", "--out x/run is in --save x"),
     ("run demo pydoc --wbits 2 --save SAVED", "it exists and is not empty"),
     ("run demo pydoc --wbits 2 --proxy_only --tasks piqa", "--proxy_only evaluates nothing"),
 ]
