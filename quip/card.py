@@ -25,6 +25,7 @@ def model_card(report: Mapping[str, Any], *, folder_name: str, has_plot: bool = 
     The report may be of any stage: a section appears when there is something to say, and a dash
     stands for what was not measured. `has_plot`: the folder holds layers.png.
     """
+    report = _without_folders(report)
     sections = [
         _front_matter(report),
         f"# {folder_name}",
@@ -41,6 +42,20 @@ def model_card(report: Mapping[str, Any], *, folder_name: str, has_plot: bool = 
             "## Error of each matrix\n\n![Proxy loss of each matrix by depth](layers.png)"
         )
     return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def _without_folders(value: Any) -> Any:
+    """The same with files and folders of this machine by their last name only."""
+    match value:
+        case Mapping():
+            return {_without_folders(key): _without_folders(x) for key, x in value.items()}
+        case list() | tuple():
+            return [_without_folders(x) for x in value]
+        case str():
+            local = ("/", "./", "../", "~")
+            names = value.split(",")
+            return ",".join(Path(x).name if x.startswith(local) else x for x in names)
+    return value
 
 
 def size_words(count: int) -> str:

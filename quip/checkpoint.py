@@ -58,7 +58,13 @@ def load(
     options = {} if device_map is None else {"device_map": device_map}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, local_files_only=True, **options
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
         )
     except QuipError as error:
         raise type(error)(f"{folder}: {error}") from error

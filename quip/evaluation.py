@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         )
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
-    saved = read_report(Path(e.model))
+    saved = _saved_report(e.model)
     entries = {
         "model": e.model,
         "method": saved.get("method", "as it is"),
@@ -156,17 +157,21 @@ def measure_tasks(
     batch_size: int,
     earlier: Mapping[str, Any] | None = None,
 ) -> None:
-    """Each task in turn, except where `earlier`, a report, has it as it is asked for."""
-    terms = {"num_fewshot": asked.num_fewshot, "limit": asked.limit}
-    known = (earlier or {}).get("tasks", {})
-    same = (earlier or {}).get("tasks_asked") == terms
+    """Each task in turn, except where `earlier`, a report, has it as it is asked for.
+
+    A group or a tag of lm-eval has several rows of results.
+    """
+    terms = _terms(asked)
+    before = earlier or {}
+    known = before.get("tasks_asked", {}) if before.get("tasks_terms") == terms else {}
+    rows: dict[str, list[str]] = {}
     found: dict[str, Mapping[str, float | int]] = {}
     for name in asked.tasks:
-        if same and name in known:
-            found[name] = known[name]
+        if name in known:
+            scores = {row: _numbers(before["tasks"][row]) for row in known[name]}
         else:
             with watch("tasks"):
-                found |= zeroshot(
+                scores = zeroshot(
                     loaded.model,
                     loaded.tokenizer,
                     replace(asked, tasks=(name,)),
@@ -174,8 +179,27 @@ def measure_tasks(
                     batch_size=batch_size,
                     progress=_bar(),
                 )
-        log.info("%s: %s", name, ", ".join(f"{k} {v:.4g}" for k, v in found[name].items()))
-        report.save("evaluating", tasks=found, tasks_asked=terms)
+        for row, values in scores.items():
+            log.info("%s: %s", row, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        rows[name] = list(scores)
+        found |= scores
+        report.save("evaluating", tasks=found, tasks_asked=rows, tasks_terms=terms)
+
+
+def _terms(asked: ZeroShot) -> dict[str, Any]:
+    """What a score depends on beside the model and the task's name."""
+    csv = asked.storycloze_csv
+    return {
+        "num_fewshot": asked.num_fewshot,
+        "limit": asked.limit,
+        "storycloze_csv": csv and sha256(csv.read_bytes()).hexdigest(),
+        "versions": {name: versions().get(name) for name in ("python", "lm-eval")},
+    }
+
+
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float | int]:
+    """Scores as run.json holds them, where NaN and infinity are words."""
+    return {key: float(v) if isinstance(v, str) else v for key, v in scores.items()}
 
 
 def _measure_divergence(
@@ -213,7 +237,7 @@ def _as_when_saved(e: Evaluation) -> Evaluation:
     """Data sets and windows of the run that saved the checkpoint, where none are asked for."""
     if e.datasets is not None:
         return e
-    saved = read_report(Path(e.model)).get("evaluation", {})
+    saved = _saved_report(e.model).get("evaluation", {})
     wanted = e.reference is not None or not (e.tasks or e.speed)
     if wanted and not saved:
         raise UsageError(
@@ -227,6 +251,11 @@ def _as_when_saved(e: Evaluation) -> Evaluation:
         seqlen=e.seqlen or next((one["seqlen"] for one in stamps), None),
         nsamples=e.nsamples or max((one["windows"] for one in stamps), default=None),
     )
+
+
+def _saved_report(model: str) -> dict[str, Any]:
+    """What the run reported that saved this checkpoint; `demo` is always the packaged model."""
+    return {} if model == "demo" else read_report(Path(model).expanduser())
 
 
 def dtype_name(loaded: LoadedModel) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import nn
 
+from quip.checkpoint import check_folder
 from quip.data import TokenSet, calibration_tokens, check_dataset
 from quip.device import choose_device, device_name
 from quip.errors import QuipError, UnsupportedModel, UsageError
@@ -72,7 +73,8 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     What is asked for is checked first, as far as it can be known without the model. A run that
     fails leaves a report of what it had reached, and of the reason.
     """
-    e, watch = experiment, Stopwatch()
+    save = experiment.save and experiment.save.resolve()  # also if it is the folder we are in
+    e, watch = replace(experiment, save=save), Stopwatch()
     folder, device = _check(e)
     with watch("load"):
         loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
@@ -103,7 +105,9 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
             records = _quantize(e.recipe, calibration, e.seed, loaded, report, watch, ledger)
             if e.save:
                 with watch("save"):
-                    save_with_notes(e.save, loaded, records, report, overwrite=e.overwrite)
+                    save_with_notes(
+                        e.save, loaded, records, report, overwrite=e.overwrite, resume=e.resume
+                    )
         measure_perplexities("perplexity", windows, loaded, report, watch, earlier=earlier)
         if e.tasks:
             measure_tasks(e.tasks, loaded, report, watch, batch_size=e.batch_size, earlier=earlier)
@@ -166,8 +170,13 @@ def _ledger(
         "seed": e.seed,
         "dtype": dtype_name(loaded),
         "device": torch.device(device).type,
+        "versions": {name: versions().get(name) for name in ("quip-quant", "torch")},
         "calibration": stamp(calibration),
-        "model": {"class": type(loaded.model).__name__, "weights": _digest(loaded.model)},
+        "model": {
+            "class": type(loaded.model).__name__,
+            "config": xxhash.xxh3_128(loaded.model.config.to_json_string().encode()).hexdigest(),
+            "weights": _digest(loaded.model),
+        },
     }
     ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
     folder.open()
@@ -181,20 +190,34 @@ def _ledger(
 
 
 def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> None:
-    """Refuse a folder that holds files, unless a run that is taken up has saved there already."""
+    """Refuse a folder that holds files, unless a run that is taken up has saved there already.
+
+    With --overwrite it is replaced whole, so it has to be a checkpoint, and not hold our inputs.
+    """
     if e.save is None:
         return
     saved = read_report(e.save).get("fingerprint") if e.resume else None
     same = saved is not None and fingerprint in (None, saved)
     check_new(e.save, "--save", overwrite=e.overwrite or same)
+    if e.overwrite and e.save.is_dir() and any(e.save.iterdir()):
+        try:
+            check_folder(e.save)
+        except QuipError as error:
+            raise UsageError(
+                f"--save {e.save}: --overwrite replaces checkpoints of quip only, and this folder "
+                "is none; name another"
+            ) from error
+        for name in (e.model, e.dataset, *e.eval_datasets):
+            if Path(name).expanduser().resolve().is_relative_to(e.save):
+                raise UsageError(f"--save {e.save}: {name} is in it, and would be lost")
 
 
 def _digest(model: nn.Module) -> str:
-    """A hash of every parameter's name, type, shape and bytes."""
+    """A hash of every parameter's and buffer's name, type, shape and bytes."""
     digest = xxhash.xxh3_128()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().cpu().contiguous().view(-1)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -38,11 +38,8 @@ def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     next free name (final-2 ...) and Unavailable says so: what was computed is not lost.
     """
     place = final.resolve()  # "." and ".." are no names to replace, and links stay links
-    ours = f".{place.name}.partial-{platform.node()}-"
-    for left in place.parent.glob(f"{glob.escape(ours)}*"):
-        if not _runs(left.name.removeprefix(ours)):
-            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
-    partial = place.with_name(f"{ours}{os.getpid()}")
+    partial = _ours(place, "partial")
+    _clear_away(place)
     try:
         with writing(final):
             partial.mkdir(parents=True)
@@ -81,7 +78,7 @@ def check_new(path: Path, flag: str, *, overwrite: bool) -> None:
 
 
 def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
-    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    old = _ours(final, "old")
     aside = overwrite and final.is_dir()
     try:
         if aside:
@@ -98,6 +95,25 @@ def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
         ) from error
     if aside:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _ours(place: Path, kind: str, number: int | str | None = None) -> Path:
+    """A name beside a folder that no other process uses."""
+    number = os.getpid() if number is None else number
+    return place.with_name(f".{place.name}.{kind}-{platform.node()}-{number}")
+
+
+def _clear_away(place: Path) -> None:
+    """What processes left behind that were killed: half a folder, or one that was moved aside."""
+    for kind in ("partial", "old"):
+        prefix = _ours(place, kind, "").name
+        for left in place.parent.glob(f"{glob.escape(prefix)}*"):
+            if _runs(left.name.removeprefix(prefix)):
+                continue
+            if kind == "old" and not place.exists():
+                os.replace(left, place)  # killed before the new one was in its place
+            else:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _runs(number: str) -> bool:

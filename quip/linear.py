@@ -11,6 +11,7 @@ Transforms are computed in float32 at least: they cost little, and a rotation in
 would add an error of the size of rounding W~.
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from quip.kernels.matvec import multiply_for
 from quip.quantize import QuantizedMatrix
 from quip.transforms import TRANSFORMS, Chain
 
+Held = tuple[weakref.ref[Tensor], int]  # a tensor, and its version
 INTEGERS = {2: torch.int16, 4: torch.int32}  # of the size of a float
 
 
@@ -115,7 +117,7 @@ class QuantizedLinear(nn.Module):
         self.register_parameter(
             "bias", None if empty is None else nn.Parameter(empty, requires_grad=False)
         )
-        self._held: list[tuple[Tensor, int]] = []  # buffers and versions that _parts was made of
+        self._held: list[Held] = []  # the buffers that _parts was made of
 
     @classmethod
     def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None) -> "QuantizedLinear":
@@ -175,11 +177,16 @@ class QuantizedLinear(nn.Module):
         """Made of the buffers when these are first used, and again when one was changed."""
         tensors = self.stored()
         # Tensors made under inference_mode have no version.
-        held = [(x, -1 if x.is_inference() else x._version) for x in tensors.values()]
-        if not _same(self._held, held):
-            self._made = self.spec.restore(tensors, self.out_features, self.in_features)
-            self._held = held
+        now = [(x, -1 if x.is_inference() else x._version) for x in tensors.values()]
+        if not _same(self._held, now):
+            with torch.inference_mode(False):  # what is made may be used in training later
+                self._made = self.spec.restore(tensors, self.out_features, self.in_features)
+            self._held = [(weakref.ref(x), version) for x, version in now]
         return self._made
+
+    def _forget(self) -> None:
+        self._held = []
+        vars(self).pop("_made", None)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the packed tensors, not what these were unpacked to.
@@ -187,6 +194,7 @@ class QuantizedLinear(nn.Module):
         return {**state, "_held": []}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        self._forget()  # or what was made on one device would stay there
         # Casts leave integers alone: as such the floats among the buffers only move.
         floats = {k: x.dtype for k, x in self.stored().items() if x.is_floating_point()}
         for name, dtype in floats.items():
@@ -205,8 +213,8 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
 
 
-def _same(held: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
-    return bool(held) and all(a is b and i == j for (a, i), (b, j) in zip(held, now, strict=True))
+def _same(held: list[Held], now: list[tuple[Tensor, int]]) -> bool:
+    return bool(held) and all(a() is b and i == j for (a, i), (b, j) in zip(held, now, strict=True))
 
 
 def _part(kinds: Mapping[str, Any], part: Any) -> dict[str, Any]:

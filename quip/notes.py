@@ -8,10 +8,12 @@ from torch import nn
 
 from quip.card import model_card, size_words
 from quip.checkpoint import save_checkpoint
+from quip.errors import QuipError
 from quip.files import replacing
 from quip.linear import quantized_layers
 from quip.models import LoadedModel
 from quip.plots import write_plot
+from quip.pretrained import check_files
 from quip.records import MatrixRecord
 from quip.report import Report
 from quip.run_folder import as_json, read_report
@@ -26,21 +28,33 @@ def save_with_notes(
     report: Report,
     *,
     overwrite: bool,
+    resume: bool,
 ) -> None:
-    """Save the checkpoint, unless the same run, taken up again, has saved it already."""
-    fingerprint = report.entries["fingerprint"]
-    if not fingerprint or read_report(folder).get("fingerprint") != fingerprint:
+    """Save the checkpoint, unless the same run, now taken up again, has saved it already."""
+    if not (resume and _is_saved(folder, loaded, report)):
         save_checkpoint(
             loaded.model,
             loaded.tokenizer,
             folder,
             texts=_texts(folder, report),
-            overwrite=overwrite,
+            overwrite=overwrite or resume,
         )
-        write_plot(records, folder)
+    write_plot(records, folder)
     report.save("saved", checkpoint=_sizes(folder, loaded.model))
     write_notes(folder, report)
     log.info("%s: %s of weights", folder, size_words(report.entries["checkpoint"]["bytes"]))
+
+
+def _is_saved(folder: Path, loaded: LoadedModel, report: Report) -> bool:
+    """Whether the folder is the checkpoint of this very run, and whole."""
+    saved = read_report(folder).get("fingerprint")
+    if saved is None or saved != report.entries["fingerprint"]:
+        return False
+    try:
+        check_files(loaded.model, [str(path) for path in sorted(folder.glob("*.safetensors"))])
+    except QuipError:
+        return False
+    return True
 
 
 def write_notes(folder: Path, report: Report) -> None:

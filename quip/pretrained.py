@@ -91,7 +91,7 @@ class QuipQuantizer(HfQuantizer):
                 dtype=old.weight.dtype,
             )
             model.set_submodule(name, new)
-        _check_files(model, kwargs.get("checkpoint_files") or ())
+        check_files(model, kwargs.get("checkpoint_files") or ())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, layer in quantized_layers(model).items():
@@ -135,7 +135,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _check_files(model: nn.Module, files: Sequence[str]) -> None:
+def check_files(model: nn.Module, files: Sequence[str]) -> None:
     """Compare the headers of safetensors files with what the model needs.
 
     transformers itself only warns of what is missing, and fills it at random. Packed matrices must
@@ -145,8 +145,8 @@ def _check_files(model: nn.Module, files: Sequence[str]) -> None:
     for file in files:
         if file.endswith(".safetensors"):
             found |= _header(Path(file))
-    if not found:
-        return
+    if files and not found:
+        raise Unavailable(f"no safetensors among its files, and nothing else is read; {DAMAGED}")
     for name, layer in quantized_layers(model).items():
         for key, tensor in layer.stored().items():
             wanted = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"

@@ -118,8 +118,10 @@ class Rotation:
         """mix, its inverse, shuffle and its inverse, on the device."""
         if device not in self._moved:
             given = (self.mix, self.shuffle)
-            both = [x for i in given for x in (i, None if i is None else torch.argsort(i))]
-            self._moved[device] = tuple(None if i is None else i.int().to(device) for i in both)
+            with torch.inference_mode(False):
+                both = [x for i in given for x in (i, None if i is None else torch.argsort(i))]
+                moved = (None if i is None else i.int().to(device) for i in both)
+                self._moved[device] = tuple(moved)
         return self._moved[device]
 
     @cached_property
@@ -170,7 +172,8 @@ class Haar:
         """`matrices` in the dtype and on the device of x."""
         key = x.dtype, x.device
         if key not in self._cast:
-            self._cast[key] = self.matrices.to(x)
+            with torch.inference_mode(False):  # or no gradient could pass later
+                self._cast[key] = self.matrices.to(x)
         return self._cast[key]
 
     @cached_property
@@ -204,8 +207,8 @@ def _index_bits(n: int) -> int:
 
 
 def _permutation(packed: Tensor, n: int) -> Tensor:
-    indices = unpack(packed, _index_bits(n), n).long()
-    if not torch.equal(indices.sort().values, torch.arange(n)):
+    indices = unpack(packed, _index_bits(n), n).int()
+    if not torch.equal(indices.sort().values, torch.arange(n, dtype=torch.int32)):
         raise QuipError(f"what should be a permutation of {n} numbers is none: the file is damaged")
     return indices
 

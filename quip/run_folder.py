@@ -16,6 +16,8 @@ from quip.files import check_new, replacing, writing
 from quip.plots import write_plot
 from quip.records import MatrixRecord
 
+LOCK = ".lock"  # there while a run writes; after a kill it may be there, but is not locked
+
 
 class RunFolder:
     """The folder of one run, made when something is first written to it.
@@ -32,6 +34,9 @@ class RunFolder:
         that holds files not to be lost."""
         self.path, self.resume = path, resume
         self._lock: int | None = None
+        if (path / LOCK).exists():  # of a run that goes on, or of one that was killed
+            self._take()
+            self.release()
         if resume and (path / self.BLOCKS).is_dir():
             overwrite = True
         elif path.is_dir() and (path / self.BLOCKS).is_dir() and not overwrite:
@@ -40,9 +45,6 @@ class RunFolder:
                 "--overwrite, or name another folder"
             )
         check_new(path, "--out", overwrite=overwrite)
-        if path.is_dir():
-            self._take()
-            self.release()
 
     def earlier_report(self) -> dict[str, Any]:
         """run.json as the run before left it, if this one takes it up."""
@@ -78,14 +80,16 @@ class RunFolder:
     def release(self) -> None:
         """Let others in. The end of the process, however it comes, does the same."""
         if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
 
     def _take(self) -> None:
-        lock = os.open(self.path, os.O_RDONLY)
+        with writing(self.path):
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             os.close(lock)
             raise UsageError(
                 f"--out {self.path}: another run is writing to it; name another folder, or wait"

@@ -1,6 +1,7 @@
 """Evaluating what was saved: the same numbers as in the run, and beside the original."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,46 @@ def test_tasks_run_on_a_checkpoint_and_in_a_run(made, tmp_path, monkeypatch):
     assert again["tasks"]["quip_demo_cloze"] == scores
 
 
+def test_a_group_of_tasks_has_a_row_for_each_and_is_known_when_taken_up(
+    made, tmp_path, monkeypatch
+):
+    experiment, _ = made
+    rows = {"one": {"acc": 0.5, "samples": 2}, "two": {"perplexity": float("inf"), "samples": 2}}
+    monkeypatch.setattr(evaluation, "check_tasks", lambda asked: None)
+    monkeypatch.setattr(evaluation, "zeroshot", lambda *args, **options: rows)
+    options = {name: getattr(experiment, name) for name in experiment.__dataclass_fields__}
+    options |= {"save": None, "compare": False, "eval_datasets": (), "out": tmp_path / "run"}
+    asked = ZeroShot(tasks=("both",))
+    assert run_experiment(Experiment(**{**options, "tasks": asked}))["tasks"] == rows
+
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("these scores are known")
+
+    monkeypatch.setattr(evaluation, "zeroshot", never)
+    options |= {"resume": True}
+    assert run_experiment(Experiment(**{**options, "tasks": asked}))["tasks"] == rows
+    with pytest.raises(AssertionError, match="known"):
+        run_experiment(Experiment(**{**options, "tasks": ZeroShot(tasks=("both",), limit=3)}))
+
+
+def test_overwrite_replaces_checkpoints_only_and_never_our_inputs(made, tmp_path):
+    experiment, _ = made
+    options = {name: getattr(experiment, name) for name in experiment.__dataclass_fields__}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"replaces checkpoints of quip only, and this folder"):
+        run_experiment(Experiment(**{**options, "save": tmp_path / "mine", "overwrite": True}))
+    assert (tmp_path / "mine" / "notes.txt").read_text() == "mine"
+    saved = Path(shutil.copytree(experiment.save, tmp_path / "saved"))
+    inside = {"dataset": write_text(saved / "train.txt"), "save": saved, "overwrite": True}
+    with pytest.raises(UsageError, match=r"train.txt is in it, and would be lost"):
+        run_experiment(Experiment(**{**options, **inside}))
+    (saved / "train.txt").unlink()
+    (saved / "model.safetensors").write_bytes(b"damaged")
+    run_experiment(Experiment(**{**options, "save": saved, "overwrite": True}))
+    assert load_model(str(saved))
+
+
 def test_load_evaluates_a_checkpoint_in_place_of_the_model(made):
     experiment, run = made
     options = {name: getattr(experiment, name) for name in experiment.__dataclass_fields__}
@@ -183,8 +224,11 @@ AT_ONCE = [
     ("run demo pydoc --wbits 2 --resume", "--resume takes up the run in --out"),
     ("run demo pydoc --wbits 2 --out x --resume --overwrite", "leave one out"),
     ("run demo pydoc --wbits 2 --load SAVED", "quantized already: leave out --wbits"),
-    ("run demo pydoc --wbits 2 --out x --save x", "--out x is in --save x, which is written as"),
-    ("run demo pydoc --wbits 2 --out x/run --save x", "--out x/run is in --save x"),
+    (
+        "run demo pydoc --wbits 2 --out x --save x",
+        "x, which is written as a whole; name two folders",
+    ),
+    ("run demo pydoc --wbits 2 --out x/run --save x", "--out x/run is in --save"),
     ("run demo pydoc --wbits 2 --save SAVED", "it exists and is not empty"),
     ("run demo pydoc --wbits 2 --proxy_only --tasks piqa", "--proxy_only evaluates nothing"),
 ]

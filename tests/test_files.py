@@ -194,12 +194,21 @@ def test_what_another_process_left_half_done_is_in_nobodys_way(room):
     assert names(room) == sorted([*kept, "model"])
     for name in kept:
         shutil.rmtree(room / name)
-    # What was moved aside may be the only copy of a model: it is not touched.
-    old = fill(room / f".model.old-{os.getpid()}")
+
+
+def test_a_folder_that_was_moved_aside_comes_back_or_goes(room):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    old = f".model.old-{platform.node()}-{dead.pid}"
+    fill(room / old)  # killed before the new one was in its place
     with pytest.raises(Unavailable, match=r"what was to go there is in .*model-2$"):
-        write_folder(room / "model", "newer", overwrite=True)
-    texts = [(path / "file").read_text() for path in (old, room / "model", room / "model-2")]
-    assert texts == ["old", "new", "newer"]
+        write_folder(room / "model", "new")
+    texts = [(room / name / "file").read_text() for name in ("model", "model-2")]
+    assert texts == ["old", "new"]
+    fill(room / old)  # killed after that
+    write_folder(room / "model", "newer", overwrite=True)
+    assert (room / "model" / "file").read_text() == "newer"
+    assert names(room) == ["model", "model-2"]
 
 
 @pytest.mark.parametrize("name", [".", "", "../here", "below/.."])

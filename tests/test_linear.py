@@ -194,6 +194,24 @@ def test_a_model_holds_one_dense_matrix_at_a_time(monkeypatch):
     assert not any(ref() is not None for ref in made)
 
 
+def test_a_layer_that_moved_holds_nothing_of_where_it_was():
+    packed = layer(GRIDS["column"])
+    packed(inputs(FEW, N))
+    before = [weakref.ref(x) for x in packed.buffers()]
+    packed.to("meta")
+    gc.collect()
+    assert not any(ref() is not None for ref in before)
+
+
+def test_what_was_made_without_gradients_serves_with_them():
+    packed = layer(GRIDS["column"])
+    with torch.inference_mode():
+        packed(inputs(FEW, N))
+    x = inputs(FEW, N).requires_grad_()
+    packed(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_casts_change_the_bias_and_nothing_else(grid):
     packed, given = layer(GRIDS[grid]), layer(GRIDS[grid])

@@ -12,7 +12,7 @@ from quip.errors import Unavailable, UsageError
 from quip.plots import plot_losses
 from quip.records import MatrixRecord
 from quip.report import Report, peak_memory, summary, versions
-from quip.run_folder import RunFolder
+from quip.run_folder import LOCK, RunFolder
 from quip.table import table
 
 PNG = b"\x89PNG"
@@ -50,6 +50,10 @@ def test_a_folder_is_made_when_it_is_first_written_to(tmp_path):
     assert strict(tmp_path / "a" / "b" / "run.json") == {"model": "demo"}
 
 
+def visible(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name != LOCK]
+
+
 def test_a_folder_that_is_not_empty_is_refused_unless_it_may_be_overwritten(tmp_path):
     RunFolder(tmp_path)  # empty
     (tmp_path / "notes.txt").write_text("mine")
@@ -76,7 +80,7 @@ def test_an_overwritten_folder_never_mixes_two_runs(tmp_path):
     second = RunFolder(tmp_path, overwrite=True)
     assert (tmp_path / "layers.csv").exists()  # nothing is lost before there is something new
     second.write_report({"run": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert visible(tmp_path) == ["run.json"]
 
 
 def test_numbers_that_json_lacks_are_words_and_paths_are_text(tmp_path):
@@ -105,7 +109,7 @@ def test_a_write_that_fails_leaves_the_file_before_it_and_no_other(tmp_path, mon
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(Unavailable, match=r"run.json cannot be written \(No space left"):
         folder.write_report({"run": 2})
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert visible(tmp_path) == ["run.json"]
     assert strict(tmp_path / "run.json") == {"run": 1}
 
 
@@ -117,7 +121,7 @@ def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "plot_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         RunFolder(tmp_path).write_layers(RECORDS)
-    assert [path.name for path in tmp_path.iterdir()] == ["layers.csv"]
+    assert visible(tmp_path) == ["layers.csv"]
 
 
 def test_layers_are_a_table_with_a_row_for_each_matrix_and_a_picture(tmp_path):
@@ -132,7 +136,7 @@ def test_layers_are_a_table_with_a_row_for_each_matrix_and_a_picture(tmp_path):
 def test_without_matplotlib_there_is_no_picture_and_no_complaint(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "find_spec", lambda package: None)
     RunFolder(tmp_path).write_layers(RECORDS)
-    assert [path.name for path in tmp_path.iterdir()] == ["layers.csv"]
+    assert visible(tmp_path) == ["layers.csv"]
 
 
 @pytest.mark.parametrize("loss", [0.0, math.nan, math.inf])

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,6 +269,24 @@ def test_another_model_of_the_same_shape_is_not_taken_up(plan, tmp_path):
     other = save_model(tmp_path / "other", model__decoder__layers__0__fc1__bias=0.5)
     with pytest.raises(UsageError, match=r"\(model.weights was \w+, is now \w+\)"):
         run_experiment(plan(model=other, resume=True))
+
+
+def test_a_model_that_computes_otherwise_is_not_taken_up(plan, model, tmp_path):
+    run_experiment(plan())
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "activation_function": "gelu"}))
+    with pytest.raises(UsageError, match=r"\(model.config was \w+, is now \w+\)"):
+        run_experiment(plan(model=str(other), resume=True))
+
+
+def test_a_checkpoint_that_was_damaged_meanwhile_is_saved_again(plan, tmp_path):
+    run_experiment(plan(save=tmp_path / "saved"))
+    weights = tmp_path / "saved" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    run_experiment(plan(save=tmp_path / "saved", resume=True))
+    assert weights.read_bytes() == whole
 
 
 def test_resume_without_an_earlier_run_is_a_first_run(plan, tmp_path):

@@ -40,13 +40,16 @@ def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
         "quip what the run computed in that saved it",
     )
     add("--out", type=Path, metavar="DIR", help=out)
-    add("--overwrite", action="store_true", help="let folders to write to be ones that hold files")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="write where files are: --out loses those of the run before, a "
+        "checkpoint is replaced whole",
+    )
 
 
 def zero_shot(args: argparse.Namespace) -> "ZeroShot | None":
     """The tasks asked for. Raises UsageError for flags that speak of none."""
-    from quip.evaluate.zeroshot import ZeroShot
-
     if args.batch_size < 1:
         raise UsageError(f"--batch_size {args.batch_size}: at least 1 is needed")
     if args.tasks is None:
@@ -54,6 +57,9 @@ def zero_shot(args: argparse.Namespace) -> "ZeroShot | None":
             if getattr(args, name) != unset:
                 raise UsageError(f"--{name} speaks of zero-shot tasks: name some with --tasks A,B")
         return None
+
+    from quip.evaluate.zeroshot import ZeroShot
+
     return ZeroShot(
         tasks=names(args.tasks, "--tasks"),
         num_fewshot=args.num_fewshot,

@@ -148,7 +148,7 @@ class Grids:
         """step (code - zero) in float32."""
         step = self.groups.spread(self.step.float())
         zero = (2**self.bits - 1) / 2 if self.zero is None else self.groups.spread(self.zero)
-        return (codes.float() - zero).mul_(step)
+        return codes.float().sub_(zero).mul_(step)
 
     def options(self) -> Options:
         return {"bits": self.bits, "group": self.groups.size, "symmetric": self.zero is None}

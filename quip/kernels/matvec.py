@@ -1,7 +1,8 @@
 """Multiply a few vectors by a packed matrix: y = x W~^T, where W~ are the decoded weights.
 
 `multiply` is the operation, for any codebook; `multiply_native` is its fast form for uniform
-grids in float32 on a CPU, which never has W~ in memory. Both agree up to float noise.
+grids in float32 on a CPU, which never has W~ in memory and rounds nothing further. Both agree up
+to the noise of the dtype that `multiply` computes in.
 """
 
 import ctypes
