@@ -110,7 +110,7 @@ def rounding_table(record: dict[str, Any]) -> str:
 def checkpoint_table(record: dict[str, Any]) -> str:
     """What each checkpoint takes and gives, beside the same weights in 16 bits."""
     lines = [
-        "| method | bits | as stored | file / tensors | file / 16 bits | memory / 16 bits "
+        "| method | bits | as stored | file / reported | file / 16 bits | memory / 16 bits "
         "| perplexity | in a new process | prefill | decode |",
         "|---|---:|---:|---:|---:|---:|---:|---|---:|---:|",
     ]
@@ -121,7 +121,7 @@ def checkpoint_table(record: dict[str, Any]) -> str:
         back = "equal" if r["perplexity_equal"] and r["logits_equal"] else "differs"
         lines.append(
             f"| {r['method']} | {r['wbits']} | {r['bits_per_weight']:.3f} "
-            f"| {r['file_bytes'] / r['tensor_bytes'] - 1:+.2%} "
+            f"| {r['file_bytes'] / r['reported_bytes'] - 1:+.2%} "
             f"| {size_words(r['file_bytes'])} / {size_words(r['dense_bytes'])} "
             f"| {size_words(r['packed_rss'])} / {size_words(r['dense_rss'])} "
             f"| {number(r)} | {back} | {prefill} | {decode} |"
