@@ -57,7 +57,7 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     with watch("load"):
         loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen)
         reference = e.reference and load_model(
-            e.reference, dtype=dtype_name(loaded), seqlen=e.seqlen
+            e.reference, dtype=loaded.dtype_name, seqlen=e.seqlen
         )
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
@@ -67,9 +67,9 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "method": saved.get("method", "as it is"),
         "flags": dict(e.flags),
         "device": device_name(device),
-        "dtype": dtype_name(loaded),
+        "dtype": loaded.dtype_name,
         "versions": versions(),
-        "evaluation": {name: stamp(windows) for name, windows in tokens.items()},
+        "evaluation": {name: windows.stamp for name, windows in tokens.items()},
         "seconds": watch.seconds,
     }
     report = Report(entries, folder=folder, device=device)
@@ -112,18 +112,6 @@ def default_seqlen(loaded: LoadedModel) -> int:
     return min(2048, loaded.max_length)
 
 
-def stamp(tokens: TokenSet) -> dict[str, Any]:
-    """What a perplexity depends on, beside the model."""
-    return {
-        "dataset": tokens.dataset,
-        "split": tokens.split,
-        "join": tokens.join,
-        "windows": len(tokens.ids),
-        "seqlen": tokens.seqlen,
-        "sha256": tokens.sha256,
-    }
-
-
 def measure_perplexities(
     key: str,
     token_sets: Mapping[str, TokenSet],
@@ -137,7 +125,7 @@ def measure_perplexities(
     found: dict[str, float] = {}
     known, stamps = (earlier or {}).get(key, {}), (earlier or {}).get("evaluation", {})
     for name, tokens in token_sets.items():
-        if name in known and stamps.get(name) == stamp(tokens):
+        if name in known and stamps.get(name) == tokens.stamp:
             found[name] = float(known[name])
         else:
             with watch("evaluate"):
@@ -256,10 +244,6 @@ def _as_when_saved(e: Evaluation) -> Evaluation:
 def _saved_report(model: str) -> dict[str, Any]:
     """What the run reported that saved this checkpoint; `demo` is always the packaged model."""
     return {} if model == "demo" else read_report(Path(model).expanduser())
-
-
-def dtype_name(loaded: LoadedModel) -> str:
-    return str(loaded.model.dtype).removeprefix("torch.")
 
 
 def _bar() -> bool:

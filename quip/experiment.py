@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
-from torch import nn
 
 from quip.checkpoint import check_folder
 from quip.data import TokenSet, calibration_tokens, check_dataset
@@ -18,10 +16,8 @@ from quip.evaluate.zeroshot import ZeroShot
 from quip.evaluation import (
     check_measures,
     default_seqlen,
-    dtype_name,
     measure_perplexities,
     measure_tasks,
-    stamp,
     token_sets,
 )
 from quip.files import check_new
@@ -32,7 +28,7 @@ from quip.pipeline import quantize_matrix_by_matrix
 from quip.recipe import Recipe, describe
 from quip.records import MatrixRecord, Stopwatch
 from quip.report import Report, versions
-from quip.resume import Ledger
+from quip.resume import Ledger, fingerprint_of
 from quip.run_folder import RunFolder, read_report
 from quip.walk import check_weights, coverage
 
@@ -86,8 +82,8 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     ledger = _ledger(e, loaded, calibration, device, folder)
     earlier = folder.earlier_report() if folder else {}
     entries = _entries(e, loaded, device) | {
-        "calibration": calibration and stamp(calibration),
-        "evaluation": {name: stamp(tokens) for name, tokens in windows.items()},
+        "calibration": calibration and calibration.stamp,
+        "evaluation": {name: tokens.stamp for name, tokens in windows.items()},
         "kept_matrices": list(kept),
         "fingerprint": ledger and ledger.fingerprint,
         "seconds": watch.seconds,
@@ -96,7 +92,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     report.save("started")
     with report.kept():
         if e.compare and (e.recipe or e.load):
-            original = load_model(e.model, dtype=dtype_name(loaded)) if e.load else loaded
+            original = load_model(e.model, dtype=loaded.dtype_name) if e.load else loaded
             measure_perplexities(
                 "original_perplexity", windows, original, report, watch, earlier=earlier
             )
@@ -165,19 +161,9 @@ def _ledger(
     """Where finished blocks go, in the run's folder, with a fingerprint of all they depend on."""
     if folder is None or e.recipe is None or calibration is None:
         return None
-    fingerprint = {
-        "recipe": describe(e.recipe),
-        "seed": e.seed,
-        "dtype": dtype_name(loaded),
-        "device": torch.device(device).type,
-        "versions": {name: versions().get(name) for name in ("quip-quant", "torch")},
-        "calibration": stamp(calibration),
-        "model": {
-            "class": type(loaded.model).__name__,
-            "config": xxhash.xxh3_128(loaded.model.config.to_json_string().encode()).hexdigest(),
-            "weights": _digest(loaded.model),
-        },
-    }
+    fingerprint = fingerprint_of(
+        loaded, calibration, e.recipe, seed=e.seed, device=torch.device(device)
+    )
     ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
     folder.open()
     try:
@@ -212,16 +198,6 @@ def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> 
                 raise UsageError(f"--save {e.save}: {name} is in it, and would be lost")
 
 
-def _digest(model: nn.Module) -> str:
-    """A hash of every parameter's and buffer's name, type, shape and bytes."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
     """What the report says of the request and the machine."""
     return {
@@ -232,7 +208,7 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
         "recipe": e.recipe and describe(e.recipe),
         "seed": e.seed,
         "device": device_name(device),
-        "dtype": dtype_name(loaded),
+        "dtype": loaded.dtype_name,
         "versions": versions(),
     }
 

@@ -46,6 +46,11 @@ class LoadedModel:
     name: str
     max_length: int  # the model's positions; sys.maxsize where its attention has no limit
 
+    @property
+    def dtype_name(self) -> str:
+        """What it computes in, as flags name it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class _Source:

@@ -15,17 +15,23 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quip.data import TokenSet
 from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
 from quip.linear import QuantizedLinear, Spec, quantized_layers
+from quip.models import LoadedModel
+from quip.recipe import Recipe, describe
 from quip.records import MatrixRecord
 from quip.walk import Block
 
@@ -116,6 +122,40 @@ class Ledger:
 
     def _block(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
+
+
+def fingerprint_of(
+    loaded: LoadedModel,
+    calibration: TokenSet,
+    recipe: Recipe,
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that the codes of a run depend on, fit for JSON; what is short comes first."""
+    return {
+        "recipe": describe(recipe),
+        "seed": seed,
+        "dtype": loaded.dtype_name,
+        "device": device.type,
+        "versions": {name: version(name) for name in ("quip-quant", "torch")},
+        "calibration": calibration.stamp,
+        "model": {
+            "class": type(loaded.model).__name__,
+            "config": xxhash.xxh3_128(loaded.model.config.to_json_string().encode()).hexdigest(),
+            "weights": _digest(loaded.model),
+        },
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of every parameter's and buffer's name, type, shape and bytes."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

@@ -8,6 +8,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -38,6 +39,18 @@ class TokenSet:
     def sha256(self) -> str:
         """Of the ids as little-endian 64-bit integers, row after row."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """What a perplexity depends on, beside the model."""
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "join": self.join,
+            "windows": len(self.ids),
+            "seqlen": self.seqlen,
+            "sha256": self.sha256,
+        }
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int64[Tensor, " tokens"]:
