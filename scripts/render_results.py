@@ -46,6 +46,8 @@ def render(name: str) -> str:
         return f"```\n{table(record)}\n```\n"
     if "claim" in record:
         return rounding_table(record)
+    if "kills" in record:
+        return resume_table(record)
     if "checkpoints" in record:
         return checkpoint_table(record)
     methods = {row["quant"] for row in record["rows"]} - {"none"}
@@ -133,6 +135,23 @@ def checkpoint_table(record: dict[str, Any]) -> str:
         f"SHA-256 {seen['sha256'][:8]}). Memory is what loading adds to the resident size, in 16 "
         "bits that of the exported dense model; prefill and decode are tokens per second, packed / "
         "dense.\n"
+    )
+
+
+def resume_table(record: dict[str, Any]) -> str:
+    """Each kill, and what it cost."""
+    lines = [
+        "| killed after | in | finished blocks | resumed in | lost | ends |",
+        "|---:|---|---:|---:|---:|---|",
+    ]
+    lines += [
+        f"| {r['killed_after']:.1f} s | {r['status']} | {r['blocks']} | {r['resumed_in']:.1f} s "
+        f"| {r['lost']:.1f} s | {'equal' if r['equal'] else 'differs'} |"
+        for r in sorted(record["rows"], key=lambda r: r["killed_after"])
+    ]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']}, `{' '.join(record['flags'])}`; a run that nothing interrupts "
+        f"takes {record['seconds']:.1f} s. What is lost holds a second start of the process.\n"
     )
 
 
