@@ -1,6 +1,10 @@
 """Where to compute."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 
 from quip.errors import UsageError
 
@@ -23,3 +27,14 @@ def device_name(device: str) -> str:
     if torch.device(device).type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return device
+
+
+@contextmanager
+def placed(model: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """The model is on the device inside the block, then back where it was."""
+    home = next(model.parameters()).device
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(home)

@@ -22,8 +22,8 @@ from quip.evaluate.speed import speed
 from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
 from quip.linear import quantized_layers
 from quip.models import LoadedModel, load_model
-from quip.records import Stopwatch
-from quip.report import Report, versions
+from quip.records import Stopwatch, versions
+from quip.report import Report
 from quip.run_folder import RunFolder, read_report
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Evaluation:
 
 def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     """Measure what is asked for and return the report, which `out` receives as it grows."""
-    e, watch = _as_when_saved(evaluation), Stopwatch()
+    saved, watch = _saved_report(evaluation.model), Stopwatch()
+    e = _as_when_saved(evaluation, saved.get("evaluation", {}))
     folder = RunFolder(e.out, overwrite=e.overwrite) if e.out else None
     device = choose_device(e.device)
     check_measures(e.datasets or (), e.tasks)
@@ -61,7 +62,6 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         )
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
-    saved = _saved_report(e.model)
     entries = {
         "model": e.model,
         "method": saved.get("method", "as it is"),
@@ -123,7 +123,8 @@ def measure_perplexities(
 ) -> None:
     """Perplexity on each data set, except where `earlier`, a report, has it of the same windows."""
     found: dict[str, float] = {}
-    known, stamps = (earlier or {}).get(key, {}), (earlier or {}).get("evaluation", {})
+    before = earlier or {}
+    known, stamps = before.get(key, {}), before.get("evaluation", {})
     for name, tokens in token_sets.items():
         if name in known and stamps.get(name) == tokens.stamp:
             found[name] = float(known[name])
@@ -176,12 +177,12 @@ def measure_tasks(
 
 def _terms(asked: ZeroShot) -> dict[str, Any]:
     """What a score depends on beside the model and the task's name."""
-    csv = asked.storycloze_csv
+    csv, found = asked.storycloze_csv, versions()
     return {
         "num_fewshot": asked.num_fewshot,
         "limit": asked.limit,
         "storycloze_csv": csv and sha256(csv.read_bytes()).hexdigest(),
-        "versions": {name: versions().get(name) for name in ("python", "lm-eval")},
+        "versions": {name: found.get(name) for name in ("python", "lm-eval")},
     }
 
 
@@ -221,11 +222,10 @@ def _measure_speed(loaded: LoadedModel, report: Report, watch: Stopwatch) -> Non
         report.save("evaluating", speed=found)
 
 
-def _as_when_saved(e: Evaluation) -> Evaluation:
-    """Data sets and windows of the run that saved the checkpoint, where none are asked for."""
+def _as_when_saved(e: Evaluation, saved: Mapping[str, Any]) -> Evaluation:
+    """The data sets and windows of `saved`, by name, where none are asked for."""
     if e.datasets is not None:
         return e
-    saved = _saved_report(e.model).get("evaluation", {})
     wanted = e.reference is not None or not (e.tasks or e.speed)
     if wanted and not saved:
         raise UsageError(

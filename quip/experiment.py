@@ -26,8 +26,8 @@ from quip.models import LoadedModel, load_model
 from quip.notes import save_with_notes, write_notes
 from quip.pipeline import quantize_matrix_by_matrix
 from quip.recipe import Recipe, describe
-from quip.records import MatrixRecord, Stopwatch
-from quip.report import Report, versions
+from quip.records import MatrixRecord, Stopwatch, versions
+from quip.report import Report
 from quip.resume import Ledger, fingerprint_of
 from quip.run_folder import RunFolder, read_report
 from quip.walk import check_weights, coverage

@@ -18,11 +18,10 @@ from quip.checkpoint import check_folder
 from quip.errors import QuipError, Unavailable
 from quip.evaluate.memory import module_bytes
 from quip.linear import QuantizedLinear, quantized_layers
-from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer
+from quip.pretrained import DAMAGED, FORMAT, QuipConfig, QuipQuantizer
 from quip.records import MatrixRecord
 
 WORST = 10  # matrices that are named
-AGAIN = "download or save it again"
 
 
 def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -89,11 +88,11 @@ def _files(folder: Path) -> list[Path]:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Unavailable(
-                f"{folder}: {index.name} cannot be read ({_line(error)}); {AGAIN}"
+                f"{folder}: {index.name} cannot be read ({_line(error)}); {DAMAGED}"
             ) from error
     for name in sorted(names):
         if not (folder / name).is_file():
-            raise Unavailable(f"{folder}: there is no {name}; {AGAIN}")
+            raise Unavailable(f"{folder}: there is no {name}; {DAMAGED}")
     return [folder / name for name in sorted(names)]
 
 
@@ -107,7 +106,7 @@ def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
             )
     except Exception as error:  # the loaders underneath raise no common class
         raise Unavailable(
-            f"{folder}: its config.json makes no model ({_line(error)}); {AGAIN}"
+            f"{folder}: its config.json makes no model ({_line(error)}); {DAMAGED}"
         ) from error
     try:
         quantizer = QuipQuantizer(QuipConfig(**config.quantization_config))
@@ -115,7 +114,7 @@ def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     except QuipError as error:
         raise type(error)(f"{folder}: {error}") from error
     if not quantized_layers(model):
-        raise Unavailable(f"{folder}: its config.json names no quantized matrix; {AGAIN}")
+        raise Unavailable(f"{folder}: its config.json names no quantized matrix; {DAMAGED}")
     return model
 
 

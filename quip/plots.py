@@ -8,13 +8,11 @@ from quip.files import replacing
 from quip.records import MatrixRecord
 
 
-def write_plot(records: Sequence[MatrixRecord], folder: Path) -> bool:
+def write_plot(records: Sequence[MatrixRecord], folder: Path) -> None:
     """layers.png in the folder, where matplotlib is installed."""
-    if find_spec("matplotlib") is None:
-        return False
-    with replacing(folder / "layers.png") as partial:
-        plot_losses(records, partial)
-    return True
+    if find_spec("matplotlib") is not None:
+        with replacing(folder / "layers.png") as partial:
+            plot_losses(records, partial)
 
 
 def plot_losses(records: Sequence[MatrixRecord], path: Path) -> None:

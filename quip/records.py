@@ -1,12 +1,15 @@
-"""What is written down of a run: a record of each quantized matrix, and seconds by stage."""
+"""What is written down of a run: each quantized matrix, seconds by stage, and versions."""
 
+import platform
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import TypeVar
 
 Item = TypeVar("Item")
+PACKAGES = ("quip-quant", "torch", "transformers", "datasets", "numpy", "safetensors", "lm-eval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +49,14 @@ class Stopwatch:
             if item is done:
                 return
             yield item  # type: ignore[misc]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages whose behaviour the numbers may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

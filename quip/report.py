@@ -1,20 +1,15 @@
 """What is known of a run, written down as it grows."""
 
-import platform
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from quip.evaluate.memory import process_peak
 from quip.records import MatrixRecord
 from quip.run_folder import RunFolder
-
-PACKAGES = ("quip-quant", "torch", "transformers", "datasets", "numpy", "safetensors", "lm-eval")
 
 
 class Report:
@@ -52,21 +47,9 @@ class Report:
                 self.folder.release()
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages whose behaviour the numbers may depend on."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def peak_memory(device: torch.device | str) -> dict[str, float]:
     """Peak resident memory of this process, and of the device if it has its own, in GB."""
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    peak = {"host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    peak = {"host_gb": process_peak() / 1e9}
     if torch.device(device).type == "cuda":
         peak["device_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return peak

@@ -15,7 +15,6 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from quip.files import replacing, writing
 from quip.linear import QuantizedLinear, Spec, quantized_layers
 from quip.models import LoadedModel
 from quip.recipe import Recipe, describe
-from quip.records import MatrixRecord
+from quip.records import MatrixRecord, versions
 from quip.walk import Block
 
 log = logging.getLogger(__name__)
@@ -133,12 +132,13 @@ def fingerprint_of(
     device: torch.device,
 ) -> dict[str, Any]:
     """All that the codes of a run depend on, fit for JSON; what is short comes first."""
+    found = versions()
     return {
         "recipe": describe(recipe),
         "seed": seed,
         "dtype": loaded.dtype_name,
         "device": device.type,
-        "versions": {name: version(name) for name in ("quip-quant", "torch")},
+        "versions": {name: found.get(name) for name in ("quip-quant", "torch")},
         "calibration": calibration.stamp,
         "model": {
             "class": type(loaded.model).__name__,

@@ -37,14 +37,13 @@ class RunFolder:
         if (path / LOCK).exists():  # of a run that goes on, or of one that was killed
             self._take()
             self.release()
-        if resume and (path / self.BLOCKS).is_dir():
-            overwrite = True
-        elif path.is_dir() and (path / self.BLOCKS).is_dir() and not overwrite:
+        has_blocks = (path / self.BLOCKS).is_dir()
+        if has_blocks and not (resume or overwrite):
             raise UsageError(
                 f"--out {path}: it holds an earlier run; take it up with --resume, start over with "
                 "--overwrite, or name another folder"
             )
-        check_new(path, "--out", overwrite=overwrite)
+        check_new(path, "--out", overwrite=overwrite or (resume and has_blocks))
 
     def earlier_report(self) -> dict[str, Any]:
         """run.json as the run before left it, if this one takes it up."""

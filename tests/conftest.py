@@ -55,3 +55,17 @@ def command(monkeypatch):
     log = logging.getLogger("quip")
     log.handlers.clear()
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def quip(command, capsys):
+    """quip(words) -> status, output and lines of stderr."""
+
+    from quip import cli  # once its shapes are enforced
+
+    def call(*words: object) -> tuple[int, str, list[str]]:
+        status = cli.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return status, out, err.splitlines()
+
+    return call

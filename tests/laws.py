@@ -87,8 +87,9 @@ class JoinedPoints:
         return self.books[0].index_bits
 
     def decode(self, codes: Tensor) -> Tensor:
-        columns = zip(self.groups.index().tolist(), codes.T, strict=True)
-        return torch.cat([self.books[g].decode(c) for g, c in columns], dim=1)
+        size = self.groups.size or self.groups.blocks
+        columns = [self.books[k // size].decode(c) for k, c in enumerate(codes.T)]
+        return torch.cat(columns, dim=1)
 
     def options(self) -> dict[str, object]:
         return {}

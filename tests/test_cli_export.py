@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quip import cli
 from quip.checkpoint import load
 from quip.errors import NonFinite, Unavailable, UsageError
 from quip.export import export_dense
@@ -36,18 +35,6 @@ def packed(tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(packed, tmp_path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "copy"))
-
-
-@pytest.fixture
-def quip(capsys):
-    """quip(words) -> status, output and lines of stderr."""
-
-    def call(*words: object) -> tuple[int, str, list[str]]:
-        status = cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return call
 
 
 def never(*args: object, **options: object) -> None:

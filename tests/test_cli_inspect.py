@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from quip import cli
 from quip.cli import inspect as inspect_command
 from quip.cli.inspect import inspection_table
 from quip.inspection import inspect_checkpoint
@@ -19,18 +18,6 @@ def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints") / "opt"
     save_quantized(folder)
     return folder
-
-
-@pytest.fixture
-def quip(capsys):
-    """quip(words) -> status, output and lines of stderr."""
-
-    def call(*words: object) -> tuple[int, str, list[str]]:
-        status = cli.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return status, out, err.splitlines()
-
-    return call
 
 
 def test_the_table_is_short_and_stands_in_columns(quip, packed):

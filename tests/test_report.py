@@ -10,8 +10,8 @@ import pytest
 from quip import plots
 from quip.errors import Unavailable, UsageError
 from quip.plots import plot_losses
-from quip.records import MatrixRecord
-from quip.report import Report, peak_memory, summary, versions
+from quip.records import MatrixRecord, versions
+from quip.report import Report, peak_memory, summary
 from quip.run_folder import LOCK, RunFolder
 from quip.table import table
 

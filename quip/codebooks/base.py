@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int, Integer, Shaped
+from jaxtyping import Float, Integer, Shaped
 from torch import Tensor
 
 from quip.stored import Stored
@@ -21,10 +21,6 @@ class Groups:
     @property
     def count(self) -> int:
         return -(-self.blocks // self.size) if self.size else 1
-
-    def index(self) -> Int[Tensor, " blocks"]:
-        """The group of each column of codes."""
-        return torch.arange(self.blocks) // (self.size or self.blocks)
 
     def spread(self, x: Shaped[Tensor, "r groups"]) -> Shaped[Tensor, "r blocks_or_1"]:
         """What each group has, for each of its columns; one group for all stays one column."""

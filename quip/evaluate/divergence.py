@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quip.device import placed
 from quip.errors import UsageError
 from quip.evaluate.perplexity import CHUNK
 
@@ -49,27 +50,20 @@ def divergence(
     """
     _check(model, reference, tokens)
     count, seqlen = tokens.shape
-    homes = [(module, next(module.parameters()).device) for module in (model, reference)]
     kl = torch.empty(count, seqlen - 1, dtype=torch.float64)
     same = torch.empty(count, seqlen - 1, dtype=torch.bool)
-    done = 0
-    try:
-        for module, _ in homes:
-            module.to(device)
-        with tqdm(total=count, desc="divergence", unit="window", disable=not progress) as bar:
-            for batch in tokens.split(batch_size):
-                ids, rows = batch.to(device), slice(done, done + len(batch))
-                p = reference(input_ids=ids, use_cache=False).logits[:, :-1]
-                q = model(input_ids=ids, use_cache=False).logits[:, :-1]
-                _check_vocabularies(q.shape[-1], p.shape[-1])
-                kl[rows] = _kl(p, q).cpu()
-                same[rows] = (p.argmax(-1) == q.argmax(-1)).cpu()
-                done += len(batch)
-                bar.update(len(batch))
-                bar.set_postfix(kl=f"{float(kl[:done].mean()):.4g}")
-    finally:
-        for module, home in homes:
-            module.to(home)
+    done, bar = 0, tqdm(total=count, desc="divergence", unit="window", disable=not progress)
+    with placed(model, device), placed(reference, device), bar:
+        for batch in tokens.split(batch_size):
+            ids, rows = batch.to(device), slice(done, done + len(batch))
+            p = reference(input_ids=ids, use_cache=False).logits[:, :-1]
+            q = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            _check_vocabularies(q.shape[-1], p.shape[-1])
+            kl[rows] = _kl(p, q).cpu()
+            same[rows] = (p.argmax(-1) == q.argmax(-1)).cpu()
+            done += len(batch)
+            bar.update(len(batch))
+            bar.set_postfix(kl=f"{float(kl[:done].mean()):.4g}")
     return _summary(kl, same)
 
 

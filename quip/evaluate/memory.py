@@ -67,10 +67,15 @@ def _start_on_host() -> Memory:
     return Memory(start_bytes=now, peak_bytes=now, since_process_start=not reset)
 
 
+def process_peak() -> int:
+    """Peak resident bytes of this process, since its start or since `measured` reset the mark."""
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
 def _host_bytes() -> dict[str, int]:
     """VmRSS, the resident bytes now, and VmHWM, their peak; without /proc the peak is both."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = process_peak()
     found = {"VmRSS": peak, "VmHWM": peak}
     if STATUS.exists():
         lines = re.findall(r"^(VmRSS|VmHWM):\s*(\d+) kB", STATUS.read_text(), re.MULTILINE)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from quip.device import placed
 from quip.errors import UsageError
 
 CHUNK = 4_000_000  # logits in float32 at a time: 16 MB, 80 positions of a vocabulary of 50,000
@@ -34,20 +35,16 @@ def perplexity(
         raise UsageError(f"{count} windows of {seqlen} tokens; perplexity needs 1 of 2 or more")
     if model.training:
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
-    home = next(model.parameters()).device
-    model.to(device)
     total, done = 0.0, 0
-    try:
-        with tqdm(total=count, desc="perplexity", unit="window", disable=not progress) as bar:
-            for batch in tokens.split(batch_size):
-                ids = batch.to(device)
-                logits = model(input_ids=ids, use_cache=False).logits
-                total += float(_nll(logits[:, :-1], ids[:, 1:]).sum())
-                done += len(batch)
-                bar.update(len(batch))
-                bar.set_postfix(perplexity=f"{_exp(total / done):.2f}")
-    finally:
-        model.to(home)
+    bar = tqdm(total=count, desc="perplexity", unit="window", disable=not progress)
+    with placed(model, device), bar:
+        for batch in tokens.split(batch_size):
+            ids = batch.to(device)
+            logits = model(input_ids=ids, use_cache=False).logits
+            total += float(_nll(logits[:, :-1], ids[:, 1:]).sum())
+            done += len(batch)
+            bar.update(len(batch))
+            bar.set_postfix(perplexity=f"{_exp(total / done):.2f}")
     return _exp(total / count)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quip.device import placed
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate.memory import measured, module_bytes
 
@@ -47,14 +48,9 @@ def speed(
     rng = torch.Generator().manual_seed(seed)
     vocab = model.config.get_text_config().vocab_size
     prompt = torch.randint(vocab, (1, prompt_tokens), generator=rng).to(device)
-    home = next(model.parameters()).device
-    try:
-        model.to(device)  # type: ignore[arg-type]
-        with measured(device) as memory:
-            _decode(model, prompt, new_tokens=new_tokens)
-            runs = [_decode(model, prompt, new_tokens=new_tokens) for _ in range(repeats)]
-    finally:
-        model.to(home)  # type: ignore[arg-type]
+    with placed(model, device), measured(device) as memory:
+        _decode(model, prompt, new_tokens=new_tokens)
+        runs = [_decode(model, prompt, new_tokens=new_tokens) for _ in range(repeats)]
     return Speed(
         prefill_tokens_per_second=prompt_tokens / median(prefill for _, prefill, _ in runs),
         decode_tokens_per_second=(new_tokens - 1) / median(decode for _, _, decode in runs),

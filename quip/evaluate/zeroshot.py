@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from quip.device import placed
 from quip.errors import Unavailable, UsageError
 from quip.evaluate.cloze import OWN, story_rows, task_config
 
@@ -87,15 +87,10 @@ def zeroshot(
     check_tasks(asked)
     if model.training:
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
-    body: nn.Module = model  # of which alone `to` has a usable type
-    home = next(body.parameters()).device
     with _quiet(progress) as warnings:
         tasks = _build(asked)
-        body.to(device)
-        try:
+        with placed(model, device):
             found = _evaluate(model, tokenizer, tasks, asked, batch_size)
-        finally:
-            body.to(home)
     if cut := sum("exceeds model's maximum length" in line for line in warnings):
         log.warning("zero-shot: %d prompts were longer than the model and cut from the left", cut)
     return {name: _row(name, found) for name in found["results"]}
