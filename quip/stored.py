@@ -5,7 +5,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
-Options: TypeAlias = dict[str, bool | int | None]
+Options: TypeAlias = dict[str, bool | int | float | str | None]
 
 
 @runtime_checkable

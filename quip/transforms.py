@@ -3,6 +3,7 @@
 W becomes W~ = A W B^-1 and H becomes B H B^T, so that tr(W H W^T) keeps its value and
 A^-1 W~ (B x) = W x. `Rescale` is a diagonal B; `Kronecker` has orthogonal A and B, each
 p x q blocks of small random rotations around a permutation: O(m n (p + q)), never n x n.
+`Hadamard` has random signs and a Hadamard matrix: O(m n log(m n)).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quip import hadamard
 from quip.errors import QuipError
 from quip.rotation import STORED, Rotation
 from quip.stored import Options, Stored
@@ -205,6 +207,77 @@ class Kronecker:
         return self.R_out.invert(y)
 
 
+@dataclass(frozen=True)
+class Hadamard:
+    """The randomized Hadamard transform (QuIP#, section 3): with Omega orthogonal and S diagonal,
+
+        W~ = Omega_m^T S_out^-1 W S_in^-1 Omega_n,   H~ = Omega_n^T S_in H S_in Omega_n,
+        W_hat = S_out Omega_m W~_hat Omega_n^T S_in.
+
+    S_in and S_out are drawn as random signs. Fine-tuning may make them any numbers.
+    """
+
+    signs_in: Float[Tensor, " n"]
+    signs_out: Float[Tensor, " m"]
+    block: int | None = None  # Omega is block diagonal with blocks of this size; None: one block
+
+    @classmethod
+    def draw(
+        cls, W: Tensor, H: Tensor, rng: torch.Generator, *, block: int | None = None
+    ) -> "Hadamard":
+        """Raises UsageError where no Hadamard matrix fits the size of W."""
+        for size in W.shape:
+            hadamard.check(size, block)
+        m, n = W.shape
+        signs = 2.0 * torch.randint(2, (n + m,), generator=rng) - 1
+        signs = signs.to(W)
+        return cls(signs[:n], signs[n:], block)
+
+    def options(self) -> Options:
+        return {"block": self.block}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"signs_in": self.signs_in.to(SIGNS), "signs_out": self.signs_out.to(SIGNS)}
+
+    @classmethod
+    def layout(cls, m: int, n: int, *, block: int | None) -> dict[str, Tensor]:
+        sizes = {"signs_in": n, "signs_out": m}
+        return {k: torch.empty(size, dtype=SIGNS, device="meta") for k, size in sizes.items()}
+
+    @classmethod
+    def restore(
+        cls, tensors: Mapping[str, Tensor], m: int, n: int, *, block: int | None
+    ) -> "Hadamard":
+        for size in (m, n):
+            hadamard.check(size, block)
+        signs_in, signs_out = tensors["signs_in"].float(), tensors["signs_out"].float()
+        if not bool(signs_in.isfinite().all() and signs_out.isfinite().all()):
+            raise QuipError("a sign of its Hadamard transform is not finite: the file is damaged")
+        return cls(signs_in, signs_out, block)
+
+    def apply(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
+        W = W / self.signs_out.to(W)[:, None] / self.signs_in.to(W)
+        s = self.signs_in.to(H)
+        return self._from_both(W), self._from_both(H * s * s[:, None])
+
+    def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        W = hadamard.rotate(hadamard.rotate(W_hat, block=self.block).T, block=self.block).T
+        return W * self.signs_out.to(W)[:, None] * self.signs_in.to(W)
+
+    def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        return hadamard.invert(x * self.signs_in.to(x), block=self.block)
+
+    def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        return hadamard.rotate(y, block=self.block) * self.signs_out.to(y)
+
+    def _from_both(self, A: Tensor) -> Tensor:
+        """Omega^T A Omega."""
+        return hadamard.invert(hadamard.invert(A, block=self.block).T, block=self.block).T
+
+
+SIGNS = torch.float16  # of finer steps than bfloat16 near 1, where fine-tuned signs stay
 ROTATIONS = {"factors": STORED, "permutations": torch.int32}
 
 
@@ -225,4 +298,4 @@ draw_blocked = partial(Kronecker.draw, blocked=True)
 draw_blocked_unpermuted = partial(Kronecker.draw, blocked=True, permute=False)
 
 # By the name that a file gives them.
-TRANSFORMS: dict[str, Any] = {"rescale": Rescale, "kronecker": Kronecker}
+TRANSFORMS: dict[str, Any] = {"rescale": Rescale, "kronecker": Kronecker, "hadamard": Hadamard}

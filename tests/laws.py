@@ -7,6 +7,7 @@ import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from quip.bits import words
 from quip.codebooks import DECODERS, Codebook, Groups, MinMaxGrid, RmsGrid, around
 from quip.linalg import proxy_loss
 from quip.quantize import QuantizedMatrix, quantize_matrix, rng_for
-from quip.recipe import build_recipe
+from quip.recipes import build_recipe
 from quip.stored import Stored
 from quip.transforms import (
     Chain,
     Draw,
+    Hadamard,
     Kronecker,
     Rescale,
     draw_blocked,
@@ -113,6 +115,9 @@ TRANSFORMS: dict[str, Sequence[Draw]] = {
     "blocked": [draw_blocked],
     "blocked, unpermuted": [draw_blocked_unpermuted],
     "rescale, kronecker": [Rescale.draw, Kronecker.draw],
+    "hadamard": [Hadamard.draw],
+    "hadamard, in blocks": [partial(Hadamard.draw, block=4)],
+    "rescale, hadamard": [Rescale.draw, Hadamard.draw],
 }
 
 CODEBOOKS: dict[str, Codebook] = {

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quip import feedback, rounding
+from quip import feedback, native, rounding
 from quip.codebooks import MinMaxGrid, RmsGrid, around
-from quip.kernels import native, panel
+from quip.kernels import panel
 from quip.linalg import proxy_loss
 
 SHAPES = [(1, 5), (3, 4), (17, 33), (64, 7), (65, 130), (200, 32), (4100, 6)]  # m, n

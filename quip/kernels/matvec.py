@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from quip.bits import unpack
 from quip.codebooks import Decoder, Grids
-from quip.kernels.native import library
+from quip.native import library
 
 Multiply = Callable[[Tensor, Tensor, Decoder, torch.dtype], Tensor]
 SOURCE = Path(__file__).with_name("matvec.cpp")
