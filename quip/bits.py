@@ -20,7 +20,7 @@ from torch import Tensor
 from quip.errors import UsageError
 
 WIDTHS = (8, 4, 2, 1)
-LARGEST = 31  # codes are int32 at most
+LARGEST = 32
 
 
 def words(count: int, bits: int) -> int:
@@ -51,7 +51,7 @@ def pack(codes: Integer[Tensor, "*rows count"], bits: int) -> Int32[Tensor, "*ro
 def unpack(
     packed: Int32[Tensor, "*rows words"], bits: int, count: int
 ) -> Integer[Tensor, "*rows count"]:
-    """The codes, as uint8 where they fit and as int32 otherwise."""
+    """The codes: uint8 up to 8 bits, int32 up to 31, int64 for 32."""
     row, codes, start = packed.contiguous().view(torch.uint8), None, 0
     for width, low in _planes(bits):
         size = _plane_bytes(count, width)
@@ -59,7 +59,7 @@ def unpack(
         if width < 8:
             plane = (plane.unsqueeze(-2) >> _shifts(width, row.device)) & (2**width - 1)
             plane = plane.flatten(-2)[..., :count]
-        plane = plane if bits <= 8 else plane.int()
+        plane = plane if bits <= 8 else plane.int() if bits < 32 else plane.long()
         codes = plane if codes is None else codes | (plane << low)
         start += size
     assert codes is not None

@@ -4,7 +4,23 @@ from typing import Any
 
 from quip.codebooks.base import Codebook, Decoder, Groups
 from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, around
+from quip.codebooks.lattice import LATTICES, Lattice, Lattices
 
-DECODERS: dict[str, Any] = {"grid": Grids}  # by the name that a file gives them
+DECODERS: dict[str, Any] = {
+    "grid": Grids,
+    "lattice": Lattices,
+}  # by the name that a file gives them
 
-__all__ = ["DECODERS", "Codebook", "Decoder", "Grids", "Groups", "MinMaxGrid", "RmsGrid", "around"]
+__all__ = [
+    "DECODERS",
+    "LATTICES",
+    "Codebook",
+    "Decoder",
+    "Grids",
+    "Groups",
+    "Lattice",
+    "Lattices",
+    "MinMaxGrid",
+    "RmsGrid",
+    "around",
+]

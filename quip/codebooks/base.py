@@ -10,6 +10,8 @@ from torch import Tensor
 
 from quip.stored import Stored
 
+FITTED = ("step", "zero", "scale", "rng")  # what a codebook owes to the matrix, not the recipe
+
 
 @dataclass(frozen=True)
 class Groups:

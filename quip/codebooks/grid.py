@@ -15,7 +15,6 @@ from quip.stored import Options
 
 UNFITTED = torch.empty(0)
 CHUNK = 2**20  # weights whose error is measured at once, for each of the rhos
-FITTED = ("step", "zero", "rng")  # what a grid owes to the matrix, not to the recipe
 AnyGrid = TypeVar("AnyGrid", bound="Grid")  # beartype does not know Self in a method
 
 
