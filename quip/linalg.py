@@ -31,7 +31,7 @@ def block_ldl(
     the sweep goes left to right (QuIP, section 3; QuIP#, section 4.2 for dim > 1).
     """
     C = cholesky(H.flip(0, 1)).flip(0, 1)  # H = C C^T, C upper
-    corners = _diagonal_blocks(C, dim)
+    corners = diagonal_blocks(C, dim)
     U = _scale_block_columns(C, torch.linalg.inv(corners))
     return strictly_block_upper(U, dim), corners @ corners.mT
 
@@ -50,13 +50,19 @@ def block_jacobi(H: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
     if dim == 1:
         D = H.diagonal()
         return H * torch.where(D == 0, 0, 1 / D)
-    return _scale_block_columns(H, torch.linalg.pinv(_diagonal_blocks(H, dim), hermitian=True))
+    return _scale_block_columns(H, torch.linalg.pinv(diagonal_blocks(H, dim), hermitian=True))
 
 
 def strictly_block_upper(A: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
     """A above its diagonal blocks of `dim`, and 0 elsewhere."""
     block = torch.arange(len(A), device=A.device) // dim
     return A * (block[:, None] < block[None, :])
+
+
+def diagonal_blocks(A: Float[Tensor, "n n"], dim: int) -> Float[Tensor, "blocks dim dim"]:
+    """The blocks of `dim` along the diagonal; n must be a multiple of it."""
+    blocks = A.reshape(len(A) // dim, dim, len(A) // dim, dim)
+    return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def proxy_loss(
@@ -67,11 +73,6 @@ def proxy_loss(
     E = W_hat.double() - W
     error = float(((E @ H) * E).sum())
     return error / scale if (scale := float(((W @ H) * W).sum())) else error
-
-
-def _diagonal_blocks(A: Tensor, dim: int) -> Tensor:
-    blocks = A.reshape(len(A) // dim, dim, len(A) // dim, dim)
-    return torch.diagonal(blocks, dim1=0, dim2=2).permute(2, 0, 1)  # [n/dim, dim, dim]
 
 
 def _scale_block_columns(A: Tensor, blocks: Tensor) -> Tensor:

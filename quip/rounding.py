@@ -21,7 +21,7 @@ from torch import Tensor
 
 from quip.codebooks.base import Codebook
 from quip.kernels.panel import panel_for
-from quip.linalg import block_jacobi, strictly_block_upper
+from quip.linalg import block_jacobi, diagonal_blocks, strictly_block_upper
 
 Visit = Callable[[int, int], None]
 PANEL = 128  # columns that are rounded in one call
@@ -82,8 +82,9 @@ def greedy(
     """Coordinate descent on tr(E H E^T): each column moves to its best code, all others fixed.
 
     QuIP, Algorithm 4: x_k = w_k + sum_{j != k} (w_j - w_hat_j) H_jk / H_kk, new columns before
-    k and old ones after. The clamp to the grid is inside the step, so the loss never rises
-    (for dim = 1; a lattice rounds in the Euclidean metric, not in that of H_kk).
+    k and old ones after. The clamp to the grid is inside the step, and a vector of several weights,
+    which is rounded in the Euclidean metric, keeps its code where that is better in the metric of
+    its block of H: so the loss never rises.
     """
     n, d = W.shape[1], books[0].dim
     W_T, h = _transposed(W), H.diagonal().to(W)
@@ -95,6 +96,7 @@ def greedy(
         book = books[lo // group if group else 0]
         E[lo : lo + d] = W_T[lo : lo + d] - book.decode(codes_T[k]).T
     round_panel = panel_for(books[0], W)
+    metrics = diagonal_blocks(H, d).to(W)
 
     for _ in range(passes):
         X = W_T.clone()
@@ -104,8 +106,10 @@ def greedy(
         def improve(lo: int, hi: int, X: Tensor = X) -> None:
             at = slice(lo, hi)
             panel_books = books[lo // group : -(-hi // group)] if group else books
-            codes_T[lo // d : -(-hi // d)], _ = round_panel(
-                X[at], J[at, at], E[at], h[at], panel_books, base=W_T[at]
+            here = slice(lo // d, -(-hi // d))
+            kept = (codes_T[here], metrics[here]) if d > 1 else None
+            codes_T[here], _ = round_panel(
+                X[at], J[at, at], E[at], h[at], panel_books, base=W_T[at], kept=kept
             )
 
         visits: dict[int, list[Visit]] = {_panel_width(d, n, group): [improve]}

@@ -2,7 +2,8 @@
 
 `multiply` is the operation, for any codebook; `multiply_native` is its fast form for uniform
 grids in float32 on a CPU, which never has W~ in memory and rounds nothing further. Both agree up
-to the noise of the dtype that `multiply` computes in.
+to the noise of the dtype that `multiply` computes in. lattice_matvec.py has the fast forms for
+lattices.
 """
 
 import ctypes
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quip.bits import unpack
-from quip.codebooks import Decoder, Grids
+from quip.codebooks import Decoder, Grids, Lattices
+from quip.kernels import lattice_matvec
 from quip.native import library
 
 Multiply = Callable[[Tensor, Tensor, Decoder, torch.dtype], Tensor]
@@ -37,13 +39,15 @@ def multiply(
 
 def multiply_for(decoder: Decoder, x: Float[Tensor, "*batch n"]) -> Multiply:
     """The fastest form for these vectors."""
-    fast = (
-        isinstance(decoder, Grids)
-        and (x.dtype, x.device.type) == (torch.float32, "cpu")
-        and 0 < x.numel() <= FEW * x.shape[-1]
-        and not (torch.is_grad_enabled() and x.requires_grad)
-    )
-    return multiply_native if fast and library(SOURCE) is not None else multiply
+    tokens = x.numel() // x.shape[-1]
+    plain = (x.dtype, x.device.type) == (torch.float32, "cpu")
+    plain = plain and tokens > 0 and not (torch.is_grad_enabled() and x.requires_grad)
+    if isinstance(decoder, Grids) and plain and tokens <= FEW and library(SOURCE) is not None:
+        return multiply_native
+    if isinstance(decoder, Lattices) and x.device.type == "cpu":
+        few = plain and tokens <= lattice_matvec.FEW and library(lattice_matvec.SOURCE) is not None
+        return lattice_matvec.multiply_native if few else lattice_matvec.multiply_by_parts
+    return multiply
 
 
 class _Matvec(ctypes.Structure):

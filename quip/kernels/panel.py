@@ -24,9 +24,10 @@ from torch import Tensor
 
 from quip.codebooks.base import Codebook
 from quip.codebooks.grid import MinMaxGrid, RmsGrid
-from quip.kernels.native import library
+from quip.native import library
 
 Panel = Callable[..., tuple[Tensor, Sequence[Codebook]]]
+Kept = tuple[Tensor, Tensor]
 SOURCE = Path(__file__).with_name("panel.cpp")
 
 
@@ -38,12 +39,15 @@ def round_panel(
     books: Sequence[Codebook],
     *,
     base: Float[Tensor, "n m"] | None = None,
+    kept: Kept | None = None,
     refit: bool = False,
 ) -> tuple[Integer[Tensor, "k m"], Sequence[Codebook]]:
     """(codes, their books) of the columns X, book.dim at a time; their errors go into eta.
 
     `books` is one for the whole panel or one for each code. With `refit`, the one is fitted to
     the running weights of each code before they are rounded, and the fitted ones come back.
+    `kept` = (codes [k, m], metrics [k, d, d]) are codes that stay wherever the new one is no
+    nearer to x in the metric, whose errors e are as large as e^T metric e.
     """
     d = books[0].dim
     codes, used = [], []
@@ -52,9 +56,17 @@ def round_panel(
         x = torch.addmm(X[span], K[:lo, span].T, eta[:lo]).T if lo else X[span].T  # [m, d]
         book = books[i if len(books) > 1 else 0]
         used.append(book.fit(x, h[span]) if refit else book)
-        codes.append(used[-1].round(x, h[span]))
+        code = used[-1].round(x, h[span])
+        codes.append(code if kept is None else _nearer(code, kept[0][i], x, used[-1], kept[1][i]))
         eta[span] = ((x if base is None else base[span].T) - used[-1].decode(codes[-1])).T
     return torch.stack(codes), used if refit else books
+
+
+def _nearer(new: Tensor, old: Tensor, x: Tensor, book: Codebook, metric: Tensor) -> Tensor:
+    """Of two codes for each row of x, the one with the smaller error; the old one of equals."""
+    e_new, e_old = x - book.decode(new), x - book.decode(old)
+    gain = ((e_old @ metric) * e_old).sum(1) - ((e_new @ metric) * e_new).sum(1)
+    return torch.where(gain > 0, new, old.to(new.dtype))
 
 
 def panel_for(book: Codebook, W: Float[Tensor, "m n"], *, refit: bool = False) -> Panel:
@@ -92,11 +104,13 @@ def round_panel_native(
     books: Sequence[Codebook],
     *,
     base: Float[Tensor, "n m"] | None = None,
+    kept: Kept | None = None,
     refit: bool = False,
 ) -> tuple[Integer[Tensor, "n m"], Sequence[Codebook]]:
     """`round_panel` for float32 on a CPU and the books that `panel_for` sends here.
 
-    h is not needed: it weighs all levels of a column alike.
+    h is not needed: it weighs all levels of a column alike. Nor is `kept`: no other level is
+    nearer than that which a column is rounded to.
     """
     n, m = X.shape
     grid = books[0]
