@@ -22,18 +22,23 @@ if TYPE_CHECKING:
     from quip.evaluate.perplexity import perplexity as perplexity
     from quip.experiment import Experiment as Experiment
     from quip.experiment import run_experiment as run_experiment
+    from quip.finetune import BlockTuning as BlockTuning
+    from quip.finetune import ModelTuning as ModelTuning
+    from quip.finetune import tune_model as tune_model
     from quip.models import load_model as load_model
     from quip.pipeline import quantize_model as quantize_model
     from quip.quantize import quantize_matrix as quantize_matrix
     from quip.recipe import Recipe as Recipe
-    from quip.recipe import build_recipe as build_recipe
+    from quip.recipes import build_recipe as build_recipe
 
     __version__: str
 
 _HOMES = {
+    "BlockTuning": "quip.finetune",
     "Experiment": "quip.experiment",
+    "ModelTuning": "quip.finetune",
     "Recipe": "quip.recipe",
-    "build_recipe": "quip.recipe",
+    "build_recipe": "quip.recipes",
     "load": "quip.checkpoint",
     "load_model": "quip.models",
     "perplexity": "quip.evaluate.perplexity",
@@ -41,6 +46,7 @@ _HOMES = {
     "quantize_model": "quip.pipeline",
     "run_experiment": "quip.experiment",
     "save_checkpoint": "quip.checkpoint",
+    "tune_model": "quip.finetune",
 }
 
 __all__ = ["__version__", *_HOMES]

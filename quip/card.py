@@ -194,6 +194,12 @@ def _method(report: Mapping[str, Any]) -> str:
             f"Calibrated on {windows} windows of {seqlen} tokens of {text} "
             f"(split {split}, SHA-256 of the tokens {digest})."
         )
+    if tuned := report.get("finetune"):
+        before, after = tuned["kl_before"], tuned["kl_after"]
+        lines.append(
+            "Then fine-tuned (`quip finetune`): its KL divergence from the original, on windows "
+            f"held out, went from {before:.4g} to {after:.4g} nats per token."
+        )
     if line := _command(report):
         lines.append(f"Made with\n\n```\n{line}\n```")
     return "## Method\n\n" + "\n\n".join(lines) if lines else ""

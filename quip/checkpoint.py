@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel
 from quip.files import new_folder
+from quip.layout import dense
 from quip.linear import quantized_layers
-from quip.pretrained import METHOD, QuipConfig, dense
+from quip.pretrained import METHOD, QuipConfig
 
 SHARD = "4GB"  # larger models are cut into files of at most this size
 
@@ -124,7 +125,12 @@ def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
 
 
 def _narrowed(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of the model, each tensor in the narrowest type that holds it exactly."""
+    """The state of the model, each tensor in the narrowest type that holds it exactly.
+
+    Those of packed matrices stay as they are: config.json says of which type they are.
+    """
+    layers = quantized_layers(model)
+    packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.stored()}
     made: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one
 
     def narrow(x: Tensor) -> Tensor:
@@ -137,6 +143,6 @@ def _narrowed(model: PreTrainedModel) -> dict[str, Tensor]:
         return made[key]
 
     return {
-        name: narrow(x) if x.dtype in (torch.float32, torch.float64) else x
+        name: narrow(x) if x.dtype in (torch.float32, torch.float64) and name not in packed else x
         for name, x in model.state_dict().items()
     }

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from quip.evaluation import (
     token_sets,
 )
 from quip.files import check_new
+from quip.finetune import BlockTuning, TuningRecord
 from quip.linear import quantized_layers
 from quip.models import LoadedModel, load_model
 from quip.notes import save_with_notes, write_notes
@@ -44,6 +45,7 @@ class Experiment:
     model: str
     dataset: str
     recipe: Recipe | None  # None evaluates the model as it is
+    tuning: BlockTuning | None = None  # of each block, while it is quantized
     load: str | None = None  # a checkpoint of the model, evaluated in its place
     method: str = "unquantized"  # the recipe in a person's words
     nsamples: int = 128
@@ -98,7 +100,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
             )
             del original
         if e.recipe and calibration:
-            records = _quantize(e.recipe, calibration, e.seed, loaded, report, watch, ledger)
+            records = _quantize(e, e.recipe, calibration, loaded, report, watch, ledger)
             if e.save:
                 with watch("save"):
                     save_with_notes(
@@ -162,7 +164,7 @@ def _ledger(
     if folder is None or e.recipe is None or calibration is None:
         return None
     fingerprint = fingerprint_of(
-        loaded, calibration, e.recipe, seed=e.seed, device=torch.device(device)
+        loaded, calibration, e.recipe, e.tuning, seed=e.seed, device=torch.device(device)
     )
     ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
     folder.open()
@@ -206,6 +208,7 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
         "method": e.method,
         "flags": dict(e.flags),
         "recipe": e.recipe and describe(e.recipe),
+        "tuning": e.tuning and asdict(e.tuning),
         "seed": e.seed,
         "device": device_name(device),
         "dtype": loaded.dtype_name,
@@ -214,28 +217,33 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
 
 
 def _quantize(
+    e: Experiment,
     recipe: Recipe,
     calibration: TokenSet,
-    seed: int,
     loaded: LoadedModel,
     report: Report,
     watch: Stopwatch,
     ledger: Ledger | None,
 ) -> list[MatrixRecord]:
     records: list[MatrixRecord] = []
+    tuned: list[TuningRecord] = []
     try:
         for record in quantize_matrix_by_matrix(
             loaded.model,
             calibration.ids,
             recipe,
             device=report.device,
-            seed=seed,
+            seed=e.seed,
             watch=watch,
             batch_size=max(1, TOKENS_PER_BATCH // calibration.seqlen),
             ledger=ledger,
+            tuning=e.tuning,
+            tuned=tuned,
         ):
             records.append(record)
     finally:
         if records:
+            if e.tuning:
+                report.entries["tuned"] = [asdict(record) for record in tuned]
             report.save_matrices("quantized", records)
     return records

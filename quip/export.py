@@ -1,14 +1,19 @@
-"""A checkpoint as a plain Hugging Face folder, which any tool reads without quip."""
+"""A checkpoint for other tools: as a plain Hugging Face folder, or in the layout of QuIP#."""
 
+import json
 import os
+import shutil
 from pathlib import Path
 
+from huggingface_hub import save_torch_state_dict
 from torch import nn
 
 from quip.checkpoint import SHARD, check_folder, to_dense
-from quip.errors import NonFinite, UsageError
+from quip.errors import NonFinite, QuipError, UsageError
 from quip.files import check_new, new_folder
-from quip.models import load_model
+from quip.models import LoadedModel, load_model
+from quip.published.reader import GENERATION
+from quip.published.writer import published_config, published_tensors
 
 
 def export_dense(
@@ -24,17 +29,51 @@ def export_dense(
     and Unavailable for a damaged checkpoint or a disk that does not take the files.
     """
     folder, out = Path(folder), Path(out)
-    check_new(out, "OUT", overwrite=overwrite)
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"OUT {out}: the checkpoint is in it, and would be lost; name another")
-    check_folder(folder)
-    loaded = load_model(os.path.join(".", folder), dtype=dtype)  # ./demo is a folder, demo is not
+    loaded = _loaded(folder, out, dtype=dtype, overwrite=overwrite)
     model = to_dense(loaded.model)
     _check_range(model)
     with new_folder(out, overwrite=overwrite) as partial:
         model.save_pretrained(partial, max_shard_size=SHARD)
         loaded.tokenizer.save_pretrained(partial)
-        return sum(path.stat().st_size for path in partial.glob("*.safetensors"))
+        return _weight_bytes(partial)
+
+
+def export_quip_sharp(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
+    """Write the model in the published layout of QuIP#, with its tokenizer.
+
+    Packed matrices go out as they are, norms, embeddings and lm_head as float16. Returns the bytes
+    of the files with weights; `out` is as in `export_dense`.
+
+    Raises UsageError for an `out` that cannot be and for matrices that the layout cannot express,
+    UnsupportedModel for other models than Llama and Mistral, NonFinite for numbers beyond
+    float16, and Unavailable as `export_dense` does.
+    """
+    folder, out = Path(folder), Path(out)
+    loaded = _loaded(folder, out, dtype="auto", overwrite=overwrite)
+    try:
+        tensors, config = published_tensors(loaded.model), published_config(loaded.model)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    with new_folder(out, overwrite=overwrite) as partial:
+        save_torch_state_dict(tensors, partial, max_shard_size=SHARD, metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if (folder / GENERATION).is_file():
+            shutil.copy(folder / GENERATION, partial)
+        loaded.tokenizer.save_pretrained(partial)
+        return _weight_bytes(partial)
+
+
+def _loaded(folder: Path, out: Path, *, dtype: str, overwrite: bool) -> LoadedModel:
+    """The checkpoint, once it is known that `out` can be written."""
+    check_new(out, "OUT", overwrite=overwrite)
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"OUT {out}: the checkpoint is in it, and would be lost; name another")
+    check_folder(folder)
+    return load_model(os.path.join(".", folder), dtype=dtype)  # ./demo is a folder, demo is not
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _check_range(model: nn.Module) -> None:

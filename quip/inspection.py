@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from quip.checkpoint import check_folder
 from quip.errors import QuipError, Unavailable
 from quip.evaluate.memory import module_bytes
+from quip.layout import DAMAGED, Layout
 from quip.linear import QuantizedLinear, quantized_layers
-from quip.pretrained import DAMAGED, FORMAT, QuipConfig, QuipQuantizer
+from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer
 from quip.records import MatrixRecord
 
 WORST = 10  # matrices that are named
@@ -39,9 +40,10 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     check_folder(folder)
     files = _files(folder)
     model = _skeleton(folder, files)
-    layers = quantized_layers(model)
+    layers, layout = quantized_layers(model), Layout.of(model)
     headers = [_header(path) for path in files]
-    kinds = _bytes_by_kind({name: n for sizes, _ in headers for name, n in sizes.items()}, layers)
+    sizes = {name: n for sizes, _ in headers for name, n in sizes.items()}
+    kinds = _bytes_by_kind(sizes, layers, layout)
     stored = sum(n for kind, n in kinds.items() if kind not in ("bias", "other"))
     quantized = sum(layer.out_features * layer.in_features for layer in layers.values())
     weights = quantized + sum(parameter.numel() for parameter in model.parameters())
@@ -51,9 +53,9 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "architecture": _architecture(model.config),
         **_of_run(folder),
         "format": FORMAT,
-        **next(iter(layers.values())).spec.to_json(),
+        **layout.spec.to_json(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantized_matrices": len(layers),
+        "quantized_matrices": len(layout.names),
         "quantized_weights": quantized,
         "weights": weights,
         "bits_per_weight": 8 * stored / quantized,
@@ -129,12 +131,12 @@ def _header(path: Path) -> tuple[dict[str, int], int]:
 
 
 def _bytes_by_kind(
-    sizes: Mapping[str, int], layers: Mapping[str, QuantizedLinear]
+    sizes: Mapping[str, int], layers: Mapping[str, QuantizedLinear], layout: Layout
 ) -> dict[str, int]:
     """Of codes, step and whatever else a quantized matrix has, their biases, and all other."""
     kinds = {
         f"{name}.{kind}": kind for name, layer in layers.items() for kind in layer.stored()
-    } | {f"{name}.bias": "bias" for name in layers}
+    } | {f"{name}.bias": "bias" for name in layout.names}
     totals = dict.fromkeys([*kinds.values(), "other"], 0)
     for name, size in sizes.items():
         totals[kinds.get(name, "other")] += size

@@ -60,7 +60,7 @@ class Spec:
                     f"{', '.join(kinds)}; upgrade quip"
                 )
             try:
-                kinds[kind].layout(1, 1, **_options(part))
+                kinds[kind].layout(8, 8, **_options(part))  # a size that all can have
             except (TypeError, RuntimeError, QuipError) as error:
                 raise QuipError(
                     f"its matrices have a {what} {dict(part)}, which this version of quip does not "
@@ -113,10 +113,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         for name, tensor in spec.layout(out_features, in_features).items():
             self.register_buffer(name, torch.empty_like(tensor, device=device or "cpu"))
-        empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
-        self.register_parameter(
-            "bias", None if empty is None else nn.Parameter(empty, requires_grad=False)
-        )
+        empty_bias(self, out_features if bias else None, device, dtype)
         self._held: list[Held] = []  # the buffers that _parts was made of
 
     @classmethod
@@ -124,25 +121,37 @@ class QuantizedLinear(nn.Module):
         """The layer of this matrix, on the device of its codes."""
         m, n = len(matrix.codes), matrix.codes.shape[1] * matrix.decoder.dim
         layer = cls(n, m, bias is not None, spec=Spec.of(matrix), device="meta")
-        for name, tensor in matrix.tensors().items():
-            setattr(layer, name, tensor.to(matrix.codes.device))
+        layer.fill(matrix.tensors(), matrix.codes.device)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         return layer
 
+    def fill(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        """Take these as the stored tensors."""
+        for name in self.stored():
+            setattr(self, name, tensors[name].to(device))
+
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        y = self.product(x).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def product(
+        self, x: Float[Tensor, "*batch n"], scales: Float[Tensor, " m"] | None = None
+    ) -> Float[Tensor, "*batch m"]:
+        """diag(scales) W_hat x, without bias; in the dtype of x, or in one wider."""
         if x.shape[-1] != self.in_features:  # a permutation would just leave columns out
             raise ValueError(f"inputs of {x.shape[-1]} numbers, to a matrix for {self.in_features}")
         decoder, transform = self._parts()
         wide = torch.promote_types(x.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         m, n, tokens = self.out_features, self.in_features, x.numel() // self.in_features
         if tokens * (m + n) > 2 * m * n:
             W = transform.undo(decoder.decode(self._codes(decoder)).to(wide))
-            return linear(x, W.to(x.dtype), bias)
+            return linear(x, (W if scales is None else W * scales[:, None]).to(x.dtype))
         x_t = transform.input(x.to(wide))
         multiply = multiply_for(decoder, x_t)
-        y = transform.output(multiply(x_t, self.codes, decoder, x.dtype)).to(x.dtype)
-        return y if bias is None else y + bias
+        # A rotation may gather all of |x| in one number, beyond the range of float16.
+        dtype = wide if x.dtype == torch.float16 else x.dtype
+        y = transform.output(multiply(x_t, self.codes, decoder, dtype))
+        return y if scales is None else y * scales
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """W_hat in the original basis, float32."""
@@ -151,11 +160,7 @@ class QuantizedLinear(nn.Module):
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer of the same W_hat, rounded to dtype."""
-        dense = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(self.dequantize().to(dtype), requires_grad=False)
-        if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().to(dtype), requires_grad=False)
-        return dense
+        return dense_linear(self.dequantize(), self.bias, dtype)
 
     def check(self) -> None:
         """Raise QuipError if the stored tensors make no matrix."""
@@ -193,7 +198,7 @@ class QuantizedLinear(nn.Module):
         state = {name: x for name, x in vars(self).items() if name != "_made"}
         return {**state, "_held": []}
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()  # or what was made on one device would stay there
         # Casts leave integers alone: as such the floats among the buffers only move.
         floats = {k: x.dtype for k, x in self.stored().items() if x.is_floating_point()}
@@ -207,8 +212,30 @@ class QuantizedLinear(nn.Module):
         return self
 
 
+def empty_bias(
+    module: nn.Module,
+    size: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give the module a bias without content; None: no bias."""
+    empty = None if size is None else torch.empty(size, device=device, dtype=dtype)
+    bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+    module.register_parameter("bias", bias)
+
+
+def dense_linear(W: Float[Tensor, "m n"], bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
+    """The layer of this matrix, rounded to dtype."""
+    m, n = W.shape
+    dense = nn.Linear(n, m, bias=False, device="meta")
+    dense.weight = nn.Parameter(W.to(dtype), requires_grad=False)
+    if bias is not None:
+        dense.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    return dense
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The packed matrices of a model by name."""
+    """The packed matrices of a model by name; a stack counts as one."""
     layers = model.named_modules()
     return {name: layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
 

@@ -9,8 +9,8 @@ from quip.records import MatrixRecord
 
 
 def write_plot(records: Sequence[MatrixRecord], folder: Path) -> None:
-    """layers.png in the folder, where matplotlib is installed."""
-    if find_spec("matplotlib") is not None:
+    """layers.png in the folder, where matplotlib is installed and there is something to plot."""
+    if records and find_spec("matplotlib") is not None:
         with replacing(folder / "layers.png") as partial:
             plot_losses(records, partial)
 

@@ -22,13 +22,17 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable
-from quip.linear import QuantizedLinear, Spec, quantized_layers
+from quip.layout import DAMAGED, Layout, dense
+from quip.linear import quantized_layers
 
 METHOD = "quip"
 FORMAT = 1  # raised when a file of the new format would be misread by the old code
-DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.bfloat16: "BF16", torch.float16: "F16"}
-WORDS = {"codebook": dict, "transforms": list, "modules": list}
-DAMAGED = "download or save it again"
+DTYPES = {
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
 
 
 class QuipConfig(QuantizationConfigMixin):
@@ -44,32 +48,16 @@ class QuipConfig(QuantizationConfigMixin):
                 f"a checkpoint of format {form!r}, and this version of quip reads format {FORMAT}: "
                 + remedy
             )
-        for name, kind in WORDS.items():
-            if not isinstance(words.get(name), kind):
-                raise QuipError(
-                    f"the quantization_config of its config.json lacks {name!r} "
-                    f"(a {kind.__name__}); {DAMAGED}"
-                )
-        self.spec = Spec.from_json(words["codebook"], words["transforms"])
-        self.modules: list[str] = sorted(map(str, words["modules"]))
+        self.layout = Layout.from_json(words)
         self.quant_method: Any = METHOD
 
     @classmethod
     def of(cls, model: nn.Module) -> "QuipConfig":
         """The config of a model that holds quantized matrices, all of one specification."""
-        layers = quantized_layers(model)
-        spec = next(iter(layers.values())).spec
-        for name, layer in layers.items():
-            if layer.spec != spec:
-                raise QuipError(
-                    f"{name} is quantized as {layer.spec.to_json()}, other matrices as "
-                    f"{spec.to_json()}; one checkpoint holds matrices of one recipe"
-                )
-        return cls(format=FORMAT, modules=list(layers), **spec.to_json())
+        return cls(format=FORMAT, **Layout.of(model).to_json())
 
     def to_dict(self) -> dict[str, Any]:
-        words = {"quant_method": METHOD, "format": FORMAT}
-        return {**words, **self.spec.to_json(), "modules": list(self.modules)}
+        return {"quant_method": METHOD, "format": FORMAT, **self.layout.to_json()}
 
 
 class QuipQuantizer(HfQuantizer):
@@ -79,18 +67,7 @@ class QuipQuantizer(HfQuantizer):
     quantization_config: QuipConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        config = self.quantization_config
-        for name in config.modules:
-            old = _linear(model, name)
-            new = QuantizedLinear(
-                old.in_features,
-                old.out_features,
-                old.bias is not None,
-                spec=config.spec,
-                device="meta",
-                dtype=old.weight.dtype,
-            )
-            model.set_submodule(name, new)
+        self.quantization_config.layout.make_room(model)
         check_files(model, kwargs.get("checkpoint_files") or ())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -112,27 +89,6 @@ class QuipQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
-
-
-def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with an nn.Linear of the same W_hat, rounded to dtype, for each packed matrix."""
-    for name, layer in quantized_layers(model).items():
-        model.set_submodule(name, layer.to_linear(dtype).train(layer.training))
-    return model
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        what = "there is no such module" if module is None else f"it is a {type(module).__name__}"
-        raise Unavailable(
-            f"config.json says that {name} is a quantized matrix, but in a {type(model).__name__} "
-            f"{what}; {DAMAGED}"
-        )
-    return module
 
 
 def check_files(model: nn.Module, files: Sequence[str]) -> None:

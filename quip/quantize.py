@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from quip.bits import pack
-from quip.codebooks.base import Decoder, Groups
+from quip.codebooks.base import Codebook, Decoder, Groups
 from quip.errors import NonFinite, NotPositiveDefinite
 from quip.recipe import Recipe
 from quip.rounding import greedy, sweep
@@ -109,7 +110,14 @@ def _quantize(
     W_d, H_0 = condition(W, H, name)
     damp, T, W_t, f = _prepare(W_d, H_0, recipe, rng, name, shared)
     W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-    book = recipe.codebook.seeded(rng)
+    books = recipe.trials or (recipe.codebook,)
+    found = (_round(W_t, f, book.seeded(rng), recipe) for book in books)
+    codes, decoder = min(found, key=partial(_loss, W_t, f)) if recipe.trials else next(found)
+    return QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=damp), f
+
+
+def _round(W_t: Tensor, f: Factored, book: Codebook, recipe: Recipe) -> tuple[Tensor, Decoder]:
+    """The codes of the columns in natural order, and what decodes them."""
     if recipe.group is None:
         book = book.fit(W_t, f.h.to(W_t))
     if recipe.clamp_target:
@@ -122,13 +130,14 @@ def _quantize(
     groups = Groups(len(place), recipe.group and recipe.group // d)
     if recipe.group:
         books = [books[int(p) * d // recipe.group] for p in place[:: groups.size]]
-    quantized = QuantizedMatrix(
-        codes=codes[:, place.to(codes.device)],
-        decoder=book.joined(books, groups),
-        transform=T,
-        damp=damp,
-    )
-    return quantized, f
+    return codes[:, place.to(codes.device)], book.joined(books, groups)
+
+
+def _loss(W_t: Tensor, f: Factored, found: tuple[Tensor, Decoder]) -> float:
+    """tr(E H E^T) in the basis of the transform."""
+    codes, decoder = found
+    E = decoder.decode(codes)[:, f.order].double() - W_t.double()
+    return float(((E @ f.H) * E).sum())
 
 
 def condition(

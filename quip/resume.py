@@ -1,7 +1,7 @@
 """The finished blocks of a run on disk, so that a run which was killed goes on where it was.
 
     fingerprint.json          what every code depends on
-    block-0000.safetensors    the packed matrices of a block, and their records
+    block-0000.safetensors    a finished block, packed, and the records of its matrices
     hidden.safetensors        the hidden states that enter the next block
 
 Each file appears when it is complete. Blocks are never changed again; hidden states are
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from quip.data import TokenSet
 from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
-from quip.linear import QuantizedLinear, Spec, quantized_layers
+from quip.finetune import BlockTuning, TuningRecord
+from quip.layout import Layout
 from quip.models import LoadedModel
 from quip.recipe import Recipe, describe
 from quip.records import MatrixRecord, versions
@@ -69,35 +70,41 @@ class Ledger:
     def has(self, block: int) -> bool:
         return self._block(block).exists()
 
-    def keep(self, block: Block, records: Sequence[MatrixRecord]) -> None:
-        """Write down a finished block: its packed matrices, and what is known of them."""
-        packed = {f"{block.name}.{n}": layer for n, layer in quantized_layers(block.module).items()}
+    def keep(
+        self,
+        block: Block,
+        records: Sequence[MatrixRecord],
+        tuned: Sequence[TuningRecord] = (),
+    ) -> None:
+        """Write down a finished block: all its tensors, and what is known of its matrices."""
         tensors = {
-            f"{name}.{key}": tensor.cpu().contiguous()
-            for name, layer in packed.items()
-            for key, tensor in layer.stored().items()
+            name: tensor.cpu().contiguous() for name, tensor in block.module.state_dict().items()
         }
         words = {
-            "specs": json.dumps({name: layer.spec.to_json() for name, layer in packed.items()}),
+            "name": block.name,
+            "layout": json.dumps(Layout.of(block.module).to_json()),
             "records": json.dumps([asdict(record) for record in records]),
+            "tuned": json.dumps([asdict(record) for record in tuned]),
         }
         with replacing(self._block(block.index)) as partial:
             save_file(tensors, partial, metadata=words)
 
-    def restore(self, block: int, model: nn.Module) -> list[MatrixRecord]:
-        """Put the packed matrices of a finished block into the model; returns their records."""
+    def restore(
+        self, block: int, model: nn.Module
+    ) -> tuple[list[MatrixRecord], list[TuningRecord]]:
+        """Make a block of the model what it was when it was finished; returns its records."""
         tensors, words = _read(self._block(block))
-        for name, spec in json.loads(words["specs"]).items():
-            old = model.get_submodule(name)
-            assert isinstance(old, nn.Linear)
-            layer = QuantizedLinear(
-                old.in_features, old.out_features, False, spec=Spec.from_json(**spec), device="meta"
-            )
-            for key in layer.stored():
-                setattr(layer, key, tensors[f"{name}.{key}"].to(old.weight.device))
-            layer.bias = old.bias
-            model.set_submodule(name, layer.train(old.training))
-        return [MatrixRecord(**record) for record in json.loads(words["records"])]
+        module = model.get_submodule(words["name"])
+        host, training = next(module.parameters()).device, module.training
+        Layout.from_json(json.loads(words["layout"])).make_room(module)
+        module.load_state_dict({name: x.to(host) for name, x in tensors.items()}, assign=True)
+        module.requires_grad_(False).train(training)
+        records = [MatrixRecord(**record) for record in json.loads(words["records"])]
+        tuned = [
+            TuningRecord(**{**record, "after": tuple(record["after"])})
+            for record in json.loads(words["tuned"])
+        ]
+        return records, tuned
 
     def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
         """Write down the hidden states that enter a block, in place of those before."""
@@ -127,6 +134,7 @@ def fingerprint_of(
     loaded: LoadedModel,
     calibration: TokenSet,
     recipe: Recipe,
+    tuning: BlockTuning | None = None,
     *,
     seed: int,
     device: torch.device,
@@ -135,6 +143,7 @@ def fingerprint_of(
     found = versions()
     return {
         "recipe": describe(recipe),
+        "tuning": tuning and asdict(tuning),
         "seed": seed,
         "dtype": loaded.dtype_name,
         "device": device.type,

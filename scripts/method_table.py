@@ -18,7 +18,7 @@ from typing import Any
 from bench_rounding import commit
 
 from quip.experiment import Experiment, run_experiment
-from quip.recipe import METHODS, build_recipe
+from quip.recipes import METHODS, build_recipe
 
 PROCESSING: dict[str, dict[str, Any]] = {
     "baseline": {},

@@ -23,7 +23,7 @@ from quip.checkpoint import load, save_checkpoint
 from quip.errors import QuipError
 from quip.models import load_model
 from quip.pipeline import quantize_model
-from quip.recipe import build_recipe
+from quip.recipes import build_recipe
 from tests.test_models import save_tokenizer
 from tests.tiny import EAGER_ONLY, tiny, tokens
 

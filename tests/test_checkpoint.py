@@ -20,7 +20,7 @@ from quip.errors import QuipError, Unavailable
 from quip.linear import QuantizedLinear, quantized_layers
 from quip.models import load_model
 from quip.pipeline import quantize_model
-from quip.recipe import build_recipe
+from quip.recipes import build_recipe
 from tests.checkpoints import INCOHERENT, fresh, quantized, refusal, refusals, save, tokenizer
 from tests.laws import GRIDS
 from tests.test_models import logits

@@ -17,7 +17,7 @@ from quip.cli import flags
 from quip.cli import run as run_command
 from quip.cli.door import Parser
 from quip.data import DATASETS
-from quip.recipe import METHODS, build_recipe
+from quip.recipes import METHODS, build_recipe
 from tests.runs import save_model, write_text
 from tests.test_models import write_gguf
 from tests.tiny import tiny

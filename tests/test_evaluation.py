@@ -12,7 +12,7 @@ from quip.evaluate.zeroshot import ZeroShot
 from quip.evaluation import Evaluation, run_evaluation
 from quip.experiment import Experiment, run_experiment
 from quip.models import load_model
-from quip.recipe import build_recipe
+from quip.recipes import build_recipe
 from quip.table import table
 from tests.runs import save_model, write_text
 

@@ -12,7 +12,7 @@ from quip.device import choose_device
 from quip.errors import NonFinite, NotPositiveDefinite, QuipError, UnsupportedModel, UsageError
 from quip.experiment import Experiment, run_experiment
 from quip.models import load_model
-from quip.recipe import build_recipe
+from quip.recipes import build_recipe
 from tests.runs import save_model, write_text
 
 RECIPE = build_recipe(quant="ldlq", wbits=2, incoh_processing=True)

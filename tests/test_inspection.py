@@ -16,7 +16,8 @@ from quip.evaluate.memory import module_bytes
 from quip.inspection import inspect_checkpoint, matrix_records
 from quip.models import load_model
 from quip.pipeline import quantize_model
-from quip.recipe import Recipe, build_recipe
+from quip.recipe import Recipe
+from quip.recipes import build_recipe
 from quip.records import MatrixRecord
 from quip.report import summary
 from tests.runs import save_model

@@ -18,7 +18,7 @@ from quip.errors import QuipError
 from quip.kernels import matvec
 from quip.linear import QuantizedLinear, Spec
 from quip.quantize import QuantizedMatrix, quantize_matrix, rng_for
-from quip.recipe import build_recipe
+from quip.recipes import build_recipe
 from quip.transforms import Chain
 from tests.checkpoints import quantized
 from tests.laws import GRIDS, assert_near
@@ -342,11 +342,15 @@ GRID = {"kind": "grid", "bits": 2, "group": 1, "symmetric": True}
 @pytest.mark.parametrize(
     ("codebook", "transforms", "reason"),
     [
-        ({"kind": "e8p"}, [], "a codebook of kind 'e8p', and this version of quip knows grid;"),
+        (
+            {"kind": "e8p"},
+            [],
+            "a codebook of kind 'e8p', and this version of quip knows grid,",
+        ),
         ({}, [], "a codebook of kind None"),
         ("grid", [], "a codebook of kind 'grid'"),
         ({"kind": ["grid"]}, [], "a codebook of kind ['grid']"),
-        (GRID, [{"kind": "hadamard"}], "a transform of kind 'hadamard', and this version of quip"),
+        (GRID, [{"kind": "zork"}], "a transform of kind 'zork', and this version of quip"),
         (GRID, ["rescale"], "a transform of kind 'rescale'"),
         (GRID, [{"kind": "kronecker"}], "a transform {'kind': 'kronecker'}, which this version"),
         ({**GRID, "signs": True}, [], "'signs': True}, which this version of quip does not"),

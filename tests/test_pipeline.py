@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from quip.linear import QuantizedLinear
 from quip.pipeline import Stopwatch, quantize_matrix_by_matrix, quantize_model
-from quip.recipe import Recipe, build_recipe
+from quip.recipe import Recipe
+from quip.recipes import build_recipe
 from quip.records import MatrixRecord
 from quip.walk import block as walk_block
 from quip.walk import coverage, find_blocks

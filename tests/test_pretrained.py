@@ -253,6 +253,6 @@ def test_a_config_of_another_size_is_refused(saved, tmp_path):
 def test_packed_modules_are_where_the_config_says(saved):
     model = AutoModelForCausalLM.from_pretrained(saved / "llama")
     config = model.hf_quantizer.quantization_config
-    assert set(config.modules) == set(quantized_layers(model))
+    assert set(config.layout.modules) == set(quantized_layers(model))
     assert isinstance(model.get_submodule(Q), QuantizedLinear)
     assert type(model.lm_head) is nn.Linear

@@ -8,7 +8,8 @@ import torch
 from quip import feedback, recipe, transforms
 from quip.codebooks import MinMaxGrid, RmsGrid, around
 from quip.errors import UsageError
-from quip.recipe import METHODS, Recipe, build_recipe, describe
+from quip.recipe import Recipe, describe
+from quip.recipes import METHODS, build_recipe
 from tests.laws import (
     GRIDS,
     Points,
@@ -204,7 +205,7 @@ def test_faithful_is_the_algorithm_as_printed():
         ({"percdamp": float("inf")}, r"--percdamp inf"),
         ({"pre_proj": True, "pre_proj_extra": 3}, r"--pre_proj_extra 3: not one of 0, 1, 2"),
         ({"pre_proj_extra": 0}, r"--pre_proj_extra 0 chooses a rotation: add --pre_proj"),
-        ({"pre_proj": True, "qfn": "c"}, r"--qfn c: the grids are a and b"),
+        ({"pre_proj": True, "qfn": "c"}, r"--qfn c: not one of a, b"),
         ({"npasses": -1}, r"--npasses -1: it cannot be negative"),
         ({"quant": "allbal", "npasses": 0}, r"--quant allbal --npasses 0 would round nothing"),
         ({"unbiased": True, "quant": "ldlqRG"}, r"--unbiased with 10 greedy passes"),
@@ -219,9 +220,9 @@ def test_faithful_is_the_algorithm_as_printed():
         ({"range_": "column"}, r"--range speaks of the incoherent grid .*add --incoh_processing"),
         ({"rho": 2.0}, r"--rho speaks of the incoherent grid"),
         ({"rho": 2.0, "pre_proj": True}, r"--rho speaks of the incoherent grid"),
-        ({"rho": 0.0, **INCOHERENT}, r"--rho 0\.0: a range is a positive multiple of the RMS"),
-        ({"rho": -2.0, **INCOHERENT}, r"--rho -2\.0: a range is a positive multiple"),
-        ({"rho": float("nan"), **INCOHERENT}, r"--rho nan: a range is a positive multiple"),
+        ({"rho": 0.0, **INCOHERENT}, r"--rho 0\.0: a positive number is needed"),
+        ({"rho": -2.0, **INCOHERENT}, r"--rho -2\.0: a positive number is needed"),
+        ({"rho": float("nan"), **INCOHERENT}, r"--rho nan: a positive number is needed"),
         ({"faithful": True, "rho": 2.0, **INCOHERENT}, r"--faithful fixes --range tensor and"),
         ({"faithful": True, "range_": "tensor", **INCOHERENT}, r"--faithful fixes --range tensor"),
         ({"range_": "row", **INCOHERENT}, r"--range row: say tensor, column or a number"),

@@ -22,7 +22,7 @@ from quip.errors import Unavailable, UsageError
 from quip.experiment import Experiment, run_experiment
 from quip.linear import QuantizedLinear
 from quip.pipeline import quantize_matrix_by_matrix
-from quip.recipe import build_recipe
+from quip.recipes import build_recipe
 from quip.records import Stopwatch
 from quip.resume import Ledger, differences
 from quip.run_folder import RunFolder

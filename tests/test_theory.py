@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy.optimize import minimize_scalar
 
-from quip import feedback, recipe, rotation, transforms
+from quip import feedback, recipe, recipes, rotation, transforms
 from quip.codebooks import MinMaxGrid, RmsGrid
 from quip.linalg import block_ldl
 from quip.quantize import quantize_matrix
@@ -288,7 +288,7 @@ def test_optq_refits_each_group_on_its_running_weights(group):
     torch.testing.assert_close(torch.cat(ours, dim=1), expected, rtol=0, atol=NOISE)
 
 
-@pytest.mark.parametrize("draw", recipe.ROTATIONS.values(), ids=recipe.ROTATIONS.keys())
+@pytest.mark.parametrize("draw", recipes.EXTRAS.values(), ids=recipes.EXTRAS.keys())
 def test_rescaling_and_rotation_keep_the_loss_and_are_undone(draw):
     W, H = ref.correlated_problem(24, 60)
     rng = torch.Generator().manual_seed(6)

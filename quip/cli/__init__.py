@@ -2,10 +2,18 @@
 
 from collections.abc import Sequence
 
-from quip.cli import evaluate, export, inspect, run
+from quip.cli import evaluate, export, finetune, import_quip_sharp, inspect, recipes, run
 from quip.cli.door import Parser, guarded
 
-COMMANDS = {"run": run, "evaluate": evaluate, "inspect": inspect, "export": export}
+COMMANDS = {
+    "run": run,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "inspect": inspect,
+    "export": export,
+    "import-quip-sharp": import_quip_sharp,
+    "recipes": recipes,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

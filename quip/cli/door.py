@@ -55,7 +55,10 @@ def _set_up_logging() -> None:
 
 
 def _parse(parser: Parser, argv: list[str], commands: int) -> argparse.Namespace:
-    """The line, with the flags of its --config files before its own, so that its own win."""
+    """The line, with what its --recipe and its --config files stand for before its own flags.
+
+    So its own win, and those of a file over those of a recipe.
+    """
     args = parser.parse_args(argv)
     files = getattr(args, "config", None) or []
     flags: list[str] = []
@@ -65,7 +68,18 @@ def _parse(parser: Parser, argv: list[str], commands: int) -> argparse.Namespace
             args = parser.parse_args([*argv[:commands], *flags, *argv[commands:]])
         except UsageError as error:
             raise UsageError(f"--config {path}: {error}") from error
+    if getattr(args, "recipe", None):
+        flags = [*_of_recipe(args.recipe), *flags]
+        args = parser.parse_args([*argv[:commands], *flags, *argv[commands:]])
     return args
+
+
+def _of_recipe(name: str) -> list[str]:
+    from quip.recipes import RECIPES, as_flags
+
+    if name not in RECIPES:
+        raise UsageError(f"--recipe {name}: not one of {', '.join(RECIPES)}")
+    return as_flags(RECIPES[name].flags)
 
 
 def _flags(path: Path, known: dict[str, object]) -> list[str]:

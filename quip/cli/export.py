@@ -1,4 +1,4 @@
-"""`quip export DIR OUT --dense`: a checkpoint as a folder that any tool reads without quip."""
+"""`quip export DIR OUT --dense | --quip-sharp`: a checkpoint as a folder for other tools."""
 
 import argparse
 from pathlib import Path
@@ -20,10 +20,17 @@ def build(parser: argparse.ArgumentParser) -> None:
         "model takes as much room as the original",
     )
     add(
+        "--quip-sharp",
+        action="store_true",
+        help="the published layout of QuIP#, packed as it is: a Llama or Mistral that was "
+        "quantized with --codebook E8P12 (or E8P12RVQ3B, E8P12RVQ4B) --range tensor",
+    )
+    add(
         "--dtype",
         default="auto",
         choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the weights written; auto, the default, is what the checkpoint computes in",
+        help="of the weights written by --dense; auto, the default, is what the checkpoint "
+        "computes in",
     )
     add("--overwrite", action="store_true", help="let OUT be a folder that holds files: they go")
     parser.set_defaults(call=call)
@@ -31,11 +38,23 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Export, and say what came of it."""
-    if not args.dense:
-        raise UsageError("export knows one format so far: add --dense for a plain Hugging Face one")
+    if not (args.dense or args.quip_sharp):
+        raise UsageError(
+            "export needs a format: add --dense for a plain Hugging Face one, or --quip-sharp for "
+            "the published layout of QuIP#"
+        )
+    if args.dense and args.quip_sharp:
+        raise UsageError("--dense and --quip-sharp are two formats: leave one out")
+    if args.quip_sharp and args.dtype not in ("auto", "float16"):
+        raise UsageError(f"--dtype {args.dtype} with --quip-sharp: that layout is in float16")
 
     from quip.card import size_words
-    from quip.export import export_dense
+    from quip.export import export_dense, export_quip_sharp
 
-    size = export_dense(args.folder, args.out, dtype=args.dtype, overwrite=args.overwrite)
-    print(f"{args.out}: {size_words(size)}, a plain folder that loads without quip")
+    if args.dense:
+        size = export_dense(args.folder, args.out, dtype=args.dtype, overwrite=args.overwrite)
+        what = "a plain folder that loads without quip"
+    else:
+        size = export_quip_sharp(args.folder, args.out, overwrite=args.overwrite)
+        what = "in the published layout of QuIP#"
+    print(f"{args.out}: {size_words(size)}, {what}")

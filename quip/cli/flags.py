@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from quip.cli.shared import machine_flags, task_flags
+from quip.cli.sharp import codebook_flags, rotation_flags, tuning_flags
 
 NAMED = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "pydoc")
 PAPER_SETS = "wikitext2,ptb-new,c4-new"
@@ -28,8 +29,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a YAML file of flag names and values; flags on the line win, wherever they stand",
     )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="the flags of a named recipe (`quip recipes` lists them); flags on the line win",
+    )
     _method_flags(parser.add_argument_group("method"))
+    codebook_flags(parser.add_argument_group("codebook"))
     _incoherence_flags(parser.add_argument_group("incoherence processing"))
+    tuning_flags(parser.add_argument_group("fine-tuning"))
     _data_flags(parser.add_argument_group("data and evaluation"))
     task_flags(parser.add_argument_group("zero-shot tasks"))
     _machine_flags(parser.add_argument_group("machine and output"))
@@ -40,9 +48,9 @@ def _method_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--wbits",
         type=int,
-        default=16,
         choices=[*range(2, 9), 16],
-        help="bits per weight; 16, the default, evaluates the model as it is",
+        help="bits per weight; 16, the default, evaluates the model as it is (a lattice has its "
+        "own: leave it out)",
     )
     add(
         "--quant",
@@ -106,6 +114,7 @@ def _incoherence_flags(group: argparse._ArgumentGroup) -> None:
         help="the rotation: 1, the default, a Kronecker product of two factors; 0 a factor for "
         "each block; 2 as 0, without permutations",
     )
+    rotation_flags(group)
     _grid_flags(group)
 
 
@@ -120,8 +129,9 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "--range",
         metavar="{tensor,column,N}",
-        help="what grid b's range is fitted to: the whole matrix once, or the running weights of "
-        "each column (the default) or of every N columns as the rounding reaches them",
+        help="what the range of grid b or the scale of a lattice is fitted to: the whole matrix "
+        "once, or the running weights of each column (the default; a lattice: of 8) or of every N "
+        "columns as the rounding reaches them",
     )
     add(
         "--rho",

@@ -11,13 +11,16 @@ from quip.cli.shared import as_given, names, refuse_small, zero_shot
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
+    from quip.finetune import BlockTuning
     from quip.recipe import Recipe
 
 SUMMARY = "quantize a model, evaluate it, and report"
 RECIPE_FLAGS = (
     *("incoh_processing", "pre_rescale", "pre_proj", "pre_proj_extra", "qfn", "rho", "faithful"),
-    *("npasses", "unbiased", "groupsize", "percdamp"),
+    *("npasses", "unbiased", "groupsize", "percdamp", "codebook", "rotation", "hadamard_block"),
+    *("scale", "scale_override", "resid_scale_override", "no_fuse"),
 )
+TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,7 +38,9 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Turn strings into plain values, run, and print the result."""
+    _settle_bits(args)
     recipe = _recipe(args)
+    tuning = _tuning(args)
     evaluations = _evaluations(args)
     tasks = zero_shot(args)
     _refuse_values(args)
@@ -48,6 +53,7 @@ def call(args: argparse.Namespace) -> None:
             model=args.model,
             dataset=args.dataset,
             recipe=recipe,
+            tuning=tuning,
             load=args.load,
             method=_words(args),
             nsamples=args.nsamples,
@@ -88,13 +94,38 @@ def _refuse_values(args: argparse.Namespace) -> None:
         )
 
 
-def _recipe(args: argparse.Namespace) -> "Recipe | None":
-    from quip.recipe import build_recipe
+def _settle_bits(args: argparse.Namespace) -> None:
+    """A lattice has its own bits; where neither is named, the model is evaluated as it is."""
+    if args.wbits is None and args.codebook == "int":
+        args.wbits = 16
+    elif args.wbits is None:
+        from quip.codebooks import LATTICES
 
-    if args.wbits == 16:
+        args.wbits = LATTICES[args.codebook].bits
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe | None":
+    from quip.recipes import build_recipe
+
+    if args.wbits == 16 and args.codebook == "int":
         return None
     options = {name: getattr(args, name) for name in RECIPE_FLAGS}
     return build_recipe(quant=args.quant, wbits=args.wbits, range_=args.range, **options)
+
+
+def _tuning(args: argparse.Namespace) -> "BlockTuning | None":
+    given = {name: getattr(args, f"ft_{name}") for name in TUNING}
+    if not args.ft_epochs:
+        for name, value in given.items():
+            if name != "epochs" and value is not None:
+                raise UsageError(f"--ft_{name} speaks of fine-tuning: add --ft_epochs N")
+        return None
+    if args.wbits == 16:
+        raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
+
+    from quip.finetune import BlockTuning
+
+    return BlockTuning(**{name: value for name, value in given.items() if value is not None})
 
 
 def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
@@ -125,6 +156,9 @@ def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
 def _words(args: argparse.Namespace) -> str:
     if args.wbits == 16:
         return f"as saved in {args.load}" if args.load else "as it is"
-    processing = "with" if args.incoh_processing else "without"
     faithful = ", as printed" if args.faithful else ""
-    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"
+    tuned = ", fine-tuned" if args.ft_epochs else ""
+    if args.codebook != "int":
+        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}{tuned}"
+    processing = "with" if args.incoh_processing else "without"
+    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}{tuned}"

@@ -1,7 +1,7 @@
 """The walk itself: blocks in order, each fed by whatever the blocks before it have become."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -103,7 +103,7 @@ class Block:
         batch_size: int,
     ) -> None:
         self.index, self.name, self.module, self.hidden = index, name, module, hidden
-        self._calls, self._device, self._batch_size = calls, device, batch_size
+        self.batch_size, self._calls, self._device = batch_size, calls, device
 
     def linears(self) -> dict[str, nn.Linear]:
         """Full dotted name -> matrix, for every nn.Linear that has not been replaced."""
@@ -132,7 +132,7 @@ class Block:
             for name, linear in linears.items()
         ]
         try:
-            for _ in self._forward():
+            for _ in self.run():
                 observer.forget_inputs()
         finally:
             for hook in hooks:
@@ -142,22 +142,46 @@ class Block:
     @torch.no_grad()
     def replay(self) -> None:
         """hidden = block(hidden). The walk does this between two blocks."""
-        for entering, leaving in self._forward():
-            if leaving.shape != entering.shape or leaving.dtype != entering.dtype:
-                raise UnsupportedModel(
-                    f"{self.name} turns hidden states of {tuple(entering.shape)} {entering.dtype} "
-                    f"into {tuple(leaving.shape)} {leaving.dtype}; they must stay alike"
-                )
+        for entering, leaving in self.run():
+            self._check(entering, leaving)
             entering.copy_(leaving)
 
-    def _forward(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each batch, the stored hidden states and what the block makes of them."""
+    @torch.no_grad()
+    def outputs(self) -> Float[Tensor, "count seqlen width"]:
+        """block(hidden), where the hidden states live."""
+        found = torch.empty_like(self.hidden)
+        for kept, (entering, leaving) in zip(found.split(self.batch_size), self.run(), strict=True):
+            self._check(entering, leaving)
+            kept.copy_(leaving)
+        return found
+
+    def run(
+        self, batches: Sequence[int] | None = None, *, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The hidden states of each of these batches (None: all), and what the block makes of them.
+
+        With a dtype, whatever the block is handed is cast to it; the block itself is not.
+        """
+        entering = self.hidden.split(self.batch_size)
         moved: dict[int, Tensor] = {}  # what one batch shares with the next is moved once
-        for entering, call in zip(self.hidden.split(self._batch_size), self._calls, strict=True):
-            moved = call.on(self._device, moved)
+        for i in range(len(entering)) if batches is None else batches:
+            call = self._calls[i]
+            moved = {k: _cast(x, dtype) for k, x in call.on(self._device, moved).items()}
             # A copy: some blocks add to their inputs in place.
-            output = call.run(self.module, entering.to(self._device, copy=True), moved)
-            yield entering, output[0] if isinstance(output, tuple) else output
+            hidden = entering[i].to(self._device, dtype or entering[i].dtype, copy=True)
+            output = call.run(self.module, hidden, moved)
+            yield entering[i], output[0] if isinstance(output, tuple) else output
+
+    def _check(self, entering: Tensor, leaving: Tensor) -> None:
+        if leaving.shape != entering.shape or leaving.dtype != entering.dtype:
+            raise UnsupportedModel(
+                f"{self.name} turns hidden states of {tuple(entering.shape)} {entering.dtype} "
+                f"into {tuple(leaving.shape)} {leaving.dtype}; they must stay alike"
+            )
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.to(dtype) if dtype is not None and x.is_floating_point() else x
 
 
 class _Observer:

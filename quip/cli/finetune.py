@@ -1,0 +1,110 @@
+"""`quip finetune CHECKPOINT DATASET --save OUT`: a checkpoint tuned against its original."""
+
+import argparse
+from pathlib import Path
+
+from quip.cli.shared import as_given, refuse_small
+
+SUMMARY = "tune a checkpoint against the model it was quantized from"
+TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")
+
+
+def build(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments, and what to call with them."""
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="a folder written by `quip run ... --save DIR`")
+    add("dataset", help="text to tune on: names as for `quip run`, or files")
+    add(
+        "--teacher",
+        metavar="MODEL",
+        help="the original, whose predictions are learnt (default: the model that the "
+        "checkpoint's run.json names)",
+    )
+    add("--save", type=Path, required=True, metavar="OUT", help="the folder of the new checkpoint")
+    add("--overwrite", action="store_true", help="let OUT be a checkpoint, which is replaced whole")
+    _tuning_flags(parser.add_argument_group("tuning"))
+    _data_flags(parser.add_argument_group("data and machine"))
+    parser.set_defaults(call=call)
+
+
+def _tuning_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--epochs", type=int, metavar="N", help="at most (default 8)")
+    add(
+        "--lr",
+        type=float,
+        metavar="X",
+        help="Adam's rate for norms, biases and lm_head, unless that is tied (default 5e-5)",
+    )
+    add("--signs_lr", type=float, metavar="X", help="the same for sign vectors (default 5e-4)")
+    add("--batch_size", type=int, metavar="N", help="windows a step (default 2)")
+    add(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="end after N epochs without improvement (default 3)",
+    )
+    add(
+        "--held_out",
+        type=float,
+        metavar="X",
+        help="the share of the windows on which states are compared (default 0.25)",
+    )
+
+
+def _data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--nsamples",
+        type=int,
+        default=128,
+        metavar="N",
+        help="windows, those held out among them (default 128)",
+    )
+    add(
+        "--seqlen",
+        type=int,
+        metavar="N",
+        help="tokens in a window (default: what the model can take, at most 2048)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of sampling and order (default 0)")
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="what the new checkpoint computes in; auto, the default, is as before",
+    )
+
+
+def call(args: argparse.Namespace) -> None:
+    """Tune, and say what came of it."""
+    refuse_small(args, nsamples=2, seqlen=2)
+
+    from quip.finetune import ModelTuning
+    from quip.finetuning import FineTuning, finetune_checkpoint
+
+    given = {name: getattr(args, name) for name in TUNING}
+    record = finetune_checkpoint(
+        FineTuning(
+            checkpoint=args.checkpoint,
+            dataset=args.dataset,
+            save=args.save,
+            tuning=ModelTuning(**{name: x for name, x in given.items() if x is not None}),
+            teacher=args.teacher,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            seed=args.seed,
+            device=args.device,
+            dtype=args.dtype,
+            overwrite=args.overwrite,
+            flags=as_given(args),
+        )
+    )
+    found = (
+        f"KL divergence on {record.windows_held_out} windows held out: {record.kl_before:.4g} -> "
+        f"{record.kl_after:.4g} after {record.epochs} epochs"
+    )
+    print(found if record.improved else f"{found}; nothing improved, so nothing is written")
+    if record.improved:
+        print(f"{args.save}: the tuned checkpoint; measure it with: quip evaluate {args.save}")

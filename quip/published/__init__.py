@@ -1,0 +1,1 @@
+"""Folders in the published layout of QuIP# (relaxml on the Hugging Face Hub), read and written."""
