@@ -1,0 +1,202 @@
+"""QuIP# beside QuIP on one model: lattices, the Hadamard transform, and both stages of tuning.
+
+    python scripts/sharp_table.py demo pydoc --out results/sharp_demo.json
+
+Claim (QuIP#, tables 2 and 4): at the same bits E8P beats an integer grid, most of all at 2 bits,
+and fine-tuning wins back much of what is lost. One row for each recipe; (b) tunes the checkpoint
+of the row before it. Rows already in the file are kept, so that a stopped run goes on.
+`render_results.py` puts the table into the README.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from bench_rounding import commit
+from method_table import shorten, write
+
+from quip.evaluation import Evaluation, run_evaluation
+from quip.experiment import Experiment, run_experiment
+from quip.finetune import BlockTuning, ModelTuning
+from quip.finetuning import FineTuning, finetune_checkpoint
+from quip.recipes import build_recipe
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is quantized how, and tuned how."""
+
+    bits: int
+    flags: dict[str, Any] = field(default_factory=dict)
+    tuned: str = ""  # a: each block, b: the whole model
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        return self.flags if "codebook" in self.flags else {"wbits": self.bits, **self.flags}
+
+
+KRONECKER = {"incoh_processing": True}
+HADAMARD = KRONECKER | {"rotation": "hadamard"}
+E8P = {"codebook": "E8P12"}
+ROWS = {
+    "original": Row(16),
+    "int, Kronecker": Row(2, KRONECKER),
+    "int, Hadamard": Row(2, HADAMARD),
+    "E8P, as published": Row(2, E8P | {"faithful": True}),
+    "E8P, Hadamard": Row(2, E8P),
+    "E8P, Hadamard, (b)": Row(2, E8P, "b"),
+    "E8P, Hadamard, (a)": Row(2, E8P, "a"),
+    "E8P, Hadamard, (a) and (b)": Row(2, E8P, "ab"),
+    "int, Kronecker, 3": Row(3, KRONECKER),
+    "E8P + E81B, as published": Row(3, {"codebook": "E8P12RVQ3B", "faithful": True}),
+    "E8P + E81B, Hadamard": Row(3, {"codebook": "E8P12RVQ3B"}),
+    "int, Kronecker, 4": Row(4, KRONECKER),
+    "E8P + E8P, as published": Row(4, {"codebook": "E8P12RVQ4B", "faithful": True}),
+    "E8P + E8P, Hadamard": Row(4, {"codebook": "E8P12RVQ4B"}),
+}
+
+
+def main() -> None:
+    args = parse_arguments()
+    record = json.loads(args.out.read_text()) if args.out.exists() else {"sharp": True, "rows": []}
+    done = {row["name"] for row in record["rows"]}
+    with TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        for name, row in ROWS.items():
+            if name in done or (args.only and name not in args.only):
+                continue
+            tune = tuned_model if "b" in row.tuned else quantized
+            made, report = tune(args, row, work)
+            record |= {key: report[key] for key in ("device", "dtype", "versions")}
+            record |= {"model": args.name or args.model, "commit": commit()}
+            record["evaluation"] = [shorten(stamp) for stamp in report["evaluation"].values()]
+            record["tuning"] = {
+                "nsamples": args.ft_nsamples or args.nsamples,
+                "block": vars(block_tuning(args)),
+                "model": vars(model_tuning(args)),
+            }
+            if report.get("calibration"):
+                record["calibration"] = shorten(report["calibration"])
+            record["rows"].append({"name": name, "bits": row.bits, "tuned": row.tuned, **made})
+            write(args.out, record)
+            print(json.dumps(record["rows"][-1]), flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("dataset", help="calibration text")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file, continued if it exists")
+    parser.add_argument("--work", type=Path, help="where checkpoints are kept, to go on later")
+    parser.add_argument("--only", action="append", metavar="NAME", help="this row (again for more)")
+    parser.add_argument("--name", help="what to call the model in the table")
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int)
+    parser.add_argument("--eval_datasets", default="pydoc")
+    parser.add_argument("--eval_nsamples", type=int)
+    parser.add_argument("--ft_nsamples", type=int, help="windows of (b), if not --nsamples")
+    parser.add_argument("--ft_epochs", type=int, default=BlockTuning.epochs)
+    parser.add_argument("--ft_lr", type=float, default=BlockTuning.lr)
+    parser.add_argument("--ft_batch_size", type=int, default=BlockTuning.batch_size)
+    parser.add_argument("--epochs", type=int, default=ModelTuning.epochs, help="of (b)")
+    parser.add_argument("--lr", type=float, default=ModelTuning.lr, help="of (b)")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device")
+    return parser.parse_args()
+
+
+def block_tuning(args: argparse.Namespace) -> BlockTuning:
+    return BlockTuning(
+        epochs=args.ft_epochs,
+        lr=args.ft_lr,
+        signs_lr=10 * args.ft_lr,
+        batch_size=args.ft_batch_size,
+    )
+
+
+def model_tuning(args: argparse.Namespace) -> ModelTuning:
+    return ModelTuning(epochs=args.epochs, lr=args.lr, signs_lr=10 * args.lr)
+
+
+def quantized(args: argparse.Namespace, row: Row, work: Path) -> tuple[dict[str, Any], Any]:
+    """Quantize, tuning each block if asked to, and keep the checkpoint if a later row tunes it."""
+    wanted = row.flags == E8P
+    folder = work / f"e8p{row.tuned}" if wanted else None
+    report = run_experiment(
+        Experiment(
+            model=args.model,
+            dataset=args.dataset,
+            recipe=build_recipe(**row.recipe) if row.flags else None,
+            tuning=block_tuning(args) if "a" in row.tuned else None,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            dtype=args.dtype,
+            device=args.device,
+            eval_datasets=tuple(args.eval_datasets.split(",")),
+            eval_nsamples=args.eval_nsamples,
+            save=folder,
+            overwrite=bool(folder and folder.exists()),
+        )
+    )
+    return summary(report), report
+
+
+def tuned_model(args: argparse.Namespace, row: Row, work: Path) -> tuple[dict[str, Any], Any]:
+    """Tune the checkpoint of the row before as a whole, and evaluate that."""
+    before, after = work / f"e8p{row.tuned.removesuffix('b')}", work / f"e8p{row.tuned}"
+    found = finetune_checkpoint(
+        FineTuning(
+            checkpoint=before,
+            dataset=args.dataset,
+            save=after,
+            tuning=model_tuning(args),
+            teacher=args.model,
+            nsamples=args.ft_nsamples or args.nsamples,
+            seqlen=args.seqlen,
+            device=args.device,
+            overwrite=after.exists(),
+        )
+    )
+    report = run_evaluation(
+        Evaluation(
+            model=str(after if found.improved else before),
+            datasets=tuple(args.eval_datasets.split(",")),
+            seqlen=args.seqlen,
+            nsamples=args.eval_nsamples,
+            device=args.device,
+        )
+    )
+    made = {
+        "held_out_kl": [found.kl_before, found.kl_after],
+        "epochs": found.epochs,
+        "seconds": {"tune": round(found.seconds, 2)},
+    }
+    return {"perplexity": perplexity(report), **made}, report
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    totals, tuned = report.get("totals", {}), report.get("tuned")
+    found = {
+        "perplexity": perplexity(report),
+        "bits_per_weight": totals.get("bits_per_weight"),
+        "mean_proxy_loss": totals.get("mean_proxy_loss"),
+        "seconds": {stage: round(s, 2) for stage, s in report["seconds"].items()},
+        "peak_memory": report["peak_memory"],
+    }
+    if tuned:
+        ratios = [r["loss_after"] / r["loss_before"] for r in tuned if r["loss_before"]]
+        found["held_out_block_loss"] = sum(ratios) / len(ratios)
+    return found
+
+
+def perplexity(report: dict[str, Any]) -> dict[str, float]:
+    return {Path(k).name: round(v, 4) for k, v in report["perplexity"].items()}
+
+
+if __name__ == "__main__":
+    main()
