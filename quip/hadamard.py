@@ -1,88 +1,119 @@
-"""Hadamard matrices of nearly every order that a model needs, and the fast rotation they give.
+"""Rotation by a Hadamard matrix: Omega = (K x S) / sqrt(n), K of the smallest order that fits.
 
-Three constructions make them: Paley's over a finite field, Williamson's from sign strings, and
-Kronecker products of smaller ones, which alone give the powers of two (Sylvester). A rotation is
-such a product as well, (K x S) / sqrt(n), so that each of its factors is one small matrix product.
+Each factor of the Kronecker product is one cheap pass, and random signs D make the rotation
+D Omega. hadamard.cpp does it all in one call for float32 and float64 on a CPU. Elsewhere a pass
+is a product with a small matrix; both agree up to rounding noise.
 """
 
-import itertools
+import ctypes
 import math
 from collections.abc import Callable
-from functools import cache, partial
+from ctypes import POINTER, c_double, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from quip.errors import UsageError
+from quip.hadamard_matrices import check, factors, matrix
+from quip.native import library
 
-LARGEST = 1024  # order of an outer factor: beyond it, its dense product is no longer cheap
-RADIX_BITS = 6  # S is applied in factors of up to 2^6
-# The first halves of the first rows of the circulants A, B, C, D; a set bit is +1.
-WILLIAMSON = {
-    52: (0x53, 0x47, 0x69, 0x42),
-    116: (0x64BB, 0x7B47, 0x5197, 0x7194),
-    124: (0x9D21, 0x9D21, 0x83A9, 0xFC56),
-    156: (0xE504C, 0xF130A, 0xE68A4, 0x8D41D),
-    172: (0x233D76, 0x37E14D, 0x3ACAF4, 0x31E930),
-}
+SOURCE = Path(__file__).with_suffix(".cpp")
+RADIX_BITS = 6  # in torch, S is applied in factors of up to 2^6
+HALVES = (torch.float16, torch.bfloat16)
+Rotation = Callable[[Tensor, "_How"], Tensor]
 
 
-def rotate(x: Float[Tensor, "*batch n"], *, block: int | None = None) -> Float[Tensor, "*batch n"]:
-    """Omega x on the last axis, Omega = (K x S) / sqrt(n), the index of K the outer one.
+def rotate(
+    x: Float[Tensor, "*batch n"],
+    *,
+    block: int | None = None,
+    signs: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, "*batch n"]:
+    """D Omega x on the last axis, Omega = (K x S) / sqrt(n), the index of K the outer one.
 
-    With a block, Omega is block diagonal: n / block times the Omega of that width.
-    Raises UsageError as `check` does.
+    D is the diagonal matrix of the signs, which may be any numbers; without them it is I. With a
+    block, Omega is block diagonal: n / block times the Omega of that width. Raises UsageError as
+    `check` does.
     """
-    return _apply(x, block, transpose=False)
+    return _turn(x, signs, _How(block, rows=False, transpose=False))
 
 
-def invert(x: Float[Tensor, "*batch n"], *, block: int | None = None) -> Float[Tensor, "*batch n"]:
-    """Omega^T x on the last axis, the inverse of `rotate`; K need not be symmetric."""
-    return _apply(x, block, transpose=True)
+def invert(
+    x: Float[Tensor, "*batch n"],
+    *,
+    block: int | None = None,
+    signs: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, "*batch n"]:
+    """Omega^T D x on the last axis: `rotate` undone where all signs are +-1."""
+    return _turn(x, signs, _How(block, rows=False, transpose=True))
 
 
-def check(n: int, block: int | None = None) -> None:
-    """Raises UsageError, with a remedy, if there is no rotation of n numbers."""
-    if block is not None and (block < 1 or n % block):
-        raise UsageError(f"a Hadamard block of {block} does not divide the width {n}; {_remedy(n)}")
-    width = n if block is None else block
-    if _factors(width) is None:
-        raise UsageError(f"no Hadamard rotation of width {width} is known; {_remedy(n)}")
+def rotate_rows(
+    W: Float[Tensor, "n m"],
+    *,
+    block: int | None = None,
+    signs: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, "n m"]:
+    """D Omega W."""
+    return _turn(W, signs, _How(block, rows=True, transpose=False))
 
 
-def factors(n: int) -> tuple[int, ...]:
-    """(K ..., 2^p): orders with the product n, whose matrices make Omega_n, K the outermost.
-
-    For n = 2^a q with an odd q, K is the smallest order 2^j q that `matrix` knows; for the widths
-    that QuIP# serves it is QuIP#'s as well. If none up to LARGEST divides n, two or three orders
-    share q, those with the smallest sum. Raises UsageError if there are none either.
-    """
-    check(n)
-    found = _factors(n)
-    assert found is not None
-    return found
+def invert_rows(
+    W: Float[Tensor, "n m"],
+    *,
+    block: int | None = None,
+    signs: Float[Tensor, " n"] | None = None,
+) -> Float[Tensor, "n m"]:
+    """Omega^T D W."""
+    return _turn(W, signs, _How(block, rows=True, transpose=True))
 
 
-@cache
-def matrix(order: int) -> Int8[Tensor, "order order"]:
-    """K with entries +-1 and K K^T = order I. Raises UsageError if no construction gives one."""
-    construct = _construction(order)
-    if construct is None:
-        raise UsageError(f"no Hadamard matrix of order {order} is known; a power of two has one")
-    return construct().to(torch.int8)
+class _How(NamedTuple):
+    block: int | None
+    rows: bool  # on the first axis of a matrix, otherwise on the last one of anything
+    transpose: bool
 
 
-def _apply(x: Tensor, block: int | None, *, transpose: bool) -> Tensor:
-    check(x.shape[-1], block)
-    width = x.shape[-1] if block is None else block
+def _turn(x: Tensor, signs: Tensor | None, how: _How) -> Tensor:
+    """D Omega x, or Omega^T D x."""
+    given, on_cpu = x.dtype, x.device.type == "cpu"
+    if on_cpu and given in HALVES:
+        x = x.float()  # faster there, and rounded once
+    if signs is not None:
+        signs = signs.to(x)
+    if not on_cpu or x.dtype not in _kernels():
+        y = _around(_by_products, x, signs, how)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, signs)):
+        y = _around(_Differentiable.apply, x, signs, how)
+    else:
+        y = _native(x, signs, how)
+    return y if y.dtype is given else y.to(given)
+
+
+def _around(rotation: Rotation, x: Tensor, signs: Tensor | None, how: _How) -> Tensor:
+    """The signs before or after a rotation that knows none."""
+    if signs is None:
+        return rotation(x, how)
+    signs = signs[:, None] if how.rows else signs
+    return rotation(x * signs, how) if how.transpose else rotation(x, how) * signs
+
+
+def _by_products(x: Tensor, how: _How) -> Tensor:
+    """One product with a small matrix for each pass."""
+    if how.rows:
+        return _by_products(x.T, how._replace(rows=False)).T
+    check(x.shape[-1], how.block)
+    width = x.shape[-1] if how.block is None else how.block
     orders, scale = _passes(width)
     y = x.reshape(-1, width)
     rows = y.shape[0]
     for order in reversed(orders):
         # A pass turns the last axis into the first one: after all passes each is back in place.
         K = _scaled(order, x.dtype, x.device)
-        K = (K.T if transpose else K).expand(rows, order, order)
+        K = (K.T if how.transpose else K).expand(rows, order, order)
         y = torch.bmm(K, y.view(rows, width // order, order).mT).view(rows, width)
     return (y if scale == 1 else y.mul_(scale)).view(x.shape)
 
@@ -109,107 +140,74 @@ def _power(order: int) -> int:
     return 2 ** math.ceil(math.log2(order) / 2)
 
 
-def _remedy(n: int) -> str:
-    block = math.gcd(n, 128)
-    return f"give --hadamard_block {block}" if block >= 8 else "give --rotation kronecker"
+class _Differentiable(torch.autograd.Function):
+    """`_native` without signs. The gradient of Omega x is Omega^T g."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, how: _How) -> Tensor:
+        ctx.how = how
+        return _native(x, None, how)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return _turn(g, None, ctx.how._replace(transpose=not ctx.how.transpose)), None
+
+
+def _native(x: Tensor, signs: Tensor | None, how: _How) -> Tensor:
+    """D Omega x, or Omega^T D x, for a dtype of `_kernels`."""
+    x = x.contiguous()
+    plan = _plan(x.shape[0 if how.rows else -1], how.block, how.transpose)
+    y = x.new_empty(x.shape)
+    signs = None if signs is None else signs.contiguous()
+    at = None if signs is None else signs.data_ptr()
+    before, after = (at, None) if how.transpose else (None, at)
+    inner = x.shape[1] if how.rows else 1
+    outer = x.numel() // (plan.n * max(inner, 1))
+    _kernels()[x.dtype](plan, x.data_ptr(), y.data_ptr(), before, after, outer, inner)
+    return y
+
+
+class _Plan(ctypes.Structure):
+    """The struct Plan of hadamard.cpp."""
+
+    _fields_ = (
+        *[(name, c_int64) for name in ("n", "runs", "blocks", "factors")],
+        ("orders", c_int64 * 3),
+        ("codes", c_void_p * 3),
+        ("scale", c_double),
+    )
+    kept: list[Tensor]  # what the codes point to
 
 
 @cache
-def _factors(n: int) -> tuple[int, ...] | None:
-    if _is_power_of_two(n):
-        return (n,)
-    divisors = [k for k in range(4, LARGEST + 1, 4) if n > 0 and n % k == 0]
-    orders = [k for k in divisors if not _is_power_of_two(k) and _construction(k)]
-    for counts in ((1,), (2, 3)):
-        choices = [K for i in counts for K in itertools.combinations_with_replacement(orders, i)]
-        rests = {K: n // math.prod(K) for K in choices if n % math.prod(K) == 0}
-        served = [K for K, rest in rests.items() if _is_power_of_two(rest)]
-        if served:
-            K = min(served, key=lambda K: (sum(K), K))
-            return *K, rests[K]
-    return None
+def _plan(n: int, block: int | None, transpose: bool) -> _Plan:
+    check(n, block)
+    width = n if block is None else block
+    *outer, runs = factors(width)
+    plan = _Plan(n=width, runs=runs, blocks=n // width, factors=len(outer))
+    plan.scale = 1 / math.sqrt(width)
+    plan.kept = [_codes(order, transpose) for order in outer]
+    plan.orders[: len(outer)] = outer
+    plan.codes[: len(outer)] = [codes.data_ptr() for codes in plan.kept]
+    return plan
 
 
 @cache
-def _construction(order: int) -> Callable[[], Tensor] | None:
-    """What makes `matrix(order)`. The precedence must not change: files hold signs for one K."""
-    if order in (1, 2):
-        return partial(torch.tensor, [[1]] if order == 1 else [[1, 1], [1, -1]])
-    if order < 1 or order % 4:
-        return None
-    if order in WILLIAMSON:
-        return partial(_williamson, order)
-    if not _is_power_of_two(order):
-        sizes = (order - 1, order // 2 - 1) if order % 8 else (order - 1,)
-        fields = [field for q in sizes if (field := _field(q))]
-        if fields:
-            return partial(_paley, *min(fields, key=lambda field: field[1] > 1))  # primes first
-    for a in range(2, math.isqrt(order) + 1):
-        if order % a == 0 and _construction(a) and _construction(order // a):
-            return partial(_product, a, order // a)
-    return None
+def _codes(order: int, transpose: bool) -> UInt8[Tensor, "fours order"]:
+    """Bit k of a code is set where column 4 i + k of K is -1."""
+    K = matrix(order).cpu().T if transpose else matrix(order).cpu()
+    a, b, c, d = (K < 0).to(torch.uint8).T.reshape(order // 4, 4, order).unbind(1)
+    return (a | b << 1 | c << 2 | d << 3).contiguous()
 
 
-def _product(a: int, b: int) -> Tensor:
-    return torch.kron(matrix(a), matrix(b))
-
-
-def _williamson(order: int) -> Tensor:
-    """Symmetric circulants of size k as quaternions: entries i and k - i of a first row agree."""
-    k = order // 4
-    right = (torch.arange(k) - torch.arange(k)[:, None]) % k
-    shift = k // 2 - torch.minimum(right, k - right)
-    A, B, C, D = ((bits >> shift & 1) * 2 - 1 for bits in map(torch.tensor, WILLIAMSON[order]))
-    rows = [[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]]
-    return torch.cat([torch.cat(row, dim=1) for row in rows])
-
-
-def _paley(p: int, k: int) -> Tensor:
-    """From C = [[0, +-1], [1, Q]], Q_ij = chi(a_i - a_j) over the q = p^k elements of a field.
-
-    I + C of order q + 1 if q = 3 mod 4; otherwise C + I and C - I fill order 2 (q + 1).
-    Here chi is 0 for 0, +1 for other squares, else -1; a_i are the digits of i in base p.
-    """
-    q, weights = p**k, torch.tensor([p**i for i in reversed(range(k))])
-    chi = torch.full((q,), -1)
-    chi[(torch.tensor(_squares(p, k)) * weights).sum(-1)] = 1
-    chi[0] = 0
-    digits = torch.tensor([*itertools.product(range(p), repeat=k)])
-    C, eye = torch.ones(q + 1, q + 1, dtype=torch.int64), torch.eye(q + 1, dtype=torch.int64)
-    C[0, 0], C[0, 1:] = 0, 1 if q % 4 == 1 else -1
-    C[1:, 1:] = chi[((digits[:, None] - digits) % p * weights).sum(-1)]
-    if q % 4 == 3:
-        return C + eye
-    return torch.cat([torch.cat([C + eye, C - eye], dim=1), torch.cat([C - eye, -C - eye], dim=1)])
-
-
-def _squares(p: int, k: int) -> list[tuple[int, ...]]:
-    """The nonzero squares of GF(p^k), polynomials in x: the even powers of x.
-
-    The field is what the first rule x^k = c_0 + c_1 x + ... makes under which the powers of x are
-    all its elements but 0.
-    """
-    rules = itertools.product(range(1, p), *[range(p)] * (k - 1))
-    return next(powers for c in rules if len(powers := _powers(p, c)) == p**k - 1)[::2]
-
-
-def _powers(p: int, c: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """1, x, x^2 ... until 1 returns, where x^k = c_0 + c_1 x + ... modulo p."""
-    powers: dict[tuple[int, ...], None] = {}
-    power = (1,) + (0,) * (len(c) - 1)
-    while power not in powers:
-        powers[power] = None
-        *low, top = power
-        power = tuple((a + top * b) % p for a, b in zip((0, *low), c, strict=True))
-    return list(powers)
-
-
-def _field(q: int) -> tuple[int, int] | None:
-    """(p, k) with q = p^k and p a prime."""
-    p = next((p for p in range(2, math.isqrt(q) + 1) if q % p == 0), q)
-    k = round(math.log(q, p))
-    return (p, k) if p**k == q else None
-
-
-def _is_power_of_two(n: int) -> bool:
-    return n > 0 and n & (n - 1) == 0
+@cache
+def _kernels() -> dict[torch.dtype, Any]:
+    """The functions of hadamard.cpp by the dtype of x; none where there is no compiler."""
+    native = library(SOURCE)
+    if native is None:
+        return {}
+    kernels = {torch.float32: native.rotate_float, torch.float64: native.rotate_double}
+    for kernel in kernels.values():
+        kernel.restype = None
+        kernel.argtypes = (POINTER(_Plan), *4 * (c_void_p,), *2 * (c_int64,))
+    return kernels

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from quip import hadamard
+from quip import hadamard, hadamard_matrices
 from quip.errors import UsageError
 from quip.hadamard import check, factors, invert, matrix, rotate
 from tests import reference as ref
@@ -92,6 +92,13 @@ PUBLISHED = {
     156: (williamson, 156, 0xE504C, 0xF130A, 0xE68A4, 0x8D41D),
     172: (williamson, 172, 0x233D76, 0x37E14D, 0x3ACAF4, 0x31E930),
 }
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def form(request, monkeypatch):
+    """The rotation with a compiler, if there is one here, and without."""
+    if request.param == "torch":
+        monkeypatch.setattr(hadamard, "_kernels", dict)
 
 
 def dense(n: int) -> torch.Tensor:
@@ -223,7 +230,7 @@ def test_a_width_or_block_without_a_rotation_is_refused_with_a_remedy(n, block, 
 
 
 @pytest.mark.parametrize("n", [1, 2, 12, 24, 64, 128, 192, 240, 576, 960, 1024, 1536])
-def test_a_rotation_is_the_dense_product(rng, n):
+def test_a_rotation_is_the_dense_product(form, rng, n):
     x = torch.randn(3, n, generator=rng, dtype=torch.float64)
     given = x.clone()
     assert_near(rotate(x), x @ dense(n).T, EXACT)
@@ -233,23 +240,36 @@ def test_a_rotation_is_the_dense_product(rng, n):
     assert rotate(x).data_ptr() != x.data_ptr()
 
 
-def test_several_outer_factors_are_applied_in_order(rng, monkeypatch):
-    monkeypatch.setattr(hadamard, "LARGEST", 100)  # 240 is 12 x 20 then, as 21840 is 140 x 156
-    hadamard._factors.cache_clear()
-    hadamard._passes.cache_clear()
-    try:
-        n = 16 * 3 * 11
-        assert factors(n) == (12, 44, 1)
-        x = torch.randn(2, n, generator=rng, dtype=torch.float64)
-        Omega = torch.kron(matrix(12), matrix(44)).double() / math.sqrt(n)
-        assert_near(rotate(x), x @ Omega.T, EXACT)
-        assert_near(invert(x), x @ Omega, EXACT)
-    finally:
-        hadamard._factors.cache_clear()
-        hadamard._passes.cache_clear()
+@pytest.fixture
+def orders_up_to_100(monkeypatch):
+    """The choice of orders is cached under the other limit, before and after."""
+    cached = (hadamard_matrices._factors, hadamard._passes, hadamard._plan)
+    for cache in cached:
+        cache.cache_clear()
+    monkeypatch.setattr(hadamard_matrices, "LARGEST", 100)
+    yield
+    for cache in cached:
+        cache.cache_clear()
 
 
-def test_the_transpose_matters():
+@pytest.mark.parametrize(
+    ("orders", "rest"),
+    [((12, 44), 1), ((12, 44), 16), ((12, 28, 44), 1), ((12, 12, 12), 16), ((12, 12, 20), 4)],
+)
+def test_several_outer_factors_are_applied_in_order(form, orders_up_to_100, rng, orders, rest):
+    n = math.prod(orders) * rest
+    assert factors(n) == (*orders, rest)
+    x = torch.randn(2, *orders, rest, generator=rng, dtype=torch.float64)
+    expected, back = x, x
+    for axis, order in enumerate((*orders, rest), start=1):
+        K = matrix(order).double() / math.sqrt(order)
+        expected = torch.tensordot(K, expected, ([1], [axis])).movedim(0, axis)
+        back = torch.tensordot(K.T, back, ([1], [axis])).movedim(0, axis)
+    assert_near(rotate(x.view(2, n)), expected.reshape(2, n), EXACT)
+    assert_near(invert(x.view(2, n)), back.reshape(2, n), EXACT)
+
+
+def test_the_transpose_matters(form):
     K = matrix(12).double()
     assert not torch.equal(K, K.T)
     assert_near(rotate(torch.eye(12).double()[0]), K[:, 0] / math.sqrt(12), EXACT)
@@ -259,7 +279,7 @@ def test_the_transpose_matters():
 @pytest.mark.parametrize(
     ("n", "block"), [(96, 8), (96, 12), (96, 96), (60, 20), (7, 1), (256, 128)]
 )
-def test_a_block_rotates_each_part_alike(rng, n, block):
+def test_a_block_rotates_each_part_alike(form, rng, n, block):
     x = torch.randn(2, 3, n, generator=rng, dtype=torch.float64)
     Omega = torch.block_diag(*[dense(block)] * (n // block))
     assert_near(rotate(x, block=block), x @ Omega.T, EXACT)
@@ -267,14 +287,14 @@ def test_a_block_rotates_each_part_alike(rng, n, block):
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (1,), (2, 0, 3), (2, 1, 3)])
-def test_any_batch_is_rotated_vector_by_vector(rng, batch):
+def test_any_batch_is_rotated_vector_by_vector(form, rng, batch):
     x = torch.randn(*batch, 48, generator=rng)
     assert rotate(x).shape == rotate(x, block=16).shape == x.shape
     expected = [rotate(v) for v in x.reshape(-1, 48)]
     assert_near(rotate(x).reshape(-1, 48), torch.stack([x.new_empty(48), *expected])[1:], 1e-6)
 
 
-def test_columns_and_slices_are_rotated_as_their_copies_are(rng):
+def test_columns_and_slices_are_rotated_as_their_copies_are(form, rng):
     x = torch.randn(96, 10, generator=rng, dtype=torch.float64)
     assert_near(rotate(x.T), rotate(x.T.contiguous()), EXACT)
     assert_near(rotate(x.T[:, ::2]), rotate(x.T[:, ::2].contiguous()), EXACT)
@@ -284,7 +304,7 @@ def test_columns_and_slices_are_rotated_as_their_copies_are(rng):
     ("dtype", "noise"), [(torch.float32, 1e-6), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)]
 )
 @pytest.mark.parametrize("n", [96, 512])
-def test_every_dtype_is_kept_up_to_its_noise(rng, dtype, noise, n):
+def test_every_dtype_is_kept_up_to_its_noise(form, rng, dtype, noise, n):
     x = torch.randn(20, n, generator=rng).to(dtype)
     y = rotate(x)
     assert y.dtype == invert(x).dtype == dtype
@@ -293,13 +313,14 @@ def test_every_dtype_is_kept_up_to_its_noise(rng, dtype, noise, n):
 
 
 def test_half_precision_overflows_nowhere_between_the_passes():
-    y = rotate(torch.full((4096,), 1000.0, dtype=torch.float16))
-    assert y[0] == 64_000  # 1000 sqrt(n), below the largest float16, 65504
-    assert not y[1:].any()
+    ones = torch.full((4096,), 1000.0, dtype=torch.float16)
+    for y in (rotate(ones), hadamard._by_products(ones, hadamard._How(None, False, False))):
+        assert y[0] == 64_000  # 1000 sqrt(n), below the largest float16, 65504
+        assert not y[1:].any()
 
 
 @pytest.mark.parametrize("block", [None, 12])
-def test_gradients_are_rotated_back(rng, block):
+def test_gradients_are_rotated_back(form, rng, block):
     x = torch.randn(2, 24, generator=rng, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: rotate(x, block=block), x)
     assert torch.autograd.gradcheck(lambda x: invert(x, block=block), x)
@@ -308,8 +329,8 @@ def test_gradients_are_rotated_back(rng, block):
     assert_near(x.grad, invert(g, block=block), EXACT)
 
 
-def test_what_inference_has_cached_still_lets_gradients_pass(rng):
-    for cached in (matrix, hadamard._scaled):
+def test_what_inference_has_cached_still_lets_gradients_pass(form, rng):
+    for cached in (matrix, hadamard._scaled, hadamard._codes, hadamard._plan):
         cached.cache_clear()
     with torch.inference_mode():
         rotate(torch.randn(2, 48, generator=rng))

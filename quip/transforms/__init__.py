@@ -1,0 +1,29 @@
+"""Changes of basis that make W and H easy to round, applied structurally and undone exactly.
+
+W becomes W~ = A W B^-1 and H becomes B H B^T, so that tr(W H W^T) keeps its value and
+A^-1 W~ (B x) = W x. `Rescale` is a diagonal B; `Kronecker` has orthogonal A and B, each
+p x q blocks of small random rotations around a permutation: O(m n (p + q)), never n x n.
+`Hadamard` has random signs and a Hadamard matrix: O(m n log(m n)).
+"""
+
+from typing import Any
+
+from quip.transforms.base import Chain, Draw, Transform
+from quip.transforms.hadamard import Hadamard
+from quip.transforms.kronecker import Kronecker, draw_blocked, draw_blocked_unpermuted
+from quip.transforms.rescale import Rescale
+
+# By the name that a file gives them.
+TRANSFORMS: dict[str, Any] = {"rescale": Rescale, "kronecker": Kronecker, "hadamard": Hadamard}
+
+__all__ = [
+    "TRANSFORMS",
+    "Chain",
+    "Draw",
+    "Hadamard",
+    "Kronecker",
+    "Rescale",
+    "Transform",
+    "draw_blocked",
+    "draw_blocked_unpermuted",
+]

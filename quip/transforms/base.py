@@ -1,0 +1,77 @@
+"""What a change of basis is, and several of them one after the other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quip.stored import Stored
+
+
+@runtime_checkable
+class Transform(Stored, Protocol):
+    """A frozen change of basis; its laws are in tests/laws.py."""
+
+    def apply(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]: ...
+
+    def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]: ...
+
+    def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """B x: activations entering."""
+        ...
+
+    def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        """A^-1 y: activations leaving."""
+        ...
+
+
+Draw = Callable[[Tensor, Tensor, torch.Generator], Transform]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Transforms one after the other."""
+
+    links: Sequence[Transform] = ()
+
+    @classmethod
+    def draw(
+        cls, draws: Sequence[Draw], W: Tensor, H: Tensor, rng: torch.Generator
+    ) -> tuple["Chain", Tensor, Tensor]:
+        """Draw each transform for what the ones before it left; also returns W and H after all."""
+        links = []
+        for draw in draws:
+            links.append(draw(W, H, rng))
+            W, H = links[-1].apply(W, H)
+        return cls(tuple(links)), W, H
+
+    def apply(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
+        for link in self.links:
+            W, H = link.apply(W, H)
+        return W, H
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of all links."""
+        return {name: x for link in self.links for name, x in link.tensors().items()}
+
+    def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        for link in reversed(self.links):
+            W_hat = link.undo(W_hat)
+        return W_hat
+
+    def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        for link in self.links:
+            x = link.input(x)
+        return x
+
+    def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        for link in reversed(self.links):
+            y = link.output(y)
+        return y

@@ -1,0 +1,84 @@
+"""QuIP#'s rotations: random signs and a Hadamard matrix."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quip import hadamard
+from quip.errors import QuipError
+from quip.stored import Options
+
+SIGNS = torch.float16  # of finer steps than bfloat16 near 1, where fine-tuned signs stay
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """The randomized Hadamard transform (QuIP#, section 3): with Omega orthogonal and S diagonal,
+
+        W~ = Omega_m^T S_out^-1 W S_in^-1 Omega_n,   H~ = Omega_n^T S_in H S_in Omega_n,
+        W_hat = S_out Omega_m W~_hat Omega_n^T S_in.
+
+    S_in and S_out are drawn as random signs. Fine-tuning may make them any numbers.
+    """
+
+    signs_in: Float[Tensor, " n"]
+    signs_out: Float[Tensor, " m"]
+    block: int | None = None  # Omega is block diagonal with blocks of this size; None: one block
+
+    @classmethod
+    def draw(
+        cls, W: Tensor, H: Tensor, rng: torch.Generator, *, block: int | None = None
+    ) -> "Hadamard":
+        """Raises UsageError where no Hadamard matrix fits the size of W."""
+        for size in W.shape:
+            hadamard.check(size, block)
+        m, n = W.shape
+        signs = 2.0 * torch.randint(2, (n + m,), generator=rng) - 1
+        signs = signs.to(W)
+        return cls(signs[:n], signs[n:], block)
+
+    def options(self) -> Options:
+        return {"block": self.block}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"signs_in": self.signs_in.to(SIGNS), "signs_out": self.signs_out.to(SIGNS)}
+
+    @classmethod
+    def layout(cls, m: int, n: int, *, block: int | None) -> dict[str, Tensor]:
+        sizes = {"signs_in": n, "signs_out": m}
+        return {k: torch.empty(size, dtype=SIGNS, device="meta") for k, size in sizes.items()}
+
+    @classmethod
+    def restore(
+        cls, tensors: Mapping[str, Tensor], m: int, n: int, *, block: int | None
+    ) -> "Hadamard":
+        for size in (m, n):
+            hadamard.check(size, block)
+        signs_in, signs_out = tensors["signs_in"].float(), tensors["signs_out"].float()
+        if not bool(signs_in.isfinite().all() and signs_out.isfinite().all()):
+            raise QuipError("a sign of its Hadamard transform is not finite: the file is damaged")
+        return cls(signs_in, signs_out, block)
+
+    def apply(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
+        s = self.signs_in
+        return self._from_both(W, 1 / self.signs_out.to(W), 1 / s.to(W)), self._from_both(H, s, s)
+
+    def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        W = hadamard.rotate(W_hat, block=self.block, signs=self.signs_in)
+        return hadamard.rotate_rows(W, block=self.block, signs=self.signs_out)
+
+    def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        return hadamard.invert(x, block=self.block, signs=self.signs_in)
+
+    def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        return hadamard.rotate(y, block=self.block, signs=self.signs_out)
+
+    def _from_both(self, A: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Omega^T diag(left) A diag(right) Omega."""
+        A = hadamard.invert(A, block=self.block, signs=right)
+        return hadamard.invert_rows(A, block=self.block, signs=left)

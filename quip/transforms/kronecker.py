@@ -1,0 +1,98 @@
+"""QuIP's rotations: Kronecker products of small random orthogonal matrices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quip.rotation import STORED, Rotation
+from quip.stored import Options
+
+ROTATIONS = {"factors": STORED, "permutations": torch.int32}
+
+
+@dataclass(frozen=True)
+class Kronecker:
+    """R_out W R_in^T, R_in H R_in^T with random orthogonal R (QuIP, Algorithm 1, line 5)."""
+
+    R_out: Rotation
+    R_in: Rotation
+
+    @classmethod
+    def draw(
+        cls,
+        W: Tensor,
+        H: Tensor,
+        rng: torch.Generator,
+        *,
+        blocked: bool = False,
+        permute: bool = True,
+    ) -> "Kronecker":
+        """Two rotations as `Rotation.draw` makes them.
+
+        R_out draws no permutation of its output: that would only shuffle the rows, which are
+        rounded independently.
+        """
+        R_in = Rotation.draw(W.shape[1], rng, blocked=blocked, mix=permute, shuffle=permute)
+        R_out = Rotation.draw(W.shape[0], rng, blocked=blocked, mix=permute, shuffle=False)
+        return cls(R_out, R_in)
+
+    def options(self) -> Options:
+        haars = [h for R in (self.R_in, self.R_out) for h in (R.left, R.right)]
+        blocked = any(len(haar.signs) > 1 for haar in haars)
+        return {"blocked": blocked, "permute": self.R_in.mix is not None}
+
+    def tensors(self) -> dict[str, Tensor]:
+        pairs = zip(self.R_in.stored(), self.R_out.stored(), strict=True)
+        parts = [torch.cat(pair) for pair in pairs]
+        return {name: x for name, x in zip(ROTATIONS, parts, strict=True) if x.numel()}
+
+    @classmethod
+    def layout(cls, m: int, n: int, *, blocked: bool, permute: bool) -> dict[str, Tensor]:
+        pairs = zip(*_sizes(m, n, blocked, permute), strict=True)
+        return {
+            name: torch.empty(sum(pair), dtype=dtype, device="meta")
+            for (name, dtype), pair in zip(ROTATIONS.items(), pairs, strict=True)
+            if sum(pair)
+        }
+
+    @classmethod
+    def restore(
+        cls, tensors: Mapping[str, Tensor], m: int, n: int, *, blocked: bool, permute: bool
+    ) -> "Kronecker":
+        sizes_in, _ = _sizes(m, n, blocked, permute)
+        parts = [tensors.get(name, torch.empty(0)) for name in ROTATIONS]
+        halves = [(x[:size], x[size:]) for x, size in zip(parts, sizes_in, strict=True)]
+        of_in, of_out = zip(*halves, strict=True)
+        R_in = Rotation.restored(n, of_in, blocked=blocked, mix=permute, shuffle=permute)
+        return cls(Rotation.restored(m, of_out, blocked=blocked, mix=permute, shuffle=False), R_in)
+
+    def apply(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
+        W = self.R_in.rotate(self.R_out.rotate_rows(W))
+        return W, self.R_in.rotate(self.R_in.rotate_rows(H))
+
+    def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return self.R_in.invert(self.R_out.invert_rows(W_hat))
+
+    def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        return self.R_in.rotate(x)
+
+    def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+        return self.R_out.invert(y)
+
+
+def _sizes(m: int, n: int, blocked: bool, permute: bool) -> tuple[tuple[int, int], ...]:
+    """The lengths of what R_in and R_out each add to the tensors of ROTATIONS."""
+    return (
+        Rotation.sizes(n, blocked=blocked, mix=permute, shuffle=permute),
+        Rotation.sizes(m, blocked=blocked, mix=permute, shuffle=False),
+    )
+
+
+draw_blocked = partial(Kronecker.draw, blocked=True)
+draw_blocked_unpermuted = partial(Kronecker.draw, blocked=True, permute=False)
