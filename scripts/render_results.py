@@ -44,6 +44,10 @@ def render(name: str) -> str:
     record = json.loads(path.read_text())
     if "status" in record:
         return f"```\n{table(record)}\n```\n"
+    if "sharp" in record:
+        return sharp_table(record)
+    if "decode_ns" in record:
+        return search_table(record)
     if "claim" in record:
         return rounding_table(record)
     if "kills" in record:
@@ -152,6 +156,58 @@ def resume_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + (
         f"\n\n{record['model']}, `{' '.join(record['flags'])}`; a run that nothing interrupts "
         f"takes {record['seconds']:.1f} s. What is lost holds a second start of the process.\n"
+    )
+
+
+def sharp_table(record: dict[str, Any]) -> str:
+    """Each recipe: what is stored, what is lost, and the time it took."""
+    lines = [
+        "| bits | recipe | as stored | mean proxy loss | perplexity | minutes |",
+        "|---:|---|---:|---:|---:|---:|",
+    ]
+    for r in record["rows"]:
+        stored, loss = r.get("bits_per_weight"), r.get("mean_proxy_loss")
+        seconds = sum(s for stage, s in r["seconds"].items() if stage != "evaluate")
+        lines.append(
+            f"| {r['bits']} | {r['name']} "
+            f"| {f'{stored:.3f}' if stored else '-'} | {f'{loss:.4f}' if loss else '-'} "
+            f"| {number(r)} | {seconds / 60:.1f} |"
+        )
+    seen, used, tuning = record["evaluation"][0], record["calibration"], record["tuning"]
+    block, model = tuning["block"], tuning["model"]
+    return "\n".join(lines) + (
+        f"\n\n{record['model']} on {seen['dataset']} ({seen['windows']} windows of "
+        f"{seen['seqlen']} tokens, SHA-256 {seen['sha256'][:8]}), calibrated on {used['windows']} "
+        f"windows of {used['dataset']}, in {record['dtype']} on a shared machine. (a): "
+        f"{block['epochs']} epochs at {block['lr']:g}, signs {block['signs_lr']:g}; (b): "
+        f"{model['epochs']} epochs at {model['lr']:g}, signs {model['signs_lr']:g}, on "
+        f"{tuning['nsamples']} windows; a quarter of the windows is held out. Minutes of (b) are "
+        "those of its tuning alone.\n"
+    )
+
+
+def search_table(record: dict[str, Any]) -> str:
+    """Nearest points: each form beside the dense search."""
+    lines = [
+        "| codebook | search in torch | closed form in torch | native | native / search |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    rows = {(r["codebook"], r["form"]): r for r in record["rows"]}
+    for name in dict.fromkeys(r["codebook"] for r in record["rows"]):
+        forms = [rows.get((name, form)) for form in ("search", "torch", "compiled")]
+        times = [
+            f"{r['ns']:.0f} ns" if r and r["ns"] >= 100 else f"{r['ns']:.1f} ns" if r else "-"
+            for r in forms
+        ]
+        ratio = f"{forms[2]['ratio']:.0f}" if forms[2] else "-"
+        lines.append(f"| {name} | {' | '.join(times)} | {ratio} |")
+    equal = (
+        "equal codes" if all(r["equal_codes"] == 1 for r in record["rows"]) else "codes that differ"
+    )
+    return "\n".join(lines) + (
+        f"\n\nPer vector of eight weights, {record['threads']} thread, {record['vectors']} Gaussian "
+        f"vectors, {equal}, {record['cpu']}. The tables take {record['table_bytes'] / 1e3:.0f} kB and "
+        f"{record['tables_ms']:.0f} ms when they are first used.\n"
     )
 
 

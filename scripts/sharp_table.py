@@ -10,7 +10,7 @@ of the row before it. Rows already in the file are kept, so that a stopped run g
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +22,7 @@ from quip.evaluation import Evaluation, run_evaluation
 from quip.experiment import Experiment, run_experiment
 from quip.finetune import BlockTuning, ModelTuning
 from quip.finetuning import FineTuning, finetune_checkpoint
+from quip.recipe import Recipe
 from quip.recipes import build_recipe
 
 
@@ -30,43 +31,49 @@ class Row:
     """What is quantized how, and tuned how."""
 
     bits: int
-    flags: dict[str, Any] = field(default_factory=dict)
+    name: str
+    flags: dict[str, Any]
     tuned: str = ""  # a: each block, b: the whole model
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        return self.flags if "codebook" in self.flags else {"wbits": self.bits, **self.flags}
+    def recipe(self) -> Recipe | None:
+        if self.bits == 16:
+            return None
+        lattice = "codebook" in self.flags
+        return build_recipe(**self.flags if lattice else {"wbits": self.bits, **self.flags})
 
 
 KRONECKER = {"incoh_processing": True}
-HADAMARD = KRONECKER | {"rotation": "hadamard"}
 E8P = {"codebook": "E8P12"}
-ROWS = {
-    "original": Row(16),
-    "int, Kronecker": Row(2, KRONECKER),
-    "int, Hadamard": Row(2, HADAMARD),
-    "E8P, as published": Row(2, E8P | {"faithful": True}),
-    "E8P, Hadamard": Row(2, E8P),
-    "E8P, Hadamard, (b)": Row(2, E8P, "b"),
-    "E8P, Hadamard, (a)": Row(2, E8P, "a"),
-    "E8P, Hadamard, (a) and (b)": Row(2, E8P, "ab"),
-    "int, Kronecker, 3": Row(3, KRONECKER),
-    "E8P + E81B, as published": Row(3, {"codebook": "E8P12RVQ3B", "faithful": True}),
-    "E8P + E81B, Hadamard": Row(3, {"codebook": "E8P12RVQ3B"}),
-    "int, Kronecker, 4": Row(4, KRONECKER),
-    "E8P + E8P, as published": Row(4, {"codebook": "E8P12RVQ4B", "faithful": True}),
-    "E8P + E8P, Hadamard": Row(4, {"codebook": "E8P12RVQ4B"}),
-}
+E81B = {"codebook": "E8P12RVQ3B"}
+TWICE = {"codebook": "E8P12RVQ4B"}
+PUBLISHED = {"faithful": True}
+ROWS = (
+    Row(16, "the original", {}),
+    Row(2, "int, Kronecker", KRONECKER),
+    Row(2, "int, Hadamard", KRONECKER | {"rotation": "hadamard"}),
+    Row(2, "E8P, Hadamard, as published", E8P | PUBLISHED),
+    Row(2, "E8P, Hadamard", E8P),
+    Row(2, "E8P, Hadamard, (b)", E8P, "b"),
+    Row(2, "E8P, Hadamard, (a)", E8P, "a"),
+    Row(2, "E8P, Hadamard, (a) and (b)", E8P, "ab"),
+    Row(3, "int, Kronecker", KRONECKER),
+    Row(3, "E8P and E81B, Hadamard, as published", E81B | PUBLISHED),
+    Row(3, "E8P and E81B, Hadamard", E81B),
+    Row(4, "int, Kronecker", KRONECKER),
+    Row(4, "E8P twice, Hadamard, as published", TWICE | PUBLISHED),
+    Row(4, "E8P twice, Hadamard", TWICE),
+)
 
 
 def main() -> None:
     args = parse_arguments()
     record = json.loads(args.out.read_text()) if args.out.exists() else {"sharp": True, "rows": []}
-    done = {row["name"] for row in record["rows"]}
+    done = {(row["bits"], row["name"]) for row in record["rows"]}
     with TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
-        for name, row in ROWS.items():
-            if name in done or (args.only and name not in args.only):
+        for row in ROWS:
+            if (row.bits, row.name) in done or (args.only and row.name not in args.only):
                 continue
             tune = tuned_model if "b" in row.tuned else quantized
             made, report = tune(args, row, work)
@@ -80,7 +87,7 @@ def main() -> None:
             }
             if report.get("calibration"):
                 record["calibration"] = shorten(report["calibration"])
-            record["rows"].append({"name": name, "bits": row.bits, "tuned": row.tuned, **made})
+            record["rows"].append({"name": row.name, "bits": row.bits, "tuned": row.tuned, **made})
             write(args.out, record)
             print(json.dumps(record["rows"][-1]), flush=True)
 
@@ -93,7 +100,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("dataset", help="calibration text")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, continued if it exists")
     parser.add_argument("--work", type=Path, help="where checkpoints are kept, to go on later")
-    parser.add_argument("--only", action="append", metavar="NAME", help="this row (again for more)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="rows of this name alone (may be given again)",
+    )
     parser.add_argument("--name", help="what to call the model in the table")
     parser.add_argument("--nsamples", type=int, default=128)
     parser.add_argument("--seqlen", type=int)
@@ -131,7 +143,7 @@ def quantized(args: argparse.Namespace, row: Row, work: Path) -> tuple[dict[str,
         Experiment(
             model=args.model,
             dataset=args.dataset,
-            recipe=build_recipe(**row.recipe) if row.flags else None,
+            recipe=row.recipe,
             tuning=block_tuning(args) if "a" in row.tuned else None,
             nsamples=args.nsamples,
             seqlen=args.seqlen,
