@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel
 from quip.files import new_folder
 from quip.layout import dense
 from quip.linear import quantized_layers
-from quip.pretrained import METHOD, QuipConfig
+from quip.pretrained import METHOD, QuipConfig, narrowed
 
 SHARD = "4GB"  # larger models are cut into files of at most this size
 
@@ -40,7 +39,7 @@ def save_checkpoint(
         raise QuipError("the model holds no quantized matrix: there is nothing to pack")
     model.config.quantization_config = QuipConfig.of(model)
     with new_folder(folder, overwrite=overwrite) as partial:
-        model.save_pretrained(partial, state_dict=_narrowed(model), max_shard_size=SHARD)
+        model.save_pretrained(partial, state_dict=narrowed(model), max_shard_size=SHARD)
         tokenizer.save_pretrained(partial)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text)
@@ -122,27 +121,3 @@ def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTra
             delattr(owner, name)
     model.is_quantized = False  # type: ignore[assignment]
     return model
-
-
-def _narrowed(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of the model, each tensor in the narrowest type that holds it exactly.
-
-    Those of packed matrices stay as they are: config.json says of which type they are.
-    """
-    layers = quantized_layers(model)
-    packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.stored()}
-    made: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one
-
-    def narrow(x: Tensor) -> Tensor:
-        key = x.data_ptr(), x.shape
-        if key not in made:
-            made[key] = next(
-                (y for y in map(x.to, (torch.float16, torch.bfloat16)) if torch.equal(y.to(x), x)),
-                x,
-            )
-        return made[key]
-
-    return {
-        name: narrow(x) if x.dtype in (torch.float32, torch.float64) and name not in packed else x
-        for name, x in model.state_dict().items()
-    }

@@ -204,8 +204,15 @@ def _known(run: Mapping[str, Any]) -> dict[str, Any]:
         "base_model": run.get("model"),
         "method": run.get("method"),
         "recipe": run.get("recipe"),
+        "finetune": _tuned(run.get("finetune")),
         "perplexities": perplexities,
     }
+
+
+def _tuned(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `quip finetune` did, after the proxy losses had been measured."""
+    keys = ("teacher", "kl_before", "kl_after", "epochs")
+    return {key: entry.get(key) for key in keys} if entry else None
 
 
 def _record(matrix: Mapping[str, Any]) -> MatrixRecord:

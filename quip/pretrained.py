@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -80,8 +80,14 @@ class QuipQuantizer(HfQuantizer):
                 raise Unavailable(f"{name}: {error}; {DAMAGED}") from error
         return model
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> nn.Module:
-        return dense(model, dtype or model.dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # Once a model was saved, its config holds its dtype as a word, and that is passed here.
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return dense(model, named or model.dtype)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+        """What save_pretrained writes of a model that was loaded, whatever it was handed."""
+        return narrowed(model), {}
 
     def is_serializable(self) -> bool:
         return True
@@ -130,6 +136,30 @@ def _header(path: Path) -> dict[str, tuple[list[int], str]]:
             return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise Unavailable(f"{path.name} is damaged or truncated ({error}); {DAMAGED}") from error
+
+
+def narrowed(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the model, each tensor in the narrowest type that holds it exactly.
+
+    Those of packed matrices stay as they are: config.json says of which type they are.
+    """
+    layers = quantized_layers(model)
+    packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.stored()}
+    made: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one
+
+    def narrow(x: Tensor) -> Tensor:
+        key = x.data_ptr(), x.shape
+        if key not in made:
+            made[key] = next(
+                (y for y in map(x.to, (torch.float16, torch.bfloat16)) if torch.equal(y.to(x), x)),
+                x,
+            )
+        return made[key]
+
+    return {
+        name: narrow(x) if x.dtype in (torch.float32, torch.float64) and name not in packed else x
+        for name, x in model.state_dict().items()
+    }
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again

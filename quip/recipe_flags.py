@@ -65,10 +65,11 @@ class Flags:
     def check(self) -> None:
         """Raise UsageError for values that are none, and for combinations that mean nothing."""
         _refuse_values(self)
+        if self.codebook != "int":
+            _refuse_lattice(self)
         _refuse_passes(self)
         _refuse_rotations(self)
         if self.codebook != "int":
-            _refuse_lattice(self)
             return
         _refuse_flags_of_lattices(self)
         if self.grid == "a":
@@ -133,6 +134,8 @@ def _refuse_values(f: Flags) -> None:
         value = getattr(f, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name} {value}: a positive number is needed")
+        if value is not None and name != "rho" and not 0.01 <= value <= 100:
+            raise UsageError(f"--{name} {value}: scales of lattices lie between 0.01 and 100")
     if f.hadamard_block is not None and f.hadamard_block < 2:
         raise UsageError(f"--hadamard_block {f.hadamard_block}: a block has at least 2 columns")
 

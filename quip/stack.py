@@ -23,6 +23,10 @@ from quip.quantize import QuantizedMatrix
 # As published files of QuIP# stack them; matrices of other names stay in the order of the model.
 PUBLISHED = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj")
 
+# Of a question: the inputs, their version and whether gradients were asked for, and who has not
+# come for the answer yet.
+Answers = tuple[weakref.ref[Tensor], tuple[int, bool], dict[int, Tensor]]
+
 
 def stacked(
     weights: Mapping[str, Float[Tensor, "_m n"]],
@@ -41,9 +45,7 @@ class Stack(QuantizedLinear):
     """The matrices of a stack as one quantized matrix, and their scales."""
 
     scales: Tensor
-    _input: weakref.ref[Tensor] | None
-    _kept: dict[int, Tensor]
-    _when: tuple[int, bool]
+    _kept: Answers | None
 
     def __init__(
         self,
@@ -71,17 +73,21 @@ class Stack(QuantizedLinear):
         stack.fill(matrix.tensors() | {"scales": scales}, matrix.codes.device)
         return stack
 
-    def rows(self, x: Float[Tensor, "*batch n"], index: int) -> Float[Tensor, "*batch _m"]:
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "*batch n"], index: int
+    ) -> Float[Tensor, "*batch _m"]:
         """The answer of one member; those of the others are kept until they ask."""
+        # Tensors of inference_mode have no version: they must not be changed between two members.
         now = (-1 if x.is_inference() else x._version, torch.is_grad_enabled())
-        if self._input is None or self._input() is not x or self._when != now:
-            self._answered()
-        if index not in self._kept:
-            y = self.product(x, self._row_scales()).to(x.dtype)
-            self._kept = dict(enumerate(y.split(list(self.sizes), dim=-1)))
-            self._input, self._when = weakref.ref(x, self._answered), now
-        y = self._kept.pop(index)
-        if not self._kept:
+        held = self._kept  # read once: another thread may put its own there meanwhile
+        left = held[2] if held and held[0]() is x and held[1] == now else {}
+        y = left.pop(index, None)
+        if y is None:
+            parts = self.product(x, self._row_scales()).to(x.dtype).split(list(self.sizes), dim=-1)
+            answers = dict(enumerate(parts))
+            y = answers.pop(index)
+            self._kept = (weakref.ref(x, self._answered), now, answers)
+        elif not left:
             self._answered()
         return y
 
@@ -105,10 +111,10 @@ class Stack(QuantizedLinear):
 
     def _answered(self, _: Any = None) -> None:
         """Forget answers that nobody will ask for."""
-        self._input, self._kept, self._when = None, {}, (0, False)
+        self._kept = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_input": None, "_kept": {}}
+        return {**super().__getstate__(), "_kept": None}
 
 
 class StackedLinear(nn.Module):
@@ -138,7 +144,7 @@ class StackedLinear(nn.Module):
         return self._shared[0]
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        y = self.whole.rows(x, self.index)
+        y = self.whole(x, self.index)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def dequantize(self) -> Float[Tensor, "m n"]:

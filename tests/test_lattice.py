@@ -91,9 +91,9 @@ def test_the_scale_follows_the_weights(name, dtype):
 @NAMES
 def test_weights_of_zero_have_a_scale_too(name):
     lattice = Lattice.published(name).fit(torch.zeros(4, 8), H8)
-    assert 0 < float(lattice.scale) < 1e-30
+    assert 0 < float(lattice.scale.half()) < 1e-7  # which files of float16 hold
     W_hat = lattice.decode(lattice.round(torch.zeros(4, 8), H8))
-    assert bool((W_hat.abs() < 1e-30).all())
+    assert bool((W_hat.abs() < 1e-7).all())
 
 
 @NAMES

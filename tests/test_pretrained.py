@@ -17,7 +17,7 @@ from quip.checkpoint import to_dense
 from quip.errors import QuipError
 from quip.linear import QuantizedLinear, quantized_layers
 from quip.pretrained import FORMAT, QuipConfig, QuipQuantizer
-from tests.checkpoints import fresh, quantized, save
+from tests.checkpoints import INCOHERENT, fresh, quantized, save
 from tests.laws import assert_near
 from tests.test_models import logits
 from tests.tiny import tokens
@@ -167,15 +167,18 @@ def test_device_maps_are_taken(device_map, saved, models):
         assert_answers(model, logits(models["llama"]))
 
 
-def test_blocks_may_stay_on_the_disk(saved, models, tmp_path):
+@pytest.mark.parametrize("flags", [INCOHERENT, {"codebook": "E8P12"}], ids=["int", "lattice"])
+def test_blocks_may_stay_on_the_disk(flags, tmp_path):
+    packed = quantized("llama", flags, blocks=3)
+    folder = save(packed, tmp_path / "model")
     places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
     places |= {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(3)}
     places |= {"lm_head": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(
-        saved / "llama", device_map=places, offload_folder=tmp_path, offload_buffers=True
+        folder, device_map=places, offload_folder=tmp_path / "rest", offload_buffers=True
     )
-    assert_answers(model, logits(models["llama"]))
-    assert_answers(model, logits(models["llama"]))
+    assert_answers(model, logits(packed))
+    assert_answers(model, logits(packed))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,6 +194,15 @@ def test_transformers_is_told_that_packed_models_are_saved_and_not_trained(saved
     model = AutoModelForCausalLM.from_pretrained(saved / "opt")
     assert model.hf_quantizer.is_serializable()
     assert not model.hf_quantizer.is_trainable
+
+
+def test_a_model_that_was_loaded_is_saved_as_small_as_it_was(saved, tmp_path):
+    for name in NAMES:
+        model = AutoModelForCausalLM.from_pretrained(saved / name, dtype=torch.float32)
+        model.save_pretrained(tmp_path / name)
+        files = [folder / name / "model.safetensors" for folder in (saved, tmp_path)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+        assert not quantized_layers(model.dequantize())
 
 
 def test_a_plain_model_is_not_quantized_on_the_way(saved, models, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
@@ -94,7 +95,7 @@ def test_one_product_serves_all_members(model, monkeypatch):
     x, y = torch.randn(2, 3, 32)
     first = [m(x) for m in (v, q, k)]  # in any order
     assert len(calls) == 3
-    assert not q.stack._kept
+    assert q.stack._kept is None
     assert torch.equal(q(x), first[1])  # a second question is a second product
     assert len(calls) == 4
     assert not torch.equal(k(y), first[2])
@@ -108,10 +109,27 @@ def test_an_answer_does_not_outlive_its_question(model):
     q = model.get_submodule(Q)
     x = torch.randn(3, 32)
     q(x)
-    assert set(q.stack._kept) == {1, 2}
+    assert set(q.stack._kept[2]) == {1, 2}
     del x
     gc.collect()
-    assert not q.stack._kept
+    assert q.stack._kept is None
+
+
+def test_threads_do_not_take_the_answers_of_others(model):
+    three = [model.get_submodule(name) for name in (Q, K, V)]
+    inputs = torch.randn(3, 2, 32)
+    expected = [[member(x) for member in three] for x in inputs]
+
+    def ask(i: int) -> bool:
+        x = inputs[i]
+        return all(
+            torch.equal(member(x), y)
+            for _ in range(300)
+            for member, y in zip(three, expected[i], strict=True)
+        )
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(ask, range(3)))
 
 
 def test_an_answer_without_gradients_is_not_given_where_they_are_asked_for(model):

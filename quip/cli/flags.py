@@ -64,7 +64,8 @@ def _method_flags(group: argparse._ArgumentGroup) -> None:
         "--npasses",
         type=int,
         metavar="N",
-        help="greedy passes over the columns: by default 10 for ldlqRG and allbal, else 0",
+        help="greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for "
+        "lattices after feedback (10 with --faithful) and 0 for grids",
     )
     add("--unbiased", action="store_true", help="round at random, so that the mean is exact")
     add(
@@ -144,7 +145,7 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
         "--faithful",
         action="store_true",
         help="the paper's algorithm as printed: weights clipped before feedback, and for grid b "
-        "one range of 2.4 RMS for the matrix",
+        "one range of 2.4 RMS for the matrix; for lattices one published scale for the matrix",
     )
 
 

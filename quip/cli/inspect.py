@@ -69,6 +69,11 @@ def _heading(found: Mapping[str, Any]) -> str:
     ]
     if found["base_model"]:
         lines.append(f"made from {found['base_model']}: {found['method']}")
+    if tuned := found["finetune"]:
+        lines.append(
+            f"then fine-tuned: KL divergence {tuned['kl_before']:.4g}, now {tuned['kl_after']:.4g} "
+            "nats per token (proxy losses are those before)"
+        )
     return "\n".join(lines)
 
 

@@ -90,7 +90,8 @@ def _refuse_values(args: argparse.Namespace) -> None:
                 raise UsageError(f"--{flag} needs weights to quantize: give --wbits 2 to 8")
     elif args.load:
         raise UsageError(
-            f"--load {args.load} evaluates what is quantized already: leave out --wbits"
+            f"--load {args.load} evaluates what is quantized already: leave out --wbits, "
+            "--codebook and --recipe"
         )
 
 

@@ -3,7 +3,6 @@
 import argparse
 
 LATTICES = ("E8P12", "E8P12RVQ3B", "E8P12RVQ4B")
-DEFAULTS = {"epochs": 5, "batch_size": 8, "patience": 3}
 
 
 def codebook_flags(group: argparse._ArgumentGroup) -> None:
@@ -32,7 +31,8 @@ def codebook_flags(group: argparse._ArgumentGroup) -> None:
         "--resid_scale_override",
         type=float,
         metavar="X",
-        help="by how much the second stage of a lattice magnifies what the first one left",
+        help="by how much the second stage of a lattice magnifies what the first one left "
+        "(default: 2.1 at 3 bits, 3.8 at 4)",
     )
     add(
         "--no_fuse",
@@ -67,8 +67,8 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
         help="after each group of matrices tune what is left of the block, its norms and signs, "
         "to give the original outputs, for at most N passes (default 0: no tuning)",
     )
-    add("--ft_lr", type=float, metavar="X", help="learning rate of weights and norms")
-    add("--ft_signs_lr", type=float, metavar="X", help="learning rate of sign vectors")
+    add("--ft_lr", type=float, metavar="X", help="rate of weights and norms (default 5e-5)")
+    add("--ft_signs_lr", type=float, metavar="X", help="rate of sign vectors (default 5e-4)")
     add("--ft_batch_size", type=int, metavar="N", help="windows in a step (default 8)")
     add(
         "--ft_patience",

@@ -114,8 +114,10 @@ class Lattice:
         return Lattices(name=self.name, ratio=self.ratio, scale=scale, groups=groups)
 
     def _scaled(self, scale: Tensor) -> "Lattice":
-        tiny = torch.finfo(torch.float32).tiny  # all-zero weights: any positive scale will do
-        return replace(self, scale=scale.float().clamp_min(tiny).bfloat16().to(scale.dtype))
+        # No point of the lattice is 0: weights that all are get the least scale that float16 holds.
+        least, tiny = 2.0**-24, torch.finfo(torch.float32).tiny
+        scale = torch.where(scale > 0, scale.clamp_min(tiny), least)
+        return replace(self, scale=scale.bfloat16().to(scale.dtype))
 
     def _error(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> float:
         """The weighted squared error of rounding X without feedback."""

@@ -1,8 +1,8 @@
 """Fine-tuning of quantized models, as QuIP# does it: codes stay, what surrounds them moves.
 
 `blocks` tunes what is left of a block while it is being quantized, `whole` the quantized model
-against its original, and `saved` does that to a checkpoint. `tunable` says what is tuned, and
-`descent` how.
+against its original (quip/finetuning.py does that to a checkpoint). `tunable` says what is tuned,
+and `descent` how.
 """
 
 from quip.finetune.blocks import BlockTuner, BlockTuning, TuningRecord

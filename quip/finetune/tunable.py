@@ -53,12 +53,15 @@ class Masters:
     """A context in which a module computes in float32 and these of its parameters are tuned.
 
     Beside `trained`, the vectors of every packed matrix are. W~ is kept in `dtype`. A state is the
-    tuned tensors as they would be stored: signs in float16, parameters in the type they came in.
+    tuned tensors as they would be stored: signs in float16, vectors in the type they came in, and
+    matrices with the values of the narrowest type that held them, as a file does.
     """
 
     def __init__(
         self, module: nn.Module, trained: Iterable[nn.Parameter], *, dtype: torch.dtype
     ) -> None:
+        # A rotation may gather all of |x| in one number, beyond the range of float16.
+        dtype = torch.float32 if dtype == torch.float16 else dtype
         self._packed = [Tunable(layer, dtype) for layer in quantized_layers(module).values()]
         self._places = [(one.layer, name) for one in self._packed for name in one.vectors]
         self.signs = [vector for one in self._packed for vector in one.vectors.values()]
@@ -75,7 +78,7 @@ class Masters:
         """The state, with which the module computes inside the block."""
         parameters = [*self.signs, *self.others]
         types = [getattr(layer, name).dtype for layer, name in self._places]
-        types += [self._old[parameter][0].dtype for parameter in self.others]
+        types += [_stored_as(self._old[parameter][0]) for parameter in self.others]
         exact = [parameter.data for parameter in parameters]
         state = [x.to(dtype, copy=True) for x, dtype in zip(exact, types, strict=True)]
         try:
@@ -112,4 +115,11 @@ class Masters:
             for (layer, name), x in zip(self._places, signs, strict=True):
                 setattr(layer, name, x)
             for parameter, x in zip(self.others, others, strict=True):
-                parameter.data = x
+                parameter.data = x.to(self._old[parameter][0].dtype)
+
+
+def _stored_as(x: Tensor) -> torch.dtype:
+    if x.ndim == 1:
+        return x.dtype
+    halves = (torch.float16, torch.bfloat16)
+    return next((half for half in halves if torch.equal(x.to(half).to(x.dtype), x)), x.dtype)

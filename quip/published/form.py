@@ -8,6 +8,7 @@ stacked, o, up and gate stacked, down. With Omega of quip.hadamard and W~ the de
 and scaleWH, where there is one, divides the inputs: a Rescale and a Hadamard of ours.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -165,7 +166,7 @@ def params(spec: Spec) -> dict[str, Any]:
 def spec_of(words: Mapping[str, Any]) -> Spec:
     """What `quip_params` says. Raises UnsupportedModel for whatever has another layout."""
     name, version = words.get("codebook"), words.get("codebook_version")
-    if name not in IDS:
+    if not (isinstance(name, str) and name in IDS):
         raise UnsupportedModel(
             f"its codebook is {name!r}, and {', '.join(IDS)} can be read; name another folder"
         )
@@ -181,7 +182,7 @@ def spec_of(words: Mapping[str, Any]) -> Spec:
                 "name another folder, or quantize the model"
             )
     row, ratio = LATTICES[name], words.get("resid_scale_override", -1)
-    if not isinstance(ratio, int | float):
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio):
         raise QuipError(f"resid_scale_override of its quip_params is {ratio!r}, not a number")
     if row.ratio is not None:
         ratio = float(ratio) if ratio > 0 else row.ratio
