@@ -205,9 +205,10 @@ def search_table(record: dict[str, Any]) -> str:
         "equal codes" if all(r["equal_codes"] == 1 for r in record["rows"]) else "codes that differ"
     )
     return "\n".join(lines) + (
-        f"\n\nPer vector of eight weights, {record['threads']} thread, {record['vectors']} Gaussian "
-        f"vectors, {equal}, {record['cpu']}. The tables take {record['table_bytes'] / 1e3:.0f} kB and "
-        f"{record['tables_ms']:.0f} ms when they are first used.\n"
+        f"\n\nPer vector of eight weights, {record['threads']} thread, {record['vectors']} "
+        f"Gaussian vectors, {equal}, {record['cpu']}. The tables take "
+        f"{record['table_bytes'] / 1e3:.0f} kB, and {record['tables_ms']:.0f} ms when they are "
+        "first used.\n"
     )
 
 

@@ -10,7 +10,7 @@ of the row before it. Rows already in the file are kept, so that a stopped run g
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,25 +44,34 @@ class Row:
 
 
 KRONECKER = {"incoh_processing": True}
+HADAMARD = {"pre_proj": True, "qfn": "b", "rotation": "hadamard"}  # without rescaling, as lattices
 E8P = {"codebook": "E8P12"}
 E81B = {"codebook": "E8P12RVQ3B"}
 TWICE = {"codebook": "E8P12RVQ4B"}
 PUBLISHED = {"faithful": True}
+
+
+def lattice_rows(bits: int, name: str, flags: dict[str, Any]) -> tuple[Row, ...]:
+    return (
+        Row(bits, f"{name}, Hadamard, as published", flags | PUBLISHED),
+        Row(bits, f"{name}, Hadamard", flags),
+        Row(bits, f"{name}, Hadamard, (b)", flags, "b"),
+        Row(bits, f"{name}, Hadamard, (a)", flags, "a"),
+        Row(bits, f"{name}, Hadamard, (a) and (b)", flags, "ab"),
+    )
+
+
 ROWS = (
     Row(16, "the original", {}),
     Row(2, "int, Kronecker", KRONECKER),
     Row(2, "int, Hadamard", KRONECKER | {"rotation": "hadamard"}),
-    Row(2, "E8P, Hadamard, as published", E8P | PUBLISHED),
-    Row(2, "E8P, Hadamard", E8P),
-    Row(2, "E8P, Hadamard, (b)", E8P, "b"),
-    Row(2, "E8P, Hadamard, (a)", E8P, "a"),
-    Row(2, "E8P, Hadamard, (a) and (b)", E8P, "ab"),
+    Row(2, "int, Hadamard, not rescaled", HADAMARD),
+    Row(2, "E8P, Kronecker", E8P | {"rotation": "kronecker"}),
+    *lattice_rows(2, "E8P", E8P),
     Row(3, "int, Kronecker", KRONECKER),
-    Row(3, "E8P and E81B, Hadamard, as published", E81B | PUBLISHED),
-    Row(3, "E8P and E81B, Hadamard", E81B),
+    *lattice_rows(3, "E8P and E81B", E81B),
     Row(4, "int, Kronecker", KRONECKER),
-    Row(4, "E8P twice, Hadamard, as published", TWICE | PUBLISHED),
-    Row(4, "E8P twice, Hadamard", TWICE),
+    *lattice_rows(4, "E8P twice", TWICE),
 )
 
 
@@ -99,7 +108,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("dataset", help="calibration text")
     parser.add_argument("--out", type=Path, required=True, help="JSON file, continued if it exists")
-    parser.add_argument("--work", type=Path, help="where checkpoints are kept, to go on later")
+    parser.add_argument("--work", type=Path, help="where checkpoints are kept")
     parser.add_argument(
         "--only",
         action="append",
@@ -136,9 +145,8 @@ def model_tuning(args: argparse.Namespace) -> ModelTuning:
 
 
 def quantized(args: argparse.Namespace, row: Row, work: Path) -> tuple[dict[str, Any], Any]:
-    """Quantize, tuning each block if asked to, and keep the checkpoint if a later row tunes it."""
-    wanted = row.flags == E8P
-    folder = work / f"e8p{row.tuned}" if wanted else None
+    """Quantize, tuning each block if asked to, and keep the checkpoint where (b) may tune it."""
+    folder = checkpoint(row, work)
     report = run_experiment(
         Experiment(
             model=args.model,
@@ -159,8 +167,13 @@ def quantized(args: argparse.Namespace, row: Row, work: Path) -> tuple[dict[str,
 
 
 def tuned_model(args: argparse.Namespace, row: Row, work: Path) -> tuple[dict[str, Any], Any]:
-    """Tune the checkpoint of the row before as a whole, and evaluate that."""
-    before, after = work / f"e8p{row.tuned.removesuffix('b')}", work / f"e8p{row.tuned}"
+    """Tune as a whole the checkpoint that (b) starts from, made now if it is not there."""
+    start = replace(row, tuned=row.tuned.removesuffix("b"))
+    before, after = checkpoint(start, work), checkpoint(row, work)
+    assert before is not None
+    assert after is not None
+    if not before.exists():
+        quantized(args, start, work)
     found = finetune_checkpoint(
         FineTuning(
             checkpoint=before,
@@ -189,6 +202,13 @@ def tuned_model(args: argparse.Namespace, row: Row, work: Path) -> tuple[dict[st
         "seconds": {"tune": round(found.seconds, 2)},
     }
     return {"perplexity": perplexity(report), **made}, report
+
+
+def checkpoint(row: Row, work: Path) -> Path | None:
+    """Where the checkpoint of a row is kept: of lattices by default, which (b) goes on from."""
+    if row.flags.keys() != {"codebook"}:
+        return None
+    return work / f"{row.flags['codebook']}{row.tuned}"
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:

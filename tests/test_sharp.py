@@ -280,3 +280,13 @@ def test_a_stack_without_a_hadamard_matrix_is_quantized_one_by_one(monkeypatch):
     quantize_model(model, tokens(), build_recipe(codebook="E8P12"), device="cpu", seed=0)
     assert set(asked) == {(32 + 16 + 16, 32), (48 + 48, 32)}
     assert not stacks(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@NAMES
+def test_a_gpu_loses_as_little(problem, codebook):
+    W, H = problem(48, 64)
+    ours = quantized(W.float().cuda(), H.cuda(), codebook=codebook).dequantize().cpu()
+    expected = loss(W.float(), H, codebook=codebook)
+    assert proxy_loss(W, ours, H) == pytest.approx(expected, rel=0.05)
