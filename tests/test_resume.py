@@ -231,7 +231,7 @@ def test_a_run_killed_in_its_evaluation_goes_on_there(plan, tmp_path, monkeypatc
 def test_a_run_killed_while_it_saves_leaves_nothing_under_the_name(plan, tmp_path, monkeypatch):
     plans = plan(save=tmp_path / "saved")
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_narrowed", kill)
+        patched.setattr(checkpoint, "narrowed", kill)
         assert killed(lambda: run_experiment(plans))
     assert not (tmp_path / "saved").exists()
     report = run_experiment(replace(plans, resume=True))
