@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from quip.errors import QuipError, Unavailable, UnsupportedModel
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
 from quip.files import new_folder
 from quip.layout import dense
 from quip.linear import quantized_layers
@@ -111,6 +111,18 @@ def check_folder(folder: str | Path) -> None:
         QuipConfig(**words)
     except QuipError as error:
         raise type(error)(f"{folder}: {error}") from error
+
+
+def check_replaced(folder: Path) -> None:
+    """Raise UsageError for a --save folder that holds files and is no checkpoint."""
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            check_folder(folder)
+        except QuipError as error:
+            raise UsageError(
+                f"--save {folder}: --overwrite replaces checkpoints of quip only, and this folder "
+                "is none; name another"
+            ) from error
 
 
 def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

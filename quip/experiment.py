@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from quip.checkpoint import check_folder
+from quip.checkpoint import check_replaced
 from quip.data import TokenSet, calibration_tokens, check_dataset
 from quip.device import choose_device, device_name
 from quip.errors import QuipError, UnsupportedModel, UsageError
@@ -188,13 +188,7 @@ def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> 
     same = saved is not None and fingerprint in (None, saved)
     check_new(e.save, "--save", overwrite=e.overwrite or same)
     if e.overwrite and e.save.is_dir() and any(e.save.iterdir()):
-        try:
-            check_folder(e.save)
-        except QuipError as error:
-            raise UsageError(
-                f"--save {e.save}: --overwrite replaces checkpoints of quip only, and this folder "
-                "is none; name another"
-            ) from error
+        check_replaced(e.save)
         for name in (e.model, e.dataset, *e.eval_datasets):
             if Path(name).expanduser().resolve().is_relative_to(e.save):
                 raise UsageError(f"--save {e.save}: {name} is in it, and would be lost")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quip.checkpoint import check_folder
+from quip.checkpoint import check_folder, check_replaced
 from quip.data import calibration_tokens, check_dataset
 from quip.device import choose_device, device_name
 from quip.errors import QuipError, UsageError
@@ -93,14 +93,7 @@ def _check(asked: FineTuning) -> str:
     check_folder(asked.checkpoint)
     check_new(asked.save, "--save", overwrite=asked.overwrite)
     save = asked.save.resolve()
-    if asked.save.is_dir() and any(asked.save.iterdir()):
-        try:
-            check_folder(asked.save)
-        except QuipError as error:
-            raise UsageError(
-                f"--save {asked.save}: --overwrite replaces checkpoints of quip only, and this "
-                "folder is none; name another"
-            ) from error
+    check_replaced(asked.save)
     for name in (asked.checkpoint, asked.dataset, asked.teacher):
         if name is not None and Path(name).expanduser().resolve().is_relative_to(save):
             raise UsageError(f"--save {asked.save}: {name} is in it, and would be lost")

@@ -16,7 +16,6 @@ in separate rows, as a panel of weights hands them over.
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from bench_rounding import commit, cpu_name
 from torch import Tensor
 
 from quip.codebooks import LATTICES, Groups, Lattice, compiled, e8p, e81b
@@ -260,22 +260,6 @@ def table(rows: list[Row]) -> str:
         for r in rows
     ]
     return "\n".join([head, *lines])
-
-
-def cpu_name() -> str:
-    """The processor's model name, as Linux gives it."""
-    info = Path("/proc/cpuinfo")
-    names = info.read_text().splitlines() if info.exists() else []
-    named = [line.split(":", 1)[1].strip() for line in names if line.startswith("model name")]
-    return f"{named[0] if named else platform.machine()}, {os.cpu_count()} cores"
-
-
-def commit() -> str | None:
-    """The commit of the checkout, marked if it has changes; None outside one."""
-    command = ["git", "describe", "--always", "--dirty"]
-    root = Path(__file__).resolve().parent
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
 
 
 if __name__ == "__main__":

@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from quip.cli.shared import as_given, refuse_small
+from quip.cli.shared import TUNING, as_given, refuse_small
 
 SUMMARY = "tune a checkpoint against the model it was quantized from"
-TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")
 
 
 def build(parser: argparse.ArgumentParser) -> None:

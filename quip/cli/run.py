@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from quip.cli.door import Parser, guarded
 from quip.cli.flags import NAMED, PAPER_SETS, add_flags
-from quip.cli.shared import as_given, names, refuse_small, zero_shot
+from quip.cli.shared import TUNING, as_given, names, refuse_small, zero_shot
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ RECIPE_FLAGS = (
     *("npasses", "unbiased", "groupsize", "percdamp", "codebook", "rotation", "hadamard_block"),
     *("scale", "scale_override", "resid_scale_override", "no_fuse"),
 )
-TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,8 @@ from quip.errors import UsageError
 if TYPE_CHECKING:
     from quip.evaluate.zeroshot import ZeroShot
 
+TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")  # what tuning takes
+
 
 def task_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
