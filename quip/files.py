@@ -1,10 +1,11 @@
 """Files and folders that appear under their name only when they are complete."""
 
+import csv
 import glob
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,6 +29,14 @@ def replacing(final: Path) -> Iterator[Path]:
             os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Rows of the same keys, in their order, under a line of the keys."""
+    with replacing(path) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 @contextmanager

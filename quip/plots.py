@@ -3,16 +3,39 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from quip.errors import Unavailable
 from quip.files import replacing
 from quip.records import MatrixRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def check_plots(flag: str) -> None:
+    """Raise Unavailable, naming the flag that asks for a plot, where none can be made."""
+    if not can_plot():
+        raise Unavailable(
+            f"{flag} needs the package matplotlib; install it with: pip install 'quip-quant[plot]'"
+        )
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """As a PNG that appears when it is complete."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")
 
 
 def write_plot(records: Sequence[MatrixRecord], folder: Path) -> None:
     """layers.png in the folder, where matplotlib is installed and there is something to plot."""
-    if records and find_spec("matplotlib") is not None:
-        with replacing(folder / "layers.png") as partial:
-            plot_losses(records, partial)
+    if records and can_plot():
+        plot_losses(records, folder / "layers.png")
 
 
 def plot_losses(records: Sequence[MatrixRecord], path: Path) -> None:
@@ -37,4 +60,4 @@ def plot_losses(records: Sequence[MatrixRecord], path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=True, which="both", alpha=0.3)
     figure.legend(fontsize="small", loc="outside right upper")
-    figure.savefig(path, dpi=150, format="png")
+    save_figure(figure, path)

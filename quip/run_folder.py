@@ -1,6 +1,5 @@
 """The folder of one run: written to by one run at a time, each file complete or not there."""
 
-import csv
 import fcntl
 import json
 import math
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quip.errors import UsageError
-from quip.files import check_new, replacing, writing
+from quip.files import check_new, replacing, write_csv, writing
 from quip.plots import write_plot
 from quip.records import MatrixRecord
 
@@ -58,10 +57,7 @@ class RunFolder:
     def write_layers(self, records: Sequence[MatrixRecord]) -> None:
         """layers.csv, and layers.png where matplotlib is installed."""
         self.open()
-        with replacing(self.path / "layers.csv") as partial, partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(MatrixRecord.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(asdict(record) for record in records)
+        write_csv(self.path / "layers.csv", [asdict(record) for record in records])
         write_plot(records, self.path)
 
     def open(self) -> None:

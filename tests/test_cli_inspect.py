@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from quip.cli import inspect as inspect_command
 from quip.cli.inspect import inspection_table
 from quip.inspection import inspect_checkpoint
 from tests.runs import save_model, write_text
@@ -78,7 +77,7 @@ def test_a_plot_that_cannot_be_is_one_line_and_no_table(quip, packed, tmp_path, 
     assert "no run.json there knows the matrices" in line
     assert not (tmp_path / "a.png").exists()
 
-    monkeypatch.setattr(inspect_command, "find_spec", lambda package: None)
+    monkeypatch.setattr("quip.plots.find_spec", lambda package: None)
     status, out, [line] = quip("inspect", packed, "--plot", tmp_path / "a.png")
     assert (status, out) == (1, "")
     assert "pip install 'quip-quant[plot]'" in line

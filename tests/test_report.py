@@ -114,11 +114,11 @@ def test_a_write_that_fails_leaves_the_file_before_it_and_no_other(tmp_path, mon
 
 
 def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
-    def interrupted(records: object, path: Path) -> None:
+    def interrupted(figure: object, path: Path, **options: object) -> None:
         path.write_bytes(PNG)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots, "plot_losses", interrupted)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", interrupted)
     with pytest.raises(KeyboardInterrupt):
         RunFolder(tmp_path).write_layers(RECORDS)
     assert visible(tmp_path) == ["layers.csv"]

@@ -3,12 +3,11 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from quip.card import size_words
-from quip.errors import Unavailable
+from quip.cli.shared import aligned
 
 SUMMARY = "show what a saved checkpoint holds and takes"
 
@@ -29,20 +28,14 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Inspect, plot, and print."""
-    if args.plot and find_spec("matplotlib") is None:
-        raise Unavailable(
-            "--plot needs the package matplotlib; install it with: pip install 'quip-quant[plot]'"
-        )
-
-    from quip.files import replacing
     from quip.inspection import inspect_checkpoint, matrix_records
-    from quip.plots import plot_losses
+    from quip.plots import check_plots, plot_losses
 
+    if args.plot:
+        check_plots("--plot")
     found = inspect_checkpoint(args.folder)
     if args.plot:
-        records = matrix_records(args.folder)
-        with replacing(args.plot) as partial:
-            plot_losses(records, partial)
+        plot_losses(matrix_records(args.folder), args.plot)
     print(json.dumps(found, indent=2, allow_nan=False) if args.json else inspection_table(found))
 
 
@@ -51,7 +44,7 @@ def inspection_table(found: Mapping[str, Any]) -> str:
     parts = [
         _heading(found),
         _sizes(found),
-        _aligned([("stored as", "bytes"), *_counts(found["bytes_by_kind"])]),
+        aligned([("stored as", "bytes"), *_counts(found["bytes_by_kind"])]),
         _perplexity_table(found["perplexities"]),
         _worst_table(found["worst_matrices"]),
     ]
@@ -112,7 +105,7 @@ def _perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return _aligned([heads, *lines]) if lines else ""
+    return aligned([heads, *lines]) if lines else ""
 
 
 def _worst_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -125,22 +118,8 @@ def _worst_table(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in rows
     ]
-    return _aligned([("worst matrices", "shape", "bits", "proxy loss"), *lines]) if lines else ""
+    return aligned([("worst matrices", "shape", "bits", "proxy loss"), *lines]) if lines else ""
 
 
 def _short(value: float | str | None) -> str:
     return "-" if value is None else f"{float(value):.4g}"
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns under one another: the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
-        for line in lines
-    )

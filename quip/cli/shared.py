@@ -1,6 +1,7 @@
 """Flags that several commands have, and what they become."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,3 +90,17 @@ def refuse_small(args: argparse.Namespace, **least: int) -> None:
 def as_given(args: argparse.Namespace) -> dict[str, object]:
     """The flags for the report."""
     return {name: value for name, value in vars(args).items() if name != "call"}
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Columns under one another: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True)),
+            ]
+        )
+        for line in lines
+    )

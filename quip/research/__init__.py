@@ -1,0 +1,1 @@
+"""The research bench: what the papers claim, measured here."""
