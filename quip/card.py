@@ -51,6 +51,8 @@ def _without_folders(value: Any) -> Any:
             return {_without_folders(key): _without_folders(x) for key, x in value.items()}
         case list() | tuple():
             return [_without_folders(x) for x in value]
+        case Path():
+            return _without_folders(str(value))
         case str():
             local = ("/", "./", "../", "~")
             names = value.split(",")
@@ -210,7 +212,8 @@ def _command(report: Mapping[str, Any]) -> str:
     flags = report.get("flags") or {}
     if not flags or not report.get("model") or not report.get("dataset"):
         return ""
-    words = [str(report["model"]), str(report["dataset"]), *_flags(flags)]
+    dataset = [] if flags.get("hessians") else [str(report["dataset"])]
+    words = [str(report["model"]), *dataset, *_flags(flags)]
     return "quip run " + " ".join(shlex.quote(word) for word in words)
 
 

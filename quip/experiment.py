@@ -8,34 +8,32 @@ from typing import Any
 
 import torch
 
+from quip.calibration import calibration_of, fitting_store
 from quip.checkpoint import check_replaced
-from quip.data import TokenSet, calibration_tokens, check_dataset
+from quip.data import check_dataset
 from quip.device import choose_device, device_name
-from quip.errors import QuipError, UnsupportedModel, UsageError
+from quip.errors import QuipError, UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.evaluation import (
     check_measures,
-    default_seqlen,
     measure_perplexities,
     measure_tasks,
     token_sets,
 )
 from quip.files import check_new
 from quip.finetune import BlockTuning, TuningRecord
-from quip.linear import quantized_layers
+from quip.hessian_store import HessianStore
 from quip.models import LoadedModel, load_model
 from quip.notes import save_with_notes, write_notes
-from quip.pipeline import quantize_matrix_by_matrix
+from quip.pipeline import quantize_from_store, quantize_matrix_by_matrix
 from quip.recipe import Recipe, describe
 from quip.records import MatrixRecord, Stopwatch, versions
 from quip.report import Report
-from quip.resume import Ledger, fingerprint_of
+from quip.resume import Ledger, Source, fingerprint_of
 from quip.run_folder import RunFolder, read_report
-from quip.walk import check_weights, coverage
+from quip.walk import batch_size_for, check_quantizable, check_weights
 
 log = logging.getLogger(__name__)
-
-TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +41,10 @@ class Experiment:
     """Everything that one run depends on."""
 
     model: str
-    dataset: str
+    dataset: str | None  # None: that of the store
     recipe: Recipe | None  # None evaluates the model as it is
     tuning: BlockTuning | None = None  # of each block, while it is quantized
+    hessians: Path | None = None  # a store of them, instead of calibration
     load: str | None = None  # a checkpoint of the model, evaluated in its place
     method: str = "unquantized"  # the recipe in a person's words
     nsamples: int = 128
@@ -72,19 +71,19 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     fails leaves a report of what it had reached, and of the reason.
     """
     save = experiment.save and experiment.save.resolve()  # also if it is the folder we are in
-    e, watch = replace(experiment, save=save), Stopwatch()
+    e, watch = _settled(replace(experiment, save=save)), Stopwatch()
     folder, device = _check(e)
     with watch("load"):
         loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
-        kept = _matrices_kept(loaded) if e.recipe else ()
+        kept = check_quantizable(loaded.model, loaded.name).kept if e.recipe else ()
         check_weights(loaded.model)
     with watch("data"):
-        calibration = _calibration(e, loaded) if e.recipe else None
+        source = _source(e, loaded) if e.recipe else None
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
-    ledger = _ledger(e, loaded, calibration, device, folder)
+    ledger = _ledger(e, loaded, source, device, folder)
     earlier = folder.earlier_report() if folder else {}
     entries = _entries(e, loaded, device) | {
-        "calibration": calibration and calibration.stamp,
+        "calibration": source and source.stamp,
         "evaluation": {name: tokens.stamp for name, tokens in windows.items()},
         "kept_matrices": list(kept),
         "fingerprint": ledger and ledger.fingerprint,
@@ -99,8 +98,8 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
                 "original_perplexity", windows, original, report, watch, earlier=earlier
             )
             del original
-        if e.recipe and calibration:
-            records = _quantize(e, e.recipe, calibration, loaded, report, watch, ledger)
+        if e.recipe and source:
+            records = _quantize(e, e.recipe, source, loaded, report, watch, ledger)
             if e.save:
                 with watch("save"):
                     save_with_notes(
@@ -115,6 +114,20 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     return report.entries
 
 
+def _settled(e: Experiment) -> Experiment:
+    """The same with the data set that its store is of. Raises UsageError unless it has one."""
+    if (e.dataset is None) == (e.hessians is None):
+        raise UsageError("give a data set to calibrate on or a store (--hessians), and not both")
+    if e.hessians is None:
+        return e
+    if e.tuning:
+        raise UsageError(
+            "--hessians with --ft_epochs: tuning needs activations, of which a store has only the "
+            "second moments; give DATASET instead, or leave out --ft_epochs"
+        )
+    return replace(e, dataset=HessianStore(e.hessians).manifest["calibration"]["dataset"])
+
+
 def _check(e: Experiment) -> tuple[RunFolder | None, str]:
     """Whatever can be refused at once; the run's folder, not made yet, and its device."""
     folder = RunFolder(e.out, overwrite=e.overwrite, resume=e.resume) if e.out else None
@@ -126,45 +139,30 @@ def _check(e: Experiment) -> tuple[RunFolder | None, str]:
             )
         _check_save(e)
     device = choose_device(e.device)
-    check_dataset(e.dataset, "calibration")
+    if e.hessians is None:
+        check_dataset(str(e.dataset), "calibration")
     check_measures(e.eval_datasets, e.tasks)
     return folder, device
 
 
-def _matrices_kept(loaded: LoadedModel) -> tuple[str, ...]:
-    """The matrices that stay as they are, in a model whose others can all be quantized."""
-    if quantized_layers(loaded.model):
-        raise UnsupportedModel(
-            f"{loaded.name} is a checkpoint of quip, quantized already; give the original, or "
-            "leave out --wbits to evaluate it"
-        )
-    covered = coverage(loaded.model)
-    if not covered.quantized:
-        raise UnsupportedModel(
-            f"{loaded.name}: its blocks hold no nn.Linear to quantize; give another model"
-        )
-    return covered.kept
-
-
-def _calibration(e: Experiment, loaded: LoadedModel) -> TokenSet:
-    seqlen = e.seqlen or default_seqlen(loaded)
-    return calibration_tokens(
-        e.dataset, loaded.tokenizer, nsamples=e.nsamples, seqlen=seqlen, seed=e.seed
-    )
+def _source(e: Experiment, loaded: LoadedModel) -> Source:
+    if e.hessians:
+        return fitting_store(e.hessians, loaded)
+    return calibration_of(loaded, str(e.dataset), nsamples=e.nsamples, seqlen=e.seqlen, seed=e.seed)
 
 
 def _ledger(
     e: Experiment,
     loaded: LoadedModel,
-    calibration: TokenSet | None,
+    source: Source | None,
     device: str,
     folder: RunFolder | None,
 ) -> Ledger | None:
     """Where finished blocks go, in the run's folder, with a fingerprint of all they depend on."""
-    if folder is None or e.recipe is None or calibration is None:
+    if folder is None or source is None:
         return None
     fingerprint = fingerprint_of(
-        loaded, calibration, e.recipe, e.tuning, seed=e.seed, device=torch.device(device)
+        loaded, source, e.recipe, e.tuning, seed=e.seed, device=torch.device(device)
     )
     ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
     folder.open()
@@ -189,8 +187,8 @@ def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> 
     check_new(e.save, "--save", overwrite=e.overwrite or same)
     if e.overwrite and e.save.is_dir() and any(e.save.iterdir()):
         check_replaced(e.save)
-        for name in (e.model, e.dataset, *e.eval_datasets):
-            if Path(name).expanduser().resolve().is_relative_to(e.save):
+        for name in (e.model, e.dataset, e.hessians, *e.eval_datasets):
+            if name and Path(name).expanduser().resolve().is_relative_to(e.save):
                 raise UsageError(f"--save {e.save}: {name} is in it, and would be lost")
 
 
@@ -199,6 +197,7 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
     return {
         "model": e.model,
         "dataset": e.dataset,
+        "hessians": e.hessians and str(e.hessians),
         "method": e.method,
         "flags": dict(e.flags),
         "recipe": e.recipe and describe(e.recipe),
@@ -213,7 +212,7 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
 def _quantize(
     e: Experiment,
     recipe: Recipe,
-    calibration: TokenSet,
+    source: Source,
     loaded: LoadedModel,
     report: Report,
     watch: Stopwatch,
@@ -221,19 +220,26 @@ def _quantize(
 ) -> list[MatrixRecord]:
     records: list[MatrixRecord] = []
     tuned: list[TuningRecord] = []
-    try:
-        for record in quantize_matrix_by_matrix(
+    common: dict[str, Any] = {
+        "device": report.device,
+        "seed": e.seed,
+        "watch": watch,
+        "ledger": ledger,
+    }
+    if isinstance(source, HessianStore):
+        found = quantize_from_store(loaded.model, source, recipe, **common)
+    else:
+        found = quantize_matrix_by_matrix(
             loaded.model,
-            calibration.ids,
+            source.ids,
             recipe,
-            device=report.device,
-            seed=e.seed,
-            watch=watch,
-            batch_size=max(1, TOKENS_PER_BATCH // calibration.seqlen),
-            ledger=ledger,
+            batch_size=batch_size_for(source.seqlen),
             tuning=e.tuning,
             tuned=tuned,
-        ):
+            **common,
+        )
+    try:
+        for record in found:
             records.append(record)
     finally:
         if records:

@@ -69,10 +69,14 @@ def proxy_loss(
     W: Float[Tensor, "m n"], W_hat: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
 ) -> float:
     """tr(E H E^T) / tr(W H W^T), where E = W_hat - W (QuIP, equation 1, made relative)."""
-    W, H = W.double(), H.double()
-    E = W_hat.double() - W
-    error = float(((E @ H) * E).sum())
-    return error / scale if (scale := float(((W @ H) * W).sum())) else error
+    error = energy(W_hat.double() - W.double(), H)
+    return error / scale if (scale := energy(W, H)) else error
+
+
+def energy(X: Float[Tensor, "m n"], H: Float[Tensor, "n n"]) -> float:
+    """tr(X H X^T), what X makes of inputs with second moments H."""
+    X, H = X.double(), H.double()
+    return float(((X @ H) * X).sum())
 
 
 def _scale_block_columns(A: Tensor, blocks: Tensor) -> Tensor:

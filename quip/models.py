@@ -92,6 +92,11 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     return LoadedModel(model=model, tokenizer=tokenizer, name=name, max_length=max_length)
 
 
+def read_config(name: str) -> PretrainedConfig:
+    """The config alone, of a model named as `load_model` takes it."""
+    return _config(name, _locate(name))
+
+
 def check_seqlen(name: str, max_length: int, seqlen: int) -> None:
     """Raise UsageError unless windows of seqlen tokens fit the model and hold a prediction."""
     if seqlen < 2:

@@ -1,9 +1,9 @@
 """quantize_model: walk the blocks, quantize each matrix, and write down what it cost."""
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from jaxtyping import Int
@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip.finetune.blocks import BlockTuner, BlockTuning, TuningRecord
-from quip.hessian import Hessian
-from quip.linalg import proxy_loss
-from quip.linear import QuantizedLinear
-from quip.quantize import quantize_matrices, quantize_matrix, rng_for
+from quip.group import quantize_group
+from quip.hessian import Hessian, sharing
+from quip.hessian_store import HessianStore, StoredInput
 from quip.recipe import Recipe
 from quip.records import MatrixRecord, Stopwatch
 from quip.resume import Ledger
-from quip.stack import Stack, StackedLinear, in_order, stacked
-from quip.walk import Block, coverage, find_blocks, walk
+from quip.walk import Block, BlockModule, coverage, find_blocks, standing, walk
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +33,7 @@ class _Run:
     ledger: Ledger | None
     tuning: BlockTuning | None
     tuned: list[TuningRecord]
+    observed: Callable[[int, Mapping[str, Hessian]], None]
 
 
 def quantize_model(
@@ -79,23 +78,21 @@ def quantize_matrix_by_matrix(
     ledger: Ledger | None = None,
     tuning: BlockTuning | None = None,
     tuned: list[TuningRecord] | None = None,
+    observed: Callable[[int, Mapping[str, Hessian]], None] = lambda _block, _hessians: None,
 ) -> Iterator[MatrixRecord]:
     """`quantize_model`, which yields each record as soon as its matrix is in place.
 
     With a ledger, finished blocks are written down; those that it holds already are taken
     from it instead of being quantized again, and come out bitwise the same. What tuning comes to
-    is added to `tuned`.
+    is added to `tuned`. `observed` is shown the Hessians of each block before it is touched.
     Stages counted in `watch`: replay, observe, quantize, tune, keep.
     """
-    matrices, count = coverage(model).quantized, len(find_blocks(model)[1])
-    for name in matrices:
-        m, n = model.get_parameter(f"{name}.weight").shape
-        recipe.check(m, n, name)
+    matrices, count = _checked(model, recipe), len(find_blocks(model)[1])
     if tuning:  # whose steps and held-out windows are made of the walk's batches
         batch_size = min(batch_size, tuning.batch_size, tuning.held(len(tokens)))
-    # disable=None: a bar on a terminal only.
-    with tqdm(total=len(matrices), unit="matrix", dynamic_ncols=True, disable=None) as bar:
-        run = _Run(recipe, seed, watch, bar, ledger, tuning, [] if tuned is None else tuned)
+    with _bar(matrices) as bar:
+        tuned = [] if tuned is None else tuned
+        run = _Run(recipe, seed, watch, bar, ledger, tuning, tuned, observed)
         start, hidden = _take_up(ledger, count)
         for index in range(start):
             yield from _restore(run, index, model)
@@ -110,9 +107,63 @@ def quantize_matrix_by_matrix(
             if ledger and ledger.has(block.index):
                 yield from _restore(run, block.index, model)
             else:
-                yield from _quantize_and_keep(block, run)
+                yield from _report_and_keep(block, _quantize_block(block, run), run)
     if ledger:
         ledger.forget_hidden()
+
+
+def quantize_from_store(
+    model: nn.Module,
+    store: HessianStore,
+    recipe: Recipe,
+    *,
+    device: torch.device | str,
+    seed: int,
+    watch: Stopwatch,
+    ledger: Ledger | None = None,
+) -> Iterator[MatrixRecord]:
+    """Quantize every matrix of the model's blocks in place, by second moments from a store.
+
+    Nothing passes through the model: blocks do not depend on each other, and each input is read
+    once. One H is in memory at a time. Stages counted in `watch`: read, quantize, keep.
+    """
+    store.check(model)
+    with _bar(_checked(model, recipe)) as bar:
+        run = _Run(recipe, seed, watch, bar, ledger, None, [], lambda _block, _hessians: None)
+        inputs = {
+            index: list(found) for index, found in groupby(store.inputs, lambda one: one.block)
+        }
+        for block in standing(model, device=device):
+            bar.set_description(block.name)
+            if ledger and ledger.has(block.index):
+                yield from _restore(run, block.index, model)
+                continue
+            found = _quantize_by(store, inputs.get(block.index, []), block, run)
+            yield from _report_and_keep(block, found, run)
+
+
+def _quantize_by(
+    store: HessianStore, inputs: list[StoredInput], block: BlockModule, run: _Run
+) -> Iterator[MatrixRecord]:
+    for one in inputs:
+        with run.watch("read"):
+            H = store.read(one.name).H.to(next(block.module.parameters()).device)
+        found = quantize_group(block, one.matrices, H, run.recipe, run.seed)
+        yield from run.watch.each("quantize", found)
+
+
+def _checked(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    """The matrices to quantize, all of which the recipe can do."""
+    names = coverage(model).quantized
+    for name in names:
+        m, n = model.get_parameter(f"{name}.weight").shape
+        recipe.check(m, n, name)
+    return names
+
+
+def _bar(matrices: tuple[str, ...]) -> tqdm:
+    # disable=None: a bar on a terminal only.
+    return tqdm(total=len(matrices), unit="matrix", dynamic_ncols=True, disable=None)
 
 
 def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
@@ -133,9 +184,11 @@ def _restore(run: _Run, index: int, model: nn.Module) -> Iterator[MatrixRecord]:
     yield from records
 
 
-def _quantize_and_keep(block: Block, run: _Run) -> Iterator[MatrixRecord]:
+def _report_and_keep(
+    block: BlockModule, found: Iterator[MatrixRecord], run: _Run
+) -> Iterator[MatrixRecord]:
     records, known = [], len(run.tuned)
-    for record in _quantize_block(block, run):
+    for record in found:
         _report(record, run.recipe, run.bar)
         records.append(record)
         yield record
@@ -151,85 +204,16 @@ def _quantize_block(block: Block, run: _Run) -> Iterator[MatrixRecord]:
             tuner = BlockTuner(block, run.tuning, seed=run.seed)
     with watch("observe"):
         hessians = block.observe()
-    groups = _sharing(hessians)
+    run.observed(block.index, hessians)
+    groups = sharing(hessians)
     for names in groups:
         H = hessians[names[0]].value()
-        found = _quantize_group(block, names, H, run.recipe, run.seed)
+        found = quantize_group(block, names, H, run.recipe, run.seed)
         yield from watch.each("quantize", found)
         if tuner and names is not groups[-1]:  # after which no matrix is left to tune
             with watch("tune"):
                 run.tuned.append(tuner.tune(names))
             run.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
-
-
-def _quantize_group(
-    block: Block, names: Sequence[str], H: Tensor, recipe: Recipe, seed: int
-) -> Iterator[MatrixRecord]:
-    linears = block.linears()
-    members = {name: linears[name] for name in names}
-    rows = sum(linear.out_features for linear in members.values())
-    if recipe.stack and len(names) > 1 and recipe.can_do(rows, len(H)):
-        yield from _quantize_stack(block, members, H, recipe, seed)
-    else:
-        yield from _quantize_each(block, members, H, recipe, seed)
-
-
-def _quantize_each(
-    block: Block, linears: Mapping[str, nn.Linear], H: Tensor, recipe: Recipe, seed: int
-) -> Iterator[MatrixRecord]:
-    weights = {name: linear.weight.detach() for name, linear in linears.items()}
-    start = time.perf_counter()
-    for name, quantized in quantize_matrices(weights, H, recipe, seed=seed):
-        block.replace(name, QuantizedLinear.from_matrix(quantized, linears[name].bias))
-        W, bits = weights[name], quantized.bits_per_weight
-        loss = proxy_loss(W, quantized.dequantize(), H)
-        seconds = time.perf_counter() - start
-        yield _record(name, block.index, W, loss, quantized.damp, bits, seconds)
-        start = time.perf_counter()
-
-
-def _quantize_stack(
-    block: Block, linears: Mapping[str, nn.Linear], H: Tensor, recipe: Recipe, seed: int
-) -> Iterator[MatrixRecord]:
-    start, linears = time.perf_counter(), {name: linears[name] for name in in_order([*linears])}
-    weights = {name: linear.weight.detach() for name, linear in linears.items()}
-    W, scales = stacked(weights)
-    key = " ".join(linears)
-    quantized = quantize_matrix(W, H, recipe, rng=rng_for(seed, key), name=key)
-    stack = Stack.of(quantized, scales, [len(W) for W in weights.values()])
-    for index, (name, linear) in enumerate(linears.items()):
-        member = StackedLinear(stack, index, linear.bias is not None, device="meta")
-        member.bias = linear.bias
-        block.replace(name, member)
-    parts = stack.dequantize().split(list(stack.sizes))
-    seconds = (time.perf_counter() - start) / len(linears)
-    for (name, W), W_hat in zip(weights.items(), parts, strict=True):
-        loss, bits = proxy_loss(W, W_hat, H), stack.bits_per_weight
-        yield _record(name, block.index, W, loss, quantized.damp, bits, seconds)
-
-
-def _sharing(hessians: Mapping[str, Hessian]) -> list[list[str]]:
-    """The names of the matrices, those with one Hessian together."""
-    groups: dict[int, list[str]] = {}
-    for name, hessian in hessians.items():
-        groups.setdefault(id(hessian), []).append(name)
-    return list(groups.values())
-
-
-def _record(
-    name: str, block: int, W: Tensor, loss: float, damp: float, bits: float, seconds: float
-) -> MatrixRecord:
-    m, n = W.shape
-    return MatrixRecord(
-        name=name,
-        block=block,
-        rows=m,
-        columns=n,
-        proxy_loss=loss,
-        damp=damp,
-        bits_per_weight=bits,
-        seconds=seconds,
-    )
 
 
 def _report(record: MatrixRecord, recipe: Recipe, bar: tqdm) -> None:

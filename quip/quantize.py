@@ -1,22 +1,25 @@
 """One matrix through the house: condition, transform, order, feedback, sweep, polish."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, product
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.bits import pack
 from quip.codebooks.base import Codebook, Decoder, Groups
-from quip.errors import NonFinite, NotPositiveDefinite
+from quip.factorised import Factored, Factorisations, keys
+from quip.linalg import energy
 from quip.recipe import Recipe
 from quip.rounding import greedy, sweep
 from quip.transforms import Chain
 
-ESCALATIONS = 3  # times that damping is multiplied by 10 before giving up
+Label = TypeVar("Label", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class QuantizedMatrix:
     decoder: Decoder
     transform: Chain
     damp: float  # as used, after escalation
+    book: Codebook | None = None  # of the recipe, before it was fitted: which of its trials
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """W_hat in the original basis, float32."""
@@ -42,16 +46,6 @@ class QuantizedMatrix:
         """The bits of all `tensors`, over the number of weights."""
         stored = 8 * sum(tensor.nbytes for tensor in self.tensors().values())
         return stored / (self.codes.numel() * self.decoder.dim)
-
-
-@dataclass(frozen=True)
-class Factored:
-    """What a sweep needs to know of H: the order of columns, H in it, and its feedback."""
-
-    order: Int[Tensor, " n"]
-    H: Float[Tensor, "n n"]
-    K: Float[Tensor, "n n"]
-    h: Float[Tensor, " n"]
 
 
 def quantize_matrix(
@@ -70,7 +64,7 @@ def quantize_matrix(
         NonFinite: W or H holds NaN or infinity.
         NotPositiveDefinite: H has no Cholesky factor after three escalations of damping.
     """
-    return _quantize(W, H, recipe, rng, name, shared=None)[0]
+    return _quantize(W, Factorisations(H), recipe, rng, name)
 
 
 def quantize_matrices(
@@ -82,14 +76,34 @@ def quantize_matrices(
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """`quantize_matrix` for all matrices that share the input statistics H, one after the other.
 
-    H is factorised once where no transform stands between (a transform depends on W). Each
-    matrix draws from a generator of its own, so results do not depend on the company.
+    Each matrix draws from a generator of its own, so results do not depend on the company.
     """
-    shared = None
-    for name, W in weights.items():
-        quantized, factored = _quantize(W, H, recipe, rng_for(seed, name), name, shared=shared)
-        shared = None if recipe.transforms else (quantized.damp, factored)
+    for name, _, quantized in quantize_by_many(weights, H, {"": recipe}, seed=seed):
         yield name, quantized
+
+
+def quantize_by_many(
+    weights: Mapping[str, Float[Tensor, "_m n"]],
+    H: Float[Tensor, "n n"],
+    recipes: Mapping[Label, Recipe],
+    *,
+    seed: int,
+) -> Iterator[tuple[str, Label, QuantizedMatrix]]:
+    """`quantize_matrix` of each matrix by each recipe: its name, the recipe's label, the result.
+
+    They come in the order of the work, so that what several have in common is computed once:
+    recipes that differ in their codebooks alone share a factorisation of H, which takes as long
+    as rounding or (Algorithm 5) far longer; without transforms all matrices do.
+    """
+    factorisations = Factorisations(H)
+    bases: dict[Hashable, dict[Hashable, list[tuple[str, Label]]]] = {}
+    for name, label in product(weights, recipes):
+        basis, factored = keys(name, recipes[label])
+        bases.setdefault(basis, {}).setdefault(factored, []).append((name, label))
+    for work in bases.values():
+        for name, label in chain.from_iterable(work.values()):
+            rng = rng_for(seed, name)
+            yield name, label, _quantize(weights[name], factorisations, recipes[label], rng, name)
 
 
 def rng_for(seed: int, name: str) -> torch.Generator:
@@ -99,21 +113,14 @@ def rng_for(seed: int, name: str) -> torch.Generator:
 
 
 def _quantize(
-    W: Tensor,
-    H: Tensor,
-    recipe: Recipe,
-    rng: torch.Generator,
-    name: str,
-    *,
-    shared: tuple[float, Factored] | None,
-) -> tuple[QuantizedMatrix, Factored]:
-    W_d, H_0 = condition(W, H, name)
-    damp, T, W_t, f = _prepare(W_d, H_0, recipe, rng, name, shared)
+    W: Tensor, factorisations: Factorisations, recipe: Recipe, rng: torch.Generator, name: str
+) -> QuantizedMatrix:
+    T, W_t, f = factorisations.of(W, recipe, rng, name)
     W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
     books = recipe.trials or (recipe.codebook,)
-    found = (_round(W_t, f, book.seeded(rng), recipe) for book in books)
-    codes, decoder = min(found, key=partial(_loss, W_t, f)) if recipe.trials else next(found)
-    return QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=damp), f
+    found = ((book, *_round(W_t, f, book.seeded(rng), recipe)) for book in books)
+    book, codes, decoder = min(found, key=partial(_loss, W_t, f)) if recipe.trials else next(found)
+    return QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=f.damp, book=book)
 
 
 def _round(W_t: Tensor, f: Factored, book: Codebook, recipe: Recipe) -> tuple[Tensor, Decoder]:
@@ -133,57 +140,7 @@ def _round(W_t: Tensor, f: Factored, book: Codebook, recipe: Recipe) -> tuple[Te
     return codes[:, place.to(codes.device)], book.joined(books, groups)
 
 
-def _loss(W_t: Tensor, f: Factored, found: tuple[Tensor, Decoder]) -> float:
+def _loss(W_t: Tensor, f: Factored, found: tuple[Codebook, Tensor, Decoder]) -> float:
     """tr(E H E^T) in the basis of the transform."""
-    codes, decoder = found
-    E = decoder.decode(codes)[:, f.order].double() - W_t.double()
-    return float(((E @ f.H) * E).sum())
-
-
-def condition(
-    W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], name: str = "the matrix"
-) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-    """W and H in float64; weights of inputs that are always zero become zero.
-
-    Raises NonFinite with the name of the matrix.
-    """
-    if not bool(torch.isfinite(W).all()):
-        raise NonFinite(f"{name}: the weights hold NaN or infinity; reload or repair the model")
-    if not bool(torch.isfinite(H).all()):
-        raise NonFinite(
-            f"{name}: the inputs' second moments hold NaN or infinity; "
-            "run the model in a wider dtype (--dtype float32)"
-        )
-    dead = H.diagonal() == 0
-    return W.double().masked_fill(dead, 0), H.double()
-
-
-def _prepare(
-    W: Tensor,
-    H: Tensor,
-    recipe: Recipe,
-    rng: torch.Generator,
-    name: str,
-    shared: tuple[float, Factored] | None,
-) -> tuple[float, Chain, Tensor, Factored]:
-    """Damp, transform and factorise; after a failure ten times the damping, and at least 0.001."""
-    if shared is not None:
-        return shared[0], Chain(), W, shared[1]
-    damp, mean = recipe.damp, float(H.diagonal().mean()) or 1.0
-    state, reason = rng.get_state(), ""
-    for _ in range(1 + ESCALATIONS):
-        rng.set_state(state)
-        H_d = H.clone()
-        H_d.diagonal().add_(damp * mean)
-        try:
-            T, W_t, H_t = Chain.draw(recipe.transforms, W, H_d, rng)
-            order = recipe.order(H_t, recipe.codebook.dim, recipe.group)
-            H_t = H_t[order][:, order]
-            K, h = recipe.feedback(H_t, recipe.codebook.dim)
-            return damp, T, W_t, Factored(order, H_t, K, h)
-        except NotPositiveDefinite as error:
-            tried, reason, damp = damp, str(error), max(10 * damp, 1e-3)
-    raise NotPositiveDefinite(
-        f"{name}: {reason} after damping by {tried:g} of the mean diagonal; "
-        "add calibration tokens (--nsamples) or damp more (--percdamp)"
-    )
+    _, codes, decoder = found
+    return energy(decoder.decode(codes)[:, f.order].double() - W_t.double(), f.H)

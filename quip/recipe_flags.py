@@ -55,7 +55,7 @@ class Flags:
     groupsize: int | None = None
     percdamp: float = 0.01
     range_: str | None = None
-    rho: float | None = None
+    rho: float | str | None = None  # a number, or auto
     scale: str | None = None
     scale_override: float | None = None
     resid_scale_override: float | None = None
@@ -132,8 +132,11 @@ def _refuse_values(f: Flags) -> None:
             raise UsageError(f"--{name} {value}: not one of {', '.join(map(str, allowed))}")
     for name in ("rho", "scale_override", "resid_scale_override"):
         value = getattr(f, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UsageError(f"--{name} {value}: a positive number is needed")
+        if name == "rho" and value == "auto":
+            continue
+        if value is not None and (isinstance(value, str) or not 0 < value < math.inf):
+            auto = " or auto" if name == "rho" else ""
+            raise UsageError(f"--{name} {value}: a positive number{auto} is needed")
         if value is not None and name != "rho" and not 0.01 <= value <= 100:
             raise UsageError(f"--{name} {value}: scales of lattices lie between 0.01 and 100")
     if f.hadamard_block is not None and f.hadamard_block < 2:

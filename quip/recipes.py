@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from quip.codebooks import LATTICES, Lattice, MinMaxGrid, RmsGrid, around
+from quip.codebooks import LATTICES, Codebook, Lattice, MinMaxGrid, RmsGrid, around
 from quip.errors import UsageError
 from quip.feedback import none
 from quip.recipe import Recipe
@@ -23,6 +23,7 @@ EXTRAS: dict[int, Draw] = {0: draw_blocked, 1: Kronecker.draw, 2: draw_blocked_u
 KRONECKERS = {"kronecker": EXTRAS[1], "blocked": EXTRAS[0]}
 PAPERS_RHO = 2.4  # of grid b
 SHARP_RHO = 0.9  # of E8P, as the paper of QuIP# has it
+RHO_SHARES = (0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6)
 LATTICE_RANGE = "8"
 # (rho, ratio) around which a fit looks, best for proxy losses of rotated weights; and how far.
 CENTRES = {"E8P12": (1.0, None), "E8P12RVQ3B": (0.98, 2.1), "E8P12RVQ4B": (0.9, 3.8)}
@@ -71,6 +72,7 @@ def build_recipe(**flags: Any) -> Recipe:
     book, group = _lattice(f) if f.codebook != "int" else _grid(f)
     recipe = Recipe(
         codebook=book,
+        trials=_trials(f, book),
         transforms=_transforms(f),
         order=method.order,
         feedback=method.feedback,
@@ -79,9 +81,23 @@ def build_recipe(**flags: Any) -> Recipe:
         greedy_passes=f.passes - method.swept_passes,
     )
     if isinstance(book, Lattice):
-        tried = tuple(replace(book, rhos=(rho,)) for rho in book.rhos)
-        return replace(recipe, stack=not f.no_fuse, trials=tried if f.scale == "auto" else ())
+        return replace(recipe, stack=not f.no_fuse)
     return replace(recipe, clamp_target=f.faithful)
+
+
+def _trials(f: Flags, book: Lattice | MinMaxGrid | RmsGrid) -> tuple[Codebook, ...]:
+    """What `--scale auto` and `--rho auto` try: each rho for the whole matrix.
+
+    Of grid b those from 0.9 to 1.6 times (bits + 1) / 2, nearly the best for Gaussian weights,
+    which feedback spreads; and first the best of ten at each fit, the default with feedback, so
+    that no matrix then loses more than by default.
+    """
+    if isinstance(book, Lattice) and f.scale == "auto":
+        return tuple(replace(book, rhos=(rho,)) for rho in book.rhos)
+    if isinstance(book, RmsGrid) and f.rho == "auto":
+        rhos = (round(share * (book.bits + 1) / 2, 4) for share in RHO_SHARES)
+        return (book, *(replace(book, rhos=(rho,)) for rho in rhos))
+    return ()
 
 
 def _transforms(f: Flags) -> tuple[Draw, ...]:
@@ -107,8 +123,9 @@ def _grid(f: Flags) -> tuple[MinMaxGrid | RmsGrid, int | None]:
         return MinMaxGrid(bits=f.wbits, unbiased=f.unbiased), f.groupsize
     # A range of the least squared error shrinks weights on the whole. Feedback makes up for that;
     # without it perplexity suffers.
-    fixed = f.faithful or METHODS[f.quant].feedback is none
-    rhos = (f.rho,) if f.rho else (PAPERS_RHO,) if fixed else around(f.wbits)
+    fixed = f.faithful or (METHODS[f.quant].feedback is none and f.rho is None)
+    given = () if f.rho in (None, "auto") else (float(f.rho),)
+    rhos = given or ((PAPERS_RHO,) if fixed else around(f.wbits))
     group = None if f.faithful else _group(f.range_ or "column", least=1)
     return RmsGrid(bits=f.wbits, unbiased=f.unbiased, rhos=rhos), group
 

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import xxhash
@@ -24,18 +24,22 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quip.data import TokenSet
 from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
 from quip.finetune import BlockTuning, TuningRecord
+from quip.hessian_store import HessianStore
 from quip.layout import Layout
 from quip.models import LoadedModel
 from quip.recipe import Recipe, describe
 from quip.records import MatrixRecord, versions
-from quip.walk import Block
+from quip.walk import BlockModule
 
 log = logging.getLogger(__name__)
+
+Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matrices
 
 
 class Ledger:
@@ -72,7 +76,7 @@ class Ledger:
 
     def keep(
         self,
-        block: Block,
+        block: BlockModule,
         records: Sequence[MatrixRecord],
         tuned: Sequence[TuningRecord] = (),
     ) -> None:
@@ -122,6 +126,12 @@ class Ledger:
         """After the last block nobody needs them."""
         self._hidden.unlink(missing_ok=True)
 
+    def forget(self) -> None:
+        """All but the fingerprint: what is to be taken up is elsewhere, or to be made anew."""
+        self.forget_hidden()
+        for path in self.folder.glob("block-*.safetensors"):
+            path.unlink()
+
     @property
     def _hidden(self) -> Path:
         return self.folder / "hidden.safetensors"
@@ -132,8 +142,8 @@ class Ledger:
 
 def fingerprint_of(
     loaded: LoadedModel,
-    calibration: TokenSet,
-    recipe: Recipe,
+    source: Source,
+    recipe: Recipe | None,
     tuning: BlockTuning | None = None,
     *,
     seed: int,
@@ -142,18 +152,24 @@ def fingerprint_of(
     """All that the codes of a run depend on, fit for JSON; what is short comes first."""
     found = versions()
     return {
-        "recipe": describe(recipe),
+        "recipe": recipe and describe(recipe),
         "tuning": tuning and asdict(tuning),
         "seed": seed,
         "dtype": loaded.dtype_name,
         "device": device.type,
         "versions": {name: found.get(name) for name in ("quip-quant", "torch")},
-        "calibration": calibration.stamp,
-        "model": {
-            "class": type(loaded.model).__name__,
-            "config": xxhash.xxh3_128(loaded.model.config.to_json_string().encode()).hexdigest(),
-            "weights": _digest(loaded.model),
-        },
+        "calibration": source.stamp,
+        "hessians": source.digest if isinstance(source, HessianStore) else None,
+        "model": identity_of(loaded.model),
+    }
+
+
+def identity_of(model: PreTrainedModel) -> dict[str, str]:
+    """Which model it is: its class, and hashes of its config and its weights."""
+    return {
+        "class": type(model).__name__,
+        "config": xxhash.xxh3_128(model.config.to_json_string().encode()).hexdigest(),
+        "weights": _digest(model),
     }
 
 

@@ -28,10 +28,12 @@ class RunFolder:
     FILES = ("run.json", "layers.csv", "layers.png")
     BLOCKS = "blocks"  # the finished blocks, for --resume
 
-    def __init__(self, path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
-        """Raises UsageError for a path that cannot be made, that is in use by another run, or
-        that holds files not to be lost."""
-        self.path, self.resume = path, resume
+    def __init__(
+        self, path: Path, *, overwrite: bool = False, resume: bool = False, flag: str = "--out"
+    ) -> None:
+        """Raises UsageError for a path (the value of `flag`) that cannot be made, that is in use
+        by another run, or that holds files not to be lost."""
+        self.path, self.resume, self.flag = path, resume, flag
         self._lock: int | None = None
         if (path / LOCK).exists():  # of a run that goes on, or of one that was killed
             self._take()
@@ -39,10 +41,10 @@ class RunFolder:
         has_blocks = (path / self.BLOCKS).is_dir()
         if has_blocks and not (resume or overwrite):
             raise UsageError(
-                f"--out {path}: it holds an earlier run; take it up with --resume, start over with "
-                "--overwrite, or name another folder"
+                f"{flag} {path}: it holds an earlier run; take it up with --resume, start over "
+                "with --overwrite, or name another folder"
             )
-        check_new(path, "--out", overwrite=overwrite or (resume and has_blocks))
+        check_new(path, flag, overwrite=overwrite or (resume and has_blocks))
 
     def earlier_report(self) -> dict[str, Any]:
         """run.json as the run before left it, if this one takes it up."""
@@ -87,7 +89,8 @@ class RunFolder:
         except BlockingIOError as error:
             os.close(lock)
             raise UsageError(
-                f"--out {self.path}: another run is writing to it; name another folder, or wait"
+                f"{self.flag} {self.path}: another run is writing to it; name another folder, or "
+                "wait"
             ) from error
         self._lock = lock
 

@@ -13,6 +13,7 @@ from quip.errors import NonFinite, NotPositiveDefinite, QuipError, UnsupportedMo
 from quip.experiment import Experiment, run_experiment
 from quip.models import load_model
 from quip.recipes import build_recipe
+from quip.walk import check_quantizable
 from tests.runs import save_model, write_text
 
 RECIPE = build_recipe(quant="ldlq", wbits=2, incoh_processing=True)
@@ -160,7 +161,7 @@ def test_activations_that_overflow_are_named_and_the_matrices_before_are_kept(pl
 
 
 def test_weights_that_are_not_finite_are_named_before_anything_runs(plan, tmp_path, monkeypatch):
-    monkeypatch.setattr(experiment, "calibration_tokens", never)
+    monkeypatch.setattr(experiment, "calibration_of", never)
     broken = save_model(tmp_path / "model", model__decoder__layers__2__fc1__weight=math.nan)
     with pytest.raises(NonFinite, match=r"model.decoder.layers.2.fc1.weight: NaN or infinity"):
         run_experiment(plan(model=broken, out=tmp_path / "run"))
@@ -236,7 +237,7 @@ def test_a_model_whose_blocks_hold_no_matrix_is_unsupported(model):
     loaded = load_model(model)
     loaded.model.model.decoder.layers = torch.nn.ModuleList([torch.nn.LayerNorm(4)] * 2)
     with pytest.raises(UnsupportedModel, match=r"no nn\.Linear to quantize"):
-        experiment._matrices_kept(loaded)
+        check_quantizable(loaded.model, loaded.name)
 
 
 def test_devices_that_cannot_compute_are_refused_in_one_line():

@@ -5,11 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quip.hessian import CHUNK, Hessian
+from quip.hessian import CHUNK, Hessian, sharing
 from tests.laws import assert_near
 
 # Sums of a few thousand float32 products: about the square root of that, times 6e-8.
 SINGLE = 1e-5
+ROUNDED = 2**-24  # what rounding to float32 changes at most, relative
 
 
 def mean_of_outer_products(x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +51,7 @@ def test_tokens_may_come_in_any_portions_even_empty_ones(cuts):
     x = torch.randn(40, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     bounds = [0, *sorted(cuts), 40]
     H = collected(*(x[lo:hi] for lo, hi in itertools.pairwise(bounds)))
-    assert_near(H, mean_of_outer_products(x))
+    assert_near(H, mean_of_outer_products(x), ROUNDED)
 
 
 def test_more_tokens_than_one_chunk_are_all_counted(rng):
@@ -62,13 +63,13 @@ def test_more_tokens_than_one_chunk_are_all_counted(rng):
 
 
 def test_many_chunks_do_not_lose_what_one_float32_sum_would():
-    x = torch.full((3000, 1), 1e-4)
     hessian = Hessian(1)
-    hessian.update(torch.full((1, 1), 3e3))  # float32 cannot add 1e-8 to 9e6
-    for _ in range(20):
-        hessian.update(x)
-    # The float64 master holds 9e6 to 2e-9, which is 3e-6 of what was added.
-    assert float(hessian.value()) * 60_001 - 9e6 == pytest.approx(60_000 * 1e-8, rel=1e-4)
+    hessian.update(torch.full((1, 1), 3e3))  # float32 cannot add 0.25 to 9e6
+    for _ in range(2000):
+        hessian.update(torch.full((1, 1), 0.5))
+    # The value is 9e6 / 2001, rounded to 6e-8, which is 1e-3 of what was added.
+    assert float(hessian.value()) * 2001 - 9e6 == pytest.approx(2000 * 0.25, rel=2e-3)
+    assert float(hessian.mean()) == (3e3 + 2000 * 0.5) / 2001
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -77,9 +78,11 @@ def test_half_precision_inputs_are_squared_in_single_precision(rng, dtype):
     assert torch.equal(collected(x), collected(x.float()))
 
 
-def test_double_inputs_stay_double(rng):
+def test_double_inputs_stay_double_until_each_entry_is_rounded_to_a_float32(rng):
     x = torch.randn(50, 6, generator=rng, dtype=torch.float64)
-    assert_near(collected(x), mean_of_outer_products(x), 1e-15)
+    H = collected(x)
+    assert H.dtype == torch.float64
+    assert torch.equal(H, mean_of_outer_products(x).float().double())
 
 
 def test_update_keeps_its_argument_and_no_graph(rng):
@@ -103,5 +106,20 @@ def test_value_may_be_read_between_updates(rng):
     hessian.update(x[:10])
     first = hessian.value()
     hessian.update(x[10:])
-    assert_near(first, mean_of_outer_products(x[:10]))
-    assert_near(hessian.value(), mean_of_outer_products(x))
+    assert_near(first, mean_of_outer_products(x[:10]), ROUNDED)
+    assert_near(hessian.value(), mean_of_outer_products(x), ROUNDED)
+
+
+def test_the_mean_of_x_is_summed_in_double_precision(rng):
+    x = torch.randn(3, 50, 6, generator=rng)
+    hessian = Hessian(6)
+    for chunk in x:
+        hessian.update(chunk)
+    assert hessian.mean().dtype == torch.float64
+    assert_near(hessian.mean(), x.double().mean((0, 1)))
+
+
+def test_matrices_with_one_hessian_are_named_together():
+    shared, alone = Hessian(2), Hessian(2)
+    found = sharing({"q": shared, "out": alone, "k": shared})
+    assert found == [["q", "k"], ["out"]]

@@ -1,4 +1,5 @@
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
@@ -11,8 +12,15 @@ from quip import feedback, recipe, transforms
 from quip.bits import words
 from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
 from quip.errors import NonFinite, NotPositiveDefinite
+from quip.factorised import condition
 from quip.linalg import proxy_loss
-from quip.quantize import QuantizedMatrix, condition, quantize_matrices, quantize_matrix, rng_for
+from quip.quantize import (
+    QuantizedMatrix,
+    quantize_by_many,
+    quantize_matrices,
+    quantize_matrix,
+    rng_for,
+)
 from quip.recipe import Recipe
 from quip.recipes import METHODS, build_recipe
 from quip.rounding import greedy, sweep
@@ -452,3 +460,126 @@ def test_matrices_come_one_after_the_other(problem):
     assert next(results)[0] == "q"
     with pytest.raises(NonFinite, match="k: the weights"):
         next(results)
+
+
+# By many recipes
+
+
+MANY = {
+    "a": {},
+    "a, 3 bits": {"wbits": 3},
+    "groups": {"groupsize": 8},
+    "nearest": {"quant": "nearest"},
+    "optq": {"quant": "gptq"},
+    "greedy": {"quant": "allbal", "npasses": 2},
+    "bounded": {"quant": "ldlbal_admm"},
+    "more damping": {"percdamp": 0.1},
+    "unbiased": {"unbiased": True},
+    "rescaled": {"pre_rescale": True},
+    "b": INCOHERENT,
+    "b, 4 bits": {**INCOHERENT, "wbits": 4},
+    "b, nearest": {**INCOHERENT, "quant": "nearest"},
+    "b, unbiased": {**INCOHERENT, "unbiased": True},
+    "b, unbiased, 3 bits": {**INCOHERENT, "unbiased": True, "wbits": 3},
+    "b, more damping": {**INCOHERENT, "percdamp": 0.1},
+    "b, auto": {**INCOHERENT, "rho": "auto"},
+    "hadamard": {**INCOHERENT, "rotation": "hadamard"},
+    "lattice": {"codebook": "E8P12", "wbits": None, "npasses": 0},
+    "undamped": {"percdamp": 0.0},
+    "undamped, 3 bits": {"percdamp": 0.0, "wbits": 3},
+    "undamped, nearest": {"percdamp": 0.0, "quant": "nearest"},
+    "b, undamped": {**INCOHERENT, "percdamp": 0.0},
+    "b, undamped, 3 bits": {**INCOHERENT, "percdamp": 0.0, "wbits": 3},
+}
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_many_recipes_give_what_each_gives_alone(problem, step):
+    _, H = problem(8, 16, dead=(3,))  # singular: without damping its factorisations fail at first
+    labels = [*MANY][::step]
+    recipes = {label: build_recipe(**{"wbits": 2, **MANY[label]}) for label in labels}
+    weights = {f"{m}": problem(m, 16, seed=m)[0].float() for m in (8, 4)}
+    found = {(name, k): q for name, k, q in quantize_by_many(weights, H, recipes, seed=3)}
+    assert len(found) == len(weights) * len(recipes)
+    for (name, label), q in found.items():
+        alone = quantize_matrix(weights[name], H, recipes[label], rng=rng_for(3, name), name=name)
+        assert torch.equal(q.codes, alone.codes), (name, label)
+        assert torch.equal(q.dequantize(), alone.dequantize())
+        assert (q.damp, q.book) == (alone.damp, alone.book)
+    assert found["8", "undamped"].damp == 1e-3
+    assert found["8", "undamped, nearest"].damp == 0.0
+
+
+def test_a_factorisation_that_needed_more_damping_is_shared_with_its_basis(problem):
+    W, H = problem(6, 20)
+    least, calls = 1.05 * float(H.trace()), [0]
+
+    def rule(H: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        calls[0] += 1
+        if float(H.trace()) < least:
+            raise NotPositiveDefinite("the smallest eigenvalue is -1.00e-09")
+        return feedback.ldl(H, dim)
+
+    rotated = {"transforms": (transforms.Kronecker.draw,), "feedback": rule}
+    recipes = {bits: plain(codebook=MinMaxGrid(bits=bits), **rotated) for bits in (2, 3)}
+    recipes[4] = plain(codebook=MinMaxGrid(bits=4), **rotated | {"feedback": feedback.ldl})
+    found = {bits: q for _, bits, q in quantize_by_many({"w": W}, H, recipes, seed=0)}
+    assert calls == [2]
+    assert {bits: q.damp for bits, q in found.items()} == {2: 0.1, 3: 0.1, 4: 0.01}
+    for bits, q in found.items():
+        assert torch.equal(q.dequantize(), quantized(W, H, recipes[bits]).dequantize())
+
+
+def watched(calls: list[str], name: str, what: Callable) -> Callable:
+    def call(*given):
+        calls.append(name)
+        return what(*given)
+
+    return call
+
+
+def test_recipes_that_differ_in_their_codebooks_share_transforms_and_factorisations(problem):
+    _, H = problem(6, 20)
+    calls: list[str] = []
+    draws = (watched(calls, "draw", transforms.Kronecker.draw),)
+    rules = {name: watched(calls, name, getattr(feedback, name)) for name in ("ldl", "none")}
+    for chosen, expected in (((), (0, 1)), (draws, (3, 3))):
+        recipes = {
+            (rule, bits): plain(codebook=MinMaxGrid(bits=bits), transforms=chosen, feedback=f)
+            for bits in (2, 3, 4)
+            for rule, f in rules.items()
+        }
+        weights = {name: problem(6, 20, seed=i)[0] for i, name in enumerate("qkv")}
+        calls.clear()
+        met = [(name, label) for name, label, _ in quantize_by_many(weights, H, recipes, seed=0)]
+        assert len(set(met)) == len(met) == 18
+        assert (calls.count("draw"), calls.count("ldl")) == expected
+        assert calls.count("none") == calls.count("ldl")
+
+
+def test_no_more_than_one_factorisation_is_held(problem):
+    W, H = problem(6, 20)
+    made: list[weakref.ref] = []
+
+    def rule(H: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        assert not any(K() is not None for K in made)
+        K, h = feedback.ldl(H, dim)
+        made.append(weakref.ref(K))
+        return K, h
+
+    rotated = (transforms.Kronecker.draw,)
+    recipes = {
+        (order, chosen): plain(order=order, transforms=chosen, feedback=rule)
+        for order in (recipe.natural, recipe.backwards)
+        for chosen in ((), rotated)
+    }
+    for _ in quantize_by_many({"q": W, "k": -W}, H, recipes, seed=0):
+        assert sum(K() is not None for K in made) == 1
+    assert len(made) == 2 + 2 * 2
+
+
+def test_the_trial_that_was_kept_is_known(problem):
+    W, H = problem(6, 20)
+    trials = tuple(RmsGrid(bits=2, rhos=(rho,)) for rho in (0.1, 1.5, 9.0))
+    assert quantized(W, H, plain(trials=trials)).book is trials[1]
+    assert quantized(W, H, built := plain()).book is built.codebook

@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from quip import feedback, recipe, transforms
 from quip.codebooks import MinMaxGrid, RmsGrid, around
 from quip.errors import UsageError
+from quip.linalg import proxy_loss
+from quip.quantize import quantize_matrix, rng_for
 from quip.recipe import Recipe, describe
 from quip.recipes import METHODS, build_recipe
 from tests.laws import (
@@ -144,6 +147,34 @@ def test_without_feedback_the_range_is_the_papers():
     assert build(quant="nearest", **INCOHERENT).codebook.rhos == (2.4,)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rho_auto_tries_the_default_and_fixed_ranges_about_the_gaussian_optimum(bits):
+    default, auto = build(wbits=bits, **INCOHERENT), build(wbits=bits, rho="auto", **INCOHERENT)
+    assert auto.trials[0] == auto.codebook == default.codebook
+    fixed = [rho for book in auto.trials[1:] for rho in book.rhos]
+    assert len(fixed) == len(auto.trials) - 1 == 7
+    best = {2: 1.494, 3: 2.051, 4: 2.514}[bits]
+    assert min(fixed) < best < 1.5 * best < max(fixed)
+    assert bits == 4 or 2.4 in fixed  # the paper's
+    assert {type(book) for book in auto.trials} == {RmsGrid}
+    assert default.trials == ()
+
+
+@pytest.mark.parametrize("range_", ["column", "16", "tensor"])
+@pytest.mark.parametrize(("quant", "npasses"), [("ldlq", None), ("ldlqRG", 2), ("nearest", None)])
+def test_rho_auto_keeps_the_smallest_loss_of_its_trials(problem, quant, npasses, range_):
+    W, H = problem(12, 40)
+    auto = build(quant=quant, npasses=npasses, range_=range_, rho="auto", **INCOHERENT)
+    loss, seed = {}, partial(rng_for, 0, "w")
+    for book in auto.trials:
+        one = replace(auto, trials=(), codebook=book)
+        q = quantize_matrix(W, H, one, rng=seed())
+        damped = H + 0.01 * H.diagonal().mean() * torch.eye(40)  # what trials are judged by
+        loss[book.rhos] = proxy_loss(W, q.dequantize(), damped)
+    kept = quantize_matrix(W, H, auto, rng=seed())
+    assert kept.book.rhos == min(loss, key=loss.get)
+
+
 def test_incoherence_processing_is_short_for_its_parts():
     parts = build(pre_rescale=True, pre_proj=True, qfn="b")
     assert describe(parts) == describe(build(**INCOHERENT))
@@ -220,10 +251,14 @@ def test_faithful_is_the_algorithm_as_printed():
         ({"range_": "column"}, r"--range speaks of the incoherent grid .*add --incoh_processing"),
         ({"rho": 2.0}, r"--rho speaks of the incoherent grid"),
         ({"rho": 2.0, "pre_proj": True}, r"--rho speaks of the incoherent grid"),
-        ({"rho": 0.0, **INCOHERENT}, r"--rho 0\.0: a positive number is needed"),
-        ({"rho": -2.0, **INCOHERENT}, r"--rho -2\.0: a positive number is needed"),
-        ({"rho": float("nan"), **INCOHERENT}, r"--rho nan: a positive number is needed"),
+        ({"rho": 0.0, **INCOHERENT}, r"--rho 0\.0: a positive number or auto"),
+        ({"rho": -2.0, **INCOHERENT}, r"--rho -2\.0: a positive number or auto"),
+        ({"rho": float("nan"), **INCOHERENT}, r"--rho nan: a positive number or auto"),
         ({"faithful": True, "rho": 2.0, **INCOHERENT}, r"--faithful fixes --range tensor and"),
+        ({"rho": "wide", **INCOHERENT}, r"--rho wide: a positive number or auto is needed"),
+        ({"rho": "auto"}, r"--rho speaks of the incoherent grid"),
+        ({"rho": "auto", "codebook": "E8P12"}, r"--rho speaks of integer grids"),
+        ({"faithful": True, "rho": "auto", **INCOHERENT}, r"--faithful fixes --range tensor and"),
         ({"faithful": True, "range_": "tensor", **INCOHERENT}, r"--faithful fixes --range tensor"),
         ({"range_": "row", **INCOHERENT}, r"--range row: say tensor, column or a number"),
         ({"range_": "0", **INCOHERENT}, r"--range 0: say tensor, column or a number"),

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quip import checkpoint, evaluation, pipeline, resume
+from quip import checkpoint, evaluation, group, pipeline, resume
 from quip.checkpoint import load
 from quip.errors import Unavailable, UsageError
 from quip.experiment import Experiment, run_experiment
@@ -85,9 +85,9 @@ def whole(request):
 
 # The moments of a run: what is called when it is killed, and how often it was called before.
 MOMENTS = {
-    "in the first block": ("quip.pipeline._record", 2),
-    "in the middle of a block": ("quip.pipeline._record", 10),
-    "in the last block": ("quip.pipeline._record", 23),
+    "in the first block": ("quip.group._record", 2),
+    "in the middle of a block": ("quip.group._record", 10),
+    "in the last block": ("quip.group._record", 23),
     "before a block is written": ("quip.resume.Ledger.keep", 1),
     "while a block is written": ("quip.resume.save_file", 3),
     "before hidden states are written": ("quip.resume.Ledger.keep_hidden", 1),
@@ -101,7 +101,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_as_one_that_was_not(
 ):
     name, expected, records = whole
     owner, _, attribute = call.rpartition(".")
-    target = {"quip.pipeline": pipeline, "quip.resume": resume, "quip.resume.Ledger": Ledger}[owner]
+    target = {"quip.group": group, "quip.resume": resume, "quip.resume.Ledger": Ledger}[owner]
     real, calls = getattr(target, attribute), []
 
     def sometimes(*args, **options):

@@ -3,25 +3,41 @@
 import argparse
 from pathlib import Path
 
-from quip.cli.shared import machine_flags, task_flags
+from quip.cli.shared import machine_flags, number_or_auto, task_flags
 from quip.cli.sharp import codebook_flags, rotation_flags, tuning_flags
 
 NAMED = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "pydoc")
+NSAMPLES = 128  # as in the papers
 PAPER_SETS = "wikitext2,ptb-new,c4-new"
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """MODEL, DATASET and every flag."""
+    # Without nargs="?", which would take nothing where a flag stands before DATASET.
+    model_and_dataset(parser).required = False
+    recipe_flags(parser)
+    tuning_flags(parser.add_argument_group("fine-tuning"))
+    _data_flags(parser.add_argument_group("data and evaluation"))
+    task_flags(parser.add_argument_group("zero-shot tasks"))
+    _machine_flags(parser.add_argument_group("machine and output"))
+
+
+def model_and_dataset(parser: argparse.ArgumentParser) -> argparse.Action:
+    """MODEL and DATASET, which is returned."""
     parser.add_argument(
         "model",
         help="a Hugging Face hub id, a local model folder, a .gguf file, or `demo`, the small "
         "OPT that comes with this package",
     )
-    parser.add_argument(
+    return parser.add_argument(
         "dataset",
         help=f"calibration text: {', '.join(NAMED)} (the documentation inside CPython, no "
         "download), or a .txt, .json, .jsonl or .parquet file or a folder of such files",
     )
+
+
+def recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """All that says how weights are rounded."""
     parser.add_argument(
         "--config",
         action="append",
@@ -37,10 +53,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     _method_flags(parser.add_argument_group("method"))
     codebook_flags(parser.add_argument_group("codebook"))
     _incoherence_flags(parser.add_argument_group("incoherence processing"))
-    tuning_flags(parser.add_argument_group("fine-tuning"))
-    _data_flags(parser.add_argument_group("data and evaluation"))
-    task_flags(parser.add_argument_group("zero-shot tasks"))
-    _machine_flags(parser.add_argument_group("machine and output"))
 
 
 def _method_flags(group: argparse._ArgumentGroup) -> None:
@@ -136,10 +148,12 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--rho",
-        type=float,
-        metavar="X",
+        type=number_or_auto,
+        metavar="{X,auto}",
         help="grid b reaches X times the RMS of the weights (default: of ten values around the "
-        "Gaussian optimum, the one with the smallest squared error at each fit; 2.4 for nearest)",
+        "Gaussian optimum, the one with the smallest squared error at each fit; 2.4 for nearest); "
+        "auto: quantize each matrix with the default and with each of seven fixed values, and keep "
+        "the result with the smallest proxy loss",
     )
     add(
         "--faithful",
@@ -149,9 +163,15 @@ def _grid_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _data_flags(group: argparse._ArgumentGroup) -> None:
+def calibration_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--nsamples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
+    add(
+        "--nsamples",
+        type=int,
+        default=NSAMPLES,
+        metavar="N",
+        help=f"calibration windows (default {NSAMPLES})",
+    )
     add(
         "--seqlen",
         type=int,
@@ -159,6 +179,17 @@ def _data_flags(group: argparse._ArgumentGroup) -> None:
         help="tokens in a window (default: what the model can take, at most 2048)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of sampling and rotations (default 0)")
+
+
+def _data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--hessians",
+        type=Path,
+        metavar="DIR",
+        help="quantize from this store (`quip hessians`), without calibration: leave out DATASET",
+    )
+    calibration_flags(group)
     add(
         "--eval_datasets",
         metavar="A,B,...",

@@ -6,20 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quip.cli.door import Parser, guarded
-from quip.cli.flags import NAMED, PAPER_SETS, add_flags
-from quip.cli.shared import TUNING, as_given, names, refuse_small, zero_shot
+from quip.cli.flags import NAMED, NSAMPLES, PAPER_SETS, add_flags
+from quip.cli.shared import (
+    TUNING,
+    as_given,
+    names,
+    recipe_of,
+    refuse_small,
+    settle_bits,
+    zero_shot,
+)
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.finetune import BlockTuning
-    from quip.recipe import Recipe
 
 SUMMARY = "quantize a model, evaluate it, and report"
-RECIPE_FLAGS = (
-    *("incoh_processing", "pre_rescale", "pre_proj", "pre_proj_extra", "qfn", "rho", "faithful"),
-    *("npasses", "unbiased", "groupsize", "percdamp", "codebook", "rotation", "hadamard_block"),
-    *("scale", "scale_override", "resid_scale_override", "no_fuse"),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,8 +39,9 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Turn strings into plain values, run, and print the result."""
-    _settle_bits(args)
-    recipe = _recipe(args)
+    settle_bits(args)
+    _refuse_source(args)
+    recipe = recipe_of(args)
     tuning = _tuning(args)
     evaluations = _evaluations(args)
     tasks = zero_shot(args)
@@ -53,6 +56,7 @@ def call(args: argparse.Namespace) -> None:
             dataset=args.dataset,
             recipe=recipe,
             tuning=tuning,
+            hessians=args.hessians,
             load=args.load,
             method=_words(args),
             nsamples=args.nsamples,
@@ -75,6 +79,28 @@ def call(args: argparse.Namespace) -> None:
     print(table(report))
 
 
+def _refuse_source(args: argparse.Namespace) -> None:
+    """DATASET or --hessians, and what goes with which."""
+    if args.hessians is None:
+        if args.dataset is None:
+            raise UsageError(
+                "the following arguments are required: dataset (--help explains every flag)"
+            )
+        return
+    if args.dataset is not None:
+        raise UsageError(
+            f"--hessians {args.hessians} takes the place of calibration: leave out DATASET "
+            f"({args.dataset})"
+        )
+    if args.wbits == 16:
+        raise UsageError("--hessians needs weights to quantize: give --wbits or --codebook")
+    if args.nsamples != NSAMPLES:
+        raise UsageError(
+            f"--nsamples {args.nsamples} speaks of calibration, and --hessians needs none: leave "
+            "out one"
+        )
+
+
 def _refuse_values(args: argparse.Namespace) -> None:
     refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1)
     if args.overwrite and args.out is None and args.save is None:
@@ -92,25 +118,6 @@ def _refuse_values(args: argparse.Namespace) -> None:
             f"--load {args.load} evaluates what is quantized already: leave out --wbits, "
             "--codebook and --recipe"
         )
-
-
-def _settle_bits(args: argparse.Namespace) -> None:
-    """A lattice has its own bits; where neither is named, the model is evaluated as it is."""
-    if args.wbits is None and args.codebook == "int":
-        args.wbits = 16
-    elif args.wbits is None:
-        from quip.codebooks import LATTICES
-
-        args.wbits = LATTICES[args.codebook].bits
-
-
-def _recipe(args: argparse.Namespace) -> "Recipe | None":
-    from quip.recipes import build_recipe
-
-    if args.wbits == 16 and args.codebook == "int":
-        return None
-    options = {name: getattr(args, name) for name in RECIPE_FLAGS}
-    return build_recipe(quant=args.quant, wbits=args.wbits, range_=args.range, **options)
 
 
 def _tuning(args: argparse.Namespace) -> "BlockTuning | None":
@@ -139,18 +146,25 @@ def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
         return ()
     wanted = args.eval_datasets
     if wanted is None:
-        if args.dataset not in NAMED and Path(args.dataset).expanduser().exists():
+        dataset = args.dataset or _dataset_of(args.hessians)
+        if dataset not in NAMED and (args.hessians or Path(dataset).expanduser().exists()):
             raise UsageError(
-                f"DATASET {args.dataset} is a file or folder: say where to measure perplexity with "
+                f"DATASET {dataset} is a file or folder: say where to measure perplexity with "
                 "--eval_datasets FILE,... (text that is not calibrated on), or `none`"
             )
-        wanted = "pydoc" if args.dataset == "pydoc" else PAPER_SETS
+        wanted = "pydoc" if dataset == "pydoc" else PAPER_SETS
     if wanted == "none":
         if args.compare or (args.wbits == 16 and not args.tasks):
             flag = "--compare" if args.compare else "--wbits 16"
             raise UsageError(f"{flag} means to evaluate: leave out --eval_datasets none")
         return ()
     return names(wanted, "--eval_datasets")
+
+
+def _dataset_of(store: Path) -> str:
+    from quip.hessian_store import HessianStore
+
+    return HessianStore(store).stamp["dataset"]
 
 
 def _words(args: argparse.Namespace) -> str:

@@ -9,8 +9,14 @@ from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.evaluate.zeroshot import ZeroShot
+    from quip.recipe import Recipe
 
 TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")  # what tuning takes
+RECIPE_FLAGS = (
+    *("incoh_processing", "pre_rescale", "pre_proj", "pre_proj_extra", "qfn", "rho", "faithful"),
+    *("npasses", "unbiased", "groupsize", "percdamp", "codebook", "rotation", "hadamard_block"),
+    *("scale", "scale_override", "resid_scale_override", "no_fuse"),
+)
 
 
 def task_flags(group: argparse._ArgumentGroup) -> None:
@@ -32,7 +38,7 @@ def task_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
+def device_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add(
@@ -42,6 +48,11 @@ def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
         help="what the model computes in; auto, the default, is float32, and for a checkpoint of "
         "quip what the run computed in that saved it",
     )
+
+
+def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
+    device_flags(group)
+    add = group.add_argument
     add("--out", type=Path, metavar="DIR", help=out)
     add(
         "--overwrite",
@@ -71,12 +82,42 @@ def zero_shot(args: argparse.Namespace) -> "ZeroShot | None":
     )
 
 
+def settle_bits(args: argparse.Namespace) -> None:
+    """A lattice has its own bits; where neither is named, the model is evaluated as it is."""
+    if args.wbits is None and args.codebook == "int":
+        args.wbits = 16
+    elif args.wbits is None:
+        from quip.codebooks import LATTICES
+
+        args.wbits = LATTICES[args.codebook].bits
+
+
+def recipe_of(args: argparse.Namespace) -> "Recipe | None":
+    """What the flags of `recipe_flags` say, once bits are settled; None: weights as they are."""
+    from quip.recipes import build_recipe
+
+    if args.wbits == 16 and args.codebook == "int":
+        return None
+    options = {name: getattr(args, name) for name in RECIPE_FLAGS}
+    return build_recipe(quant=args.quant, wbits=args.wbits, range_=args.range, **options)
+
+
 def names(text: str, flag: str) -> tuple[str, ...]:
     """A,B,... as a tuple. Raises UsageError if there is none."""
     found = tuple(filter(None, text.split(",")))
     if not found:
         raise UsageError(f"{flag} {text!r}: name one or more, as in {flag} A,B")
     return found
+
+
+def number_or_auto(text: str) -> float | str:
+    """The type of a flag that takes either."""
+    if text == "auto":
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: a number or auto is needed") from None
 
 
 def refuse_small(args: argparse.Namespace, **least: int) -> None:

@@ -12,6 +12,14 @@ from quip.errors import NonFinite, UnsupportedModel, UsageError
 from quip.hessian import Hessian
 from quip.walk.calls import Call, capture
 from quip.walk.coverage import coverage, find_blocks
+from quip.walk.module import BlockModule
+
+TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
+
+
+def batch_size_for(seqlen: int) -> int:
+    """Windows of so many tokens that pass through a block together."""
+    return max(1, TOKENS_PER_BATCH // seqlen)
 
 
 def walk(
@@ -85,7 +93,7 @@ def _home(device: torch.device, nbytes: int) -> torch.device:
     return torch.device("cpu")
 
 
-class Block:
+class Block(BlockModule):
     """One decoder block and the hidden states that enter it.
 
     `hidden` is overwritten in place when the walk moves on: it then enters the next block.
@@ -102,21 +110,8 @@ class Block:
         device: torch.device,
         batch_size: int,
     ) -> None:
-        self.index, self.name, self.module, self.hidden = index, name, module, hidden
-        self.batch_size, self._calls, self._device = batch_size, calls, device
-
-    def linears(self) -> dict[str, nn.Linear]:
-        """Full dotted name -> matrix, for every nn.Linear that has not been replaced."""
-        return {
-            f"{self.name}.{name}": module
-            for name, module in self.module.named_modules()
-            if isinstance(module, nn.Linear)
-        }
-
-    def replace(self, name: str, module: nn.Module) -> None:
-        """Put a module where the matrix of this full dotted name is."""
-        module = module.to(self._device).train(self.module.training)
-        self.module.set_submodule(name.removeprefix(f"{self.name}."), module, strict=True)
+        super().__init__(index, name, module, device=device)
+        self.hidden, self.batch_size, self._calls = hidden, batch_size, calls
 
     @torch.no_grad()
     def observe(self) -> dict[str, Hessian]:

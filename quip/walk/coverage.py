@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from quip.errors import NonFinite, UnsupportedModel
+from quip.linear import quantized_layers
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -88,6 +89,21 @@ def _obstacle(model: nn.Module, name: str, holders: list[str]) -> str | None:
     if parameter.dtype.itemsize < 2:
         return f"is stored in {parameter.dtype}, already quantized"
     return None
+
+
+def check_quantizable(model: nn.Module, name: str) -> Coverage:
+    """The coverage of the model of this name. Raises UnsupportedModel where nothing is to do."""
+    if quantized_layers(model):
+        raise UnsupportedModel(
+            f"{name} is a checkpoint of quip, quantized already; give the original, or "
+            "leave out --wbits to evaluate it"
+        )
+    covered = coverage(model)
+    if not covered.quantized:
+        raise UnsupportedModel(
+            f"{name}: its blocks hold no nn.Linear to quantize; give another model"
+        )
+    return covered
 
 
 def check_weights(model: nn.Module) -> None:

@@ -1,0 +1,98 @@
+"""`quip hessians MODEL DATASET --save DIR`: a store of the Hessians of all inputs."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quip.cli.door import Parser
+from quip.cli.flags import calibration_flags, model_and_dataset, recipe_flags
+from quip.cli.shared import RECIPE_FLAGS, device_flags, recipe_of, refuse_small, settle_bits
+from quip.errors import UsageError
+
+if TYPE_CHECKING:
+    from quip.recipe import Recipe
+
+SUMMARY = "collect the second moments of all inputs in a store"
+
+
+def build(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments, and what to call with them."""
+    add = parser.add_argument
+    model_and_dataset(parser)
+    add("--save", type=Path, required=True, metavar="DIR", help="the folder of the store")
+    add(
+        "--from",
+        default="original",
+        choices=["original", "quantized"],
+        help="the inputs of the unquantized model (original, the default), or those that each "
+        "block gets from the quantized blocks before it, as in `quip run` with the same flags",
+    )
+    recipe_flags(parser)
+    calibration_flags(parser.add_argument_group("data"))
+    group = parser.add_argument_group("machine and output")
+    device_flags(group)
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="complete the store that DIR holds, after its last finished block; without one, start",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="start over where DIR holds another store"
+    )
+    parser.set_defaults(call=call)
+
+
+def call(args: argparse.Namespace) -> None:
+    """Collect, and say what came of it."""
+    recipe = _recipe(args)
+    refuse_small(args, nsamples=1, seqlen=2)
+    if args.resume and args.overwrite:
+        raise UsageError("--resume goes on and --overwrite starts over: leave one out")
+
+    from quip.card import size_words
+    from quip.collecting import Collection, collect_hessians
+
+    found = collect_hessians(
+        Collection(
+            model=args.model,
+            dataset=args.dataset,
+            save=args.save,
+            recipe=recipe,
+            nsamples=args.nsamples,
+            seqlen=args.seqlen,
+            seed=args.seed,
+            device=args.device,
+            dtype=args.dtype,
+            resume=args.resume,
+            overwrite=args.overwrite,
+        )
+    )
+    print(
+        f"{args.save}: {found.inputs} inputs of {found.matrices} matrices, {found.tokens:,} "
+        f"tokens, {size_words(found.nbytes)}, {found.seconds:.1f} s; quantize from it with: "
+        f"quip run {args.model} --hessians {args.save} --wbits 2"
+    )
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe | None":
+    """What the blocks are quantized with, if they are."""
+    if getattr(args, "from") == "original":
+        _refuse_recipe(args)
+        return None
+    settle_bits(args)
+    recipe = recipe_of(args)
+    if recipe is None:
+        raise UsageError("--from quantized needs weights to quantize: give --wbits or --codebook")
+    return recipe
+
+
+def _refuse_recipe(args: argparse.Namespace) -> None:
+    """Raise UsageError for flags that would be ignored."""
+    parser = Parser()
+    recipe_flags(parser)
+    for name in ("wbits", "quant", "range", *RECIPE_FLAGS):
+        if getattr(args, name) != parser.get_default(name):
+            raise UsageError(
+                f"--{name} says how to quantize, and --from original does not: add --from "
+                f"quantized, or leave out --{name}"
+            )
