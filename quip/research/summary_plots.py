@@ -1,0 +1,236 @@
+"""A summary as pictures: what incoherence processing does to eigenvalues, entries and weights."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
+
+from quip.plots import save_figure
+from quip.research.spectrum import SHARE, zero
+from quip.research.summary_rows import EDGES, Row, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PIXELS = 256  # of a heat map; of larger matrices the largest entry of each cell is shown
+DECADES = 3  # of a heat map's colours
+
+
+def write_plots(summary: Summary, folder: Path) -> list[str]:
+    """All pictures of a summary, by what they show; returns the names of the files."""
+    plots: dict[str, Callable[[Summary], "Figure"]] = {
+        "spectrum": plot_spectra,
+        "incoherence": plot_incoherence,
+        "hessian_entries": plot_entries,
+        "singular_vectors": plot_vectors,
+    }
+    if summary.matrices:
+        plots["weights"] = plot_weights
+    for name, plot in plots.items():
+        save_figure(plot(summary), folder / f"{name}.png")
+    return [f"{name}.png" for name in plots]
+
+
+def plot_spectra(summary: Summary) -> "Figure":
+    """Eigenvalues of each H over its largest, a panel for each role, a line for each block."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
+
+    rows = [row for row in summary.inputs if row.processing == "original"]
+    shown = {"as collected": rows}
+    if summary.settings["rescale"]:
+        shown["rescaled"] = [row for row in summary.matrices if row.processing == "rescaled"]
+    roles = list(dict.fromkeys(row.input for row in rows))
+    floor = min(zero(row.columns) for row in rows)
+    depth = Normalize(0, max(1, *(row.block for row in rows)))
+    colours = ScalarMappable(depth, "viridis")
+    figure = Figure(figsize=(2 + 2.4 * len(roles), 1.4 + 2.3 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), len(roles), sharex=True, sharey=True, squeeze=False)
+    for line, (title, some) in zip(grid, shown.items(), strict=True):
+        for axes, role in zip(line, roles, strict=True):
+            for row in some:
+                if row.input == role:
+                    _spectrum(axes, row, colours.cmap(depth(row.block)))
+            axes.axhline(SHARE, color="grey", linestyle="--", linewidth=0.8)
+            axes.set(yscale="log", ylim=(floor / 2, 1.5), xlim=(0, 1))
+            axes.set_xticks([0, 0.5, 1], ["0", "0.5", "1"])
+            axes.yaxis.set_major_locator(LogLocator(10))
+            axes.set_title(f"{role}, {title}", fontsize="small")
+            axes.grid(visible=True, alpha=0.3)
+    figure.supxlabel("index of the eigenvalue / n", fontsize="medium")
+    figure.supylabel(r"eigenvalue / largest eigenvalue", fontsize="medium")
+    bar = figure.colorbar(colours, ax=grid, label="block", aspect=30)
+    bar.locator = _whole()
+    figure.suptitle("Eigenvalues of H by input (dashed: 1 %; a rotation changes none)")
+    return figure
+
+
+def _spectrum(axes: Any, row: Row, colour: Any) -> None:
+    values, n = row.spectrum / row.spectrum[0], len(row.spectrum)
+    kept = int((values > zero(n)).sum())  # what follows is rounding
+    axes.plot((torch.arange(kept) / n).numpy(), values[:kept].numpy(), color=colour, linewidth=1)
+
+
+def plot_incoherence(summary: Summary) -> "Figure":
+    """mu of H and of W along depth, before and after."""
+    from matplotlib.figure import Figure
+
+    last = _processings(summary.matrices or summary.inputs)[-1]
+    panels: list[tuple[str, Sequence[Row], Callable[[Row], float]]] = [
+        ("$\\mu_H$ = max |Q$_{ij}$| $\\sqrt{n}$", summary.inputs, lambda row: row.hessian.mu)
+    ]
+    if summary.matrices:
+        mu = r"$\mu_W$ = max |W$_{ij}$| $\sqrt{mn}$ / $\|W\|_F$"
+        panels[0] = (panels[0][0], summary.matrices, panels[0][2])
+        panels.append((mu, summary.matrices, lambda row: row.weights.mu_W if row.weights else 0))
+    figure = Figure(figsize=(max(8, 1.5 + 5 * len(panels)), 4.5), layout="constrained")
+    line_of_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (label, rows, mu_of) in zip(line_of_axes, panels, strict=True):
+        for index, role in enumerate(dict.fromkeys(row.role for row in rows)):
+            for processing, style in (("original", "o--"), (last, "o-")):
+                line = [r for r in rows if (r.role, r.processing) == (role, processing)]
+                axes.plot(
+                    [r.block for r in line],
+                    [mu_of(r) for r in line],
+                    style,
+                    color=f"C{index}",
+                    markersize=4,
+                    markerfacecolor="white" if processing == "original" else None,
+                    label=role if processing == last and axes is line_of_axes[-1] else None,
+                )
+        axes.set(xlabel="block", ylabel=label, yscale="log")
+        axes.xaxis.set_major_locator(_whole())
+        axes.yaxis.set_minor_formatter(_plain())
+        axes.yaxis.set_major_formatter(_plain())
+        axes.grid(visible=True, which="both", alpha=0.3)
+    figure.legend(fontsize="small", loc="outside right upper")
+    figure.suptitle(f"Incoherence along depth: as collected (dashed, hollow), {last} (solid)")
+    return figure
+
+
+def plot_weights(summary: Summary) -> "Figure":
+    """The density of all weights, each matrix over its RMS, beside a Gaussian's."""
+    from matplotlib.figure import Figure
+
+    centres, width = (EDGES[1:] + EDGES[:-1]) / 2, float(EDGES[1] - EDGES[0])
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes, widest, seen = figure.add_subplot(), 5.0, [1.0]
+    for processing in _processings(summary.matrices):
+        rows = [row for row in summary.matrices if row.processing == processing]
+        counts = sum((row.histogram for row in rows if row.histogram is not None), 0 * centres)
+        density = counts / counts.sum() / width
+        top = max(row.weights.mu_W for row in rows if row.weights)
+        widest, seen = max(widest, top), [*seen, *density[density > 0].tolist()]
+        axes.stairs(density.numpy(), EDGES.numpy(), label=f"{processing} (largest: {top:.1f} RMS)")
+    gaussian = (-centres.square() / 2).exp() / math.sqrt(2 * math.pi)
+    axes.plot(centres.numpy(), gaussian.numpy(), "k--", linewidth=1, label="Gaussian")
+    axes.set(
+        xlabel="weight / RMS of its matrix",
+        ylabel="density",
+        yscale="log",
+        xlim=(-widest - 1, widest + 1),
+        ylim=(min(seen) / 2, 2 * max(seen)),
+        title=f"Weights of {len(rows)} matrices, before and after processing",
+    )
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def plot_entries(summary: Summary) -> "Figure":
+    """|H_ij| over the mean of the diagonal, of the example layer at each stage."""
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    stages = summary.example
+    maps = [_pooled(stage.H.abs() / stage.H.diagonal().mean()) for stage in stages]
+    top = max(float(one.max()) for one in maps)
+    norm = LogNorm(top / 10**DECADES, top)
+    figure = Figure(figsize=(1.2 + 3.6 * len(stages), 4.4), layout="constrained")
+    panels = figure.subplots(1, len(stages), squeeze=False)[0]
+    for axes, stage, one in zip(panels, stages, maps, strict=True):
+        n = len(stage.H)
+        image = axes.imshow(
+            one.numpy(), norm=norm, cmap="magma", extent=(0.5, n + 0.5, n + 0.5, 0.5)
+        )
+        diagonal = stage.H.diagonal()
+        spread = float(diagonal.max() / diagonal.mean())
+        axes.set_title(
+            f"{stage.processing}\nlargest $H_{{ii}}$ / mean: {spread:.1f}", fontsize="medium"
+        )
+        axes.set(xlabel="input j", ylabel="input i")
+    figure.colorbar(image, ax=panels, label="|H$_{ij}$| / mean of the diagonal", extend="min")
+    figure.suptitle(f"Entries of H: {stages[-1].name}", fontsize="medium")
+    return figure
+
+
+def plot_vectors(summary: Summary) -> "Figure":
+    """|Q_ij| sqrt(n) of the example layer at each stage, and the largest of each eigenvector."""
+    from matplotlib.figure import Figure
+
+    stages = summary.example
+    n = len(stages[0].H)
+    gaussian = math.sqrt(2 * math.log(n))
+    figure = Figure(figsize=(1.2 + 3.6 * len(stages), 6.2), layout="constrained")
+    grid = figure.subplots(
+        2, len(stages), squeeze=False, sharex=True, height_ratios=(3, 2), sharey="row"
+    )
+    for (above, below), stage in zip(grid.T, stages, strict=True):
+        spectrum, rank = stage.spectrum, stage.spectrum.rank
+        entries = _pooled(spectrum.vectors.abs() * math.sqrt(n)).numpy()
+        image = above.imshow(
+            entries,
+            vmin=0,
+            vmax=2 * gaussian,
+            cmap="magma",
+            extent=(0.5, n + 0.5, n + 0.5, 0.5),
+            aspect="auto",
+        )
+        above.set_title(f"{stage.processing}: $\\mu_H$ = {stage.numbers.mu:.1f}", fontsize="medium")
+        largest = spectrum.incoherence.cpu().numpy()
+        index = torch.arange(1, n + 1).numpy()
+        below.plot(index[:rank], largest[:rank], ".", markersize=2)
+        below.plot(
+            index[rank:], largest[rank:], ".", markersize=2, color="grey", label="eigenvalue 0"
+        )
+        for axes in (above, below):
+            axes.axvline(rank + 0.5, color="grey", linewidth=0.8)
+        below.axhline(gaussian, color="k", linestyle="--", linewidth=1, label=r"$\sqrt{2\,\ln n}$")
+        below.set(xlabel="eigenvector j, largest eigenvalue first", yscale="log")
+        below.yaxis.set_major_formatter(_plain())
+        below.yaxis.set_minor_formatter(_plain())
+        below.grid(visible=True, which="both", alpha=0.3)
+    grid[0][0].set_ylabel("input i")
+    grid[1][0].set_ylabel(r"max$_i$ |Q$_{ij}$| $\sqrt{n}$")
+    grid[1][0].legend(fontsize="small")
+    figure.colorbar(image, ax=grid[0], label=r"|Q$_{ij}$| $\sqrt{n}$", extend="max")
+    figure.suptitle(f"Eigenvectors of H: {stages[-1].name}", fontsize="medium")
+    return figure
+
+
+def _pooled(A: Float[Tensor, "n n"]) -> Float[Tensor, "k k"]:
+    """The largest of each cell, at most 256 x 256 of them."""
+    return adaptive_max_pool2d(A[None], PIXELS)[0].cpu() if len(A) > PIXELS else A.cpu()
+
+
+def _processings(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.processing for row in rows))
+
+
+def _whole() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(integer=True, min_n_ticks=1)
+
+
+def _plain() -> Any:
+    from matplotlib.ticker import LogFormatter
+
+    return LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5))

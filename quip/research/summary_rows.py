@@ -1,0 +1,142 @@
+"""The rows of a summary, their means, and the files they go into."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quip.files import replacing, write_csv
+from quip.research.processing import Stage
+from quip.research.spectrum import HessianNumbers, WeightNumbers
+from quip.research.tables.paper import lookup
+
+METRICS = {
+    "rank": "rank",
+    "above_1_percent": "eigenvalues above 1 %",
+    "D_backwards": "trD/trH",
+}
+EDGES = torch.linspace(-64, 64, 513, dtype=torch.float64)  # of histograms, in RMS of the weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One input, or one matrix with its input, at one stage of processing."""
+
+    name: str
+    role: str  # in its block
+    input: str  # the role of its input: those of all matrices that share it
+    block: int
+    rows: int | None  # m; None for an input alone
+    columns: int  # n
+    tokens: int
+    processing: str
+    matrices: int  # that it stands for
+    hessian: HessianNumbers
+    weights: WeightNumbers | None
+    spectrum: Float[Tensor, " n"]  # eigenvalues of H, largest first
+    incoherence: Float[Tensor, " n"]  # max |Q_ij| sqrt(n) of each eigenvector
+    histogram: Float[Tensor, " bins"] | None  # of weights over their RMS, between EDGES
+
+    def flat(self) -> dict[str, object]:
+        """All numbers in one line, for a file."""
+        apart = ("hessian", "weights", "spectrum", "incoherence", "histogram")
+        words = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        if self.weights is None:
+            return {k: x for k, x in words.items() if k != "rows"} | asdict(self.hessian)
+        return words | asdict(self.weights) | asdict(self.hessian)
+
+
+@dataclass
+class Summary:
+    """What a summary came to; it grows input by input."""
+
+    settings: Mapping[str, Any]
+    inputs: list[Row] = field(default_factory=list)
+    matrices: list[Row] = field(default_factory=list)
+    example: list[Stage] = field(default_factory=list)  # all stages of the example layer
+
+    def add(self, row: Row) -> None:
+        (self.inputs if row.weights is None else self.matrices).append(row)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but spectra and plots."""
+        rows = self.matrices or self.inputs
+        return {
+            **self.settings,
+            "paper": published(str(self.settings["store"]["model"])),
+            "hessian_means": means(rows, "hessian", "input"),
+            "weight_means": means(self.matrices, "weights", "role"),
+            "inputs": [row.flat() for row in self.inputs],
+            "matrices": [row.flat() for row in self.matrices],
+        }
+
+
+def histogram(W: Float[Tensor, "m n"]) -> Float[Tensor, " bins"]:
+    """Counts of weights over their RMS; those beyond the edges count as on them."""
+    low, high = float(EDGES[0]), float(EDGES[-1])
+    rms = W.square().mean().sqrt().clamp_min(torch.finfo(W.dtype).tiny)
+    return torch.histc((W / rms).clamp(low, high).cpu(), len(EDGES) - 1, low, high)
+
+
+def means(rows: Sequence[Row], numbers: str, key: str) -> list[dict[str, Any]]:
+    """Mean and standard deviation of `hessian` or `weights`, over all rows and by role.
+
+    Each row counts as often as it stands for a matrix, as in the paper, which has one H a matrix.
+    """
+    found = []
+    for role in dict.fromkeys(["all", *(getattr(row, key) for row in rows)]):
+        for processing in dict.fromkeys(row.processing for row in rows):
+            several = [
+                asdict(getattr(row, numbers))
+                for row in rows
+                for _ in range(row.matrices)
+                if row.processing == processing and role in ("all", getattr(row, key))
+            ]
+            spread = {
+                name: {
+                    "mean": fmean(one[name] for one in several),
+                    "std": pstdev([one[name] for one in several]),
+                }
+                for name in several[0]
+            }
+            found.append({"role": role, "processing": processing, "count": len(several)} | spread)
+    return found
+
+
+def published(model: str) -> dict[str, dict[str, float]]:
+    """What QuIP's Table 6 has of a model by its name: means over its Hessians by processing."""
+    model = Path(model).name.replace("opt-", "OPT-")
+    found: dict[str, dict[str, float]] = {}
+    for processing, (key, metric) in product(("baseline", "IncP"), METRICS.items()):
+        words = {"model": model, "processing": processing, "method": "Hessian", "metric": metric}
+        if (value := lookup(words)) is not None:
+            found.setdefault(processing, {})[key] = value
+    return found
+
+
+def write_rows(summary: Summary, folder: Path) -> None:
+    for name, rows in (("hessians", summary.inputs), ("matrices", summary.matrices)):
+        if rows:
+            write_csv(folder / f"{name}.csv", [row.flat() for row in rows])
+
+
+def write_rest(summary: Summary, folder: Path) -> None:
+    with replacing(folder / "summary.json") as partial:
+        partial.write_text(json.dumps(summary.as_json(), indent=2, allow_nan=False) + "\n")
+    with replacing(folder / "spectra.safetensors") as partial:
+        save_file(dict(_spectra(summary)), partial)
+
+
+def _spectra(summary: Summary) -> Iterator[tuple[str, Tensor]]:
+    """Eigenvalues by "NAME, processing"; a rotation leaves them."""
+    for row in (*summary.inputs, *(x for x in summary.matrices if x.processing != "original")):
+        if "rotated" not in row.processing:
+            yield f"{row.name}, {row.processing}", row.spectrum.contiguous()
