@@ -134,20 +134,28 @@ def cascade(
     """
     unit = max((width for width in visits if width <= block), default=min(visits))
     panel = max(unit, block // unit * unit)  # cuts no narrower span
-    widths = sorted({*visits, panel}, reverse=True)
+    _descend(X, K, eta, visits, sorted({*visits, panel}, reverse=True), 0, len(X))
 
-    def descend(start: int, stop: int, level: int) -> None:
-        width = widths[level]
-        for lo in range(start, stop, width):
-            hi = min(lo + width, stop)
-            if lo > start:  # half of K is never read, and never cast
-                X[lo:hi].addmm_(K[start:lo, lo:hi].T.to(X), eta[start:lo])
-            for visit in visits.get(width, ()):
-                visit(lo, hi)
-            if level + 1 < len(widths):
-                descend(lo, hi, level + 1)
 
-    descend(0, len(X), 0)
+def _descend(
+    X: Tensor,
+    K: Tensor,
+    eta: Tensor,
+    visits: Mapping[int, Sequence[Visit]],
+    widths: Sequence[int],
+    start: int,
+    stop: int,
+) -> None:
+    """No function inside `cascade`: one that calls itself would keep K until gc finds the cycle."""
+    width, *narrower = widths
+    for lo in range(start, stop, width):
+        hi = min(lo + width, stop)
+        if lo > start:  # half of K is never read, and never cast
+            X[lo:hi].addmm_(K[start:lo, lo:hi].T.to(X), eta[start:lo])
+        for visit in visits.get(width, ()):
+            visit(lo, hi)
+        if narrower:
+            _descend(X, K, eta, visits, narrower, lo, hi)
 
 
 def _panel_width(dim: int, n: int, group: int | None) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quip.card import size_words
+from quip.research.tables.rendering import markdown
 from quip.table import table
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,8 @@ def render(name: str) -> str:
     if not path.exists():
         return "(not run)\n"
     record = json.loads(path.read_text())
+    if "entries" in record:
+        return markdown(record)
     if "status" in record:
         return f"```\n{table(record)}\n```\n"
     if "sharp" in record:

@@ -2,11 +2,33 @@
 
 from collections.abc import Sequence
 
-from quip.cli import evaluate, export, finetune, import_quip_sharp, inspect, recipes, run
+from quip.cli import (
+    counterexample,
+    equivalence,
+    evaluate,
+    export,
+    finetune,
+    hessians,
+    import_quip_sharp,
+    inspect,
+    proxy,
+    recipes,
+    run,
+    summary,
+    table,
+    theory,
+)
 from quip.cli.door import Parser, guarded
 
 COMMANDS = {
     "run": run,
+    "hessians": hessians,
+    "proxy": proxy,
+    "summary": summary,
+    "counterexample": counterexample,
+    "equivalence": equivalence,
+    "theory": theory,
+    "table": table,
     "finetune": finetune,
     "evaluate": evaluate,
     "inspect": inspect,

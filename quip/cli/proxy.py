@@ -1,0 +1,159 @@
+"""`quip proxy MODEL STORE`: the proxy loss of each matrix by each method, without perplexities."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quip.cli.shared import aligned, machine_flags, names, number_or_auto
+from quip.errors import UsageError
+
+if TYPE_CHECKING:
+    from quip.research.proxies import Asked
+
+SUMMARY = "compare methods by their proxy losses, matrix by matrix"
+FLAGS = ("npasses", "percdamp", "rho", "faithful")  # of recipes, with --range
+
+
+def build(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments, and what to call with them."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="as for `quip run`")
+    add("store", type=Path, metavar="STORE", help="its Hessians, from `quip hessians ... --save`")
+    add_flags(parser)
+    parser.set_defaults(call=call)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """All but MODEL and STORE."""
+    _case_flags(parser.add_argument_group("what is compared"))
+    _recipe_flags(parser.add_argument_group("method, of all that are compared"))
+    group = parser.add_argument_group("machine and output")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with --out: what it holds is kept; more methods, bits or layers may be named",
+    )
+    machine_flags(
+        group,
+        out="a folder for run.json, proxy.csv (a line for each matrix and method, kept after each "
+        "input), summary.csv, depth.png and methods.png; it must be new or empty",
+    )
+
+
+def _case_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--quant", default="all", metavar="A,B,...", help="methods, or all (the default)")
+    add("--wbits", metavar="B,...", help="bits per weight of the integer grid (default 2,3,4)")
+    add(
+        "--processing",
+        metavar="A,B",
+        help="baseline (the default), incoherence, or both: baseline,incoherence",
+    )
+    add(
+        "--incoh_processing",
+        action="store_true",
+        help="short for --processing incoherence",
+    )
+    add(
+        "--codebook",
+        default="int",
+        metavar="A,B,...",
+        help="int (the default) and lattices, which have their own bits; q, k and v are not fused",
+    )
+    add(
+        "--layers",
+        metavar="PATTERN,...",
+        help="matrices by any run of the parts of their names, with wildcards: fc1, layers.0, "
+        "layers.*.q_proj (default: all of the store)",
+    )
+
+
+def _recipe_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--npasses", type=int, metavar="N", help="greedy passes (default: as for `quip run`)")
+    add("--percdamp", type=float, default=0.01, metavar="X", help="damping of H (default 0.01)")
+    add(
+        "--range",
+        metavar="{tensor,column,N}",
+        help="what the range of grid b or the scale of a lattice is fitted to; not of the baseline",
+    )
+    add(
+        "--rho",
+        type=number_or_auto,
+        metavar="{X,auto}",
+        help="the range of grid b in RMS, or auto; not of the baseline",
+    )
+    add("--faithful", action="store_true", help="the papers' algorithms as printed")
+    add("--seed", type=int, default=0, metavar="N", help="of rotations (default 0)")
+
+
+def call(args: argparse.Namespace) -> None:
+    """Measure, and print the means."""
+    from quip.research.losses import method_tables
+    from quip.research.proxies import measure_losses
+
+    losses = measure_losses(asked(args))
+    measures = {"mean_proxy_loss": "mean proxy loss", "mean_absolute_loss": "mean tr(E H E^T)"}
+    for measure, title in measures.items():
+        for lines in method_tables(losses, measure, title):
+            print(aligned(lines), end="\n\n")
+    count = len({loss.name for loss in losses})
+    print(f"over {count} matrices" + (f"; each of them in {args.out}" if args.out else ""))
+
+
+def asked(args: argparse.Namespace) -> "Asked":
+    """What the strings mean. Raises UsageError for what means nothing."""
+    _refuse(args)
+
+    from quip.recipe_flags import METHODS
+    from quip.research.proxies import Asked
+
+    return Asked(
+        model=args.model,
+        store=args.store,
+        quants=tuple(METHODS) if args.quant == "all" else names(args.quant, "--quant"),
+        wbits=_numbers(args.wbits or "2,3,4", "--wbits"),
+        processing=_processing(args),
+        codebooks=names(args.codebook, "--codebook"),
+        flags=_flags(args),
+        layers=names(args.layers, "--layers") if args.layers else (),
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+        out=args.out,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    for flag in ("resume", "overwrite"):
+        if getattr(args, flag) and args.out is None:
+            raise UsageError(f"--{flag} speaks of a folder: name it with --out DIR")
+    if args.resume and args.overwrite:
+        raise UsageError("--resume goes on and --overwrite starts over: leave one out")
+    if args.wbits and "int" not in args.codebook.split(","):
+        raise UsageError(f"--wbits {args.wbits}: lattices have their own bits; leave it out")
+
+
+def _processing(args: argparse.Namespace) -> tuple[str, ...]:
+    if args.incoh_processing and args.processing:
+        raise UsageError(
+            "--incoh_processing is short for --processing incoherence: leave one of them out"
+        )
+    if args.incoh_processing:
+        return ("incoherence",)
+    return names(args.processing or "baseline", "--processing")
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that say something, by the names of `quip.recipe_flags.Flags`."""
+    given = {name: getattr(args, name) for name in FLAGS} | {"range_": args.range}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _numbers(text: str, flag: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in names(text, flag))
+    except ValueError:
+        raise UsageError(f"{flag} {text}: whole numbers are needed, as in {flag} 2,3") from None

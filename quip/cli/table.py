@@ -1,0 +1,174 @@
+"""`quip table NAME`: a table of the paper, ours beside the paper's; runs what is missing."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quip.cli.shared import aligned, names, refuse_small
+from quip.errors import UsageError
+
+if TYPE_CHECKING:
+    from quip.research.tables.cells import Cell, Settings
+    from quip.research.tables.description import Table
+
+SUMMARY = "a table or figure of the paper: run the missing cells, show them beside the paper's"
+
+
+def build(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments, and what to call with them."""
+    add = parser.add_argument
+    add("name", nargs="?", metavar="NAME", help="of the table (--list), or a .yaml file like them")
+    add("--list", action="store_true", help="list the tables, and what stands in them")
+    _choice_flags(parser.add_argument_group("what is run"))
+    _data_flags(parser.add_argument_group("data and evaluation"))
+    add = parser.add_argument_group("machine and output").add_argument
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="what models compute in (default auto: float32)",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/tables"),
+        metavar="DIR",
+        help="a folder for the cells, which all tables share, and for NAME.md, .csv, .json and "
+        ".png (default runs/tables)",
+    )
+    parser.set_defaults(call=call)
+
+
+def _choice_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--models", metavar="A,B,...", help="models (default: those of the paper's table)")
+    add("--rows", metavar="A;B;...", help="rows by label (default: all)")
+    add("--columns", metavar="A;B;...", help="columns by label (default: all)")
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print each cell with the time and memory that it should take, and run nothing",
+    )
+    add("--render", action="store_true", help="run nothing: show what has been run by now")
+
+
+def _data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--dataset", metavar="D", help="calibration text (default: the table's)")
+    add(
+        "--eval_datasets",
+        metavar="A,B,...",
+        help="where perplexity is measured (default: where the table does)",
+    )
+    add("--tasks", metavar="A,B,...", help="zero-shot tasks (default: the table's)")
+    add("--nsamples", type=int, default=128, metavar="N", help="calibration windows (default 128)")
+    add("--seqlen", type=int, metavar="N", help="tokens in a window (default: at most 2048)")
+    add("--eval_nsamples", type=int, metavar="N", help="the first N windows (default: all)")
+    add("--limit", type=int, metavar="N", help="the first N documents of each task (default: all)")
+    add("--batch_size", type=int, default=8, metavar="N", help="of zero-shot tasks (default 8)")
+    add("--storycloze_csv", type=Path, metavar="FILE", help="the StoryCloze file")
+    add("--seed", type=int, default=0, metavar="N", help="of sampling and rotations (default 0)")
+
+
+def call(args: argparse.Namespace) -> None:
+    """List, estimate or run; then show the table."""
+    refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1, limit=1, batch_size=1)
+    if args.list:
+        print(_listing(args.name))
+        return
+    if args.name is None:
+        raise UsageError("name a table, or --list them")
+    if args.dry_run and args.render:
+        raise UsageError("--dry_run shows what would be run, --render what was: leave one out")
+
+    from quip.research.tables.cells import cells, select, settle
+    from quip.research.tables.description import read_table
+    from quip.research.tables.record import record_of, write_record
+    from quip.research.tables.rendering import markdown
+    from quip.research.tables.running import run_missing
+
+    table = read_table(args.name)
+    table = select(table, rows=_labels(args.rows), columns=_labels(args.columns))
+    settings = _settings(args, table)
+    table = settle(table, settings)
+    models = names(args.models, "--models") if args.models else table.models
+    found = list(cells(table, models, settings, args.out))
+    if args.dry_run:
+        print(_plan(found))
+        return
+    try:
+        if not args.render:
+            run_missing(found)
+    finally:  # what is known by then, whatever ended the run
+        record = record_of(table, models, settings, args.out)
+        paths = write_record(record, args.out)
+    print(markdown(record))
+    print("written:", ", ".join(map(str, paths)))
+
+
+def _labels(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(filter(None, (x.strip() for x in text.split(";"))))
+
+
+def _settings(args: argparse.Namespace, table: "Table") -> "Settings":
+    from quip.research.tables.cells import Settings
+
+    def chosen(text: str | None, flag: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        return default if text is None else names(text, flag)
+
+    return Settings(
+        dataset=args.dataset or table.dataset,
+        evaluate=chosen(args.eval_datasets, "--eval_datasets", table.evaluate),
+        tasks=chosen(args.tasks, "--tasks", table.tasks),
+        nsamples=args.nsamples,
+        seqlen=args.seqlen,
+        eval_nsamples=args.eval_nsamples,
+        limit=args.limit,
+        storycloze_csv=args.storycloze_csv,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+        dtype=args.dtype,
+    )
+
+
+def _listing(name: str | None) -> str:
+    from quip.research.tables.description import names as tables
+    from quip.research.tables.description import read_table
+
+    if name is None:
+        width = max(map(len, tables()))
+        found = map(read_table, tables())
+        return "\n".join(f"{t.name:<{width}}  {t.title} ({t.source})" for t in found)
+    table = read_table(name)
+    lines = {
+        "title": f"{table.title} ({table.source})",
+        "models": ", ".join(table.models),
+        "rows": "; ".join(row.label for row in table.rows),
+        "columns": "; ".join(column.label for column in table.columns),
+        "measures": ", ".join(measure.label for measure in table.measures),
+        "calibration": table.dataset,
+    }
+    return "\n".join(f"{key:<13}{words}" for key, words in lines.items())
+
+
+def _plan(found: "Sequence[Cell]") -> str:
+    from quip.card import size_words
+    from quip.research.tables.estimate import Estimate, estimates
+
+    lines = [("cell", "state", "minutes", "memory")]
+    total, unknown = 0.0, set()
+    for cell, estimate in zip(found, estimates(found), strict=True):
+        done = not cell.missing()
+        words = ("-", "-")
+        if isinstance(estimate, Estimate):
+            words = (f"{estimate.seconds / 60:.1f}", size_words(round(estimate.bytes)))
+            total += 0 if done else estimate.seconds
+        else:
+            unknown.add(estimate)
+        name = f"{cell.folder.parent.name}/{cell.folder.name}"
+        lines.append((name, "done" if done else cell.report().get("status", "not run"), *words))
+    notes = [f"missing cells: about {total / 60:.0f} minutes", *sorted(unknown)]
+    return "\n".join([aligned(lines), "", *notes])

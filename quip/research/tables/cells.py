@@ -1,0 +1,167 @@
+"""The cells of a table: which there are, which are done, and how one is run.
+
+    DIR/cells/MODEL/ROW-FLAGS-DIGEST/run.json
+
+A cell is kept by what its numbers depend on (model, flags, calibration), not by the table that
+asked: another table that wants the same run finds it there. It is done when its report is
+complete and holds all that is measured; a run that was killed goes on after its last block.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from quip.errors import UsageError
+from quip.evaluate.zeroshot import ZeroShot
+from quip.research.tables.description import Line, Measure, Table, perplexities
+from quip.run_folder import read_report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How cells are run: what a user may set beside what a table says."""
+
+    dataset: str
+    evaluate: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    nsamples: int = 128
+    seqlen: int | None = None
+    eval_nsamples: int | None = None
+    limit: int | None = None  # documents of each task
+    storycloze_csv: Path | None = None
+    batch_size: int = 8  # of tasks
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
+
+    def zero_shot(self) -> ZeroShot | None:
+        if not self.tasks:
+            return None
+        return ZeroShot(tasks=self.tasks, limit=self.limit, storycloze_csv=self.storycloze_csv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run: a model with the flags of a row and a column."""
+
+    model: str
+    flags: Mapping[str, Any]
+    kind: str
+    settings: Settings
+    measures: tuple[Measure, ...]
+    root: Path = field(compare=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where its report is, by what its numbers depend on."""
+        s = self.settings
+        depends = {
+            "model": self.model,
+            "flags": dict(sorted(self.flags.items())),
+            "kind": self.kind,
+            "calibration": [s.dataset, s.nsamples, s.seqlen, s.seed],
+            "evaluation": [s.eval_nsamples, s.limit, s.dtype],
+        }
+        if self.flags.get("wbits") == 16:  # which nothing is calibrated for
+            depends["calibration"] = [s.seqlen]
+        digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:8]
+        words = [self.kind] if self.kind != "run" else []
+        words += [f"{k}-{v}" if v is not True else k for k, v in self.flags.items()]
+        return self.root / "cells" / slug(self.model) / f"{slug('-'.join(words))}-{digest}"
+
+    def report(self) -> dict[str, Any]:
+        return read_report(self.folder)
+
+    def missing(self) -> tuple[Measure, ...]:
+        """What is still to be measured."""
+        report = self.report()
+        if report.get("status") != "complete":
+            return self.measures
+        return tuple(measure for measure in self.measures if measure.of(report) is None)
+
+
+def slug(text: str) -> str:
+    """As part of a file's name; of a file its name alone."""
+    path = Path(text)
+    name = path.stem if path.suffix == ".gguf" else path.name
+    return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def settle(table: Table, settings: Settings) -> Table:
+    """The table with the data sets and tasks that the settings name instead of its own."""
+    if settings.evaluate == table.evaluate and settings.tasks == table.tasks:
+        return table
+    kept = [m for m in table.measures if len(m.path) == 1]  # means of whatever is measured
+    measures = (
+        *(kept if settings.evaluate and table.evaluate else ()),
+        *(() if kept else perplexities(settings.evaluate)),
+        *(_task(table, name) for name in settings.tasks),
+    )
+    return replace(table, evaluate=settings.evaluate, tasks=settings.tasks, measures=measures)
+
+
+def _task(table: Table, name: str) -> Measure:
+    known = (m for m in table.measures if m.path[:2] == ("tasks", name))
+    new = Measure(label=name, path=("tasks", name, "acc"), scale=100.0, better="higher")
+    return next(known, new)
+
+
+def select(
+    table: Table,
+    *,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> Table:
+    """The table with these rows and columns only, by label. Raises UsageError for one it has not.
+
+    Rows that a difference needs stay.
+    """
+    return replace(
+        table,
+        rows=_chosen(table, "--rows", table.rows, rows),
+        columns=_chosen(table, "--columns", table.columns, columns),
+    )
+
+
+def _chosen(
+    table: Table, flag: str, lines: Sequence[Line], wanted: Sequence[str] | None
+) -> tuple[Line, ...]:
+    if wanted is None:
+        return tuple(lines)
+    known = {line.label: line for line in lines}
+    for label in wanted:
+        if label not in known:
+            raise UsageError(f"{flag} {label}: {table.name} has {'; '.join(known)}")
+    needed = {label for one in wanted for label in (one, *(known[one].minus or ()))}
+    return tuple(line for line in lines if line.label in needed)
+
+
+def cells(table: Table, models: Sequence[str], settings: Settings, root: Path) -> Iterator[Cell]:
+    """Every different cell of the table, model by model."""
+    seen = set()
+    for model in models:
+        for row in table.rows:
+            for column in table.columns:
+                if row.minus:
+                    continue
+                cell = cell_of(table, model, row, column, settings, root)
+                if cell.folder not in seen:
+                    seen.add(cell.folder)
+                    yield cell
+
+
+def cell_of(
+    table: Table, model: str, row: Line, column: Line, settings: Settings, root: Path
+) -> Cell:
+    return Cell(
+        model=model,
+        flags=table.flags_of(row, column),
+        kind=table.kind,
+        settings=settings,
+        measures=table.measures,
+        root=root,
+    )

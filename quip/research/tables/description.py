@@ -1,0 +1,195 @@
+"""A table of a paper as data: its rows, columns and models, and what is read off each cell.
+
+A description is a YAML file; those of the papers lie beside this module, and `quip table` takes
+the path of any other. Rows and columns are flags of `quip run`: a cell is one run with the flags
+of its table, column and row (a row's win), and each measure is a path into that run's report.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from quip.errors import UsageError
+from quip.recipe import Recipe
+from quip.recipes import build_recipe
+
+FOLDER = Path(__file__).parent
+LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
+KINDS = ("run", "proxy", "hessians", "speed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What is read off a report: the number at a path, or the mean of the numbers there."""
+
+    label: str
+    path: tuple[str, ...]
+    scale: float = 1.0
+    inverse: bool = False  # scale / number
+    better: str = "lower"  # or higher, or neither
+
+    def of(self, report: Mapping[str, Any]) -> float | None:
+        """The value, or None where the report has none."""
+        found: Any = report
+        for key in self.path:
+            if not isinstance(found, Mapping) or key not in found:
+                return None
+            found = found[key]
+        values = [*found.values()] if isinstance(found, Mapping) else [found]
+        if not values or None in values:
+            return None
+        mean = fmean(map(float, values))
+        return self.scale / mean if self.inverse else self.scale * mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row or a column."""
+
+    label: str
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, str] = field(default_factory=dict)  # what finds its published cells
+    minus: tuple[str, str] | None = None  # a row that is the difference of two others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """One table or figure of a paper."""
+
+    name: str
+    title: str
+    source: str
+    models: tuple[str, ...]
+    rows: tuple[Line, ...]
+    columns: tuple[Line, ...]
+    kind: str = "run"
+    flags: Mapping[str, Any] = field(default_factory=dict)  # of every cell
+    paper: Mapping[str, str] = field(default_factory=dict)  # of every cell
+    dataset: str = "c4"
+    evaluate: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    measures: tuple[Measure, ...] = ()
+    by: str = "columns"  # what runs along the plot: columns, or models
+    note: str = ""
+
+    def flags_of(self, row: Line, column: Line) -> dict[str, Any]:
+        return {**self.flags, **column.flags, **row.flags}
+
+    def find(self, label: str) -> Line:
+        return next(row for row in self.rows if row.label == label)
+
+
+def names() -> tuple[str, ...]:
+    """Of the descriptions in the package."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "models"))
+
+
+def read_table(name: str) -> Table:
+    """The description of this name, or in the file of this path.
+
+    Raises UsageError for what is none, and for flags that mean nothing together.
+    """
+    path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file() or path.stem == "models":
+        raise UsageError(
+            f"table {name}: choose {', '.join(names())}, or the path of a .yaml file "
+            "that describes one"
+        )
+    try:
+        found = yaml.safe_load(path.read_text())
+        return _table(path.stem, found)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML: {error}") from error
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise UsageError(f"{path}: no description of a table: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+
+
+def recipe_of(flags: Mapping[str, Any]) -> Recipe | None:
+    """The recipe of a cell's flags; None for 16 bits, the model as it is."""
+    if flags.get("wbits") == 16:
+        return None
+    given = {"range_" if name == "range" else name: value for name, value in flags.items()}
+    try:
+        return build_recipe(**given)
+    except TypeError as error:
+        raise UsageError(f"flags {dict(flags)}: {error}; names are those of `quip run`") from error
+
+
+@cache
+def known_models() -> Mapping[str, Mapping[str, Any]]:
+    """Models of the papers: hub id -> what papers call it, and its config."""
+    return yaml.safe_load((FOLDER / "models.yaml").read_text())
+
+
+def papers_name(model: str) -> str | None:
+    return known_models().get(model, {}).get("paper")
+
+
+def _table(name: str, given: Mapping[str, Any]) -> Table:
+    unknown = set(given) - {f.name for f in fields(Table)} - {"measure"}
+    if unknown:
+        raise UsageError(f"unknown name {sorted(unknown)[0]!r}")
+    words = {k: v for k, v in given.items() if k not in ("rows", "columns", "measures")}
+    for key in ("models", "evaluate", "tasks"):
+        words[key] = tuple(words.get(key, ()))
+    measures = given.get("measures") or {}
+    table = Table(
+        name=name,
+        rows=_lines(given["rows"]),
+        columns=_lines(given["columns"]),
+        measures=tuple(
+            Measure(label=label, **{**spec, "path": tuple(spec["path"]), **_float(spec, "scale")})
+            for label, spec in measures.items()
+        )
+        or perplexities(words["evaluate"]),
+        **words,
+    )
+    _check(table)
+    return table
+
+
+def _float(spec: Mapping[str, Any], key: str) -> dict[str, float]:
+    return {key: float(spec[key])} if key in spec else {}
+
+
+def perplexities(datasets: Sequence[str]) -> tuple[Measure, ...]:
+    return tuple(
+        Measure(label=LABELS.get(name, Path(name).stem), path=("perplexity", name))
+        for name in datasets
+    )
+
+
+def _lines(given: Mapping[str, Mapping[str, Any] | None]) -> tuple[Line, ...]:
+    lines = []
+    for label, spec in given.items():
+        spec = dict(spec or {})
+        minus = spec.pop("minus", None)
+        paper = {key: str(value) for key, value in spec.pop("paper", {}).items()}
+        lines.append(
+            Line(label=str(label), flags=spec, paper=paper, minus=minus and (minus[0], minus[1]))
+        )
+    return tuple(lines)
+
+
+def _check(table: Table) -> None:
+    labels = {row.label for row in table.rows}
+    if table.kind not in KINDS:
+        raise UsageError(f"kind {table.kind!r}: not one of {', '.join(KINDS)}")
+    if table.by not in ("columns", "models"):
+        raise UsageError(f"by {table.by!r}: the plot runs along columns or models")
+    if not table.measures:
+        raise UsageError("nothing is measured: name `evaluate` or `measures`")
+    for row in table.rows:
+        if row.minus and not set(row.minus) <= labels:
+            raise UsageError(f"row {row.label!r} is the difference of rows that are not there")
+        if row.minus or table.kind == "hessians":
+            continue
+        for column in table.columns:
+            recipe_of(table.flags_of(row, column))

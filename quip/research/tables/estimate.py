@@ -1,0 +1,166 @@
+"""What a cell will take, before it is run: a count of operations over what this machine does.
+
+With N calibration tokens, a matrix of m outputs and n inputs costs
+
+    forward       2 m n N, twice: to observe a block, and to pass on what it has become
+    observe       2 n^2 N for each distinct input, of which panels skip three eighths
+    quantize      m n^2 for the sweep, 2 m n^2 for each greedy pass, 5 n^3 to factorise; Algorithm 5
+                  solves twice 2 n^3 in each of up to 100 iterations
+    evaluate      2 (m n) for each token, and the vocabulary
+
+at the rate of a matrix product in float32, timed here (attention is left out). Where cells
+of the model are done, the estimate is scaled by what they took against what was counted for them.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quip.device import choose_device
+from quip.errors import QuipError
+from quip.evaluate.memory import module_bytes
+from quip.models import read_config
+from quip.recipes import METHODS
+from quip.research.tables.cells import Cell
+from quip.research.tables.description import known_models
+from quip.walk import coverage, find_blocks
+
+IMPORTS = 0.5e9  # bytes of a process that has loaded torch and transformers
+START = 15.0  # seconds until a model is loaded and its data are read, at least
+WINDOWS = 160  # of a data set, where it is not said how many: WikiText-2 has 166 of 2048 tokens
+PANELS = 5 / 8
+SHARING = ("k_proj", "v_proj", "up_proj")  # matrices that share the input of another
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Seconds and peak bytes of a cell; `scaled` by what cells took that are done."""
+
+    seconds: float
+    bytes: float
+    scaled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What of a model decides the cost."""
+
+    matrices: tuple[tuple[int, int], ...]  # (m, n) of those that are quantized
+    inputs: tuple[int, ...]  # n of each distinct input
+    head: int  # weights that turn hidden states into logits
+    bytes: int  # of all weights in float32
+    block_bytes: int
+    width: int
+    positions: int
+
+
+def estimates(cells: Sequence[Cell]) -> list[Estimate | str]:
+    """Of each cell, or in a word why it cannot be told."""
+    speed: dict[str, float] = {}
+    found: list[Estimate | str] = []
+    for cell in cells:
+        device = choose_device(cell.settings.device)
+        speed.setdefault(device, _flops(device))
+        try:
+            shape = _shape(cell.model)
+        except QuipError as error:
+            found.append(str(error))
+            continue
+        seconds = START + _operations(cell, shape) / speed[device]
+        found.append(Estimate(seconds=seconds, bytes=_bytes(cell, shape), scaled=False))
+    return _scaled(cells, found)
+
+
+def _scaled(cells: Sequence[Cell], found: Sequence[Estimate | str]) -> list[Estimate | str]:
+    ratios: dict[str, list[float]] = {}
+    for cell, estimate in zip(cells, found, strict=True):
+        taken = sum(cell.report().get("seconds", {}).values())
+        if taken and not cell.missing() and isinstance(estimate, Estimate):
+            ratios.setdefault(cell.model, []).append(taken / estimate.seconds)
+    return [
+        Estimate(
+            seconds=estimate.seconds * median(ratios[cell.model]), bytes=estimate.bytes, scaled=True
+        )
+        if isinstance(estimate, Estimate) and cell.model in ratios
+        else estimate
+        for cell, estimate in zip(cells, found, strict=True)
+    ]
+
+
+def _operations(cell: Cell, shape: Shape) -> float:
+    s, flags = cell.settings, cell.flags
+    seqlen = s.seqlen or min(2048, shape.positions)
+    weights = sum(m * n for m, n in shape.matrices)
+    windows = len(s.evaluate) * (s.eval_nsamples or WINDOWS)
+    total = 2.0 * (weights + shape.head) * windows * seqlen
+    if flags.get("wbits") == 16:
+        return total
+    tokens = s.nsamples * seqlen
+    total += 4.0 * weights * tokens + PANELS * 2.0 * tokens * sum(n * n for n in shape.inputs)
+    quant = flags.get("quant", "ldlq")
+    passes = flags.get("npasses", METHODS[quant].passes)
+    solve = 5.0 if quant != "ldlbal_admm" else 400.0
+    rotated = bool(flags.get("incoh_processing") or flags.get("pre_proj"))
+    for m, n in shape.matrices:
+        total += (1.0 + 2.0 * passes) * m * n * n
+        total += solve * n**3 if rotated else solve * n**3 / 2  # inputs that are shared
+    return total
+
+
+def _bytes(cell: Cell, shape: Shape) -> float:
+    """Weights, hidden states, Hessians of a block, and what the largest matrix works with."""
+    s = cell.settings
+    seqlen = s.seqlen or min(2048, shape.positions)
+    wide = 4 if s.dtype in ("auto", "float32") else 2
+    n = max(n for _, n in shape.matrices)
+    hidden = s.nsamples * seqlen * shape.width * wide
+    if cell.flags.get("wbits") == 16:
+        hidden, n = 0, 0
+    blocks = max(1, round(shape.bytes / max(1, shape.block_bytes)))
+    hessians = 8.0 * sum(size * size for size in shape.inputs) / blocks
+    return IMPORTS + shape.bytes * wide / 4 + hidden + hessians + 6 * 8.0 * n * n
+
+
+@cache
+def _shape(model: str) -> Shape:
+    """From the config alone: no weights are read, and for models of the papers nothing at all."""
+    known: Mapping[str, Any] | None = known_models().get(model)
+    if known:
+        words = dict(known["config"])
+        config = AutoConfig.for_model(words.pop("model_type"), **words)
+    else:
+        config = read_config(model)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config)
+    names = coverage(empty).quantized
+    matrices = [tuple(empty.get_submodule(name).weight.shape) for name in names]
+    _, blocks = find_blocks(empty)
+    inputs = [n for name, (_, n) in zip(names, matrices, strict=True) if not name.endswith(SHARING)]
+    text = config.get_text_config()
+    return Shape(
+        matrices=tuple((int(m), int(n)) for m, n in matrices),
+        inputs=tuple(map(int, inputs)),
+        head=text.vocab_size * text.hidden_size,
+        bytes=module_bytes(empty),
+        block_bytes=module_bytes(blocks[0]),
+        width=text.hidden_size,
+        positions=getattr(text, "max_position_embeddings", 2048),
+    )
+
+
+def _flops(device: str) -> float:
+    """Operations per second of a matrix product in float32: the best of five."""
+    size = 1024
+    A = torch.randn(size, size, device=device)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (A @ A).sum().item()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)

@@ -1,0 +1,80 @@
+"""A table as Markdown, for a person, and as rows for a program."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quip.research.tables.cells import slug
+
+MARKS = {"missed": " missed", "failed": "failed", "not run": "-"}
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The record of a table, a part for each model: ours, and the paper's after the stroke."""
+    parts = [f"## {record['title']}", f"{record['source']}."]
+    for model in dict.fromkeys(entry["model"] for entry in record["entries"]):
+        parts.append(_part(model, [e for e in record["entries"] if e["model"] == model]))
+    return "\n\n".join([*parts, *_legend(record)]) + "\n"
+
+
+def _part(model: str, found: Sequence[Mapping[str, Any]]) -> str:
+    rows, columns, measures = (
+        list(dict.fromkeys(entry[key] for entry in found)) for key in ("row", "column", "measure")
+    )
+    by_place = {(e["row"], e["column"], e["measure"]): e for e in found}
+    heads = [
+        " ".join(filter(None, (column if len(columns) > 1 else "", measure)))
+        if len(measures) > 1
+        else column
+        for column in columns
+        for measure in measures
+    ]
+    lines = [f"| {slug(model)} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for row in rows:
+        words = [_words(by_place[row, column, m]) for column in columns for m in measures]
+        lines.append(f"| {row} | {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def _words(entry: Mapping[str, Any]) -> str:
+    ours = MARKS[entry["state"]] if entry["ours"] is None else number(entry["ours"])
+    papers = "" if entry["paper"] is None else f" / {number(entry['paper'])}"
+    return ours + papers + (MARKS["missed"] if entry["state"] == "missed" else "")
+
+
+def number(value: float | str) -> str:
+    """Four digits or so."""
+    value = float(value)
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size >= 1e5:
+        return f"{value:.1e}"
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 0.1 or value == 0:
+        return f"{value:.2f}" if size < 100 else f"{value:.1f}"
+    return f"{value:.2g}" if size < 1e-4 else f"{value:.5f}"
+
+
+def _legend(record: Mapping[str, Any]) -> list[str]:
+    states = {entry["state"] for entry in record["entries"]}
+    words = []
+    if any(entry["paper"] is not None for entry in record["entries"]):
+        words.append("Ours / the paper's.")
+    if "missed" in states:
+        words.append("Missed: more than 5 % worse than the paper's.")
+    if "not run" in states:
+        words.append("A dash was not run.")
+    words.append(_settings(record["settings"]))
+    return [" ".join(filter(None, [*words, record.get("note")]))]
+
+
+def _settings(s: Mapping[str, Any]) -> str:
+    length = f" of {s['seqlen']} tokens" if s["seqlen"] else ""
+    windows = f", the first {s['eval_nsamples']} windows" if s["eval_nsamples"] else ""
+    measured = f"; measured on {', '.join([*s['evaluate'], *s['tasks']])}{windows}"
+    return (
+        f"Calibrated on {s['nsamples']} windows{length} of {s['dataset']}"
+        f"{measured if s['evaluate'] or s['tasks'] else ''}; seed {s['seed']}."
+    )
