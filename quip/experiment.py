@@ -82,6 +82,8 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
     ledger = _ledger(e, loaded, source, device, folder)
     earlier = folder.earlier_report() if folder else {}
+    if earlier.get("fingerprint") != (ledger and ledger.fingerprint):
+        earlier = {}  # of other codes, whose blocks are gone
     entries = _entries(e, loaded, device) | {
         "calibration": source and source.stamp,
         "evaluation": {name: tokens.stamp for name, tokens in windows.items()},

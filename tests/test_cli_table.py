@@ -33,7 +33,7 @@ def test_a_table_is_estimated_run_and_shown(quip, asked, tmp_path):
     assert status == 0
     [original, quantized] = [words for words in out.splitlines() if words.startswith("tiny/")]
     assert original.split()[1:3] == ["not", "run"]
-    assert float(quantized.split()[-3]) > 0
+    assert "min" in quantized
     assert "missing cells: about" in out
     assert not (tmp_path / "out").exists()
 
@@ -48,7 +48,7 @@ def test_a_table_is_estimated_run_and_shown(quip, asked, tmp_path):
 
     status, out, _ = quip(*line, "--dry_run")
     assert (status, out.count(" done ")) == (0, 2)
-    assert "missing cells: about 0 minutes" in out
+    assert "missing cells: about 0.0 min" in out
 
 
 def test_what_is_not_run_is_shown_as_a_dash(quip, asked):
@@ -80,7 +80,7 @@ def test_what_cannot_be_done_is_one_line(quip, asked):
 
 
 def test_an_estimate_grows_with_what_is_asked_for(monkeypatch, asked, tmp_path):
-    monkeypatch.setattr(estimate, "_flops", lambda device: 1e9)
+    monkeypatch.setattr(estimate, "_flops", lambda device, dtype: 1e9)
     table = select(read_table("perplexity"), columns=("2 bits",))
 
     def seconds(**changes: object) -> list[float]:

@@ -158,17 +158,24 @@ def _plan(found: "Sequence[Cell]") -> str:
     from quip.card import size_words
     from quip.research.tables.estimate import Estimate, estimates
 
-    lines = [("cell", "state", "minutes", "memory")]
+    lines = [("cell", "state", "time", "memory")]
     total, unknown = 0.0, set()
     for cell, estimate in zip(found, estimates(found), strict=True):
         done = not cell.missing()
         words = ("-", "-")
         if isinstance(estimate, Estimate):
-            words = (f"{estimate.seconds / 60:.1f}", size_words(round(estimate.bytes)))
+            words = (_time(estimate.seconds), size_words(round(estimate.bytes)))
             total += 0 if done else estimate.seconds
         else:
             unknown.add(estimate)
         name = f"{cell.folder.parent.name}/{cell.folder.name}"
         lines.append((name, "done" if done else cell.report().get("status", "not run"), *words))
-    notes = [f"missing cells: about {total / 60:.0f} minutes", *sorted(unknown)]
+    notes = [f"missing cells: about {_time(total)}", *sorted(unknown)]
     return "\n".join([aligned(lines), "", *notes])
+
+
+def _time(seconds: float) -> str:
+    minutes = seconds / 60
+    if minutes < 100:
+        return f"{minutes:.1f} min"
+    return f"{minutes / 60:.0f} h" if minutes < 6000 else f"{minutes / 1440:.0f} days"

@@ -114,19 +114,18 @@ def measure_losses(asked: Asked) -> list[Loss]:
         recipe.check(m, n, name)
     with folder.opened(_settings(asked, store, device)) as earlier:
         known = {(loss.name, loss.case): loss for loss in earlier}
-        total = len(recipes) * sum(len(names) for _, names in inputs)
+        work = [(one, *_missing(names, recipes, known)) for one, names in inputs]
+        total = sum(len(names) * len(cases) for _, names, cases in work)
         with tqdm(total=total, unit="matrix", dynamic_ncols=True, disable=None) as bar:
-            for one, names in inputs:
-                missing, cases = _missing(names, recipes, known)
-                bar.update(len(names) * len(recipes) - len(missing) * len(cases))
-                if not missing:
+            for one, names, cases in work:
+                if not names:
                     continue
-                weights = {name: _weight(model, name).to(device) for name in missing}
+                weights = {name: _weight(model, name).to(device) for name in names}
                 H = store.read(one.name).H.to(device)
                 for loss in _losses(one, weights, H, cases, asked.seed):
                     known[loss.name, loss.case] = loss
                     _show(loss, bar)
-                log.info("%s: %d losses", one.name, len(missing) * len(cases))
+                log.info("%s: %d losses", one.name, len(names) * len(cases))
                 folder.keep(list(known.values()))
         losses = _in_order(known.values(), store)
         folder.finish(losses)

@@ -8,8 +8,8 @@ With N calibration tokens, a matrix of m outputs and n inputs costs
                   solves twice 2 n^3 in each of up to 100 iterations
     evaluate      2 (m n) for each token, and the vocabulary
 
-at the rate of a matrix product in float32, timed here (attention is left out). Where cells
-of the model are done, the estimate is scaled by what they took against what was counted for them.
+at the rate of a matrix product in the model's dtype, timed here; attention is left out. Where cells of
+the model are done, the estimate is scaled by what they took against what was counted for them.
 """
 
 import time
@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quip.device import choose_device
 from quip.errors import QuipError
 from quip.evaluate.memory import module_bytes
-from quip.models import read_config
+from quip.models import DTYPES, read_config
 from quip.recipes import METHODS
 from quip.research.tables.cells import Cell
 from quip.research.tables.description import known_models
@@ -62,17 +62,18 @@ class Shape:
 
 def estimates(cells: Sequence[Cell]) -> list[Estimate | str]:
     """Of each cell, or in a word why it cannot be told."""
-    speed: dict[str, float] = {}
+    speed: dict[tuple[str, torch.dtype], float] = {}
     found: list[Estimate | str] = []
     for cell in cells:
-        device = choose_device(cell.settings.device)
-        speed.setdefault(device, _flops(device))
+        where = choose_device(cell.settings.device), DTYPES[cell.settings.dtype]
+        if where not in speed:
+            speed[where] = _flops(*where)
         try:
             shape = _shape(cell.model)
         except QuipError as error:
             found.append(str(error))
             continue
-        seconds = START + _operations(cell, shape) / speed[device]
+        seconds = START + _operations(cell, shape) / speed[where]
         found.append(Estimate(seconds=seconds, bytes=_bytes(cell, shape), scaled=False))
     return _scaled(cells, found)
 
@@ -154,10 +155,10 @@ def _shape(model: str) -> Shape:
     )
 
 
-def _flops(device: str) -> float:
-    """Operations per second of a matrix product in float32: the best of five."""
+def _flops(device: str, dtype: torch.dtype) -> float:
+    """Operations per second of a matrix product: the best of five."""
     size = 1024
-    A = torch.randn(size, size, device=device)
+    A = torch.randn(size, size, device=device).to(dtype)
     times = []
     for _ in range(5):
         start = time.perf_counter()
