@@ -8,8 +8,8 @@ With N calibration tokens, a matrix of m outputs and n inputs costs
                   solves twice 2 n^3 in each of up to 100 iterations
     evaluate      2 (m n) for each token, and the vocabulary
 
-at the rate of a matrix product in the model's dtype, timed here; attention is left out. Where cells of
-the model are done, the estimate is scaled by what they took against what was counted for them.
+at the rate of a matrix product in the model's dtype, timed here; attention is left out. Where cells
+of the model are done, estimates are scaled by what these took against what was counted for them.
 """
 
 import time
