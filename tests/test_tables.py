@@ -160,6 +160,25 @@ def test_missing_cells_are_run_and_no_cell_is_run_twice(own, monkeypatch):
     assert len([c for c in cells(table, models, other, root) if c.missing()]) == 5
 
 
+def test_tables_share_the_cells_of_equal_flags_in_any_order(own):
+    table, models, settings, root = own
+    [cell] = cells(select(table, rows=("QuIP",), columns=("2 bits",)), models, settings, root)
+    ranges = settle(read_table("range"), settings)
+    row = "column, best of ten by squared error"
+    [same] = cells(select(ranges, rows=(row,), columns=("2 bits",)), models, settings, root)
+    assert same.folder == cell.folder
+
+
+def test_another_model_or_text_under_the_same_name_is_another_cell(own, tmp_path):
+    before = [cell.folder for cell in cells(*own)]
+    assert [cell.folder for cell in cells(*own)] == before
+    write_text(tmp_path / "text.txt", letters=700)
+    changed = [cell.folder for cell in cells(*own)]
+    assert not set(changed) & set(before)
+    (tmp_path / "tiny" / "config.json").touch()
+    assert not set(changed) & {cell.folder for cell in cells(*own)}
+
+
 def test_a_difference_is_that_of_its_two_rows(own):
     table, models, settings, root = own
     run_missing(list(cells(table, models, settings, root)))

@@ -58,19 +58,19 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Where its report is, by what its numbers depend on."""
-        s = self.settings
+        s, flags = self.settings, dict(sorted(self.flags.items()))
+        calibration = [*_identity(s.dataset), s.nsamples, s.seed]
         depends = {
-            "model": self.model,
-            "flags": dict(sorted(self.flags.items())),
+            "model": _identity(self.model),
+            "flags": flags,
             "kind": self.kind,
-            "calibration": [s.dataset, s.nsamples, s.seqlen, s.seed],
-            "evaluation": [s.eval_nsamples, s.limit, s.dtype],
+            "calibration": [] if flags.get("wbits") == 16 else calibration,
+            "evaluation": [s.eval_nsamples, s.limit, *(_identity(x)[1:] for x in s.evaluate)],
+            "form": [s.seqlen, s.dtype],
         }
-        if self.flags.get("wbits") == 16:  # which nothing is calibrated for
-            depends["calibration"] = [s.seqlen]
         digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:8]
         words = [self.kind] if self.kind != "run" else []
-        words += [f"{k}-{v}" if v is not True else k for k, v in self.flags.items()]
+        words += [k if v is True else f"{k}-{v}" for k, v in flags.items()]
         return self.root / "cells" / slug(self.model) / f"{slug('-'.join(words))}-{digest}"
 
     def report(self) -> dict[str, Any]:
@@ -89,6 +89,14 @@ def slug(text: str) -> str:
     path = Path(text)
     name = path.stem if path.suffix == ".gguf" else path.name
     return re.sub(r"[^\w.]+", "-", name).strip("-")
+
+
+def _identity(name: str) -> list[Any]:
+    """A name, and of a file or folder of this machine what tells its versions apart."""
+    path = Path(name).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    stats = [(file.name, file.stat()) for file in files]
+    return [name, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
 
 def settle(table: Table, settings: Settings) -> Table:
