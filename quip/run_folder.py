@@ -97,8 +97,13 @@ class RunFolder:
 
 def read_report(folder: Path) -> dict[str, Any]:
     """The run.json of a folder; empty where there is none that can be read."""
+    return read_json(folder / "run.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file says; nothing where there is none that can be read."""
     try:
-        return json.loads((folder / "run.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 

@@ -73,6 +73,10 @@ def test_what_cannot_be_done_is_one_line(quip, asked):
         (("perplexity", "--columns", "9 bits"), "--columns 9 bits: perplexity has 4 bits"),
         (("perplexity", "--dry_run", "--render"), "leave one out"),
         (("perplexity", "--nsamples", "0"), "--nsamples 0: at least 1"),
+        (("proxy", "--eval_datasets", "pydoc"), "proxy measures neither texts nor tasks"),
+        (("hessians", "--tasks", "piqa"), "hessians measures neither texts nor tasks"),
+        (("perplexity", "--limit", "3"), "--limit speaks of zero-shot tasks"),
+        (("perplexity", "--models", "a/m,b/m"), "two of them are shown as m"),
     ):
         status, out, [line] = quip("table", *words)
         assert (status, out) == (2, "")

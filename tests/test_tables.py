@@ -7,18 +7,17 @@ from dataclasses import replace
 import pytest
 
 from quip.errors import Unavailable, UsageError
+from quip.research.published import known_models, lookup, papers_name, published
 from quip.research.tables import running, stored
 from quip.research.tables.cells import Settings, cells, select, settle, slug
 from quip.research.tables.description import (
+    FOLDER,
     Measure,
-    known_models,
     names,
-    papers_name,
     read_table,
     recipe_of,
 )
-from quip.research.tables.entries import entries
-from quip.research.tables.paper import lookup, published
+from quip.research.tables.entries import entries, state_of
 from quip.research.tables.record import record_of, write_record
 from quip.research.tables.rendering import markdown, number
 from quip.research.tables.running import run_missing
@@ -33,7 +32,8 @@ rows:
   original: {wbits: 16, paper: {method: FP16, processing: none, wbits: 16}}
   Near: {quant: nearest, paper: {method: Near, processing: baseline}}
   QuIP: {quant: ldlq, incoh_processing: true, paper: {method: QuIP(LDLQ), processing: IncP}}
-  gain: {minus: [Near, QuIP]}
+  gain: {difference: [Near, QuIP]}
+  share: {ratio: [Near, QuIP]}
 columns:
   4 bits: {wbits: 4, paper: {wbits: 4}}
   2 bits: {wbits: 2, paper: {wbits: 2}}
@@ -50,23 +50,27 @@ def own(tmp_path):
     return settle(table, settings), [model], settings, tmp_path / "out"
 
 
+# What the paper has not: most of OPT-66b and Llama, Table 3 at 2 bits, what is misprinted of
+# OPT-13b; nor our own measures beside its (incoherence, dense models).
+UNPUBLISHED = {"perplexity": 129, "zeroshot": 165, "processing": 4, "hessians": 8, "throughput": 6}
+
+
 @pytest.mark.parametrize("name", names())
 def test_every_number_that_a_description_points_to_is_published(name):
     table = read_table(name)
-    pointing = [
-        {**table.paper, **column.paper, **row.paper}
+    found = [
+        lookup(
+            {"metric": measure.label, "model": papers_name(model) or ""}
+            | {**table.paper, **column.paper, **row.paper}
+        )
         for row in table.rows
         for column in table.columns
-        if row.paper
-    ]
-    found = [
-        lookup({"metric": measure.label, **words, "model": papers_name(model) or ""})
-        for words in pointing
         for measure in table.measures
         for model in table.models
+        if row.paper
     ]
-    # The paper prints nothing for some models at some bits, and Llama has no PTB.
-    assert sum(value is not None for value in found) >= len(found) // 2
+    assert found.count(None) == UNPUBLISHED.get(name, 0)
+    assert len(found) > found.count(None)
 
 
 def test_published_numbers_are_those_of_the_paper():
@@ -83,10 +87,10 @@ def test_numbers_that_the_paper_prints_by_mistake_are_replaced_by_those_of_its_f
     assert lookup({**words, "wbits": "4", "metric": "ArcE"}) is None
 
 
-def test_a_measure_is_a_path_a_mean_or_an_inverse():
+def test_a_measure_is_a_number_at_a_path_or_its_inverse():
     report = {"perplexity": {"a": 2.0, "b": "inf"}, "speed": {"decode": 50.0}, "none": None}
     assert Measure(label="", path=("perplexity", "a")).of(report) == 2
-    assert Measure(label="", path=("perplexity",)).of(report) == float("inf")
+    assert Measure(label="", path=("perplexity", "b")).of(report) == float("inf")
     assert Measure(label="", path=("speed", "decode"), scale=1000.0, inverse=True).of(report) == 20
     for path in (("perplexity", "c"), ("none",), ("speed", "decode", "deeper")):
         assert Measure(label="", path=path).of(report) is None
@@ -100,7 +104,7 @@ def test_a_description_that_means_nothing_is_refused_before_anything_runs(tmp_pa
         ("title:", "titel:", "unknown name 'titel'"),
         ("evaluate: [wikitext2]", "kind: dream", "kind 'dream'"),
         ("evaluate: [wikitext2]", "", "nothing is measured"),
-        ("minus: [Near, QuIP]", "minus: [Near, Far]", "the difference of rows that are not there"),
+        ("ratio: [Near, QuIP]", "ratio: [Near, Far]", "row 'share': it is made of two rows"),
         ("rows:", "rows", "cannot be read as YAML"),
     ):
         path.write_text(OWN.replace(old, new))
@@ -149,14 +153,14 @@ def test_missing_cells_are_run_and_no_cell_is_run_twice(own, monkeypatch):
     assert all(e.state == "done" for e in entries(one, models, settings, root))
     assert not list(root.glob("cells/*/*/blocks"))
 
-    ran = []
-    monkeypatch.setattr(running, "run_experiment", lambda experiment: ran.append(experiment))
+    ran, run = [], running.run_experiment
+    monkeypatch.setattr(running, "run_experiment", lambda asked: ran.append(asked) or run(asked))
     run_missing(list(cells(table, models, settings, root)))
     assert [e.method for e in ran] == [
         "wbits=4 quant=nearest",
         "wbits=4 quant=ldlq incoh_processing=True",
     ]
-    other = Settings(dataset=settings.dataset, evaluate=settings.evaluate, nsamples=4, seqlen=8)
+    other = replace(settings, seqlen=8)
     assert len([c for c in cells(table, models, other, root) if c.missing()]) == 5
 
 
@@ -174,16 +178,58 @@ def test_another_model_or_text_under_the_same_name_is_another_cell(own, tmp_path
     assert [cell.folder for cell in cells(*own)] == before
     write_text(tmp_path / "text.txt", letters=700)
     changed = [cell.folder for cell in cells(*own)]
-    assert not set(changed) & set(before)
+    assert set(changed) & set(before) == {before[0]}  # the original is not calibrated
     (tmp_path / "tiny" / "config.json").touch()
     assert not set(changed) & {cell.folder for cell in cells(*own)}
 
 
-def test_a_difference_is_that_of_its_two_rows(own):
+@pytest.mark.parametrize(
+    ("ours", "papers", "better", "state"),
+    [
+        (0.5, 0.0, "higher", "done"),  # the paper has accuracies of 0
+        (31.0, 30.0, "lower", "done"),
+        (32.0, 30.0, "lower", "missed"),
+        (28.0, 30.0, "higher", "missed"),
+        (float("nan"), 30.0, "lower", "missed"),
+        (float("inf"), 30.0, "lower", "missed"),
+        (99.0, 30.0, "neither", "done"),
+        (99.0, None, "lower", "done"),
+    ],
+)
+def test_missed_is_what_is_five_percent_worse_or_no_number(ours, papers, better, state):
+    assert state_of(ours, papers, better, failed=False) == state
+
+
+def test_tables_of_other_data_add_to_a_cell_and_take_nothing_from_it(own, tmp_path):
+    table, models, settings, root = own
+    one = select(table, rows=("QuIP",), columns=("2 bits",))
+    run_missing(list(cells(one, models, settings, root)))
+    [first] = [e.ours for e in entries(one, models, settings, root)]
+
+    other = replace(settings, evaluate=(write_text(tmp_path / "other.txt"),))
+    two = settle(one, other)
+    run_missing(list(cells(two, models, other, root)))
+    [second] = [e.ours for e in entries(two, models, other, root)]
+    assert [e.ours for e in entries(one, models, settings, root)] == [first]
+
+    both = replace(settings, evaluate=(*settings.evaluate, *other.evaluate))
+    mean = settle(read_table("processing"), both)
+    row = "the same, range by column"
+    mean = select(mean, rows=(row,), columns=("2 bits",))
+    assert [e.ours for e in entries(mean, models, both, root)] == [(first + second) / 2]
+    assert len(list(root.glob("cells/*/*"))) == 1
+
+    write_text(tmp_path / "other.txt", letters=700)  # another text under that name
+    assert [e.ours for e in entries(two, models, other, root)] == [None]
+    assert [e.ours for e in entries(one, models, settings, root)] == [first]
+
+
+def test_a_difference_or_ratio_is_that_of_its_two_rows(own):
     table, models, settings, root = own
     run_missing(list(cells(table, models, settings, root)))
     ours = {(e.row, e.column): e.ours for e in entries(table, models, settings, root)}
-    assert ours["gain", "2 bits"] == ours["Near", "2 bits"] - ours["QuIP", "2 bits"]
+    near, quip = ours["Near", "2 bits"], ours["QuIP", "2 bits"]
+    assert (ours["gain", "2 bits"], ours["share", "2 bits"]) == (near - quip, near / quip)
 
 
 def test_what_fails_is_noted_and_the_others_are_run(own, tmp_path):
@@ -230,11 +276,31 @@ def test_losses_of_all_cells_are_measured_in_one_pass_over_one_store(own, monkey
     settings = replace(settings, evaluate=())
     passes = []
     measure = stored.measure_losses
-    monkeypatch.setattr(stored, "measure_losses", lambda asked: passes.append(1) or measure(asked))
+    monkeypatch.setattr(
+        stored, "measure_losses", lambda *asked: passes.append(1) or measure(*asked)
+    )
     run_missing(list(cells(table, models, settings, root)))
     ours = {e.row: e.ours for e in entries(table, models, settings, root)}
     assert ours["LDLQ"] < ours["Near"]
     assert len(passes) == len(list(root.glob("hessians/*/manifest.json"))) == 1
+
+
+def test_any_rows_may_stand_in_a_table_of_losses(own, tmp_path):
+    _, models, settings, root = own
+    rows = """
+  lattice: {codebook: E8P12}
+  bounded: {quant: ldlbal_admm, wbits: 2}
+  matrix: {incoh_processing: true, range: tensor, wbits: 2}
+columns: {all: {}}
+"""
+    text = (FOLDER / "proxy.yaml").read_text()
+    (tmp_path / "own.yaml").write_text(text[: text.index("rows:")] + "rows:" + rows)
+    settings = replace(settings, evaluate=())
+    table = read_table(str(tmp_path / "own.yaml"))
+    run_missing(list(cells(table, models, settings, root)))
+    ours = [e.ours for e in entries(table, models, settings, root)]
+    assert len(ours) == 3
+    assert all(0 < value < 1 for value in ours)
 
 
 def test_statistics_of_hessians_are_those_of_a_summary(own):
@@ -253,7 +319,7 @@ def test_throughput_is_that_of_the_packed_model_and_its_checkpoint_is_not_kept(o
     settings = replace(settings, evaluate=())
     run_missing(list(cells(table, models, settings, root)))
     found = entries(table, models, settings, root)
-    assert [e.measure for e in found] == ["decode", "dense"]
+    assert [e.measure for e in found] == ["ms per token", "ms per token, dense"]
     assert all(e.ours > 0 for e in found)
     assert not list(root.rglob("*.safetensors"))
 
@@ -267,7 +333,7 @@ def record(**changes: object) -> dict:
         {**entry, "row": "OPTQ", "ours": None, "paper": 12.0, "state": "failed"},
     ]
     settings = {"dataset": "c4", "nsamples": 128, "seqlen": None, "seed": 0, "dtype": "auto"}
-    settings |= {"evaluate": ["wikitext2"], "eval_nsamples": None, "tasks": []}
+    settings |= {"evaluate": ["wikitext2"], "eval_nsamples": None, "tasks": [], "limit": None}
     head = {"table": "mine", "title": "A", "source": "B", "note": "N.", "by": "columns"}
     return {**head, "settings": settings, "entries": rows, **changes}
 

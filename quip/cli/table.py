@@ -80,8 +80,6 @@ def call(args: argparse.Namespace) -> None:
         return
     if args.name is None:
         raise UsageError("name a table, or --list them")
-    if args.dry_run and args.render:
-        raise UsageError("--dry_run shows what would be run, --render what was: leave one out")
 
     from quip.research.tables.cells import cells, select, settle
     from quip.research.tables.description import read_table
@@ -91,9 +89,10 @@ def call(args: argparse.Namespace) -> None:
 
     table = read_table(args.name)
     table = select(table, rows=_labels(args.rows), columns=_labels(args.columns))
+    _refuse(args, table)
     settings = _settings(args, table)
     table = settle(table, settings)
-    models = names(args.models, "--models") if args.models else table.models
+    models = _models(args, table)
     found = list(cells(table, models, settings, args.out))
     if args.dry_run:
         print(_plan(found))
@@ -108,6 +107,29 @@ def call(args: argparse.Namespace) -> None:
     print("written:", ", ".join(map(str, paths)))
 
 
+def _refuse(args: argparse.Namespace, table: "Table") -> None:
+    """Raise UsageError for flags that say nothing of this table."""
+    if args.dry_run and args.render:
+        raise UsageError("--dry_run shows what would be run, --render what was: leave one out")
+    for name in ("eval_datasets", "tasks"):
+        if getattr(args, name) is not None and table.kind != "run":
+            raise UsageError(f"--{name}: {table.name} measures neither texts nor tasks")
+    for name in ("limit", "storycloze_csv"):
+        if getattr(args, name) is not None and not (args.tasks or table.tasks):
+            raise UsageError(f"--{name} speaks of zero-shot tasks: name some with --tasks A,B")
+
+
+def _models(args: argparse.Namespace, table: "Table") -> Sequence[str]:
+    from quip.research.tables.cells import slug
+
+    models = names(args.models, "--models") if args.models else table.models
+    shown = [slug(model) for model in models]
+    for name in shown:
+        if shown.count(name) > 1:
+            raise UsageError(f"--models: two of them are shown as {name}; make a table of each")
+    return models
+
+
 def _labels(text: str | None) -> tuple[str, ...] | None:
     return None if text is None else tuple(filter(None, (x.strip() for x in text.split(";"))))
 
@@ -118,10 +140,12 @@ def _settings(args: argparse.Namespace, table: "Table") -> "Settings":
     def chosen(text: str | None, flag: str, default: tuple[str, ...]) -> tuple[str, ...]:
         return default if text is None else names(text, flag)
 
+    has_stories = args.storycloze_csv is not None  # a task of the table's, if its file is there
+    tasks = tuple(name for name in table.tasks if has_stories or name != "storycloze")
     return Settings(
         dataset=args.dataset or table.dataset,
         evaluate=chosen(args.eval_datasets, "--eval_datasets", table.evaluate),
-        tasks=chosen(args.tasks, "--tasks", table.tasks),
+        tasks=chosen(args.tasks, "--tasks", tasks),
         nsamples=args.nsamples,
         seqlen=args.seqlen,
         eval_nsamples=args.eval_nsamples,

@@ -2,9 +2,9 @@
 
     DIR/cells/MODEL/ROW-FLAGS-DIGEST/run.json
 
-A cell is kept by what its numbers depend on (model, flags, calibration), not by the table that
-asked: another table that wants the same run finds it there. It is done when its report is
-complete and holds all that is measured; a run that was killed goes on after its last block.
+A cell is kept by what is run (model, flags, calibration), not by the table that asked: another
+table that wants the same run finds it there, and adds what it measures. It is done when all
+that is measured is there; a run that was killed goes on after its last block.
 """
 
 import hashlib
@@ -13,12 +13,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from quip.errors import UsageError
 from quip.evaluate.zeroshot import ZeroShot
+from quip.files import replacing
 from quip.research.tables.description import Line, Measure, Table, perplexities
-from quip.run_folder import read_report
+from quip.run_folder import as_json, read_json, read_report
+
+MEASURED = "measured.json"  # beside run.json, which is that of the last run alone
+GROWING = ("perplexity", "tasks")  # what several runs of a cell add to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +62,65 @@ class Cell:
 
     @property
     def folder(self) -> Path:
-        """Where its report is, by what its numbers depend on."""
+        """Where its report is, by what is run; what is measured of it may grow."""
         s, flags = self.settings, dict(sorted(self.flags.items()))
-        calibration = [*_identity(s.dataset), s.nsamples, s.seed]
+        calibration = [identity(s.dataset), s.nsamples, s.seed]
         depends = {
-            "model": _identity(self.model),
+            "model": identity(self.model),
             "flags": flags,
             "kind": self.kind,
             "calibration": [] if flags.get("wbits") == 16 else calibration,
-            "evaluation": [s.eval_nsamples, s.limit, *(_identity(x)[1:] for x in s.evaluate)],
-            "form": [s.seqlen, s.dtype],
+            "form": [s.seqlen, s.dtype, s.eval_nsamples, s.limit],
         }
-        digest = hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:8]
         words = [self.kind] if self.kind != "run" else []
         words += [k if v is True else f"{k}-{v}" for k, v in flags.items()]
-        return self.root / "cells" / slug(self.model) / f"{slug('-'.join(words))}-{digest}"
+        name = f"{slug('-'.join(words))}-{digest(depends)}"
+        return self.root / "cells" / slug(self.model) / name
+
+    @property
+    def files(self) -> dict[str, Any]:
+        """The local texts that it is measured on, as they are."""
+        return {name: known for name in self.settings.evaluate if (known := identity(name)[1:])}
 
     def report(self) -> dict[str, Any]:
-        return read_report(self.folder)
+        """What it has come to: the last run, and what runs of the same codes measured before."""
+        run, before = self._read()
+        if run.get("status") != "complete":  # totals may be those of a part
+            run = {key: run[key] for key in ("status", *GROWING) if key in run}
+        found = {key: {**before.get(key, {}), **(run.get(key) or {})} for key in GROWING}
+        versions = before.get("files", {})
+        known = {
+            name: float(found["perplexity"][name])
+            for name in self.settings.evaluate
+            if name in found["perplexity"] and versions.get(name, []) == self.files.get(name, [])
+        }
+        whole = len(known) == len(self.settings.evaluate) > 0
+        mean = fmean(known.values()) if whole else None
+        return {**run, **found, "perplexity": known, "mean_perplexity": mean}
+
+    def keep(self) -> None:
+        """Add what the last run measured to what runs of the same codes did before."""
+        run, before = self._read()
+        found = {key: {**before.get(key, {}), **(run.get(key) or {})} for key in GROWING}
+        files = {**before.get("files", {}), **self.files}
+        with replacing(self.folder / MEASURED) as partial:
+            partial.write_text(
+                as_json({"fingerprint": run.get("fingerprint"), "files": files, **found})
+            )
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The last run, and what was measured before, if it was of the same codes."""
+        run, before = read_report(self.folder), read_json(self.folder / MEASURED)
+        return run, before if before.get("fingerprint") == run.get("fingerprint") else {}
 
     def missing(self) -> tuple[Measure, ...]:
         """What is still to be measured."""
         report = self.report()
-        if report.get("status") != "complete":
-            return self.measures
         return tuple(measure for measure in self.measures if measure.of(report) is None)
+
+
+def digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def slug(text: str) -> str:
@@ -91,7 +130,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
-def _identity(name: str) -> list[Any]:
+def identity(name: str) -> list[Any]:
     """A name, and of a file or folder of this machine what tells its versions apart."""
     path = Path(name).expanduser()
     files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
@@ -103,7 +142,7 @@ def settle(table: Table, settings: Settings) -> Table:
     """The table with the data sets and tasks that the settings name instead of its own."""
     if settings.evaluate == table.evaluate and settings.tasks == table.tasks:
         return table
-    kept = [m for m in table.measures if len(m.path) == 1]  # means of whatever is measured
+    kept = [m for m in table.measures if m.path == ("mean_perplexity",)]  # of whatever is named
     measures = (
         *(kept if settings.evaluate and table.evaluate else ()),
         *(() if kept else perplexities(settings.evaluate)),
@@ -126,7 +165,7 @@ def select(
 ) -> Table:
     """The table with these rows and columns only, by label. Raises UsageError for one it has not.
 
-    Rows that a difference needs stay.
+    Rows that a difference or ratio needs stay.
     """
     return replace(
         table,
@@ -144,7 +183,7 @@ def _chosen(
     for label in wanted:
         if label not in known:
             raise UsageError(f"{flag} {label}: {table.name} has {'; '.join(known)}")
-    needed = {label for one in wanted for label in (one, *(known[one].minus or ()))}
+    needed = {label for one in wanted for label in (one, *known[one].parts)}
     return tuple(line for line in lines if line.label in needed)
 
 
@@ -154,7 +193,7 @@ def cells(table: Table, models: Sequence[str], settings: Settings, root: Path) -
     for model in models:
         for row in table.rows:
             for column in table.columns:
-                if row.minus:
+                if row.parts:
                     continue
                 cell = cell_of(table, model, row, column, settings, root)
                 if cell.folder not in seen:

@@ -7,9 +7,7 @@ of its table, column and row (a row's win), and each measure is a path into that
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -25,7 +23,7 @@ KINDS = ("run", "proxy", "hessians", "speed")
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """What is read off a report: the number at a path, or the mean of the numbers there."""
+    """What is read off a report: the number at a path."""
 
     label: str
     path: tuple[str, ...]
@@ -40,11 +38,9 @@ class Measure:
             if not isinstance(found, Mapping) or key not in found:
                 return None
             found = found[key]
-        values = [*found.values()] if isinstance(found, Mapping) else [found]
-        if not values or None in values:
+        if found is None:
             return None
-        mean = fmean(map(float, values))
-        return self.scale / mean if self.inverse else self.scale * mean
+        return self.scale / float(found) if self.inverse else self.scale * float(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +50,24 @@ class Line:
     label: str
     flags: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, str] = field(default_factory=dict)  # what finds its published cells
-    minus: tuple[str, str] | None = None  # a row that is the difference of two others
+    difference: tuple[str, ...] = ()  # of two rows, which this one is instead of runs
+    ratio: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The rows that it is made of, if it is no run itself."""
+        return self.difference or self.ratio
+
+    def combine(self, values: Sequence[float | None]) -> float | None:
+        """Its number, of its parts' numbers or its own."""
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        if self.difference:
+            return known[0] - known[1]
+        if self.ratio:
+            return known[0] / known[1] if known[1] else None
+        return known[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +99,7 @@ class Table:
 
 def names() -> tuple[str, ...]:
     """Of the descriptions in the package."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "models"))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
 def read_table(name: str) -> Table:
@@ -95,7 +108,7 @@ def read_table(name: str) -> Table:
     Raises UsageError for what is none, and for flags that mean nothing together.
     """
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not path.is_file() or path.stem == "models":
+    if not path.is_file():
         raise UsageError(
             f"table {name}: choose {', '.join(names())}, or the path of a .yaml file "
             "that describes one"
@@ -120,16 +133,6 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe | None:
         return build_recipe(**given)
     except TypeError as error:
         raise UsageError(f"flags {dict(flags)}: {error}; names are those of `quip run`") from error
-
-
-@cache
-def known_models() -> Mapping[str, Mapping[str, Any]]:
-    """Models of the papers: hub id -> what papers call it, and its config."""
-    return yaml.safe_load((FOLDER / "models.yaml").read_text())
-
-
-def papers_name(model: str) -> str | None:
-    return known_models().get(model, {}).get("paper")
 
 
 def _table(name: str, given: Mapping[str, Any]) -> Table:
@@ -170,11 +173,9 @@ def _lines(given: Mapping[str, Mapping[str, Any] | None]) -> tuple[Line, ...]:
     lines = []
     for label, spec in given.items():
         spec = dict(spec or {})
-        minus = spec.pop("minus", None)
+        parts = {key: tuple(spec.pop(key, ())) for key in ("difference", "ratio")}
         paper = {key: str(value) for key, value in spec.pop("paper", {}).items()}
-        lines.append(
-            Line(label=str(label), flags=spec, paper=paper, minus=minus and (minus[0], minus[1]))
-        )
+        lines.append(Line(label=str(label), flags=spec, paper=paper, **parts))
     return tuple(lines)
 
 
@@ -187,9 +188,9 @@ def _check(table: Table) -> None:
     if not table.measures:
         raise UsageError("nothing is measured: name `evaluate` or `measures`")
     for row in table.rows:
-        if row.minus and not set(row.minus) <= labels:
-            raise UsageError(f"row {row.label!r} is the difference of rows that are not there")
-        if row.minus or table.kind == "hessians":
+        if row.parts and not (set(row.parts) <= labels and len(row.parts) == 2):
+            raise UsageError(f"row {row.label!r}: it is made of two rows, by label")
+        if row.parts or table.kind == "hessians":
             continue
         for column in table.columns:
             recipe_of(table.flags_of(row, column))

@@ -1,12 +1,13 @@
 """The numbers of a table: ours beside the paper's, with what is missed, failed or not run."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quip.research.tables.cells import Cell, Settings, cell_of
-from quip.research.tables.description import Line, Measure, Table, papers_name
-from quip.research.tables.paper import lookup
+from quip.research.published import lookup, papers_name
+from quip.research.tables.cells import Settings, cell_of
+from quip.research.tables.description import Line, Table
 
 TOLERANCE = 0.05  # by how much more than this of the paper's number ours must be worse to be missed
 
@@ -31,56 +32,44 @@ def entries(
 ) -> tuple[Entry, ...]:
     """Every number of the table, as far as its cells have been run."""
     return tuple(
-        _entry(table, model, row, column, measure, settings, root)
+        entry
         for model in models
         for row in table.rows
         for column in table.columns
-        for measure in table.measures
+        for entry in _of_place(table, model, row, column, settings, root)
     )
 
 
-def _entry(
-    table: Table,
-    model: str,
-    row: Line,
-    column: Line,
-    measure: Measure,
-    settings: Settings,
-    root: Path,
-) -> Entry:
-    def cell(line: Line) -> Cell:
-        return cell_of(table, model, line, column, settings, root)
-
-    involved = [cell(table.find(label)) for label in row.minus] if row.minus else [cell(row)]
-    reports = [one.report() for one in involved]
-    values = [measure.of(report) for report in reports]
-    ours = None
-    if None not in values:
-        ours = values[0] - values[1] if row.minus else values[0]  # type: ignore[operator]
-    words = {"metric": measure.label, **table.paper, **column.paper, **row.paper}
-    papers = lookup({**words, "model": papers_name(model) or ""})
-    totals = reports[0].get("totals") or {}
-    return Entry(
-        model=model,
-        row=row.label,
-        column=column.label,
-        measure=measure.label,
-        ours=ours,
-        paper=papers,
-        state=_state(
-            ours, papers, measure, failed=any(r.get("status") == "failed" for r in reports)
+def _of_place(
+    table: Table, model: str, row: Line, column: Line, settings: Settings, root: Path
+) -> Iterator[Entry]:
+    lines = [table.find(label) for label in row.parts] or [row]
+    cells = [cell_of(table, model, line, column, settings, root) for line in lines]
+    reports = [cell.report() for cell in cells]
+    failed = any(report.get("status") == "failed" for report in reports)
+    own = {} if row.parts else reports[0]
+    for measure in table.measures:
+        ours = row.combine([measure.of(report) for report in reports])
+        words = {"model": papers_name(model) or "", "metric": measure.label}
+        papers = lookup({**words, **table.paper, **column.paper, **row.paper})
+        yield Entry(
+            model=model,
+            row=row.label,
+            column=column.label,
+            measure=measure.label,
+            ours=ours,
+            paper=papers,
+            state=state_of(ours, papers, "neither" if row.parts else measure.better, failed=failed),
+            seconds=sum(own.get("seconds", {}).values()) or None,
+            bits_per_weight=own.get("totals", {}).get("bits_per_weight"),
         )
-        if not row.minus
-        else ("not run" if ours is None else "done"),
-        seconds=sum(reports[0].get("seconds", {}).values()) or None,
-        bits_per_weight=None if row.minus else totals.get("bits_per_weight"),
-    )
 
 
-def _state(ours: float | None, papers: float | None, measure: Measure, *, failed: bool) -> str:
+def state_of(ours: float | None, papers: float | None, better: str, *, failed: bool) -> str:
+    """done, missed, failed or not run; what is `neither` better nor worse is not missed."""
     if ours is None:
         return "failed" if failed else "not run"
-    if papers is None or measure.better == "neither":
+    if papers is None or better == "neither" or not math.isfinite(papers):
         return "done"
-    worse = (papers - ours if measure.better == "higher" else ours - papers) / abs(papers)
-    return "missed" if worse > TOLERANCE else "done"
+    worse = papers - ours if better == "higher" else ours - papers
+    return "missed" if not math.isfinite(ours) or worse > TOLERANCE * abs(papers) else "done"

@@ -27,8 +27,8 @@ from quip.errors import QuipError
 from quip.evaluate.memory import module_bytes
 from quip.models import DTYPES, read_config
 from quip.recipes import METHODS
+from quip.research.published import known_models
 from quip.research.tables.cells import Cell
-from quip.research.tables.description import known_models
 from quip.walk import coverage, find_blocks
 
 IMPORTS = 0.5e9  # bytes of a process that has loaded torch and transformers
@@ -68,10 +68,9 @@ def estimates(cells: Sequence[Cell]) -> list[Estimate | str]:
         where = choose_device(cell.settings.device), DTYPES[cell.settings.dtype]
         if where not in speed:
             speed[where] = _flops(*where)
-        try:
-            shape = _shape(cell.model)
-        except QuipError as error:
-            found.append(str(error))
+        shape = _shape(cell.model)
+        if isinstance(shape, str):
+            found.append(shape)
             continue
         seconds = START + _operations(cell, shape) / speed[where]
         found.append(Estimate(seconds=seconds, bytes=_bytes(cell, shape), scaled=False))
@@ -128,15 +127,18 @@ def _bytes(cell: Cell, shape: Shape) -> float:
     return IMPORTS + shape.bytes * wide / 4 + hidden + hessians + 6 * 8.0 * n * n
 
 
-@cache
-def _shape(model: str) -> Shape:
-    """From the config alone: no weights are read, and for models of the papers nothing at all."""
+@cache  # a hub out of reach is asked once
+def _shape(model: str) -> Shape | str:
+    """From the config alone, or why there is none. Models of the papers are known by heart."""
     known: Mapping[str, Any] | None = known_models().get(model)
     if known:
         words = dict(known["config"])
         config = AutoConfig.for_model(words.pop("model_type"), **words)
     else:
-        config = read_config(model)
+        try:
+            config = read_config(model)
+        except QuipError as error:
+            return str(error)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     names = coverage(empty).quantized

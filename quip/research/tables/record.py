@@ -1,14 +1,13 @@
 """A table as it stands: every number, and what it depends on, fit for JSON and for a repository."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quip.files import replacing, write_csv
+from quip.files import replacing, write_csv, writing
 from quip.plots import can_plot
-from quip.records import versions
-from quip.research.tables.cells import Settings
+from quip.research.tables.cells import Cell, Settings, cells
 from quip.research.tables.description import Table
 from quip.research.tables.drawing import plot_table
 from quip.research.tables.entries import entries
@@ -34,18 +33,23 @@ def record_of(
             "evaluate": [_public(name) for name in settings.evaluate],
             "eval_nsamples": settings.eval_nsamples,
             "tasks": list(settings.tasks),
+            "limit": settings.limit,
             "seed": settings.seed,
             "dtype": settings.dtype,
         },
-        "versions": versions(),
+        "versions": _versions(cells(table, models, settings, root)),
         "entries": [{**entry, "model": _public(entry["model"])} for entry in found],
     }
 
 
 def write_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
     """NAME.json, .csv and .md, and .png where matplotlib is installed and a number is known."""
-    paths = [folder / f"{record['table']}.{kind}" for kind in ("json", "csv", "md")]
-    folder.mkdir(parents=True, exist_ok=True)
+    *paths, picture = [
+        folder / f"{record['table']}.{kind}" for kind in ("json", "csv", "md", "png")
+    ]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.unlink(missing_ok=True)
     with replacing(paths[0]) as partial:
         partial.write_text(as_json(record))
     write_csv(paths[1], record["entries"])
@@ -53,9 +57,18 @@ def write_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
         partial.write_text(markdown(record))
     known = any(e["ours"] is not None or e["paper"] is not None for e in record["entries"])
     if known and can_plot():
-        paths.append(folder / f"{record['table']}.png")
-        plot_table(record, paths[-1])
+        paths.append(picture)
+        plot_table(record, picture)
     return paths
+
+
+def _versions(found: Iterable[Cell]) -> dict[str, str]:
+    """Those that the cells were run with; several of a package are all named."""
+    seen: dict[str, set[str]] = {}
+    for cell in found:
+        for package, version in cell.report().get("versions", {}).items():
+            seen.setdefault(package, set()).add(version)
+    return {package: ", ".join(sorted(several)) for package, several in seen.items()}
 
 
 def _public(name: str) -> str:

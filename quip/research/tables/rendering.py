@@ -72,9 +72,12 @@ def _legend(record: Mapping[str, Any]) -> list[str]:
 
 def _settings(s: Mapping[str, Any]) -> str:
     length = f" of {s['seqlen']} tokens" if s["seqlen"] else ""
-    windows = f", the first {s['eval_nsamples']} windows" if s["eval_nsamples"] else ""
-    measured = f"; measured on {', '.join([*s['evaluate'], *s['tasks']])}{windows}"
-    return (
-        f"Calibrated on {s['nsamples']} windows{length} of {s['dataset']}"
-        f"{measured if s['evaluate'] or s['tasks'] else ''}; seed {s['seed']}."
-    )
+    words = [f"Calibrated on {s['nsamples']} windows{length} of {s['dataset']}"]
+    for name, limit, unit in (
+        ("evaluate", "eval_nsamples", "windows"),
+        ("tasks", "limit", "documents"),
+    ):
+        if s[name]:
+            first = f", the first {s[limit]} {unit}" if s[limit] else ""
+            words.append(f"measured on {', '.join(s[name])}{first}")
+    return "; ".join([*words, f"seed {s['seed']}."])

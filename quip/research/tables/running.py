@@ -1,5 +1,6 @@
 """Running the cells that are missing, one after the other; what fails is noted and passed over."""
 
+import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,8 @@ from quip.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
+WORK = "work"  # in the folder of a cell, what is not kept
+
 
 def run_missing(cells: Sequence[Cell]) -> None:
     """Run each cell that lacks a number, as far as its model can be had.
@@ -28,6 +31,9 @@ def run_missing(cells: Sequence[Cell]) -> None:
     end, with what the first said, if cells failed: what is done is kept.
     """
     missing = [cell for cell in cells if cell.missing()]
+    for cell in cells:
+        if cell not in missing:
+            _tidy(cell)  # a kill may have come before it was tidied
     for settings in {cell.settings for cell in missing}:
         check_dataset(settings.dataset, "calibration")
         check_measures(settings.evaluate, settings.zero_shot())
@@ -61,27 +67,32 @@ def _attempt(cell: Cell, cells: Sequence[Cell]) -> str | None:
     try:
         if cell.missing():
             RUNNERS[cell.kind](cell, cells)
+            _tidy(cell)
     except QuipError as error:
         return str(error)
     except torch.OutOfMemoryError as error:
         return f"{error}; choose a smaller model or another device"
+    finally:
+        gc.collect()  # a model is in cycles of its own, and the next one needs the room
     return None
 
 
 def _run(cell: Cell, cells: Sequence[Cell]) -> None:
     """Quantize and evaluate, as `quip run` does; finished blocks are kept while it goes on."""
     run_experiment(_experiment(cell, cell.folder))
-    shutil.rmtree(cell.folder / RunFolder.BLOCKS, ignore_errors=True)
+    cell.keep()
 
 
 def _speed(cell: Cell, cells: Sequence[Cell]) -> None:
     """Quantize, save, and time the checkpoint; only the times are kept."""
-    work = cell.folder / "work"
-    packed, s = work / "checkpoint", cell.settings
-    run_experiment(_experiment(cell, work / "run", save=packed, evaluate=False))
+    s, model = cell.settings, cell.model
+    if recipe_of(cell.flags):
+        work = cell.folder / WORK
+        model = str(work / "checkpoint")
+        run_experiment(_experiment(cell, work / "run", save=Path(model), evaluate=False))
     run_evaluation(
         Evaluation(
-            model=str(packed),
+            model=model,
             speed=True,
             device=s.device,
             dtype=s.dtype,
@@ -89,7 +100,12 @@ def _speed(cell: Cell, cells: Sequence[Cell]) -> None:
             overwrite=True,
         )
     )
-    shutil.rmtree(work)
+
+
+def _tidy(cell: Cell) -> None:
+    """Remove what only an unfinished cell needs."""
+    for name in (RunFolder.BLOCKS, WORK):
+        shutil.rmtree(cell.folder / name, ignore_errors=True)
 
 
 def _experiment(

@@ -4,8 +4,11 @@ import csv
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-FILE = Path(__file__).parent / "published.csv"
+import yaml
+
+FOLDER = Path(__file__).parent
 SUSPECT = "SUSPECT"  # cells that the paper prints by mistake
 KEYS = ("model", "processing", "method", "wbits", "metric")
 
@@ -16,7 +19,7 @@ def published() -> Mapping[tuple[str, ...], float]:
 
     Where a table prints by mistake another model's numbers, those read off a figure count.
     """
-    with FILE.open(newline="") as file:
+    with (FOLDER / "published.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if not row["note"].startswith(SUSPECT)]
     found = {tuple(row[key] for key in KEYS): float(row["value"]) for row in rows}
     assert len(found) == len(rows), "a cell stands twice"
@@ -26,3 +29,14 @@ def published() -> Mapping[tuple[str, ...], float]:
 def lookup(words: Mapping[str, str]) -> float | None:
     """The published cell that these words find, if there is one."""
     return published().get(tuple(words.get(key, "") for key in KEYS))
+
+
+@cache
+def known_models() -> Mapping[str, Mapping[str, Any]]:
+    """Models of the papers: hub id -> what papers call it, and its config."""
+    return yaml.safe_load((FOLDER / "models.yaml").read_text())
+
+
+def papers_name(model: str) -> str | None:
+    """What papers call the model of a hub id."""
+    return known_models().get(model, {}).get("paper")
