@@ -31,5 +31,5 @@ def fitting_store(folder: Path, loaded: LoadedModel) -> HessianStore:
     store.check(loaded.model)
     changes = differences(store.manifest["digest"], identity_of(loaded.model))
     if changes:
-        log.warning("--hessians %s: the store is not quite of this model (%s)", folder, changes)
+        log.warning("the store %s is not quite of this model (%s)", folder, changes)
     return store

@@ -145,7 +145,7 @@ def _collect(
 
 def _check_ledger(ledger: Ledger, writer: StoreWriter, count: int) -> None:
     """Start over where the ledger is past a block whose Hessians were damaged since."""
-    entered = ledger.hidden()[0]
+    entered = ledger.entered
     if any(not writer.has(i) for i in range(count) if i < entered or ledger.has(i)):
         log.warning("%s: files of the store are damaged; starting over for them", writer.folder)
         ledger.forget()

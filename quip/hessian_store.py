@@ -10,25 +10,34 @@ lists a block once all of its files are there. It says `complete` when the last 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
 from quip.hessian import Hessian, sharing
+from quip.hessian_files import (
+    FORMAT,
+    MANIFEST,
+    RESUME,
+    damaged,
+    digest_of,
+    file_of,
+    is_long_enough,
+    is_whole,
+    read_manifest,
+    read_tensors,
+    rows_before,
+    symmetric,
+)
 from quip.walk import coverage
-
-FORMAT = 1
-MANIFEST = "manifest.json"
-RESUME = "repeat the `quip hessians` that wrote it with --resume"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +70,24 @@ class HessianStore:
     def __init__(self, folder: Path) -> None:
         """Raises Unavailable, naming the remedy, for what is no complete store."""
         self.folder = folder
-        self.manifest: Mapping[str, Any] = _manifest(folder)
+        self.manifest: Mapping[str, Any] = read_manifest(folder)
         if not self.manifest["complete"]:
             raise Unavailable(f"{folder}: the store is not complete; {RESUME}")
         rows = self.manifest["inputs"]
-        words = [{field.name: row[field.name] for field in fields(StoredInput)} for row in rows]
         self.inputs = tuple(
-            StoredInput(**{**one, "matrices": tuple(one["matrices"])}) for one in words
+            StoredInput(
+                name=row["name"],
+                matrices=tuple(row["matrices"]),
+                size=row["size"],
+                block=row["block"],
+            )
+            for row in rows
         )
         self._digests = {row["name"]: row["digest"] for row in rows}
         self._input_of = {name: one for one in self.inputs for name in one.matrices}
         for name in self._digests:
-            if not _file(folder, name).is_file():
-                raise Unavailable(f"{_file(folder, name)} is missing from the store; {RESUME}")
+            if not file_of(folder, name).is_file():
+                raise Unavailable(f"{file_of(folder, name)} is missing from the store; {RESUME}")
 
     @property
     def stamp(self) -> dict[str, Any]:
@@ -93,11 +107,11 @@ class HessianStore:
         if name not in self._input_of:
             raise UsageError(f"{self.folder}: no Hessian of {name}; the store is of another model")
         one = self._input_of[name]
-        found = _read(self.folder, one.name, self._digests[one.name])
-        H = torch.zeros(one.size, one.size)
-        H.masked_scatter_(_triangle(one.size), found["lower"])
-        H = H.double()
-        return Moments(H + H.tril(-1).T, found["mean"], int(found["count"]))
+        found = read_tensors(self.folder, one.name, self._digests[one.name])
+        if len(found["lower"]) != one.size * (one.size + 1) // 2:
+            raise damaged(self.folder / MANIFEST, f"{one.name} has no {one.size} inputs")
+        H = symmetric(one.size, found.pop("lower"))
+        return Moments(H, found["mean"], int(found["count"]))
 
     def check(self, model: nn.Module) -> None:
         """Raise UsageError, naming the matrix, unless names and sizes are those of the model."""
@@ -108,14 +122,14 @@ class HessianStore:
             if known is None or known.size != n:
                 what = "nothing of it" if known is None else f"{known.size} inputs"
                 raise UsageError(
-                    f"--hessians {self.folder} does not fit the model: {name} has {n} inputs, and "
+                    f"the store {self.folder} does not fit the model: {name} has {n} inputs, and "
                     f"the store holds {what}; it is of {self.manifest['model']}"
                 )
         for name in self._input_of:
             if name not in names:
                 raise UsageError(
-                    f"--hessians {self.folder} does not fit the model, which has no {name}; the "
-                    f"store is of {self.manifest['model']}"
+                    f"the store {self.folder} does not fit the model, which has no {name}; it "
+                    f"is of {self.manifest['model']}"
                 )
 
 
@@ -125,20 +139,25 @@ class StoreWriter:
     def __init__(self, folder: Path, facts: Mapping[str, Any], *, resume: bool = False) -> None:
         """The store of these facts (what its manifest says) in a folder that may exist.
 
-        With `resume`, blocks that are there, each file of them whole, are kept. Otherwise what
-        an earlier store holds is removed.
+        With `resume`, blocks that are there, each file of them whole, are kept; of a complete
+        store only the lengths of files are looked at, since `read` hashes what it reads. Raises
+        Unavailable for a manifest that is damaged. Otherwise what an earlier store holds is
+        removed.
         """
         self.folder, self.facts, self.complete = folder, dict(facts), False
         self._rows: list[dict[str, Any]] = []
-        rows, complete = _rows_before(folder)
+        rows, complete = rows_before(folder, strict=resume)
         if resume:
-            damaged = {row["block"] for row in rows if not _is_whole(folder, row)}
-            self._rows = [row for row in rows if row["block"] not in damaged]
-            self.complete = complete and not damaged
+            check = is_long_enough if complete else is_whole
+            broken = {row["block"] for row in rows if not check(folder, row)}
+            self._rows = [row for row in rows if row["block"] not in broken]
+            self.complete = complete and not broken
+            if self.complete:
+                return
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for row in () if resume else rows:
-                _file(folder, row["name"]).unlink(missing_ok=True)
+                file_of(folder, row["name"]).unlink(missing_ok=True)
         self._write()
 
     def has(self, block: int) -> bool:
@@ -152,11 +171,11 @@ class StoreWriter:
             hessian = hessians[names[0]]
             H = hessian.value().float()
             tensors = {
-                "lower": H[_triangle(len(H)).to(H.device)].cpu(),
+                "lower": torch.cat([row[: i + 1] for i, row in enumerate(H)]).cpu(),
                 "mean": hessian.mean().cpu(),
                 "count": torch.tensor(hessian.count),
             }
-            with replacing(_file(self.folder, names[0])) as partial:
+            with replacing(file_of(self.folder, names[0])) as partial:
                 save_file(tensors, partial)
             rows.append(
                 {
@@ -165,7 +184,7 @@ class StoreWriter:
                     "size": len(H),
                     "block": block,
                     "count": hessian.count,
-                    "digest": _digest(tensors),
+                    "digest": digest_of(tensors),
                 }
             )
         kept = [row for row in self._rows if row["block"] != block]
@@ -180,70 +199,9 @@ class StoreWriter:
     @property
     def files(self) -> list[Path]:
         """One for each input."""
-        return [_file(self.folder, row["name"]) for row in self._rows]
+        return [file_of(self.folder, row["name"]) for row in self._rows]
 
     def _write(self) -> None:
         words = {"format": FORMAT, **self.facts, "complete": self.complete, "inputs": self._rows}
         with replacing(self.folder / MANIFEST) as partial:
             partial.write_text(json.dumps(words, indent=2) + "\n")
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise Unavailable(
-            f"{folder}: no store of Hessians (it holds no {MANIFEST}); make one with: "
-            f"quip hessians MODEL DATASET --save {folder}"
-        )
-    try:
-        words = json.loads(path.read_text())
-        known = words["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Unavailable(f"{path} is damaged ({error}); make it anew with --overwrite") from error
-    if known != FORMAT:
-        raise Unavailable(f"{path} is of format {known}, and this version of quip reads {FORMAT}")
-    return words
-
-
-def _rows_before(folder: Path) -> tuple[list[dict[str, Any]], bool]:
-    """What an earlier store, complete or not, lists; nothing if it cannot be read."""
-    try:
-        words = _manifest(folder)
-        return words["inputs"], words["complete"]
-    except Unavailable:
-        return [], False
-
-
-def _is_whole(folder: Path, row: Mapping[str, Any]) -> bool:
-    try:
-        return bool(_read(folder, row["name"], row["digest"]))
-    except Unavailable:
-        return False
-
-
-def _read(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
-    path = _file(folder, name)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise Unavailable(f"{path} is damaged ({error}); {RESUME}") from error
-    if _digest(tensors) != digest:
-        raise Unavailable(f"{path} is damaged (its hash is not the manifest's); {RESUME}")
-    return tensors
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _triangle(n: int) -> Tensor:
-    """Where the lower triangle is; read in this mask, its entries come row after row."""
-    return torch.ones(n, n, dtype=torch.bool).tril()
-
-
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"

@@ -13,7 +13,8 @@ matrices are there, makes up for them.
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -115,6 +116,14 @@ class Ledger:
         with replacing(self._hidden) as partial:
             save_file({"hidden": hidden.cpu()}, partial, metadata={"block": str(block)})
 
+    @property
+    def entered(self) -> int:
+        """The last block whose hidden states are known, without reading these."""
+        if not self._hidden.exists():
+            return 0
+        with _opened(self._hidden) as file:
+            return int(file.metadata()["block"])
+
     def hidden(self) -> tuple[int, Tensor | None]:
         """The last block whose hidden states are known, and these; block 0 needs none."""
         if not self._hidden.exists():
@@ -196,9 +205,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 

@@ -3,32 +3,34 @@
     python scripts/main.py facebook/opt-125m c4 --wbits 16 --nsamples 0 --task arc_easy
     python scripts/main.py facebook/opt-125m c4 --load NAME --nsamples 0 --task lambada
 
-`quip run` does the work. --task names one or several of its tasks; `lambada` is lambada_quip, as
-prompted there. `--nsamples 0`, for there is nothing to calibrate, is the default.
+`quip run` does the work, and takes the same flags. Perplexity is measured only if --eval_datasets
+are named.
 """
 
-import argparse
 import sys
 
-from quip.cli import main
+from quip.cli import run
+from quip.cli.door import Parser, guarded
+from quip.cli.flags import NSAMPLES
+from quip.errors import UsageError
 
 
-def arguments(argv: list[str]) -> list[str]:
-    """The line as `quip run` takes it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--task", required=True, metavar="A,B,...")
-    parser.add_argument("--nsamples", default="0", metavar="N")
-    parser.add_argument("--wbits", default="16", metavar="B")
-    args, others = parser.parse_known_args(argv)
-    tasks = ["lambada_quip" if name == "lambada" else name for name in args.task.split(",")]
-    windows = [] if args.wbits == "16" else ["--nsamples", args.nsamples]
-    given = [*others, "--wbits", args.wbits, *windows]
-    return ["run", *given, "--eval_datasets", "none", "--tasks", ",".join(tasks)]
+def call(args) -> None:
+    if args.nsamples == 0:
+        named = f"--wbits {args.wbits}" if args.wbits else f"--codebook {args.codebook}"
+        if named not in ("--wbits 16", "--codebook int") and not (args.load or args.hessians):
+            raise UsageError(f"--nsamples 0 with {named}: calibration needs windows; leave it out")
+        args.nsamples = NSAMPLES  # as if it were not given: nothing is calibrated
+    args.eval_datasets = args.eval_datasets or "none"
+    tasks = vars(args).pop("task").split(",")
+    args.tasks = ",".join("lambada_quip" if name == "lambada" else name for name in tasks)
+    run.call(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main(arguments(sys.argv[1:])))
+    parser = Parser(description=__doc__.splitlines()[0])
+    run.build(parser)
+    words = "zero-shot tasks, as --tasks of `quip run`; lambada is lambada_quip, as prompted there"
+    parser.add_argument("--task", required=True, metavar="A,B,...", help=words)
+    parser.set_defaults(call=call)
+    sys.exit(guarded(parser, None))

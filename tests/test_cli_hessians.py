@@ -1,6 +1,7 @@
 """`quip hessians` and `quip run --hessians`: what they print, and what they refuse before work."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,42 @@ def test_the_manifest_says_what_the_store_is_of(quip, model, text, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        (("--wbits", "4", "--incoh_processing"), "--wbits 4 --incoh_processing"),
+        (("--codebook", "E8P12", "--seed", "3"), "--codebook E8P12 --seed 3"),
+        (("--recipe", "quip-2bit", "--quant", "gptq"), "--wbits 2 --quant gptq --incoh_processing"),
+    ],
+    ids=str,
+)
+def test_a_store_of_a_quantized_model_is_to_be_used_with_its_own_recipe(
+    quip, model, text, tmp_path, given, shown
+):
+    store = tmp_path / "store"
+    how = ("--from", "quantized", *given)
+    words = quip("hessians", model, text, "--save", store, *DATA, *how)[1]
+    assert words.endswith(f": quip run {model} --hessians {store} {shown}\n")
+    fast = ("--proxy_only", "--save", tmp_path / "saved")
+    assert quip("run", *words.split("quip run ")[1].split(), *fast)[0] == 0
+
+
+def test_a_damaged_manifest_is_one_line_with_the_remedy(quip, model, text, tmp_path, store):
+    damaged = shutil.copytree(store, tmp_path / "store")
+    words = json.loads((damaged / "manifest.json").read_text())
+    del words["inputs"][2]["name"]
+    (damaged / "manifest.json").write_text(json.dumps(words))
+    again = ("hessians", model, text, "--save", damaged, *DATA)
+    for line in (("run", model, "--hessians", damaged, *FAST), (*again, "--resume")):
+        status, out, err = quip(*line)
+        assert (status, out) == (1, "")
+        assert err[-1].endswith(
+            "manifest.json is damaged (no 'name'); make it anew with --overwrite"
+        )
+    assert quip(*again, "--overwrite")[0] == 0
+    assert {x.name for x in damaged.iterdir()} == {x.name for x in store.iterdir()}
+
+
+@pytest.mark.parametrize(
     ("words", "reason"),
     [
         (("--wbits", "2"), "--wbits says how to quantize, and --from original does not"),
@@ -109,7 +146,7 @@ def test_a_store_of_another_model_is_refused_before_anything_runs(quip, store, t
     out = tmp_path / "out"
     status, _, err = quip("run", other, "--hessians", store, *FAST, "--out", out)
     assert status == 2
-    assert err[-1].startswith(f"quip: --hessians {store} does not fit the model: model.layers.0.")
+    assert err[-1].startswith(f"quip: the store {store} does not fit the model: model.layers.0.")
     assert not out.exists()
 
 

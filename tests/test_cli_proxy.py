@@ -121,12 +121,18 @@ def test_the_door_refuses_what_means_nothing_before_it_collects(door, here, tmp_
 def test_the_door_collects_what_is_not_there_and_prints_what_the_command_prints(
     door, quip, here, tmp_path
 ):
+    """Once for each store that its flags ask for."""
     text = write_text(tmp_path / "text.txt")
     flags = ("--wbits", "4", "--quant", "ldlq", "--device", "cpu")
     status, out, _ = door(text, "--model", here[0], "--nsamples", "2", *flags)
     collected, table = out.split("\n", 1)
     assert status == 0
-    assert collected.startswith("runs/hessians-opt-text.txt: 16 inputs of 24 matrices")
-    store = tmp_path / "runs" / "hessians-opt-text.txt"
+    assert collected.startswith("runs/hessians-opt-text.txt-")
+    assert ": 16 inputs of 24 matrices, 64 tokens" in collected
+    (store,) = (tmp_path / "runs").iterdir()
     assert quip("proxy", here[0], store, *flags)[:2] == (0, table)
     assert door(text, "--model", here[0], "--hessians", store, *flags)[:2] == (0, table)
+    for further in ([], ["--seqlen", "12"], ["--seed", "1"], ["--dtype", "bfloat16"]):
+        words = (text, "--model", here[0], "--nsamples", "2", *flags, *further)
+        assert door(*words)[0] == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 4

@@ -4,7 +4,10 @@ import csv
 import json
 import runpy
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,11 @@ from quip.hessian_store import HessianStore, StoreWriter
 from quip.models import load_model
 from quip.quantize import rng_for
 from quip.recipes import build_recipe
+from quip.research.processing import Stage, processed
 from quip.research.spectrum import weight_numbers
+from quip.research.summary import SummaryRequest, summarize
+from quip.resume import identity_of
+from quip.run_folder import RunFolder
 from quip.transforms import Chain
 from quip.walk import walk
 from tests.runs import save_model
@@ -31,6 +38,7 @@ def save_store(folder: Path, name: str, *, model_name: str = "tiny") -> tuple[st
     where = save_model(folder / "model", name)
     model = load_model(where).model
     facts = {"model": model_name, "calibration": {"dataset": "letters"}, "source": "original"}
+    facts |= {"digest": identity_of(model), "dtype": "float32"}
     writer = StoreWriter(folder / "store", facts)
     for block in walk(model, tokens(), device="cpu"):
         writer.keep(block.index, block.observe())
@@ -181,7 +189,7 @@ def test_a_model_that_the_store_is_not_of_is_named(quip, opt, llama):
 def test_the_heat_maps_show_the_layer_that_was_asked_for(quip, opt, tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(
-        "quip.research.summary_plots.write_plots",
+        "quip.research.summary.write_plots",
         lambda summary, folder: shown.append([stage.name for stage in summary.example]),
     )
     name = "model.decoder.layers.1.self_attn.q_proj"  # which shares the input of k_proj
@@ -194,6 +202,59 @@ def test_the_heat_maps_show_the_layer_that_was_asked_for(quip, opt, tmp_path, mo
     assert shown[0] == [first, name, name]
     assert shown[1] == [first, first]
     assert shown[2] == ["model.decoder.layers.2.fc2"] * 2
+
+
+def test_overwriting_leaves_nothing_of_the_summary_before(quip, opt, tmp_path):
+    store, model = opt
+    assert quip("summary", store, "--model", model, "--out", tmp_path / "a")[0] == 0
+    (tmp_path / "a" / "notes.txt").write_text("mine")
+    assert quip("summary", store, "--out", tmp_path / "a", "--overwrite")[0] == 0
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert files == {"hessians.csv", "summary.json", "spectra.safetensors", "notes.txt"} | PICTURES
+
+
+def test_a_folder_that_another_writes_to_is_left_alone(quip, opt, tmp_path):
+    other = RunFolder(tmp_path / "a")
+    other.open()
+    status, _, [line] = quip("summary", opt[0], "--out", tmp_path / "a", "--overwrite")
+    assert (status, "another run is writing to it" in line) == (2, True)
+    other.release()
+    status, _, [line] = quip("summary", opt[0], "--out", opt[0], "--overwrite")
+    assert (status, "it is the store" in line) == (2, True)
+
+
+def test_a_store_of_other_weights_is_warned_of(quip, opt, tmp_path, caplog):
+    store, model = opt
+    assert quip("summary", store, "--model", model)[0] == 0
+    assert "not quite of this model" not in caplog.text
+    tuned = load_model(model)
+    tuned.model.get_parameter("model.decoder.layers.0.fc1.bias").fill_(0.5)
+    for part in (tuned.model, tuned.tokenizer):
+        part.save_pretrained(tmp_path / "tuned")
+    assert quip("summary", store, "--model", tmp_path / "tuned")[0] == 0
+    assert f"the store {store} is not quite of this model (weights was" in caplog.text
+
+
+@pytest.mark.parametrize("pictures", [False, True])
+def test_no_matrix_outlives_the_stage_after_it(opt, tmp_path, monkeypatch, pictures):
+    monkeypatch.setattr("quip.research.summary_rows.PIXELS", 8)
+    alive, counts = weakref.WeakSet(), []
+
+    def watched(*args: Any) -> Iterator[tuple[Stage, torch.Tensor]]:
+        for stage, W in processed(*args):
+            alive.add(stage)
+            counts.append(len(alive))
+            yield stage, W
+
+    monkeypatch.setattr("quip.research.summary.processed", watched)
+    out = tmp_path if pictures else None
+    found = summarize(SummaryRequest(store=Path(opt[0]), model=opt[1], out=out, pictures=pictures))
+    assert max(counts) == 3  # as collected, the one before, the next
+    assert len(alive) == 0
+    assert [one.processing for one in found.example] == (STAGES if pictures else [])
+    for one in found.example:
+        assert one.entries.shape == one.vectors.shape == (8, 8)
+    assert all(row.spectrum.untyped_storage().nbytes() == 8 * row.columns for row in found.inputs)
 
 
 def door(monkeypatch, *words: str) -> object:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quip import hessian_store
+from quip import hessian_files, hessian_store, resume
 from quip.collecting import Collected, Collection, collect_hessians
 from quip.data import calibration_tokens
 from quip.errors import UnsupportedModel, UsageError
@@ -231,8 +231,24 @@ def test_finished_blocks_are_not_observed_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(StoreWriter, "keep", watched)
     collect(folder, tmp_path / "store", resume=True)
     assert kept == [1]
-    collect(folder, tmp_path / "store", resume=True)  # complete: nothing is left to do
+    monkeypatch.delattr(hessian_files, "load_file")
+    collect(folder, tmp_path / "store", resume=True)  # complete: nothing is left to do or to read
     assert kept == [1]
+
+
+def test_hidden_states_are_read_once_when_a_store_is_completed(folder, tmp_path, monkeypatch):
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreWriter, "close", killed)
+        with pytest.raises(Killed):
+            collect(folder, tmp_path / "store")
+    read: list[str] = []
+    real = resume._read
+    monkeypatch.setattr(resume, "_read", lambda path: read.append(path.name) or real(path))
+    collect(folder, tmp_path / "store", resume=True)
+    assert read == ["hidden.safetensors"]
 
 
 @pytest.mark.parametrize("source", ["original", "quantized"])

@@ -2,18 +2,28 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from quip import hessian_files
 from quip.errors import Unavailable, UsageError
+from quip.evaluate import memory
 from quip.hessian import Hessian
 from quip.hessian_store import HessianStore, StoreWriter
 from quip.walk import walk
 from tests.tiny import tiny, tokens
 
-FACTS = {"model": "tiny", "source": "original", "calibration": {"dataset": "random"}}
+FACTS = {
+    "model": "tiny",
+    "digest": {},
+    "dtype": "float32",
+    "source": "original",
+    "calibration": {"dataset": "random"},
+}
 
 
 def observed(name: str = "opt") -> list[dict[str, Hessian]]:
@@ -22,9 +32,13 @@ def observed(name: str = "opt") -> list[dict[str, Hessian]]:
 
 
 def written(
-    folder: Path, blocks: list[dict[str, Hessian]], *, close: bool = True, **options: bool
+    folder: Path,
+    blocks: list[dict[str, Hessian]],
+    *,
+    close: bool = True,
+    facts: Mapping[str, Any] = FACTS,
 ) -> StoreWriter:
-    writer = StoreWriter(folder, FACTS, **options)
+    writer = StoreWriter(folder, facts)
     for index, hessians in enumerate(blocks):
         writer.keep(index, hessians)
     if close:
@@ -129,14 +143,75 @@ def test_a_damaged_file_is_refused_and_its_block_is_missing_on_resume(tmp_path, 
     name = next(iter(blocks[1]))
     before = contents(tmp_path)
     damage(tmp_path / f"{name}.safetensors")
-    with pytest.raises(Unavailable, match=rf"{name}.*--resume"):
+    with pytest.raises(Unavailable, match=rf"{name}.*--resume") as refusal:
         HessianStore(tmp_path).read(name)
+    if "remove it, and" in str(refusal.value):  # its length is right
+        (tmp_path / f"{name}.safetensors").unlink()
     writer = StoreWriter(tmp_path, FACTS, resume=True)
     assert [writer.has(index) for index in range(4)] == [True, False, True, True]
     assert not writer.complete
     writer.keep(1, blocks[1])
     writer.close()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_what_is_damaged_in_a_store_that_was_broken_off_is_missing_on_resume(tmp_path, damage):
+    blocks = observed()
+    written(tmp_path, blocks[:2], close=False)
+    damage(tmp_path / f"{next(iter(blocks[0]))}.safetensors")
+    writer = StoreWriter(tmp_path, FACTS, resume=True)
+    assert [writer.has(index) for index in range(3)] == [False, True, False]
+
+
+def test_a_complete_store_is_taken_up_without_reading_its_files(tmp_path, monkeypatch):
+    written(tmp_path, observed())
+    before = contents(tmp_path)
+    for name in ("read_tensors", "load_file"):
+        monkeypatch.delattr(hessian_files, name)
+    assert StoreWriter(tmp_path, {**FACTS, "versions": {}}, resume=True).complete
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda words: [words.pop(key) for key in FACTS], "no 'model'"),
+        (lambda words: words.pop("complete"), "no 'complete'"),
+        (lambda words: words.pop("inputs"), "no 'inputs'"),
+        (lambda words: words["calibration"].clear(), "no 'dataset'"),
+        (lambda words: words["inputs"][1].pop("name"), "no 'name'"),
+        (lambda words: words["inputs"][1].update(size="7"), "size is '7'"),
+        (lambda words: words["inputs"].append(None), "NoneType"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_refused_and_nothing_is_lost(tmp_path, change, reason):
+    written(tmp_path, observed())
+    words = json.loads((tmp_path / "manifest.json").read_text())
+    change(words)
+    (tmp_path / "manifest.json").write_text(json.dumps(words))
+    before = contents(tmp_path)
+    for use in (HessianStore, partial(StoreWriter, facts=FACTS, resume=True)):
+        with pytest.raises(Unavailable, match=rf"is damaged \(.*{reason}.*--overwrite"):
+            use(tmp_path)
+    assert contents(tmp_path) == before
+    assert not StoreWriter(tmp_path, FACTS).complete
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 13])
+def test_a_triangle_is_mirrored_bitwise_whatever_the_panels(monkeypatch, rng, n):
+    monkeypatch.setattr(hessian_files, "PANEL", 4)
+    A = torch.randn(n, n, generator=rng).tril()
+    H = hessian_files.symmetric(n, A[torch.ones(n, n, dtype=torch.bool).tril()])
+    assert torch.equal(H.view(torch.int64), (A + A.tril(-1).T).double().view(torch.int64))
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="the system's mark cannot be reset")
+def test_a_matrix_is_mirrored_where_it_is():
+    n, lower = 4096, torch.ones(4096 * 4097 // 2)
+    with memory.measured("cpu") as found:
+        H = hessian_files.symmetric(n, lower)
+    assert found.peak_bytes - found.start_bytes < 1.5 * H.nbytes
 
 
 def test_starting_over_removes_what_the_store_before_held_and_nothing_else(tmp_path):
@@ -179,6 +254,8 @@ def test_sizes_that_differ_and_matrices_too_many_are_refused(opt_store, tmp_path
     name = words["inputs"][3]["name"]
     with pytest.raises(UsageError, match=rf"{name} has 48 inputs, and the store holds 7 inputs"):
         copied(opt_store, tmp_path, words).check(tiny("opt"))
+    with pytest.raises(Unavailable, match=rf"damaged \({name} has no 7 inputs\)"):
+        HessianStore(tmp_path).read(name)
     words = manifest_of(opt_store)
     words["inputs"][3]["matrices"].append("model.more")
     with pytest.raises(UsageError, match=r"has no model\.more"):

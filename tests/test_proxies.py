@@ -3,6 +3,7 @@
 import csv
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -18,7 +19,8 @@ from quip.quantize import quantize_matrix, rng_for
 from quip.recipes import build_recipe
 from quip.research import proxies
 from quip.research.losses import Case, Loss, method_tables, read_losses, summarised
-from quip.research.proxies import Asked, measure_losses
+from quip.research.proxies import ProxyBench, measure_losses
+from quip.resume import identity_of
 from tests.runs import save_model
 from tests.test_hessian_store import observed, written
 
@@ -38,10 +40,10 @@ def store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def ask(model, store) -> Callable[..., Asked]:
-    def make(**given) -> Asked:
+def ask(model, store) -> Callable[..., ProxyBench]:
+    def make(**given) -> ProxyBench:
         known = {"quants": ("ldlq",), "wbits": (2,), "layers": ("layers.0",), "device": "cpu"}
-        return Asked(model=model, store=store, **{**known, **given})
+        return ProxyBench(model=model, store=store, **{**known, **given})
 
     return make
 
@@ -143,6 +145,30 @@ def test_what_means_nothing_is_refused_before_anything_is_written(ask, tmp_path,
     with pytest.raises(UsageError, match=message):
         measure_losses(ask(out=tmp_path / "bench", **given))
     assert not list(tmp_path.iterdir())
+
+
+def test_cases_may_be_handed_over_that_are_no_product(ask, tmp_path):
+    all_of_them = ask(wbits=(2, 3), quants=("nearest", "ldlq"))
+    recipes = all_of_them.recipes()
+    some = {
+        case: recipe
+        for case, recipe in recipes.items()
+        if (case.quant, case.wbits) in (("nearest", 2), ("ldlq", 3))
+    }
+    losses = measure_losses(ask(out=tmp_path, wbits=(8,)), some)
+    assert {(loss.quant, loss.wbits) for loss in losses} == {("nearest", 2), ("ldlq", 3)}
+    expected = [loss for loss in measure_losses(all_of_them) if loss.case in some]
+    assert without_time(losses) == without_time(expected)
+
+
+def test_a_store_of_other_weights_is_warned_of(ask, model, tmp_path, caplog):
+    words = {"model": "tiny", "dtype": "float32", "calibration": {"dataset": "random"}}
+    for name, digest in (("its own", identity_of(load_model(model).model)), ("another", {})):
+        caplog.clear()
+        written(tmp_path / name, observed("opt"), facts={**words, "digest": digest})
+        measure_losses(replace(ask(layers=("layers.0.fc1",)), store=tmp_path / name))
+        warned = f"the store {tmp_path / name} is not quite of this model" in caplog.text
+        assert warned == (name == "another")
 
 
 # What is kept

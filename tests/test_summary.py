@@ -12,7 +12,7 @@ from quip.quantize import rng_for
 from quip.recipes import build_recipe
 from quip.research.processing import Stage, processed
 from quip.research.spectrum import Spectrum, damped, hessian_numbers, weight_numbers
-from quip.research.summary_rows import EDGES, histogram, published
+from quip.research.summary_rows import EDGES, histogram, table_6
 from quip.transforms import Hadamard
 
 QUIP = build_recipe(wbits=2, incoh_processing=True)
@@ -119,6 +119,19 @@ def test_lemma_2_and_what_its_proof_has_hold(problem, seed):
     assert found.tight_bound >= found.root  # with equality where the diagonal of H^1/2 is even
 
 
+@pytest.mark.parametrize("damp", [1e-6, 0.01, 0.1])
+def test_the_bounds_are_on_what_the_undamped_has_and_damping_adds_to_that(damp):
+    n = 256
+    x = torch.ones(n, dtype=torch.float64)  # as incoherent as can be, of rank 1
+    found = numbers(torch.outer(x, x), damp)
+    assert found.bound == pytest.approx(1 / n, rel=1e-5)
+    assert found.tight_bound == pytest.approx(1 / n, rel=1e-5)
+    # D of H is (1, 0 ... 0), and that of H + d I has no entry below d.
+    assert found.D_backwards >= damp / (1 + damp)
+    assert found.D_backwards == pytest.approx((1 + damp * n) / (n * (1 + damp)), rel=0.05)
+    assert (found.D_backwards > 2 * found.bound) == (damp >= 0.01)
+
+
 def test_the_mean_explains_all_of_inputs_that_never_change():
     x = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
     assert numbers(torch.outer(x, x), 0.01, x).mean_share == pytest.approx(1)
@@ -203,10 +216,10 @@ def test_histograms_lose_no_weight():
 
 
 def test_the_papers_table_is_found_by_the_name_of_the_model():
-    found = published("facebook/opt-1.3b")
+    found = table_6("facebook/opt-1.3b")
     assert found["baseline"] == {"rank": 0.541, "above_1_percent": 0.020, "D_backwards": 0.399}
     assert found["IncP"] == {"rank": 0.543, "above_1_percent": 0.028, "D_backwards": 0.393}
-    assert published("demo") == {}
+    assert table_6("demo") == table_6("another/opt-1.3b") == {}
 
 
 def test_what_has_no_statistics_is_named():

@@ -335,6 +335,7 @@ def record(**changes: object) -> dict:
     settings = {"dataset": "c4", "nsamples": 128, "seqlen": None, "seed": 0, "dtype": "auto"}
     settings |= {"evaluate": ["wikitext2"], "eval_nsamples": None, "tasks": [], "limit": None}
     head = {"table": "mine", "title": "A", "source": "B", "note": "N.", "by": "columns"}
+    head["axes"] = {"Wiki": "perplexity, Wiki"}
     return {**head, "settings": settings, "entries": rows, **changes}
 
 

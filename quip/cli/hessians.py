@@ -70,7 +70,7 @@ def call(args: argparse.Namespace) -> None:
     print(
         f"{args.save}: {found.inputs} inputs of {found.matrices} matrices, {found.tokens:,} "
         f"tokens, {size_words(found.nbytes)}, {found.seconds:.1f} s; quantize from it with: "
-        f"quip run {args.model} --hessians {args.save} --wbits 2"
+        f"quip run {args.model} --hessians {args.save} {' '.join(_of_a_run(args))}"
     )
 
 
@@ -86,13 +86,31 @@ def _recipe(args: argparse.Namespace) -> "Recipe | None":
     return recipe
 
 
+def _of_a_run(args: argparse.Namespace) -> list[str]:
+    """The flags of a run from the store: of its own recipe, seed and dtype, where it has them."""
+    known = {"wbits": 2} if getattr(args, "from") == "original" else _recipe_given(args)
+    if args.codebook != "int":
+        del known["wbits"]  # a lattice has its own
+    given = known | _given(args, "seed", "dtype")
+    return [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
+
+
 def _refuse_recipe(args: argparse.Namespace) -> None:
     """Raise UsageError for flags that would be ignored."""
+    for name in _recipe_given(args):
+        raise UsageError(
+            f"--{name} says how to quantize, and --from original does not: add --from "
+            f"quantized, or leave out --{name}"
+        )
+
+
+def _recipe_given(args: argparse.Namespace) -> dict[str, object]:
+    return _given(args, "wbits", "quant", "range", *RECIPE_FLAGS)
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, object]:
+    """Those of the flags that are not what they are by default."""
     parser = Parser()
-    recipe_flags(parser)
-    for name in ("wbits", "quant", "range", *RECIPE_FLAGS):
-        if getattr(args, name) != parser.get_default(name):
-            raise UsageError(
-                f"--{name} says how to quantize, and --from original does not: add --from "
-                f"quantized, or leave out --{name}"
-            )
+    build(parser)
+    values = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in values.items() if value != parser.get_default(name)}

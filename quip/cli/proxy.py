@@ -8,7 +8,7 @@ from quip.cli.shared import aligned, machine_flags, names, number_or_auto
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
-    from quip.research.proxies import Asked
+    from quip.research.proxies import ProxyBench
 
 SUMMARY = "compare methods by their proxy losses, matrix by matrix"
 FLAGS = ("npasses", "percdamp", "rho", "faithful")  # of recipes, with --range
@@ -101,14 +101,14 @@ def call(args: argparse.Namespace) -> None:
     print(f"over {count} matrices" + (f"; each of them in {args.out}" if args.out else ""))
 
 
-def asked(args: argparse.Namespace) -> "Asked":
+def asked(args: argparse.Namespace) -> "ProxyBench":
     """What the strings mean. Raises UsageError for what means nothing."""
     _refuse(args)
 
     from quip.recipe_flags import METHODS
-    from quip.research.proxies import Asked
+    from quip.research.proxies import ProxyBench
 
-    return Asked(
+    return ProxyBench(
         model=args.model,
         store=args.store,
         quants=tuple(METHODS) if args.quant == "all" else names(args.quant, "--quant"),

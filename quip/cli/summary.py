@@ -61,7 +61,7 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace) -> None:
-    """Summarize, plot, and print."""
+    """Summarize, and print."""
     if args.overwrite and args.out is None:
         raise UsageError("--overwrite speaks of --out: name the folder with --out DIR")
     if args.layer and args.out is None:
@@ -70,11 +70,10 @@ def call(args: argparse.Namespace) -> None:
         raise UsageError("--no_rescale speaks of weights: name the model with --model")
 
     from quip.plots import can_plot
-    from quip.research.summary import Asked, summarize
-    from quip.research.summary_plots import write_plots
+    from quip.research.summary import SummaryRequest, summarize
 
     summary = summarize(
-        Asked(
+        SummaryRequest(
             store=args.store,
             model=args.model,
             rotation=args.rotation,
@@ -85,10 +84,9 @@ def call(args: argparse.Namespace) -> None:
             device=args.device,
             out=args.out,
             overwrite=args.overwrite,
+            pictures=args.out is not None and can_plot(),
         )
     )
-    if args.out and can_plot():
-        write_plots(summary, args.out)
     found = summary.as_json()
     print(json.dumps(found, indent=2, allow_nan=False) if args.json else summary_table(found))
 
@@ -156,7 +154,8 @@ def _legend(found: Mapping[str, Any]) -> str:
             "rank, > 1 %: eigenvalues above n 1.2e-7 and 1 % of the largest, over n",
             f"tr(D)/tr(H): of H damped by {found['percdamp']:g} of its mean diagonal, last column "
             "to first; all else of H undamped",
-            "mu_H: max |Q_ij| sqrt(n), eigenvalues not 0; bound: mu_H^2 tr(H^1/2)^2 / (n tr(H))",
+            "mu_H: max |Q_ij| sqrt(n), eigenvalues not 0",
+            "bound: mu_H^2 tr(H^1/2)^2 / (n tr(H)), on tr(D)/tr(H) of H undamped (Lemma 2)",
             "tight bound: max (H^1/2)_ii tr(H^1/2) / tr(H), which the proof of that bound has",
             "mean's share: |E x|^2 / tr(H)",
         ]

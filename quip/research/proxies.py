@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quip.calibration import fitting_store
 from quip.codebooks import LATTICES, RmsGrid
 from quip.device import choose_device, device_name
 from quip.errors import UsageError
@@ -36,7 +37,7 @@ PROCESSING: dict[str, dict[str, Any]] = {"baseline": {}, "incoherence": {"incoh_
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ProxyBench:
     """Everything that one bench depends on."""
 
     model: str
@@ -96,18 +97,22 @@ def _takes(flag: str, processing: str, codebook: str) -> bool:
     return flag != "range_" or processing == "incoherence" or codebook != "int"
 
 
-def measure_losses(asked: Asked) -> list[Loss]:
+def measure_losses(asked: ProxyBench, recipes: Mapping[Case, Recipe] | None = None) -> list[Loss]:
     """Quantize each matrix in each case, and write down what it loses, input by input.
+
+    The cases are those of `recipes`, if given, which then is all that says how to quantize;
+    otherwise all combinations that `asked` names.
 
     `out` receives run.json, proxy.csv and, in the end, summary.csv and plots; a kill costs the
     unfinished input. With `resume`, what proxy.csv holds already is not computed again; other
     methods, widths and layers may be added. What is asked for is checked first.
     """
-    recipes, device = asked.recipes(), choose_device(asked.device)
-    store = HessianStore(asked.store)
+    recipes = asked.recipes() if recipes is None else recipes
+    device = choose_device(asked.device)
+    HessianStore(asked.store)  # what is none is refused before the model is loaded
     folder = LossFolder(asked.out, resume=asked.resume, overwrite=asked.overwrite)
-    model = load_model(asked.model, dtype=asked.dtype).model
-    store.check(model)
+    loaded = load_model(asked.model, dtype=asked.dtype)
+    model, store = loaded.model, fitting_store(asked.store, loaded)
     inputs = _chosen(store, asked)
     for name, recipe in product((n for _, names in inputs for n in names), recipes.values()):
         m, n = _weight(model, name).shape
@@ -176,7 +181,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     return model.get_parameter(f"{name}.weight").detach()
 
 
-def _chosen(store: HessianStore, asked: Asked) -> list[tuple[StoredInput, list[str]]]:
+def _chosen(store: HessianStore, asked: ProxyBench) -> list[tuple[StoredInput, list[str]]]:
     """The inputs, and of their matrices those that a pattern names."""
     names = [name for one in store.inputs for name in one.matrices]
     wanted: set[str] = set() if asked.layers else set(names)
@@ -200,7 +205,7 @@ def _missing(
     return list(dict.fromkeys(name for name, _ in lacking)), cases
 
 
-def _settings(asked: Asked, store: HessianStore, device: str) -> dict[str, Any]:
+def _settings(asked: ProxyBench, store: HessianStore, device: str) -> dict[str, Any]:
     return {
         "model": asked.model,
         "store": str(asked.store),

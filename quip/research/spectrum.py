@@ -60,7 +60,11 @@ def zero(n: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class HessianNumbers:
-    """One H. D is LDLQ's (QuIP, section 3), of the damped H; all others are of H undamped."""
+    """One H. D is LDLQ's (QuIP, section 3), of the damped H; all others are of H undamped.
+
+    So are the bounds, which hold for tr(D) / tr(H) of H undamped (Lemma 2). Damping adds to D:
+    where H has little rank, D_backwards may be above them.
+    """
 
     rank: float  # as a fraction of n
     above_1_percent: float  # eigenvalues above 1 % of the largest, as a fraction of n
@@ -69,7 +73,7 @@ class HessianNumbers:
     mu: float  # max |Q_ij| sqrt(n) (Definition 1)
     log10_condition: float  # of the largest eigenvalue over the smallest that is not 0
     root: float  # tr(H^1/2)^2 / (n tr(H))
-    bound: float  # mu^2 root, at least tr(D) / tr(H) (Lemma 2)
+    bound: float  # mu^2 root (Lemma 2)
     tight_bound: float  # the same with n max_i (H^1/2)_ii / tr(H^1/2) in place of mu^2
     mean_share: float  # |E x|^2 / tr(H): what of H the mean of the inputs explains
 

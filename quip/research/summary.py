@@ -6,16 +6,18 @@ max |Q_ij| sqrt(n), and H damped once.
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from quip.calibration import fitting_store
 from quip.device import choose_device, device_name
 from quip.errors import UsageError
-from quip.files import check_new, writing
 from quip.hessian_store import HessianStore, Moments, StoredInput
 from quip.models import load_model
 from quip.quantize import rng_for
@@ -24,13 +26,23 @@ from quip.recipes import build_recipe
 from quip.records import versions
 from quip.research.processing import Stage, processed
 from quip.research.spectrum import weight_numbers
-from quip.research.summary_rows import Row, Summary, histogram, write_rest, write_rows
+from quip.research.summary_plots import PICTURES, write_plots
+from quip.research.summary_rows import (
+    TABLES,
+    Example,
+    Row,
+    Summary,
+    histogram,
+    write_rest,
+    write_rows,
+)
+from quip.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class SummaryRequest:
     """Everything that one summary depends on."""
 
     store: Path
@@ -43,6 +55,7 @@ class Asked:
     device: str | None = None  # None: cuda if there is one
     out: Path | None = None
     overwrite: bool = False
+    pictures: bool = False  # in `out`, too; needs matplotlib
 
     def recipe(self, *, rescale: bool) -> Recipe:
         """Of the flags that a run would have. Its transforms count, and its damping."""
@@ -55,55 +68,84 @@ class Asked:
         )
 
 
-def summarize(asked: Asked) -> Summary:
+def summarize(request: SummaryRequest) -> Summary:
     """Go through the store, input by input; what is known so far is in `out` after each.
 
-    hessians.csv and matrices.csv, and in the end summary.json and spectra.safetensors. What is
-    asked for is checked first.
+    hessians.csv and matrices.csv, and in the end summary.json, spectra.safetensors and pictures.
+    What is asked for is checked first. The model is loaded in the store's dtype.
     """
-    if asked.out:
-        check_new(asked.out, "--out", overwrite=asked.overwrite)
-    recipe, device = asked.recipe(rescale=False), choose_device(asked.device)
-    store = HessianStore(asked.store)
-    example = _example(asked, store)
-    model = load_model(asked.model).model if asked.model else None
+    folder = _folder(request)
+    recipe, device = request.recipe(rescale=False), choose_device(request.device)
+    store = HessianStore(request.store)
+    example, model = _example(request, store), None
+    if request.model:
+        loaded = load_model(request.model, dtype=store.manifest["dtype"])
+        store, model = fitting_store(request.store, loaded), loaded.model
     _check(store, model, recipe)
-    summary = Summary(_settings(asked, store, device))
-    if asked.out:
-        with writing(asked.out):
-            asked.out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=len(store.inputs), unit="input", dynamic_ncols=True, disable=None) as bar:
+    summary = Summary(_settings(request, store, device))
+    with (
+        _opened(folder),
+        tqdm(total=len(store.inputs), unit="input", dynamic_ncols=True, disable=None) as bar,
+    ):
         for one in store.inputs:
             bar.set_postfix_str(one.name)
-            work = _Work(asked, one, store.read(one.name), device)
-            for stage, row in (*work.of_input(), *work.of_matrices(model)):
-                summary.add(row)
-                if row.name == example and (row.weights is None) == (model is None):
-                    summary.example.append(stage)
-            if asked.out:
-                write_rows(summary, asked.out)
-            log.info("%s: mu %.1f", one.name, work.original.numbers.mu)
+            _add(summary, _Work(request, one, store.read(one.name), device), model, example)
+            if folder:
+                write_rows(summary, folder.path)
             bar.update()
-    if asked.out:
-        write_rest(summary, asked.out)
+        if folder:
+            write_rest(summary, folder.path)
+            if request.pictures:
+                write_plots(summary, folder.path)
     return summary
 
 
-def _example(asked: Asked, store: HessianStore) -> str:
+def _folder(request: SummaryRequest) -> RunFolder | None:
+    if request.out is None:
+        return None
+    if request.out.resolve() == request.store.resolve():
+        raise UsageError(f"--out {request.out}: it is the store; name another folder")
+    return RunFolder(request.out, overwrite=request.overwrite)
+
+
+@contextmanager
+def _opened(folder: RunFolder | None) -> Iterator[None]:
+    """Others are kept out meanwhile, and an earlier summary is gone: two never mix."""
+    if folder is None:
+        yield
+        return
+    folder.open()
+    try:
+        for name in (*TABLES, *PICTURES):
+            (folder.path / name).unlink(missing_ok=True)
+        yield
+    finally:
+        folder.release()
+
+
+def _add(summary: Summary, work: "_Work", model: nn.Module | None, example: str) -> None:
+    """All rows of one input. Of its stages no more are held than the next is made of."""
+    for stage, row in chain(work.of_input(), work.of_matrices(model)):
+        summary.add(row)
+        shown = row.name == example and (row.weights is None) == (model is None)
+        if shown and work.request.pictures:
+            summary.example.append(Example.of(stage))
+    log.info("%s: mu %.1f", work.one.name, work.original.numbers.mu)
+
+
+def _example(request: SummaryRequest, store: HessianStore) -> str:
     blocks = sorted({one.block for one in store.inputs})
     middle = blocks[len(blocks) // 2]
     *_, usual = (one.name for one in store.inputs if one.block == middle)
     names = [name for one in store.inputs for name in one.matrices]
-    if asked.layer is not None and asked.layer not in names:
-        raise UsageError(f"--layer {asked.layer}: the store holds no such matrix; say {usual}")
-    if asked.layer is None or asked.model:
-        return asked.layer or usual
-    return next(one.name for one in store.inputs if asked.layer in one.matrices)
+    if request.layer is not None and request.layer not in names:
+        raise UsageError(f"--layer {request.layer}: the store holds no such matrix; say {usual}")
+    if request.layer is None or request.model:
+        return request.layer or usual
+    return next(one.name for one in store.inputs if request.layer in one.matrices)
 
 
 def _check(store: HessianStore, model: nn.Module | None, recipe: Recipe) -> None:
-    if model is not None:
-        store.check(model)
     for one in store.inputs:
         recipe.check(one.size, one.size, one.name)
         for name in one.matrices if model is not None else ():
@@ -116,15 +158,15 @@ def _weight(model: nn.Module | None, name: str) -> Tensor:
     return model.get_parameter(f"{name}.weight").detach()
 
 
-def _settings(asked: Asked, store: HessianStore, device: str) -> dict[str, Any]:
+def _settings(request: SummaryRequest, store: HessianStore, device: str) -> dict[str, Any]:
     known = ("model", "calibration", "source")
     return {
-        "store": {"folder": str(asked.store), **{key: store.manifest.get(key) for key in known}},
-        "model": asked.model,
-        "percdamp": asked.percdamp,
-        "rotation": asked.rotation,
-        "rescale": asked.rescale and asked.model is not None,
-        "seed": asked.seed,
+        "store": {"folder": str(request.store), **{key: store.manifest.get(key) for key in known}},
+        "model": request.model,
+        "percdamp": request.percdamp,
+        "rotation": request.rotation,
+        "rescale": request.rescale and request.model is not None,
+        "seed": request.seed,
         "device": device_name(device),
         "versions": versions(),
     }
@@ -133,10 +175,12 @@ def _settings(asked: Asked, store: HessianStore, device: str) -> dict[str, Any]:
 class _Work:
     """What there is to compute of one input; its decomposition is shared by all rows."""
 
-    def __init__(self, asked: Asked, one: StoredInput, moments: Moments, device: str) -> None:
-        self.asked, self.one, self.tokens, self.device = asked, one, moments.count, device
+    def __init__(
+        self, request: SummaryRequest, one: StoredInput, moments: Moments, device: str
+    ) -> None:
+        self.request, self.one, self.tokens, self.device = request, one, moments.count, device
         H, mean = moments.H.to(device), moments.mean.to(device)
-        self.original = Stage.original(one.name, H, mean, damp=asked.percdamp)
+        self.original = Stage.original(one.name, H, mean, damp=request.percdamp)
         self.roles = [name.rpartition(".")[2].removesuffix("_proj") for name in one.matrices]
 
     def of_input(self) -> Iterator[tuple[Stage, Row]]:
@@ -150,12 +194,12 @@ class _Work:
         """Each matrix that it feeds, where there is a model, at each stage."""
         for name, role in zip(self.one.matrices if model else (), self.roles, strict=False):
             W = _weight(model, name).to(self.device)
-            for stage, W_t in self._stages(name, W, rescale=self.asked.rescale):
+            for stage, W_t in self._stages(name, W, rescale=self.request.rescale):
                 yield stage, self._row(stage, name, role, W=W_t)
 
     def _stages(self, name: str, W: Tensor, *, rescale: bool) -> Iterator[tuple[Stage, Tensor]]:
-        draws = self.asked.recipe(rescale=rescale).transforms
-        return processed(self.original, W, draws, rng_for(self.asked.seed, name), name)
+        draws = self.request.recipe(rescale=rescale).transforms
+        return processed(self.original, W, draws, rng_for(self.request.seed, name), name)
 
     def _row(
         self, stage: Stage, name: str, role: str, *, W: Tensor | None = None, count: int = 1
@@ -173,6 +217,5 @@ class _Work:
             hessian=stage.numbers,
             weights=None if W is None else weight_numbers(W),
             spectrum=stage.spectrum.values.cpu(),
-            incoherence=stage.spectrum.incoherence.cpu(),
             histogram=None if W is None else histogram(W),
         )

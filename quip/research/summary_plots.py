@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from torch.nn.functional import adaptive_max_pool2d
 
 from quip.plots import save_figure
 from quip.research.spectrum import SHARE, zero
@@ -17,23 +14,14 @@ from quip.research.summary_rows import EDGES, Row, Summary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PIXELS = 256  # of a heat map; of larger matrices the largest entry of each cell is shown
 DECADES = 3  # of a heat map's colours
 
 
-def write_plots(summary: Summary, folder: Path) -> list[str]:
-    """All pictures of a summary, by what they show; returns the names of the files."""
-    plots: dict[str, Callable[[Summary], "Figure"]] = {
-        "spectrum": plot_spectra,
-        "incoherence": plot_incoherence,
-        "hessian_entries": plot_entries,
-        "singular_vectors": plot_vectors,
-    }
-    if summary.matrices:
-        plots["weights"] = plot_weights
-    for name, plot in plots.items():
-        save_figure(plot(summary), folder / f"{name}.png")
-    return [f"{name}.png" for name in plots]
+def write_plots(summary: Summary, folder: Path) -> None:
+    """All pictures of a summary; of weights where it has any."""
+    for name, plot in PICTURES.items():
+        if plot is not plot_weights or summary.matrices:
+            save_figure(plot(summary), folder / name)
 
 
 def plot_spectra(summary: Summary) -> "Figure":
@@ -79,39 +67,37 @@ def _spectrum(axes: Any, row: Row, colour: Any) -> None:
 
 
 def plot_incoherence(summary: Summary) -> "Figure":
-    """mu of H and of W along depth, before and after."""
+    """mu of H, and of W, along depth: before and after side by side, a line for each role."""
     from matplotlib.figure import Figure
 
-    last = _processings(summary.matrices or summary.inputs)[-1]
-    panels: list[tuple[str, Sequence[Row], Callable[[Row], float]]] = [
-        ("$\\mu_H$ = max |Q$_{ij}$| $\\sqrt{n}$", summary.inputs, lambda row: row.hessian.mu)
-    ]
+    rows = summary.matrices or summary.inputs
+    lines: dict[str, Callable[[Row], float]] = {
+        "$\\mu_H$ = max |Q$_{ij}$| $\\sqrt{n}$": lambda row: row.hessian.mu
+    }
     if summary.matrices:
         mu = r"$\mu_W$ = max |W$_{ij}$| $\sqrt{mn}$ / $\|W\|_F$"
-        panels[0] = (panels[0][0], summary.matrices, panels[0][2])
-        panels.append((mu, summary.matrices, lambda row: row.weights.mu_W if row.weights else 0))
-    figure = Figure(figsize=(max(8, 1.5 + 5 * len(panels)), 4.5), layout="constrained")
-    line_of_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (label, rows, mu_of) in zip(line_of_axes, panels, strict=True):
-        for index, role in enumerate(dict.fromkeys(row.role for row in rows)):
-            for processing, style in (("original", "o--"), (last, "o-")):
-                line = [r for r in rows if (r.role, r.processing) == (role, processing)]
-                axes.plot(
-                    [r.block for r in line],
-                    [mu_of(r) for r in line],
-                    style,
-                    color=f"C{index}",
-                    markersize=4,
-                    markerfacecolor="white" if processing == "original" else None,
-                    label=role if processing == last and axes is line_of_axes[-1] else None,
-                )
-        axes.set(xlabel="block", ylabel=label, yscale="log")
-        axes.xaxis.set_major_locator(_whole())
-        axes.yaxis.set_minor_formatter(_plain())
-        axes.yaxis.set_major_formatter(_plain())
-        axes.grid(visible=True, which="both", alpha=0.3)
-    figure.legend(fontsize="small", loc="outside right upper")
-    figure.suptitle(f"Incoherence along depth: as collected (dashed, hollow), {last} (solid)")
+        lines[mu] = lambda row: row.weights.mu_W if row.weights else 0
+    roles = list(dict.fromkeys(row.role for row in rows))
+    figure = Figure(figsize=(10, 1.2 + 3.3 * len(lines)), layout="constrained")
+    grid = figure.subplots(len(lines), 2, squeeze=False, sharex=True, sharey="row")
+    for line, (label, mu_of) in zip(grid, lines.items(), strict=True):
+        for axes, processing in zip(line, ("original", _processings(rows)[-1]), strict=True):
+            for role in roles:
+                some = [r for r in rows if (r.role, r.processing) == (role, processing)]
+                depth, mus = [r.block for r in some], [mu_of(r) for r in some]
+                axes.plot(depth, mus, "o-", markersize=3, linewidth=1, label=role)
+            axes.set(yscale="log", title=processing)
+            axes.xaxis.set_major_locator(_whole())
+            axes.yaxis.set_minor_formatter(_plain())
+            axes.yaxis.set_major_formatter(_plain())
+            axes.grid(visible=True, which="both", alpha=0.3)
+        line[0].set_ylabel(label)
+    figure.supxlabel("block", fontsize="medium")
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), fontsize="small", loc="outside right upper"
+    )
+    shared = " (at first matrices of one input share its H)" if summary.matrices else ""
+    figure.suptitle(f"Incoherence along depth{shared}")
     return figure
 
 
@@ -121,26 +107,34 @@ def plot_weights(summary: Summary) -> "Figure":
 
     centres, width = (EDGES[1:] + EDGES[:-1]) / 2, float(EDGES[1] - EDGES[0])
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes, widest, seen = figure.add_subplot(), 5.0, [1.0]
+    axes, widest, seen = figure.add_subplot(), 8.0, [1.0]
     for processing in _processings(summary.matrices):
         rows = [row for row in summary.matrices if row.processing == processing]
         counts = sum((row.histogram for row in rows if row.histogram is not None), 0 * centres)
         density = counts / counts.sum() / width
+        seen += density[density > 0].tolist()
+        density[density == 0] = math.nan  # a gap, and no line down to 0
         top = max(row.weights.mu_W for row in rows if row.weights)
-        widest, seen = max(widest, top), [*seen, *density[density > 0].tolist()]
-        axes.stairs(density.numpy(), EDGES.numpy(), label=f"{processing} (largest: {top:.1f} RMS)")
+        label, widest = f"{processing} (largest: {top:.1f} RMS)", max(widest, top)
+        axes.stairs(density.numpy(), EDGES.numpy(), baseline=None, label=label)
     gaussian = (-centres.square() / 2).exp() / math.sqrt(2 * math.pi)
     axes.plot(centres.numpy(), gaussian.numpy(), "k--", linewidth=1, label="Gaussian")
+    # Linear where nearly all weights are, and logarithmic in the tails.
+    end = min(int(EDGES[-1]), 2 ** math.ceil(math.log2(widest)))
+    beyond = f"; beyond {end} counts as {end}" if widest > end else ""
+    axes.set_xscale("symlog", base=2, linthresh=4, linscale=2)
+    ticks = [0, *(sign * 2**k for k in range(1, end.bit_length()) for sign in (-1, 1))]
+    axes.set_xticks(ticks, [f"{tick}" for tick in ticks])
     axes.set(
-        xlabel="weight / RMS of its matrix",
+        xlabel=f"weight / RMS of its matrix (logarithmic from 4{beyond})",
         ylabel="density",
         yscale="log",
-        xlim=(-widest - 1, widest + 1),
+        xlim=(-end, end),
         ylim=(min(seen) / 2, 2 * max(seen)),
         title=f"Weights of {len(rows)} matrices, before and after processing",
     )
     axes.grid(visible=True, alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower center")
     return figure
 
 
@@ -150,20 +144,16 @@ def plot_entries(summary: Summary) -> "Figure":
     from matplotlib.figure import Figure
 
     stages = summary.example
-    maps = [_pooled(stage.H.abs() / stage.H.diagonal().mean()) for stage in stages]
-    top = max(float(one.max()) for one in maps)
+    n, top = len(stages[0].incoherence), max(float(stage.entries.max()) for stage in stages)
     norm = LogNorm(top / 10**DECADES, top)
     figure = Figure(figsize=(1.2 + 3.6 * len(stages), 4.4), layout="constrained")
     panels = figure.subplots(1, len(stages), squeeze=False)[0]
-    for axes, stage, one in zip(panels, stages, maps, strict=True):
-        n = len(stage.H)
+    for axes, stage in zip(panels, stages, strict=True):
         image = axes.imshow(
-            one.numpy(), norm=norm, cmap="magma", extent=(0.5, n + 0.5, n + 0.5, 0.5)
+            stage.entries.numpy(), norm=norm, cmap="magma", extent=(0.5, n + 0.5, n + 0.5, 0.5)
         )
-        diagonal = stage.H.diagonal()
-        spread = float(diagonal.max() / diagonal.mean())
         axes.set_title(
-            f"{stage.processing}\nlargest $H_{{ii}}$ / mean: {spread:.1f}", fontsize="medium"
+            f"{stage.processing}\nlargest $H_{{ii}}$ / mean: {stage.spread:.1f}", fontsize="medium"
         )
         axes.set(xlabel="input j", ylabel="input i")
     figure.colorbar(image, ax=panels, label="|H$_{ij}$| / mean of the diagonal", extend="min")
@@ -176,30 +166,27 @@ def plot_vectors(summary: Summary) -> "Figure":
     from matplotlib.figure import Figure
 
     stages = summary.example
-    n = len(stages[0].H)
+    n = len(stages[0].incoherence)
     gaussian = math.sqrt(2 * math.log(n))
+    zeros = "eigenvalue 0" if any(stage.rank < n for stage in stages) else None
     figure = Figure(figsize=(1.2 + 3.6 * len(stages), 6.2), layout="constrained")
     grid = figure.subplots(
         2, len(stages), squeeze=False, sharex=True, height_ratios=(3, 2), sharey="row"
     )
     for (above, below), stage in zip(grid.T, stages, strict=True):
-        spectrum, rank = stage.spectrum, stage.spectrum.rank
-        entries = _pooled(spectrum.vectors.abs() * math.sqrt(n)).numpy()
+        largest, rank = stage.incoherence.numpy(), stage.rank
         image = above.imshow(
-            entries,
+            stage.vectors.numpy(),
             vmin=0,
             vmax=2 * gaussian,
             cmap="magma",
             extent=(0.5, n + 0.5, n + 0.5, 0.5),
             aspect="auto",
         )
-        above.set_title(f"{stage.processing}: $\\mu_H$ = {stage.numbers.mu:.1f}", fontsize="medium")
-        largest = spectrum.incoherence.cpu().numpy()
+        above.set_title(f"{stage.processing}: $\\mu_H$ = {stage.mu:.1f}", fontsize="medium")
         index = torch.arange(1, n + 1).numpy()
         below.plot(index[:rank], largest[:rank], ".", markersize=2)
-        below.plot(
-            index[rank:], largest[rank:], ".", markersize=2, color="grey", label="eigenvalue 0"
-        )
+        below.plot(index[rank:], largest[rank:], ".", markersize=2, color="grey", label=zeros)
         for axes in (above, below):
             axes.axvline(rank + 0.5, color="grey", linewidth=0.8)
         below.axhline(gaussian, color="k", linestyle="--", linewidth=1, label=r"$\sqrt{2\,\ln n}$")
@@ -213,11 +200,6 @@ def plot_vectors(summary: Summary) -> "Figure":
     figure.colorbar(image, ax=grid[0], label=r"|Q$_{ij}$| $\sqrt{n}$", extend="max")
     figure.suptitle(f"Eigenvectors of H: {stages[-1].name}", fontsize="medium")
     return figure
-
-
-def _pooled(A: Float[Tensor, "n n"]) -> Float[Tensor, "k k"]:
-    """The largest of each cell, at most 256 x 256 of them."""
-    return adaptive_max_pool2d(A[None], PIXELS)[0].cpu() if len(A) > PIXELS else A.cpu()
 
 
 def _processings(rows: Sequence[Row]) -> list[str]:
@@ -234,3 +216,12 @@ def _plain() -> Any:
     from matplotlib.ticker import LogFormatter
 
     return LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5))
+
+
+PICTURES: dict[str, Callable[[Summary], "Figure"]] = {
+    "spectrum.png": plot_spectra,
+    "incoherence.png": plot_incoherence,
+    "hessian_entries.png": plot_entries,
+    "singular_vectors.png": plot_vectors,
+    "weights.png": plot_weights,
+}

@@ -1,6 +1,7 @@
 """The rows of a summary, their means, and the files they go into."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -12,18 +13,21 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
 from quip.files import replacing, write_csv
 from quip.research.processing import Stage
+from quip.research.published import lookup, papers_name
 from quip.research.spectrum import HessianNumbers, WeightNumbers
-from quip.research.tables.paper import lookup
 
+TABLES = ("hessians.csv", "matrices.csv", "summary.json", "spectra.safetensors")
 METRICS = {
     "rank": "rank",
     "above_1_percent": "eigenvalues above 1 %",
     "D_backwards": "trD/trH",
 }
 EDGES = torch.linspace(-64, 64, 513, dtype=torch.float64)  # of histograms, in RMS of the weights
+PIXELS = 256  # of a heat map; of larger matrices the largest entry of each cell is shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,16 +46,43 @@ class Row:
     hessian: HessianNumbers
     weights: WeightNumbers | None
     spectrum: Float[Tensor, " n"]  # eigenvalues of H, largest first
-    incoherence: Float[Tensor, " n"]  # max |Q_ij| sqrt(n) of each eigenvector
     histogram: Float[Tensor, " bins"] | None  # of weights over their RMS, between EDGES
 
     def flat(self) -> dict[str, object]:
         """All numbers in one line, for a file."""
-        apart = ("hessian", "weights", "spectrum", "incoherence", "histogram")
+        apart = ("hessian", "weights", "spectrum", "histogram")
         words = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
         if self.weights is None:
             return {k: x for k, x in words.items() if k != "rows"} | asdict(self.hessian)
         return words | asdict(self.weights) | asdict(self.hessian)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One stage of the example layer, as little of it as pictures show: k is at most PIXELS."""
+
+    name: str
+    processing: str
+    entries: Float[Tensor, "k k"]  # |H_ij| over the mean of the diagonal
+    spread: float  # max H_ii over the same
+    vectors: Float[Tensor, "k k"]  # |Q_ij| sqrt(n)
+    incoherence: Float[Tensor, " n"]  # max_i |Q_ij| sqrt(n) of each eigenvector
+    rank: int
+    mu: float
+
+    @classmethod
+    def of(cls, stage: Stage) -> "Example":
+        diagonal, spectrum = stage.H.diagonal(), stage.spectrum
+        return cls(
+            name=stage.name,
+            processing=stage.processing,
+            entries=_pooled(stage.H) / diagonal.mean().cpu(),
+            spread=float(diagonal.max() / diagonal.mean()),
+            vectors=_pooled(spectrum.vectors) * math.sqrt(len(diagonal)),
+            incoherence=spectrum.incoherence.cpu(),
+            rank=spectrum.rank,
+            mu=stage.numbers.mu,
+        )
 
 
 @dataclass
@@ -61,7 +92,7 @@ class Summary:
     settings: Mapping[str, Any]
     inputs: list[Row] = field(default_factory=list)
     matrices: list[Row] = field(default_factory=list)
-    example: list[Stage] = field(default_factory=list)  # all stages of the example layer
+    example: list[Example] = field(default_factory=list)  # at all stages, for pictures
 
     def add(self, row: Row) -> None:
         (self.inputs if row.weights is None else self.matrices).append(row)
@@ -71,12 +102,18 @@ class Summary:
         rows = self.matrices or self.inputs
         return {
             **self.settings,
-            "paper": published(str(self.settings["store"]["model"])),
+            "paper": table_6(str(self.settings["store"]["model"])),
             "hessian_means": means(rows, "hessian", "input"),
             "weight_means": means(self.matrices, "weights", "role"),
             "inputs": [row.flat() for row in self.inputs],
             "matrices": [row.flat() for row in self.matrices],
         }
+
+
+def _pooled(A: Float[Tensor, "n n"]) -> Float[Tensor, "k k"]:
+    """|A|, the largest of each cell, at most PIXELS x PIXELS of them."""
+    A = A.abs()
+    return adaptive_max_pool2d(A[None], PIXELS)[0].cpu() if len(A) > PIXELS else A.cpu()
 
 
 def histogram(W: Float[Tensor, "m n"]) -> Float[Tensor, " bins"]:
@@ -111,12 +148,12 @@ def means(rows: Sequence[Row], numbers: str, key: str) -> list[dict[str, Any]]:
     return found
 
 
-def published(model: str) -> dict[str, dict[str, float]]:
-    """What QuIP's Table 6 has of a model by its name: means over its Hessians by processing."""
-    model = Path(model).name.replace("opt-", "OPT-")
+def table_6(model: str) -> dict[str, dict[str, float]]:
+    """What QuIP's Table 6 has of a model by its hub id: means over its Hessians by processing."""
+    name = papers_name(model) or ""
     found: dict[str, dict[str, float]] = {}
     for processing, (key, metric) in product(("baseline", "IncP"), METRICS.items()):
-        words = {"model": model, "processing": processing, "method": "Hessian", "metric": metric}
+        words = {"model": name, "processing": processing, "method": "Hessian", "metric": metric}
         if (value := lookup(words)) is not None:
             found.setdefault(processing, {})[key] = value
     return found

@@ -31,6 +31,16 @@ class Measure:
     inverse: bool = False  # scale / number
     better: str = "lower"  # or higher, or neither
 
+    @property
+    def axis(self) -> str:
+        """What an axis of it is called."""
+        match self.path[0]:
+            case "perplexity" | "mean_perplexity":
+                return f"perplexity, {self.label}"
+            case "tasks":
+                return f"accuracy in percent, {self.label}"
+        return self.label
+
     def of(self, report: Mapping[str, Any]) -> float | None:
         """The value, or None where the report has none."""
         found: Any = report

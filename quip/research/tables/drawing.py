@@ -25,17 +25,15 @@ def plot_table(record: Mapping[str, Any], path: Path) -> None:
         list(dict.fromkeys(e[key] for e in found)) for key in (along, other, "measure")
     )
     colours = {row: f"C{i % 10}" for i, row in enumerate(dict.fromkeys(e["row"] for e in found))}
-    figure = Figure(
-        figsize=(1.8 + 3.2 * len(measures), 1.2 + 3 * len(across)), layout="constrained"
-    )
+    size = (3.5 + 3.5 * len(measures), 1 + 3.5 * len(across))
+    figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(len(across), len(measures), squeeze=False)
     for line, value in zip(grid, across, strict=True):
         for axes, measure in zip(line, measures, strict=True):
             here = [e for e in found if e[other] == value and e["measure"] == measure]
             _panel(axes, here, ticks, along, colours)
-            axes.set(title=value, ylabel=measure)
-    handles = _handles(found, colours)
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+            axes.set(title=value, ylabel=record["axes"][measure])
+    figure.legend(handles=_handles(found, colours), loc="outside right upper", fontsize="small")
     figure.suptitle(record["title"])
     save_figure(figure, path)
 
@@ -59,7 +57,7 @@ def _panel(
                     *zip(*known, strict=True), style, marker="o", fillstyle=fill, color=colour
                 )
                 values += [y for _, y in known]
-    if values and min(values) > 0 and max(values) > 3 * min(values):
+    if values and min(values) > 0 and max(values) > 2 * min(values):
         axes.set_yscale("log")
     axes.set_xticks(range(len(ticks)), ticks, rotation=0 if max(map(len, ticks)) < 9 else 30)
     axes.grid(visible=True, which="both", alpha=0.3)

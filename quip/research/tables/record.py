@@ -7,7 +7,7 @@ from typing import Any
 
 from quip.files import replacing, write_csv, writing
 from quip.plots import can_plot
-from quip.research.tables.cells import Cell, Settings, cells
+from quip.research.tables.cells import Cell, Settings, cells, identity
 from quip.research.tables.description import Table
 from quip.research.tables.drawing import plot_table
 from quip.research.tables.entries import entries
@@ -26,6 +26,7 @@ def record_of(
         "source": table.source,
         "note": table.note,
         "by": table.by,
+        "axes": {measure.label: measure.axis for measure in table.measures},
         "settings": {
             "dataset": _public(settings.dataset),
             "nsamples": settings.nsamples,
@@ -73,4 +74,4 @@ def _versions(found: Iterable[Cell]) -> dict[str, str]:
 
 def _public(name: str) -> str:
     """A hub id or a known name as it is, a path without its folders."""
-    return Path(name).name if Path(name).expanduser().exists() else name
+    return Path(name).name if len(identity(name)) > 1 else name
