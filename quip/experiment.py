@@ -81,14 +81,13 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
         source = _source(e, loaded) if e.recipe else None
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
     ledger = _ledger(e, loaded, source, device, folder)
-    earlier = folder.earlier_report() if folder else {}
-    if earlier.get("fingerprint") != (ledger and ledger.fingerprint):
-        earlier = {}  # of other codes, whose blocks are gone
+    fingerprint = ledger and ledger.fingerprint
+    earlier = folder.earlier_report(fingerprint=fingerprint) if folder else {}
     entries = _entries(e, loaded, device) | {
         "calibration": source and source.stamp,
         "evaluation": {name: tokens.stamp for name, tokens in windows.items()},
         "kept_matrices": list(kept),
-        "fingerprint": ledger and ledger.fingerprint,
+        "fingerprint": fingerprint,
         "seconds": watch.seconds,
     }
     report = Report(entries, folder=folder, device=device)

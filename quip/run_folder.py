@@ -46,9 +46,11 @@ class RunFolder:
             )
         check_new(path, flag, overwrite=overwrite or (resume and has_blocks))
 
-    def earlier_report(self) -> dict[str, Any]:
-        """run.json as the run before left it, if this one takes it up."""
-        return read_report(self.path) if self.resume else {}
+    def earlier_report(self, **same: Any) -> dict[str, Any]:
+        """run.json as the run before left it, if this one takes it up and it says the same of
+        these entries."""
+        found = read_report(self.path) if self.resume else {}
+        return found if all(found.get(key) == value for key, value in same.items()) else {}
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """run.json."""
