@@ -45,6 +45,8 @@ def render(name: str) -> str:
     record = json.loads(path.read_text())
     if "entries" in record:
         return markdown(record)
+    if "losses" in record:
+        return loss_table(record)
     if "status" in record:
         return f"```\n{table(record)}\n```\n"
     if "sharp" in record:
@@ -59,6 +61,27 @@ def render(name: str) -> str:
         return checkpoint_table(record)
     methods = {row["quant"] for row in record["rows"]} - {"none"}
     return (method_table if len(methods) > 1 else range_table)(record) + caption(record)
+
+
+def loss_table(record: dict[str, Any]) -> str:
+    """Mean relative proxy loss: methods down; bits across, without and with processing."""
+    cells = {(r["quant"], r["wbits"], r["processing"]): r for r in record["losses"]}
+    methods = dict.fromkeys(r["quant"] for r in record["losses"])
+    columns = [(bits, name) for name in ("baseline", "incoherence") for bits in (4, 3, 2)]
+    lines = [
+        "| | " + " | ".join(f"{bits} bits, {name}" for bits, name in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for method in methods:
+        found = (cells.get((method, *column)) for column in columns)
+        words = [f"{r['mean_proxy_loss']:.5f}" if r else "-" for r in found]
+        lines.append(f"| `{method}` | {' | '.join(words)} |")
+    count, on = record["losses"][0]["matrices"], record["calibration"]
+    return "\n".join(lines) + (
+        f"\n\nMean over {count} matrices of {record['model']}, on Hessians of the original model "
+        f"({on['windows']} windows of {on['seqlen']} tokens of {on['dataset']}, "
+        f"{record['dtype']}); {record['seconds'] / 60:.0f} minutes of one busy core.\n"
+    )
 
 
 def method_table(record: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """A table as a plot: lines of rows over columns, or over models; ours solid, the paper's dashed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,10 +58,21 @@ def _panel(
                     *zip(*known, strict=True), style, marker="o", fillstyle=fill, color=colour
                 )
                 values += [y for _, y in known]
-    if values and min(values) > 0 and max(values) > 2 * min(values):
-        axes.set_yscale("log")
+    if values and math.isfinite(max(values)) and min(values) > 0 and max(values) > 2 * min(values):
+        _logarithmic(axes, decades=math.log10(max(values) / min(values)))
     axes.set_xticks(range(len(ticks)), ticks, rotation=0 if max(map(len, ticks)) < 9 else 30)
     axes.grid(visible=True, which="both", alpha=0.3)
+
+
+def _logarithmic(axes: "Axes", *, decades: float) -> None:
+    """With ticks that are written out, and some between the powers of ten of a short axis."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    between = LogLocator(subs=(1.5, 2, 3, 5, 7)) if decades < 2 else NullLocator()
+    axes.yaxis.set_minor_locator(between)
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
 
 
 def _handles(found: Sequence[Mapping[str, Any]], colours: Mapping[str, str]) -> list[Any]:
