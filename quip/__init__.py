@@ -19,12 +19,15 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from quip.checkpoint import load as load
     from quip.checkpoint import save_checkpoint as save_checkpoint
+    from quip.collecting import Collection as Collection
+    from quip.collecting import collect_hessians as collect_hessians
     from quip.evaluate.perplexity import perplexity as perplexity
     from quip.experiment import Experiment as Experiment
     from quip.experiment import run_experiment as run_experiment
     from quip.finetune import BlockTuning as BlockTuning
     from quip.finetune import ModelTuning as ModelTuning
     from quip.finetune import tune_model as tune_model
+    from quip.hessian_store import HessianStore as HessianStore
     from quip.models import load_model as load_model
     from quip.pipeline import quantize_model as quantize_model
     from quip.quantize import quantize_matrix as quantize_matrix
@@ -35,10 +38,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BlockTuning": "quip.finetune",
+    "Collection": "quip.collecting",
     "Experiment": "quip.experiment",
+    "HessianStore": "quip.hessian_store",
     "ModelTuning": "quip.finetune",
     "Recipe": "quip.recipe",
     "build_recipe": "quip.recipes",
+    "collect_hessians": "quip.collecting",
     "load": "quip.checkpoint",
     "load_model": "quip.models",
     "perplexity": "quip.evaluate.perplexity",

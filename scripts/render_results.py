@@ -67,7 +67,8 @@ def loss_table(record: dict[str, Any]) -> str:
     """Mean relative proxy loss: methods down; bits across, without and with processing."""
     cells = {(r["quant"], r["wbits"], r["processing"]): r for r in record["losses"]}
     methods = dict.fromkeys(r["quant"] for r in record["losses"])
-    columns = [(bits, name) for name in ("baseline", "incoherence") for bits in (4, 3, 2)]
+    known = dict.fromkeys(r["processing"] for r in record["losses"])
+    columns = [(bits, name) for name in known for bits in (4, 3, 2)]
     lines = [
         "| | " + " | ".join(f"{bits} bits, {name}" for bits, name in columns) + " |",
         "|---|" + "---:|" * len(columns),
@@ -80,7 +81,7 @@ def loss_table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + (
         f"\n\nMean over {count} matrices of {record['model']}, on Hessians of the original model "
         f"({on['windows']} windows of {on['seqlen']} tokens of {on['dataset']}, "
-        f"{record['dtype']}); {record['seconds'] / 60:.0f} minutes of one busy core.\n"
+        f"{record['dtype']}); {record['seconds'] / 60:.0f} minutes on one busy core.\n"
     )
 
 
