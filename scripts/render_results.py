@@ -44,7 +44,7 @@ def render(name: str) -> str:
         return "(not run)\n"
     record = json.loads(path.read_text())
     if "entries" in record:
-        return markdown(record)
+        return markdown(record).split("\n\n", 2)[2]  # the document has its own headings
     if "losses" in record:
         return loss_table(record)
     if "status" in record:
