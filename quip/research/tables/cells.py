@@ -1,6 +1,6 @@
 """The cells of a table: which there are, which are done, and how one is run.
 
-    DIR/cells/MODEL/ROW-FLAGS-DIGEST/run.json
+    DIR/cells/MODEL/FLAGS-DIGEST/run.json
 
 A cell is kept by what is run (model, flags, calibration), not by the table that asked: another
 table that wants the same run finds it there, and adds what it measures. It is done when all
@@ -85,11 +85,9 @@ class Cell:
 
     def report(self) -> dict[str, Any]:
         """What it has come to: the last run, and what runs of the same codes measured before."""
-        run, before = self._read()
+        run, found, versions = self._read()
         if run.get("status") != "complete":  # totals may be those of a part
-            run = {key: run[key] for key in ("status", *GROWING) if key in run}
-        found = {key: {**before.get(key, {}), **(run.get(key) or {})} for key in GROWING}
-        versions = before.get("files", {})
+            run = {key: run[key] for key in ("status",) if key in run}
         known = {
             name: float(found["perplexity"][name])
             for name in self.settings.evaluate
@@ -101,18 +99,20 @@ class Cell:
 
     def keep(self) -> None:
         """Add what the last run measured to what runs of the same codes did before."""
-        run, before = self._read()
-        found = {key: {**before.get(key, {}), **(run.get(key) or {})} for key in GROWING}
-        files = {**before.get("files", {}), **self.files}
+        run, found, files = self._read()
+        files |= self.files
         with replacing(self.folder / MEASURED) as partial:
             partial.write_text(
                 as_json({"fingerprint": run.get("fingerprint"), "files": files, **found})
             )
 
-    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The last run, and what was measured before, if it was of the same codes."""
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """The last run; what it and runs of the same codes before it measured; on which texts."""
         run, before = read_report(self.folder), read_json(self.folder / MEASURED)
-        return run, before if before.get("fingerprint") == run.get("fingerprint") else {}
+        if before.get("fingerprint") != run.get("fingerprint"):
+            before = {}
+        found = {key: {**before.get(key, {}), **(run.get(key) or {})} for key in GROWING}
+        return run, found, before.get("files", {})
 
     def missing(self) -> tuple[Measure, ...]:
         """What is still to be measured."""
