@@ -17,42 +17,42 @@ from typing import TYPE_CHECKING
 from wrapt import register_post_import_hook
 
 if TYPE_CHECKING:
-    from quip.checkpoint import load as load
-    from quip.checkpoint import save_checkpoint as save_checkpoint
-    from quip.collecting import Collection as Collection
-    from quip.collecting import collect_hessians as collect_hessians
+    from quip.data.hessians import HessianStore as HessianStore
     from quip.evaluate.perplexity import perplexity as perplexity
-    from quip.experiment import Experiment as Experiment
-    from quip.experiment import run_experiment as run_experiment
-    from quip.finetune import BlockTuning as BlockTuning
-    from quip.finetune import ModelTuning as ModelTuning
-    from quip.finetune import tune_model as tune_model
-    from quip.hessian_store import HessianStore as HessianStore
-    from quip.models import load_model as load_model
-    from quip.pipeline import quantize_model as quantize_model
-    from quip.quantize import quantize_matrix as quantize_matrix
-    from quip.recipe import Recipe as Recipe
-    from quip.recipes import build_recipe as build_recipe
+    from quip.jobs.hessians import Collection as Collection
+    from quip.jobs.hessians import collect_hessians as collect_hessians
+    from quip.jobs.run import Experiment as Experiment
+    from quip.jobs.run import run_experiment as run_experiment
+    from quip.matrix.build import build_recipe as build_recipe
+    from quip.matrix.quantize import quantize_matrix as quantize_matrix
+    from quip.matrix.recipe import Recipe as Recipe
+    from quip.model.load import load_model as load_model
+    from quip.model.quantize import quantize_model as quantize_model
+    from quip.model.tune import BlockTuning as BlockTuning
+    from quip.model.tune import ModelTuning as ModelTuning
+    from quip.model.tune import tune_model as tune_model
+    from quip.packed.checkpoint import load as load
+    from quip.packed.checkpoint import save_checkpoint as save_checkpoint
 
     __version__: str
 
 _HOMES = {
-    "BlockTuning": "quip.finetune",
-    "Collection": "quip.collecting",
-    "Experiment": "quip.experiment",
-    "HessianStore": "quip.hessian_store",
-    "ModelTuning": "quip.finetune",
-    "Recipe": "quip.recipe",
-    "build_recipe": "quip.recipes",
-    "collect_hessians": "quip.collecting",
-    "load": "quip.checkpoint",
-    "load_model": "quip.models",
+    "BlockTuning": "quip.model.tune",
+    "Collection": "quip.jobs.hessians",
+    "Experiment": "quip.jobs.run",
+    "HessianStore": "quip.data.hessians",
+    "ModelTuning": "quip.model.tune",
+    "Recipe": "quip.matrix.recipe",
+    "build_recipe": "quip.matrix.build",
+    "collect_hessians": "quip.jobs.hessians",
+    "load": "quip.packed.checkpoint",
+    "load_model": "quip.model.load",
     "perplexity": "quip.evaluate.perplexity",
-    "quantize_matrix": "quip.quantize",
-    "quantize_model": "quip.pipeline",
-    "run_experiment": "quip.experiment",
-    "save_checkpoint": "quip.checkpoint",
-    "tune_model": "quip.finetune",
+    "quantize_matrix": "quip.matrix.quantize",
+    "quantize_model": "quip.model.quantize",
+    "run_experiment": "quip.jobs.run",
+    "save_checkpoint": "quip.packed.checkpoint",
+    "tune_model": "quip.model.tune",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -73,7 +73,7 @@ def __dir__() -> list[str]:
 
 
 def _register(_: object) -> None:
-    import_module("quip.pretrained")
+    import_module("quip.packed.hub")
 
 
 # At once where transformers has its quantizers already, otherwise as soon as it does.

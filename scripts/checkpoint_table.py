@@ -89,8 +89,8 @@ def measure(folder: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     import quip
-    from quip.evaluation import Evaluation, run_evaluation
-    from quip.inspection import inspect_checkpoint
+    from quip.jobs.evaluate import Evaluation, run_evaluation
+    from quip.jobs.inspect import inspect_checkpoint
 
     saved = json.loads((Path(folder) / "run.json").read_text())
     held, bits = inspect_checkpoint(folder), saved["totals"]["bits_per_weight"]
@@ -123,7 +123,7 @@ def memory(folder: str) -> int:
     import torch
     from transformers import AutoModelForCausalLM, OPTForCausalLM  # noqa: F401
 
-    import quip.pretrained  # noqa: F401
+    import quip.packed.hub  # noqa: F401
 
     def resident() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

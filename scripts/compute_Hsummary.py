@@ -9,7 +9,7 @@ summary.json, hessians.csv, spectra and plots.
 import sys
 
 from quip.cli import main
-from quip.cli.door import Parser
+from quip.cli.parse import Parser
 from quip.errors import UsageError
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ are named.
 import sys
 
 from quip.cli import run
-from quip.cli.door import Parser, guarded
 from quip.cli.flags import NSAMPLES
+from quip.cli.parse import Parser, guarded
 from quip.errors import UsageError
 
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from bench_rounding import commit
 
-from quip.experiment import Experiment, run_experiment
-from quip.recipes import METHODS, build_recipe
+from quip.jobs.run import Experiment, run_experiment
+from quip.matrix.build import METHODS, build_recipe
 
 PROCESSING: dict[str, dict[str, Any]] = {
     "baseline": {},

@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 
 from quip.cli import main, proxy
-from quip.cli.door import Parser, guarded
+from quip.cli.parse import Parser, guarded
 
 
 def call(args) -> None:

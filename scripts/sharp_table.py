@@ -18,12 +18,12 @@ from typing import Any
 from bench_rounding import commit
 from method_table import shorten, write
 
-from quip.evaluation import Evaluation, run_evaluation
-from quip.experiment import Experiment, run_experiment
-from quip.finetune import BlockTuning, ModelTuning
-from quip.finetuning import FineTuning, finetune_checkpoint
-from quip.recipe import Recipe
-from quip.recipes import build_recipe
+from quip.jobs.evaluate import Evaluation, run_evaluation
+from quip.jobs.finetune import FineTuning, finetune_checkpoint
+from quip.jobs.run import Experiment, run_experiment
+from quip.matrix.build import build_recipe
+from quip.matrix.recipe import Recipe
+from quip.model.tune import BlockTuning, ModelTuning
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip.bits import words
 from quip.codebooks import DECODERS, Codebook, Groups, MinMaxGrid, RmsGrid, around
-from quip.linalg import proxy_loss
-from quip.quantize import QuantizedMatrix, quantize_matrix, rng_for
-from quip.recipes import build_recipe
+from quip.kernels.bits import words
+from quip.matrix.build import build_recipe
+from quip.matrix.linalg import proxy_loss
+from quip.matrix.quantize import QuantizedMatrix, quantize_matrix, rng_for
 from quip.stored import Stored
 from quip.transforms import (
     Chain,

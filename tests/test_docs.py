@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quip.cli import COMMANDS
-from quip.cli.door import Parser
+from quip.cli.parse import Parser
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

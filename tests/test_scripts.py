@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from quip import experiment
-from quip.experiment import Experiment
-from tests.runs import save_model, write_text
+from quip.jobs import run
+from quip.jobs.run import Experiment
+from tests.support.runs import save_model, write_text
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 DOORS = (
@@ -101,7 +101,7 @@ def asked(monkeypatch) -> list[Experiment]:
         found.append(one)
         raise SystemExit(0)
 
-    monkeypatch.setattr(experiment, "run_experiment", stop)
+    monkeypatch.setattr(run, "run_experiment", stop)
     return found
 
 

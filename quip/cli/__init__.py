@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 from quip.cli import (
-    counterexample,
-    equivalence,
     evaluate,
     export,
     finetune,
@@ -16,9 +14,9 @@ from quip.cli import (
     run,
     summary,
     table,
-    theory,
 )
-from quip.cli.door import Parser, guarded
+from quip.cli.parse import Parser, guarded
+from quip.cli.theory import claims, counterexample, equivalence
 
 COMMANDS = {
     "run": run,
@@ -27,7 +25,7 @@ COMMANDS = {
     "summary": summary,
     "counterexample": counterexample,
     "equivalence": equivalence,
-    "theory": theory,
+    "theory": claims,
     "table": table,
     "finetune": finetune,
     "evaluate": evaluate,

@@ -58,8 +58,8 @@ def call(args: argparse.Namespace) -> None:
     datasets = None if args.datasets is None else names(args.datasets, "--datasets")
     tasks = zero_shot(args)
 
-    from quip.evaluation import Evaluation, run_evaluation
-    from quip.table import table
+    from quip.jobs.evaluate import Evaluation, run_evaluation
+    from quip.jobs.report.text import table
 
     report = run_evaluation(
         Evaluation(

@@ -48,8 +48,8 @@ def call(args: argparse.Namespace) -> None:
     if args.quip_sharp and args.dtype not in ("auto", "float16"):
         raise UsageError(f"--dtype {args.dtype} with --quip-sharp: that layout is in float16")
 
-    from quip.card import size_words
-    from quip.export import export_dense, export_quip_sharp
+    from quip.jobs.export import export_dense, export_quip_sharp
+    from quip.jobs.report.card import size_words
 
     if args.dense:
         size = export_dense(args.folder, args.out, dtype=args.dtype, overwrite=args.overwrite)

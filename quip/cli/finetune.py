@@ -80,8 +80,8 @@ def call(args: argparse.Namespace) -> None:
     """Tune, and say what came of it."""
     refuse_small(args, nsamples=2, seqlen=2)
 
-    from quip.finetune import ModelTuning
-    from quip.finetuning import FineTuning, finetune_checkpoint
+    from quip.jobs.finetune import FineTuning, finetune_checkpoint
+    from quip.model.tune import ModelTuning
 
     given = {name: getattr(args, name) for name in TUNING}
     record = finetune_checkpoint(

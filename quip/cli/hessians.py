@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.cli.door import Parser
 from quip.cli.flags import calibration_flags, model_and_dataset, recipe_flags
+from quip.cli.parse import Parser
 from quip.cli.shared import RECIPE_FLAGS, device_flags, recipe_of, refuse_small, settle_bits
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
-    from quip.recipe import Recipe
+    from quip.matrix.recipe import Recipe
 
 SUMMARY = "collect the second moments of all inputs in a store"
 
@@ -49,8 +49,8 @@ def call(args: argparse.Namespace) -> None:
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: leave one out")
 
-    from quip.card import size_words
-    from quip.collecting import Collection, collect_hessians
+    from quip.jobs.hessians import Collection, collect_hessians
+    from quip.jobs.report.card import size_words
 
     found = collect_hessians(
         Collection(

@@ -27,8 +27,8 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Import, and say what came of it."""
-    from quip.card import size_words
-    from quip.published.reader import import_quip_sharp
+    from quip.jobs.report.card import size_words
+    from quip.packed.quip_sharp.read import import_quip_sharp
 
     made = import_quip_sharp(
         args.folder, args.out, tokenizer=args.tokenizer, overwrite=args.overwrite

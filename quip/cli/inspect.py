@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quip.card import size_words
 from quip.cli.shared import aligned
+from quip.jobs.report.card import size_words
 
 SUMMARY = "show what a saved checkpoint holds and takes"
 
@@ -28,8 +28,8 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Inspect, plot, and print."""
-    from quip.inspection import inspect_checkpoint, matrix_records
-    from quip.plots import check_plots, plot_losses
+    from quip.jobs.inspect import inspect_checkpoint, matrix_records
+    from quip.jobs.report.plots import check_plots, plot_losses
 
     if args.plot:
         check_plots("--plot")

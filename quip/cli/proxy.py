@@ -8,7 +8,7 @@ from quip.cli.shared import aligned, machine_flags, names, number_or_auto
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
-    from quip.research.proxies import ProxyBench
+    from quip.research.losses.bench import ProxyBench
 
 SUMMARY = "compare methods by their proxy losses, matrix by matrix"
 FLAGS = ("npasses", "percdamp", "rho", "faithful")  # of recipes, with --range
@@ -89,8 +89,8 @@ def _recipe_flags(group: argparse._ArgumentGroup) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Measure, and print the means."""
-    from quip.research.losses import method_tables
-    from quip.research.proxies import measure_losses
+    from quip.research.losses.bench import measure_losses
+    from quip.research.losses.rows import method_tables
 
     losses = measure_losses(asked(args))
     measures = {"mean_proxy_loss": "mean proxy loss", "mean_absolute_loss": "mean tr(E H E^T)"}
@@ -105,8 +105,8 @@ def asked(args: argparse.Namespace) -> "ProxyBench":
     """What the strings mean. Raises UsageError for what means nothing."""
     _refuse(args)
 
-    from quip.recipe_flags import METHODS
-    from quip.research.proxies import ProxyBench
+    from quip.matrix.flags import METHODS
+    from quip.research.losses.bench import ProxyBench
 
     return ProxyBench(
         model=args.model,
@@ -147,7 +147,7 @@ def _processing(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Those that say something, by the names of `quip.recipe_flags.Flags`."""
+    """Those that say something, by the names of `quip.matrix.flags.Flags`."""
     given = {name: getattr(args, name) for name in FLAGS} | {"range_": args.range}
     return {name: value for name, value in given.items() if value is not None}
 

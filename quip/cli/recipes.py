@@ -14,7 +14,7 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Print the list."""
-    from quip.recipes import RECIPES, as_flags
+    from quip.matrix.build import RECIPES, as_flags
 
     if args.json:
         rows = {name: {"title": r.title, "flags": r.flags} for name, r in RECIPES.items()}

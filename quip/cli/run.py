@@ -5,21 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.cli.door import Parser, guarded
 from quip.cli.flags import NAMED, NSAMPLES, PAPER_SETS, add_flags
-from quip.cli.shared import (
-    TUNING,
-    as_given,
-    names,
-    recipe_of,
-    refuse_small,
-    settle_bits,
-    zero_shot,
-)
+from quip.cli.parse import Parser, guarded
+from quip.cli.shared import TUNING, as_given, names, recipe_of, refuse_small, settle_bits, zero_shot
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
-    from quip.finetune import BlockTuning
+    from quip.model.tune import BlockTuning
 
 SUMMARY = "quantize a model, evaluate it, and report"
 
@@ -47,8 +39,8 @@ def call(args: argparse.Namespace) -> None:
     tasks = zero_shot(args)
     _refuse_values(args)
 
-    from quip.experiment import Experiment, run_experiment
-    from quip.table import table
+    from quip.jobs.report.text import table
+    from quip.jobs.run import Experiment, run_experiment
 
     report = run_experiment(
         Experiment(
@@ -130,7 +122,7 @@ def _tuning(args: argparse.Namespace) -> "BlockTuning | None":
     if args.wbits == 16:
         raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
 
-    from quip.finetune import BlockTuning
+    from quip.model.tune import BlockTuning
 
     return BlockTuning(**{name: value for name, value in given.items() if value is not None})
 
@@ -162,7 +154,7 @@ def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _dataset_of(store: Path) -> str:
-    from quip.hessian_store import HessianStore
+    from quip.data.hessians import HessianStore
 
     return HessianStore(store).stamp["dataset"]
 

@@ -9,7 +9,7 @@ from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.evaluate.zeroshot import ZeroShot
-    from quip.recipe import Recipe
+    from quip.matrix.recipe import Recipe
 
 TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")  # what tuning takes
 RECIPE_FLAGS = (
@@ -94,7 +94,7 @@ def settle_bits(args: argparse.Namespace) -> None:
 
 def recipe_of(args: argparse.Namespace) -> "Recipe | None":
     """What the flags of `recipe_flags` say, once bits are settled; None: weights as they are."""
-    from quip.recipes import build_recipe
+    from quip.matrix.build import build_recipe
 
     if args.wbits == 16 and args.codebook == "int":
         return None

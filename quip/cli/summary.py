@@ -69,8 +69,8 @@ def call(args: argparse.Namespace) -> None:
     if args.no_rescale and args.model is None:
         raise UsageError("--no_rescale speaks of weights: name the model with --model")
 
-    from quip.plots import can_plot
-    from quip.research.summary import SummaryRequest, summarize
+    from quip.jobs.report.plots import can_plot
+    from quip.research.hessians.summary import SummaryRequest, summarize
 
     summary = summarize(
         SummaryRequest(

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int32, Integer, UInt8
 from torch import Tensor
 
-from quip.bits import pack, unpack, words
 from quip.codebooks.base import Codebook, Groups
 from quip.errors import QuipError
+from quip.kernels.bits import pack, unpack, words
 from quip.stored import Options
 
 UNFITTED = torch.empty(0)

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.bits import words
-from quip.codebooks import compiled, e8p, e81b
+from quip.codebooks import e8p, e81b
 from quip.codebooks.base import Codebook, Groups
 from quip.errors import QuipError
+from quip.kernels.bits import words
+from quip.kernels.lattice_points import cpu
 from quip.stored import Options
 
 STAGES: dict[str, ModuleType] = {"e8p": e8p, "e81b": e81b}
@@ -94,16 +95,16 @@ class Lattice:
 
     def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, " d"]) -> Integer[Tensor, " m"]:
         """c_0 | c_1 << 16."""
-        if compiled.serves(x):
+        if cpu.serves(x):
             scale, ratio = float(self.scale), self.ratio or 1.0
-            return compiled.nearest(x, self.stages, scale=scale, ratio=ratio)
+            return cpu.nearest(x, self.stages, scale=scale, ratio=ratio)
         x = x / self.scale
         codes = e8p.nearest(x)
         if self.ratio is None:
             return codes
         left = (x - e8p.decode(codes, x.dtype)) * self.ratio
         second = STAGES[self.stages[1]].nearest(left)
-        return codes | second.to(compiled.code_dtype(self.index_bits)) << 16
+        return codes | second.to(cpu.code_dtype(self.index_bits)) << 16
 
     def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]:
         return _decode(codes[:, None], self.stages, self.ratio, self.scale[None], None)
@@ -121,10 +122,10 @@ class Lattice:
 
     def _error(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> float:
         """The weighted squared error of rounding X without feedback."""
-        if compiled.serves(X) and X.stride(0) == 1:  # rows would be read eight numbers at a time
+        if cpu.serves(X) and X.stride(0) == 1:  # rows would be read eight numbers at a time
             known = {"scale": float(self.scale), "ratio": self.ratio or 1.0}
             spans = zip(X.split(DIM, dim=1), h.split(DIM), strict=True)
-            return sum(compiled.error(x, part, self.stages, **known) for x, part in spans)
+            return sum(cpu.error(x, part, self.stages, **known) for x, part in spans)
         total = 0.0
         for rows in X.split(max(1, CHUNK // X.shape[1])):
             x = rows.reshape(-1, DIM)
@@ -198,8 +199,8 @@ def _decode(
     group: int | None,
 ) -> Float[Tensor, "m n"]:
     """scale (q_0 + q_1 / ratio), each scale for `group` codes of a row, in its dtype."""
-    if compiled.serves(scale) and codes.device.type == "cpu":
-        return compiled.decode(codes, stages, scales=scale, group=group, ratio=ratio or 1.0)
+    if cpu.serves(scale) and codes.device.type == "cpu":
+        return cpu.decode(codes, stages, scales=scale, group=group, ratio=ratio or 1.0)
     points = e8p.decode(codes & 0xFFFF, scale.dtype)  # [m, k, 8]
     if ratio is not None:
         points += STAGES[stages[1]].decode(codes >> 16, scale.dtype).div_(ratio)

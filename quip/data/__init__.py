@@ -8,13 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quip.data.local import local_part
 from quip.data.sources import SOURCES
-from quip.data.tokens import (
-    TokenSet,
-    consecutive_windows,
-    document_windows,
-    encode,
-    random_windows,
-)
+from quip.data.tokens import TokenSet, consecutive_windows, document_windows, encode, random_windows
 from quip.errors import UsageError
 
 __all__ = ["DATASETS", "TokenSet", "calibration_tokens", "check_dataset", "evaluation_tokens"]

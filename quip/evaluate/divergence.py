@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quip.device import placed
 from quip.errors import UsageError
 from quip.evaluate.perplexity import CHUNK
+from quip.model.device import placed
 
 
 @dataclass(frozen=True, kw_only=True)

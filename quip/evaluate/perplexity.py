@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from quip.device import placed
 from quip.errors import UsageError
+from quip.model.device import placed
 
 CHUNK = 4_000_000  # logits in float32 at a time: 16 MB, 80 positions of a vocabulary of 50,000
 

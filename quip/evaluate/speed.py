@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from quip.device import placed
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate.memory import measured, module_bytes
+from quip.model.device import placed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quip.device import placed
 from quip.errors import Unavailable, UsageError
 from quip.evaluate.cloze import OWN, story_rows, task_config
+from quip.model.device import placed
 
 BOOTSTRAP = 1000  # resamples, for the error of a perplexity; an accuracy's has a closed form
 

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quip import hadamard
 from quip.errors import QuipError
+from quip.kernels import hadamard
 from quip.stored import Options
 
 SIGNS = torch.float16  # of finer steps than bfloat16 near 1, where fine-tuned signs stay

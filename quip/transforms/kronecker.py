@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quip.rotation import STORED, Rotation
 from quip.stored import Options
+from quip.transforms.rotation import STORED, Rotation
 
 ROTATIONS = {"factors": STORED, "permutations": torch.int32}
 

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.errors import QuipError
-from quip.rotation import STORED
 from quip.stored import Options
+from quip.transforms.rotation import STORED
 
 
 @dataclass(frozen=True)

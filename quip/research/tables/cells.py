@@ -20,8 +20,8 @@ from quip.data import DATASETS
 from quip.errors import UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.files import replacing
+from quip.jobs.report.folder import as_json, read_json, read_report
 from quip.research.tables.description import Line, Measure, Table, perplexities
-from quip.run_folder import as_json, read_json, read_report
 
 MEASURED = "measured.json"  # beside run.json, which is that of the last run alone
 GROWING = ("perplexity", "tasks")  # what several runs of a cell add to

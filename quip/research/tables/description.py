@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from quip.errors import UsageError
-from quip.recipe import Recipe
-from quip.recipes import build_recipe
+from quip.matrix.build import build_recipe
+from quip.matrix.recipe import Recipe
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quip.plots import save_figure
+from quip.jobs.report.plots import save_figure
 from quip.research.tables.cells import slug
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quip.research.published import lookup, papers_name
 from quip.research.tables.cells import Settings, cell_of
 from quip.research.tables.description import Line, Table
+from quip.research.tables.papers import lookup, papers_name
 
 TOLERANCE = 0.05  # by how much more than this of the paper's number ours must be worse to be missed
 

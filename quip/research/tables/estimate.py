@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quip.device import choose_device
 from quip.errors import QuipError
 from quip.evaluate.memory import module_bytes
-from quip.models import DTYPES, read_config
-from quip.recipes import METHODS
-from quip.research.published import known_models
+from quip.matrix.build import METHODS
+from quip.model.device import choose_device
+from quip.model.load import DTYPES, read_config
+from quip.model.matrices import coverage, find_blocks
 from quip.research.tables.cells import Cell
-from quip.walk import coverage, find_blocks
+from quip.research.tables.papers import known_models
 
 IMPORTS = 0.5e9  # bytes of a process that has loaded torch and transformers
 START = 15.0  # seconds until a model is loaded and its data are read, at least

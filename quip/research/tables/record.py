@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from quip.files import replacing, write_csv, writing
-from quip.plots import can_plot
+from quip.jobs.report.folder import as_json
+from quip.jobs.report.plots import can_plot
 from quip.research.tables.cells import Cell, Settings, cells, identity
 from quip.research.tables.description import Table
 from quip.research.tables.drawing import plot_table
 from quip.research.tables.entries import entries
 from quip.research.tables.rendering import markdown
-from quip.run_folder import as_json
 
 
 def record_of(

@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from quip.data import check_dataset
 from quip.errors import QuipError, Unavailable
-from quip.evaluation import Evaluation, check_measures, run_evaluation
-from quip.experiment import Experiment, run_experiment
-from quip.models import read_config
+from quip.jobs.evaluate import Evaluation, check_measures, run_evaluation
+from quip.jobs.report.folder import RunFolder
+from quip.jobs.run import Experiment, run_experiment
+from quip.model.load import read_config
 from quip.research.tables.cells import Cell
 from quip.research.tables.description import recipe_of
 from quip.research.tables.stored import run_proxies, run_statistics
-from quip.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 

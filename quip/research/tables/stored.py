@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from quip.codebooks import LATTICES
-from quip.collecting import Collection, collect_hessians
 from quip.files import replacing
-from quip.records import versions
-from quip.research.losses import Case, by_case, summarised
-from quip.research.proxies import ProxyBench as Proxies
-from quip.research.proxies import measure_losses
-from quip.research.summary import SummaryRequest as Statistics
-from quip.research.summary import summarize
+from quip.jobs.hessians import Collection, collect_hessians
+from quip.jobs.report.folder import as_json
+from quip.model.records import versions
+from quip.research.hessians.summary import SummaryRequest as Statistics
+from quip.research.hessians.summary import summarize
+from quip.research.losses.bench import ProxyBench as Proxies
+from quip.research.losses.bench import measure_losses
+from quip.research.losses.rows import Case, by_case, summarised
 from quip.research.tables.cells import Cell, digest, identity, slug
 from quip.research.tables.description import recipe_of
-from quip.run_folder import as_json
 
 COMPARED = ("quant", "wbits", "codebook", "incoh_processing")  # what one pass goes through
 

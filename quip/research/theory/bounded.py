@@ -10,10 +10,10 @@ from functools import partial
 
 import torch
 
-from quip import feedback
-from quip.research.integers import Integers, round_weights, row_losses
-from quip.research.problems import spectral, uniform_weights
+from quip.matrix import feedback
 from quip.research.theory.claims import Claim, Settings
+from quip.research.theory.integers import Integers, round_weights, row_losses
+from quip.research.theory.problems import spectral, uniform_weights
 
 BITS, DELTA, ROWS = 4, 0.1, 16  # of Lemma 13's runs
 

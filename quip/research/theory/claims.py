@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quip.quantize import rng_for
-from quip.research.problems import correlated_hessian
+from quip.matrix.quantize import rng_for
+from quip.research.theory.problems import correlated_hessian
 
 Relation = Literal["=", "<=", ">="]
 SIGMAS = 4  # standard errors by which a mean may miss: a chance of 1 in 16,000

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.plots import save_figure
+from quip.jobs.report.plots import save_figure
 from quip.research.theory.claims import Claim
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quip import feedback
-from quip.linalg import block_ldl, unit_upper_inverse
-from quip.research.integers import Integers, round_weights, row_losses
-from quip.research.problems import spectral, uniform_weights, with_spectrum
+from quip.matrix import feedback
+from quip.matrix.linalg import block_ldl, unit_upper_inverse
 from quip.research.theory.claims import Claim, Mean, Settings, mean
+from quip.research.theory.integers import Integers, round_weights, row_losses
+from quip.research.theory.problems import spectral, uniform_weights, with_spectrum
 
 HAIR = 1e-9  # below 1/2, so that float64 noise cannot turn a rounding down
 

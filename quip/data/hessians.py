@@ -1,0 +1,207 @@
+"""The second moments of a model's inputs on disk: one file for each distinct input.
+
+    manifest.json         whose inputs they are, and which files there are
+    NAME.safetensors      lower: the lower triangle of H = E[x x^T], float32, row after row
+                          mean: E[x], float64;  count: tokens
+
+NAME is the first matrix that an input feeds. Files appear when they are complete, and the manifest
+lists a block once all of its files are there. It says `complete` when the last block is.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from quip.data.hessian_files import (
+    FORMAT,
+    MANIFEST,
+    RESUME,
+    damaged,
+    digest_of,
+    file_of,
+    is_long_enough,
+    is_whole,
+    read_manifest,
+    read_tensors,
+    rows_before,
+    symmetric,
+)
+from quip.errors import Unavailable, UsageError
+from quip.files import replacing, writing
+from quip.matrix.hessian import Hessian, sharing
+from quip.model.matrices import coverage
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredInput:
+    """One distinct input of the matrices of a model."""
+
+    name: str  # of the first matrix that it feeds
+    matrices: tuple[str, ...]  # all that it feeds, in the order of the model
+    size: int
+    block: int
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is known of one input x."""
+
+    H: Float[Tensor, "n n"]  # E[x x^T], float64, symmetric, each entry exactly a float32
+    mean: Float[Tensor, " n"]  # E[x], float64
+    count: int  # tokens
+
+
+class HessianStore:
+    """A complete store, to read from; `quip hessians` makes one.
+
+    manifest: model (its name), calibration (the stamp of the tokens), source ("original", or the
+    recipe that the blocks before each were quantized with), seed, dtype, device, versions,
+    digest (of the model), inputs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Raises Unavailable, naming the remedy, for what is no complete store."""
+        self.folder = folder
+        self.manifest: Mapping[str, Any] = read_manifest(folder)
+        if not self.manifest["complete"]:
+            raise Unavailable(f"{folder}: the store is not complete; {RESUME}")
+        rows = self.manifest["inputs"]
+        self.inputs = tuple(
+            StoredInput(
+                name=row["name"],
+                matrices=tuple(row["matrices"]),
+                size=row["size"],
+                block=row["block"],
+            )
+            for row in rows
+        )
+        self._digests = {row["name"]: row["digest"] for row in rows}
+        self._input_of = {name: one for one in self.inputs for name in one.matrices}
+        for name in self._digests:
+            if not file_of(folder, name).is_file():
+                raise Unavailable(f"{file_of(folder, name)} is missing from the store; {RESUME}")
+
+    @property
+    def stamp(self) -> dict[str, Any]:
+        """Of the tokens that were seen."""
+        return self.manifest["calibration"]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the manifest, and so of all moments, whose hashes it holds."""
+        return xxhash.xxh3_128((self.folder / MANIFEST).read_bytes()).hexdigest()
+
+    def read(self, name: str) -> Moments:
+        """The moments of an input, by the name of any matrix that it feeds, in host memory.
+
+        Raises UsageError for a name that the store does not hold, Unavailable for a damaged file.
+        """
+        if name not in self._input_of:
+            raise UsageError(f"{self.folder}: no Hessian of {name}; the store is of another model")
+        one = self._input_of[name]
+        found = read_tensors(self.folder, one.name, self._digests[one.name])
+        if len(found["lower"]) != one.size * (one.size + 1) // 2:
+            raise damaged(self.folder / MANIFEST, f"{one.name} has no {one.size} inputs")
+        H = symmetric(one.size, found.pop("lower"))
+        return Moments(H, found["mean"], int(found["count"]))
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UsageError, naming the matrix, unless names and sizes are those of the model."""
+        names = coverage(model).quantized
+        for name in names:
+            n = model.get_parameter(f"{name}.weight").shape[1]
+            known = self._input_of.get(name)
+            if known is None or known.size != n:
+                what = "nothing of it" if known is None else f"{known.size} inputs"
+                raise UsageError(
+                    f"the store {self.folder} does not fit the model: {name} has {n} inputs, and "
+                    f"the store holds {what}; it is of {self.manifest['model']}"
+                )
+        for name in self._input_of:
+            if name not in names:
+                raise UsageError(
+                    f"the store {self.folder} does not fit the model, which has no {name}; it "
+                    f"is of {self.manifest['model']}"
+                )
+
+
+class StoreWriter:
+    """A store while it is written, block by block; `close` makes it complete."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], *, resume: bool = False) -> None:
+        """The store of these facts (what its manifest says) in a folder that may exist.
+
+        With `resume`, blocks that are there, each file of them whole, are kept; of a complete
+        store only the lengths of files are looked at, since `read` hashes what it reads. Raises
+        Unavailable for a manifest that is damaged. Otherwise what an earlier store holds is
+        removed.
+        """
+        self.folder, self.facts, self.complete = folder, dict(facts), False
+        self._rows: list[dict[str, Any]] = []
+        rows, complete = rows_before(folder, strict=resume)
+        if resume:
+            check = is_long_enough if complete else is_whole
+            broken = {row["block"] for row in rows if not check(folder, row)}
+            self._rows = [row for row in rows if row["block"] not in broken]
+            self.complete = complete and not broken
+            if self.complete:
+                return
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for row in () if resume else rows:
+                file_of(folder, row["name"]).unlink(missing_ok=True)
+        self._write()
+
+    def has(self, block: int) -> bool:
+        """Whether the store holds every input of a block that has any."""
+        return any(row["block"] == block for row in self._rows)
+
+    def keep(self, block: int, hessians: Mapping[str, Hessian]) -> None:
+        """Write down the Hessians of a block's matrices, those that share an input once."""
+        rows = []
+        for names in sharing(hessians):
+            hessian = hessians[names[0]]
+            H = hessian.value().float()
+            tensors = {
+                "lower": torch.cat([row[: i + 1] for i, row in enumerate(H)]).cpu(),
+                "mean": hessian.mean().cpu(),
+                "count": torch.tensor(hessian.count),
+            }
+            with replacing(file_of(self.folder, names[0])) as partial:
+                save_file(tensors, partial)
+            rows.append(
+                {
+                    "name": names[0],
+                    "matrices": names,
+                    "size": len(H),
+                    "block": block,
+                    "count": hessian.count,
+                    "digest": digest_of(tensors),
+                }
+            )
+        kept = [row for row in self._rows if row["block"] != block]
+        self._rows = sorted([*kept, *rows], key=lambda row: row["block"])
+        self._write()
+
+    def close(self) -> None:
+        """Declare the store complete."""
+        self.complete = True
+        self._write()
+
+    @property
+    def files(self) -> list[Path]:
+        """One for each input."""
+        return [file_of(self.folder, row["name"]) for row in self._rows]
+
+    def _write(self) -> None:
+        words = {"format": FORMAT, **self.facts, "complete": self.complete, "inputs": self._rows}
+        with replacing(self.folder / MANIFEST) as partial:
+            partial.write_text(json.dumps(words, indent=2) + "\n")

@@ -1,0 +1,35 @@
+"""What tells of the inputs of a model's matrices: tokens to run through it, or a store."""
+
+import logging
+from pathlib import Path
+
+from quip.data import TokenSet, calibration_tokens
+from quip.data.hessians import HessianStore
+from quip.jobs.evaluate import default_seqlen
+from quip.model.ledger import differences, identity_of
+from quip.model.load import LoadedModel
+
+log = logging.getLogger(__name__)
+
+
+def calibration_of(
+    loaded: LoadedModel, dataset: str, *, nsamples: int, seqlen: int | None, seed: int
+) -> TokenSet:
+    """The windows of a data set; without a `seqlen`, of what the model can take, at most 2048."""
+    seqlen = seqlen or default_seqlen(loaded)
+    return calibration_tokens(
+        dataset, loaded.tokenizer, nsamples=nsamples, seqlen=seqlen, seed=seed
+    )
+
+
+def fitting_store(folder: Path, loaded: LoadedModel) -> HessianStore:
+    """The store in a folder, which must fit the model.
+
+    That it was made of other weights (a fine-tuned model, another dtype) is only warned of.
+    """
+    store = HessianStore(folder)
+    store.check(loaded.model)
+    changes = differences(store.manifest["digest"], identity_of(loaded.model))
+    if changes:
+        log.warning("the store %s is not quite of this model (%s)", folder, changes)
+    return store

@@ -1,0 +1,250 @@
+"""What is measured of a whole model, each number written down as soon as it is known.
+
+`run_evaluation` measures a model or checkpoint as it is; quip/jobs/run.py measures what it has
+just quantized with the same functions, so that both give the same numbers.
+"""
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from quip.data import TokenSet, check_dataset, evaluation_tokens
+from quip.errors import UsageError
+from quip.evaluate.divergence import divergence
+from quip.evaluate.perplexity import perplexity
+from quip.evaluate.speed import speed
+from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
+from quip.jobs.report.folder import RunFolder, read_report
+from quip.jobs.report.report import Report
+from quip.model.device import choose_device, device_name
+from quip.model.load import LoadedModel, load_model
+from quip.model.records import Stopwatch, versions
+from quip.packed.checkpoint import to_dense
+from quip.packed.linear import quantized_layers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything that one evaluation depends on."""
+
+    model: str
+    datasets: tuple[str, ...] | None = None  # None: those of the run that saved the checkpoint
+    nsamples: int | None = None  # windows of each data set, the first ones
+    seqlen: int | None = None  # None: as in that run, or the model's positions, at most 2048
+    tasks: ZeroShot | None = None
+    batch_size: int = 8  # of tasks
+    reference: str | None = None  # the original, which predictions are compared with
+    speed: bool = False
+    device: str | None = None  # None: cuda if there is one
+    dtype: str = "auto"
+    out: Path | None = None
+    overwrite: bool = False
+    flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
+
+
+def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Measure what is asked for and return the report, which `out` receives as it grows."""
+    saved, watch = _saved_report(evaluation.model), Stopwatch()
+    e = _as_when_saved(evaluation, saved.get("evaluation", {}))
+    folder = RunFolder(e.out, overwrite=e.overwrite) if e.out else None
+    device = choose_device(e.device)
+    check_measures(e.datasets or (), e.tasks)
+    with watch("load"):
+        loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen)
+        reference = e.reference and load_model(
+            e.reference, dtype=loaded.dtype_name, seqlen=e.seqlen
+        )
+    with watch("data"):
+        tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
+    entries = {
+        "model": e.model,
+        "method": saved.get("method", "as it is"),
+        "flags": dict(e.flags),
+        "device": device_name(device),
+        "dtype": loaded.dtype_name,
+        "versions": versions(),
+        "evaluation": {name: windows.stamp for name, windows in tokens.items()},
+        "seconds": watch.seconds,
+    }
+    report = Report(entries, folder=folder, device=device)
+    report.save("started")
+    with report.kept():
+        if reference:
+            measure_perplexities("original_perplexity", tokens, reference, report, watch)
+        measure_perplexities("perplexity", tokens, loaded, report, watch)
+        if reference:
+            _measure_divergence(tokens, loaded, reference, report, watch)
+        if e.tasks:
+            measure_tasks(e.tasks, loaded, report, watch, batch_size=e.batch_size)
+        if e.speed:
+            del reference  # its memory is not the model's
+            _measure_speed(loaded, report, watch)
+        report.save("complete")
+    return report.entries
+
+
+def check_measures(datasets: tuple[str, ...], tasks: ZeroShot | None) -> None:
+    """Whatever can be refused before a model is loaded."""
+    for name in datasets:
+        check_dataset(name, "evaluation")
+    if tasks:
+        check_tasks(tasks)
+
+
+def token_sets(
+    datasets: tuple[str, ...], loaded: LoadedModel, *, seqlen: int | None, nsamples: int | None
+) -> dict[str, TokenSet]:
+    """The windows that each perplexity is taken over, by name of the data set."""
+    seqlen = seqlen or default_seqlen(loaded)
+    return {
+        name: evaluation_tokens(name, loaded.tokenizer, seqlen=seqlen, nsamples=nsamples)
+        for name in datasets
+    }
+
+
+def default_seqlen(loaded: LoadedModel) -> int:
+    return min(2048, loaded.max_length)
+
+
+def measure_perplexities(
+    key: str,
+    token_sets: Mapping[str, TokenSet],
+    loaded: LoadedModel,
+    report: Report,
+    watch: Stopwatch,
+    *,
+    earlier: Mapping[str, Any] | None = None,
+) -> None:
+    """Perplexity on each data set, except where `earlier`, a report, has it of the same windows."""
+    found: dict[str, float] = {}
+    before = earlier or {}
+    known, stamps = before.get(key, {}), before.get("evaluation", {})
+    for name, tokens in token_sets.items():
+        if name in known and stamps.get(name) == tokens.stamp:
+            found[name] = float(known[name])
+        else:
+            with watch("evaluate"):
+                found[name] = perplexity(
+                    loaded.model, tokens.ids, device=report.device, progress=_bar()
+                )
+        log.info("%s: %s %.4f", name, key.replace("_", " "), found[name])
+        report.save("evaluating", **{key: found})
+
+
+def measure_tasks(
+    asked: ZeroShot,
+    loaded: LoadedModel,
+    report: Report,
+    watch: Stopwatch,
+    *,
+    batch_size: int,
+    earlier: Mapping[str, Any] | None = None,
+) -> None:
+    """Each task in turn, except where `earlier`, a report, has it as it is asked for.
+
+    A group or a tag of lm-eval has several rows of results.
+    """
+    terms = _terms(asked)
+    before = earlier or {}
+    known = before.get("tasks_asked", {}) if before.get("tasks_terms") == terms else {}
+    rows: dict[str, list[str]] = {}
+    found: dict[str, Mapping[str, float | int]] = {}
+    for name in asked.tasks:
+        if name in known:
+            scores = {row: _numbers(before["tasks"][row]) for row in known[name]}
+        else:
+            with watch("tasks"):
+                scores = zeroshot(
+                    loaded.model,
+                    loaded.tokenizer,
+                    replace(asked, tasks=(name,)),
+                    device=report.device,
+                    batch_size=batch_size,
+                    progress=_bar(),
+                )
+        for row, values in scores.items():
+            log.info("%s: %s", row, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        rows[name] = list(scores)
+        found |= scores
+        report.save("evaluating", tasks=found, tasks_asked=rows, tasks_terms=terms)
+
+
+def _terms(asked: ZeroShot) -> dict[str, Any]:
+    """What a score depends on beside the model and the task's name."""
+    csv, found = asked.storycloze_csv, versions()
+    return {
+        "num_fewshot": asked.num_fewshot,
+        "limit": asked.limit,
+        "storycloze_csv": csv and sha256(csv.read_bytes()).hexdigest(),
+        "versions": {name: found.get(name) for name in ("python", "lm-eval")},
+    }
+
+
+def _numbers(scores: Mapping[str, Any]) -> dict[str, float | int]:
+    """Scores as run.json holds them, where NaN and infinity are words."""
+    return {key: float(v) if isinstance(v, str) else v for key, v in scores.items()}
+
+
+def _measure_divergence(
+    token_sets: Mapping[str, TokenSet],
+    loaded: LoadedModel,
+    reference: LoadedModel,
+    report: Report,
+    watch: Stopwatch,
+) -> None:
+    found: dict[str, Any] = {}
+    for name, tokens in token_sets.items():
+        with watch("evaluate"):
+            moved = divergence(
+                loaded.model, reference.model, tokens.ids, device=report.device, progress=_bar()
+            )
+        found[name] = asdict(moved)
+        report.save("evaluating", divergence=found)
+
+
+def _measure_speed(loaded: LoadedModel, report: Report, watch: Stopwatch) -> None:
+    """Of the model as it is, and with dense matrices in place of its packed ones."""
+    prompt = min(256, loaded.max_length // 2)
+    new = min(32, loaded.max_length - prompt)
+    packed = bool(quantized_layers(loaded.model))
+    found: dict[str, Any] = {}
+    for name in ("packed", "dense") if packed else ("dense",):
+        model = to_dense(loaded.model) if packed and name == "dense" else loaded.model
+        with watch("speed"):
+            measured = speed(model, device=report.device, prompt_tokens=prompt, new_tokens=new)
+        found[name] = asdict(measured)
+        report.save("evaluating", speed=found)
+
+
+def _as_when_saved(e: Evaluation, saved: Mapping[str, Any]) -> Evaluation:
+    """The data sets and windows of `saved`, by name, where none are asked for."""
+    if e.datasets is not None:
+        return e
+    wanted = e.reference is not None or not (e.tasks or e.speed)
+    if wanted and not saved:
+        raise UsageError(
+            f"{e.model} is no checkpoint whose run measured perplexities: say where to measure "
+            "with --datasets (or ask for --tasks or --speed alone)"
+        )
+    stamps = list(saved.values()) if wanted else []
+    return replace(
+        e,
+        datasets=tuple(one["dataset"] for one in stamps),
+        seqlen=e.seqlen or next((one["seqlen"] for one in stamps), None),
+        nsamples=e.nsamples or max((one["windows"] for one in stamps), default=None),
+    )
+
+
+def _saved_report(model: str) -> dict[str, Any]:
+    """What the run reported that saved this checkpoint; `demo` is always the packaged model."""
+    return {} if model == "demo" else read_report(Path(model).expanduser())
+
+
+def _bar() -> bool:
+    return sys.stderr.isatty()

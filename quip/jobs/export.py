@@ -1,0 +1,86 @@
+"""A checkpoint for other tools: as a plain Hugging Face folder, or in the layout of QuIP#."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from huggingface_hub import save_torch_state_dict
+from torch import nn
+
+from quip.errors import NonFinite, QuipError, UsageError
+from quip.files import check_new, new_folder
+from quip.model.load import LoadedModel, load_model
+from quip.packed.checkpoint import SHARD, check_folder, to_dense
+from quip.packed.quip_sharp.read import GENERATION
+from quip.packed.quip_sharp.write import published_config, published_tensors
+
+
+def export_dense(
+    folder: str | Path, out: str | Path, *, dtype: str = "auto", overwrite: bool = False
+) -> int:
+    """Write the model with each W_hat as a dense matrix, and its tokenizer.
+
+    Returns the bytes of the files with weights. `dtype` is float32, bfloat16 or float16; auto is
+    what the checkpoint computes in. `out` appears when it is complete; with `overwrite` it
+    replaces a folder of this name whole.
+
+    Raises UsageError for an `out` that cannot be, NonFinite for weights beyond the dtype's range,
+    and Unavailable for a damaged checkpoint or a disk that does not take the files.
+    """
+    folder, out = Path(folder), Path(out)
+    loaded = _loaded(folder, out, dtype=dtype, overwrite=overwrite)
+    model = to_dense(loaded.model)
+    _check_range(model)
+    with new_folder(out, overwrite=overwrite) as partial:
+        model.save_pretrained(partial, max_shard_size=SHARD)
+        loaded.tokenizer.save_pretrained(partial)
+        return _weight_bytes(partial)
+
+
+def export_quip_sharp(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
+    """Write the model in the published layout of QuIP#, with its tokenizer.
+
+    Packed matrices go out as they are, norms, embeddings and lm_head as float16. Returns the bytes
+    of the files with weights; `out` is as in `export_dense`.
+
+    Raises UsageError for an `out` that cannot be and for matrices that the layout cannot express,
+    UnsupportedModel for other models than Llama and Mistral, NonFinite for numbers beyond
+    float16, and Unavailable as `export_dense` does.
+    """
+    folder, out = Path(folder), Path(out)
+    loaded = _loaded(folder, out, dtype="auto", overwrite=overwrite)
+    try:
+        tensors, config = published_tensors(loaded.model), published_config(loaded.model)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    with new_folder(out, overwrite=overwrite) as partial:
+        save_torch_state_dict(tensors, partial, max_shard_size=SHARD, metadata={"format": "pt"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if (folder / GENERATION).is_file():
+            shutil.copy(folder / GENERATION, partial)
+        loaded.tokenizer.save_pretrained(partial)
+        return _weight_bytes(partial)
+
+
+def _loaded(folder: Path, out: Path, *, dtype: str, overwrite: bool) -> LoadedModel:
+    """The checkpoint, once it is known that `out` can be written."""
+    check_new(out, "OUT", overwrite=overwrite)
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"OUT {out}: the checkpoint is in it, and would be lost; name another")
+    check_folder(folder)
+    return load_model(os.path.join(".", folder), dtype=dtype)  # ./demo is a folder, demo is not
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _check_range(model: nn.Module) -> None:
+    """float16 ends at 65504: what is beyond would become infinite."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise NonFinite(
+                f"{name} holds values beyond the range of {parameter.dtype}; "
+                "give --dtype bfloat16 or float32"
+            )

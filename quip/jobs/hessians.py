@@ -1,0 +1,188 @@
+"""The second moments of all inputs of a model, collected block by block into a store.
+
+Of the unquantized model: each block is observed, and then passes on what it makes of its inputs. Or
+of a model that is being quantized: each block sees what the quantized blocks before it pass on, and
+the store gets the very Hessians that quantization used.
+
+What is finished is on the disk: besides the store there is a ledger (quip.model.ledger), whose
+hidden states, and quantized blocks, take up the walk after a kill.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from quip.data import TokenSet, check_dataset
+from quip.data.hessians import StoreWriter
+from quip.jobs.calibration import calibration_of
+from quip.jobs.report.folder import RunFolder
+from quip.matrix.hessian import Hessian
+from quip.matrix.recipe import Recipe
+from quip.model.block import batch_size_for, walk
+from quip.model.device import choose_device
+from quip.model.ledger import Ledger, fingerprint_of
+from quip.model.load import LoadedModel, load_model
+from quip.model.matrices import check_quantizable, check_weights, find_blocks
+from quip.model.quantize import quantize_matrix_by_matrix
+from quip.model.records import Stopwatch, versions
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """Everything that a store depends on."""
+
+    model: str
+    dataset: str
+    save: Path
+    recipe: Recipe | None = None  # what blocks are quantized with; None: not at all
+    nsamples: int = 128
+    seqlen: int | None = None  # None: the model's positions, at most 2048
+    seed: int = 0
+    device: str | None = None  # None: cuda if there is one
+    dtype: str = "auto"
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What a collection came to."""
+
+    inputs: int
+    matrices: int
+    tokens: int
+    nbytes: int
+    seconds: float
+
+
+def collect_hessians(asked: Collection) -> Collected:
+    """Make the store in the folder `save`; with `resume`, complete the one that it holds.
+
+    Tokens and batches are those of a run of the same data, seed and seqlen, and so are, bitwise,
+    the Hessians where the recipe is the run's.
+    """
+    start = time.perf_counter()
+    folder = RunFolder(asked.save, overwrite=asked.overwrite, resume=asked.resume, flag="--save")
+    check_dataset(asked.dataset, "calibration")
+    device = torch.device(choose_device(asked.device))
+    loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen)
+    matrices = check_quantizable(loaded.model, loaded.name).quantized
+    check_weights(loaded.model)
+    tokens = calibration_of(
+        loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
+    )
+    fingerprint = fingerprint_of(loaded, tokens, asked.recipe, seed=asked.seed, device=device)
+    ledger = Ledger(asked.save / RunFolder.BLOCKS, fingerprint)
+    folder.open()
+    try:
+        ledger.open()
+        writer = StoreWriter(asked.save, _facts(loaded, fingerprint), resume=asked.resume)
+        if not writer.complete:
+            _collect(asked, loaded, tokens, writer, ledger, device)
+            writer.close()
+        ledger.forget()
+    finally:
+        folder.release()
+    return Collected(
+        inputs=len(writer.files),
+        matrices=len(matrices),
+        tokens=tokens.ids.numel(),
+        nbytes=sum(path.stat().st_size for path in writer.files),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _facts(loaded: LoadedModel, fingerprint: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says beside the inputs."""
+    return {
+        "model": loaded.name,
+        "digest": fingerprint["model"],
+        "calibration": fingerprint["calibration"],
+        "source": fingerprint["recipe"] or "original",
+        "seed": fingerprint["seed"],
+        "dtype": fingerprint["dtype"],
+        "device": fingerprint["device"],
+        "versions": versions(),
+    }
+
+
+def _collect(
+    asked: Collection,
+    loaded: LoadedModel,
+    tokens: TokenSet,
+    writer: StoreWriter,
+    ledger: Ledger,
+    device: torch.device,
+) -> None:
+    _check_ledger(ledger, writer, len(find_blocks(loaded.model)[1]))
+    if asked.recipe is None:
+        _observe(loaded, tokens, writer, ledger, device)
+        return
+
+    def observed(block: int, hessians: Mapping[str, Hessian]) -> None:
+        _keep(writer, block, hessians)
+
+    for _ in quantize_matrix_by_matrix(
+        loaded.model,
+        tokens.ids,
+        asked.recipe,
+        device=device,
+        seed=asked.seed,
+        watch=Stopwatch(),
+        batch_size=batch_size_for(tokens.seqlen),
+        ledger=ledger,
+        observed=observed,
+    ):
+        pass  # the matrix is in its place, for the blocks after it to feel
+
+
+def _check_ledger(ledger: Ledger, writer: StoreWriter, count: int) -> None:
+    """Start over where the ledger is past a block whose Hessians were damaged since."""
+    entered = ledger.entered
+    if any(not writer.has(i) for i in range(count) if i < entered or ledger.has(i)):
+        log.warning("%s: files of the store are damaged; starting over for them", writer.folder)
+        ledger.forget()
+
+
+def _observe(
+    loaded: LoadedModel,
+    tokens: TokenSet,
+    writer: StoreWriter,
+    ledger: Ledger,
+    device: torch.device,
+) -> None:
+    """Walk over the blocks as they are."""
+    start, hidden = ledger.hidden()
+    count = len(find_blocks(loaded.model)[1])
+    # disable=None: a bar on a terminal only.
+    with tqdm(total=count, initial=start, unit="block", dynamic_ncols=True, disable=None) as bar:
+        for block in walk(
+            loaded.model,
+            tokens.ids,
+            device=device,
+            batch_size=batch_size_for(tokens.seqlen),
+            start=start,
+            hidden=hidden,
+        ):
+            bar.set_description(block.name)
+            if block.index > start:
+                ledger.keep_hidden(block.index, block.hidden)
+            if writer.has(block.index):
+                log.info("block %d: taken from the store", block.index)
+            else:
+                _keep(writer, block.index, block.observe())
+            bar.update()
+
+
+def _keep(writer: StoreWriter, block: int, hessians: Mapping[str, Hessian]) -> None:
+    if not writer.has(block):
+        writer.keep(block, hessians)
+        log.info("block %d: Hessians of %d matrices written", block, len(hessians))

@@ -1,0 +1,236 @@
+"""What a checkpoint holds and takes, from its config.json, the headers of its files and run.json.
+
+No weight is read. The shapes come from the model that config.json describes, made without content.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from quip.errors import QuipError, Unavailable
+from quip.evaluate.memory import module_bytes
+from quip.model.records import MatrixRecord
+from quip.packed.checkpoint import check_folder
+from quip.packed.hub import FORMAT, QuipConfig, QuipQuantizer
+from quip.packed.layout import DAMAGED, Layout
+from quip.packed.linear import QuantizedLinear, quantized_layers
+
+WORST = 10  # matrices that are named
+
+
+def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """What the checkpoint holds, fit for JSON; sizes in bytes.
+
+    With b the bytes of the tensors stored for a quantized matrix, bias excluded,
+    bits_per_weight = 8 sum(b) / sum(m n); bits_per_weight_of_all counts every tensor of the files
+    against every parameter of the dense model, tied ones once.
+
+    A run.json that is damaged costs what only it knows, and a note says so: the checkpoint itself
+    is whole without it. Raises Unavailable for whatever else is missing or damaged, and
+    UnsupportedModel for a folder that quip did not write.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    files = _files(folder)
+    model = _skeleton(folder, files)
+    layers, layout = quantized_layers(model), Layout.of(model)
+    headers = [_header(path) for path in files]
+    sizes = {name: n for sizes, _ in headers for name, n in sizes.items()}
+    kinds = _bytes_by_kind(sizes, layers, layout)
+    stored = sum(n for kind, n in kinds.items() if kind not in ("bias", "other"))
+    quantized = sum(layer.out_features * layer.in_features for layer in layers.values())
+    weights = quantized + sum(parameter.numel() for parameter in model.parameters())
+    body: nn.Module = model
+    return {
+        "folder": str(folder),
+        "architecture": _architecture(model.config),
+        **_of_run(folder),
+        "format": FORMAT,
+        **layout.spec.to_json(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantized_matrices": len(layout.names),
+        "quantized_weights": quantized,
+        "weights": weights,
+        "bits_per_weight": 8 * stored / quantized,
+        "bits_per_weight_of_all": 8 * sum(kinds.values()) / weights,
+        "files": len(files),
+        "file_bytes": sum(path.stat().st_size for path in files),
+        "header_bytes": sum(length for _, length in headers),
+        "bytes_by_kind": kinds,
+        "memory_bytes": module_bytes(body),
+        "dense_bytes": 2 * weights,
+        "plot": "layers.png" if (folder / "layers.png").is_file() else None,
+    }
+
+
+def matrix_records(folder: str | Path) -> list[MatrixRecord]:
+    """The quantized matrices as run.json knows them. Raises Unavailable if it does not."""
+    _, records = _read_run(Path(folder))
+    if not records:
+        raise Unavailable(
+            f"{folder}: no run.json there knows the matrices, so there is no proxy loss to plot; "
+            "name a folder written by `quip run ... --save`"
+        )
+    return records
+
+
+def _files(folder: Path) -> list[Path]:
+    """The safetensors files that from_pretrained reads."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    names = {single.name}
+    if not single.exists() and index.exists():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Unavailable(
+                f"{folder}: {index.name} cannot be read ({_line(error)}); {DAMAGED}"
+            ) from error
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise Unavailable(f"{folder}: there is no {name}; {DAMAGED}")
+    return [folder / name for name in sorted(names)]
+
+
+def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
+    """The model with room for its packed matrices, on the meta device, which the files do fit."""
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype, trust_remote_code=False
+            )
+    except Exception as error:  # the loaders underneath raise no common class
+        raise Unavailable(
+            f"{folder}: its config.json makes no model ({_line(error)}); {DAMAGED}"
+        ) from error
+    try:
+        quantizer = QuipQuantizer(QuipConfig(**config.quantization_config))
+        quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    if not quantized_layers(model):
+        raise Unavailable(f"{folder}: its config.json names no quantized matrix; {DAMAGED}")
+    return model
+
+
+def _header(path: Path) -> tuple[dict[str, int], int]:
+    """The bytes of each tensor of a file known to be sound, and of what stands before them all."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(length))
+    entries.pop("__metadata__", None)
+    offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
+    return {name: end - start for name, (start, end) in offsets.items()}, 8 + length
+
+
+def _bytes_by_kind(
+    sizes: Mapping[str, int], layers: Mapping[str, QuantizedLinear], layout: Layout
+) -> dict[str, int]:
+    """Of codes, step and whatever else a quantized matrix has, their biases, and all other."""
+    kinds = {
+        f"{name}.{kind}": kind for name, layer in layers.items() for kind in layer.stored()
+    } | {f"{name}.bias": "bias" for name in layout.names}
+    totals = dict.fromkeys([*kinds.values(), "other"], 0)
+    for name, size in sizes.items():
+        totals[kinds.get(name, "other")] += size
+    return totals
+
+
+def _architecture(config: PretrainedConfig) -> dict[str, Any]:
+    text = config.get_text_config()
+    return {
+        "class": next(iter(config.architectures or []), None),
+        "model_type": config.model_type,
+        "blocks": getattr(text, "num_hidden_layers", None),
+        "hidden_size": getattr(text, "hidden_size", None),
+        "vocab_size": getattr(text, "vocab_size", None),
+    }
+
+
+def _of_run(folder: Path) -> dict[str, Any]:
+    """What only the report of the run knows."""
+    notes = []
+    try:
+        known, records = _read_run(folder)
+    except Unavailable as error:
+        known, records = _known({}), []
+        notes.append(f"{error}: what only it knows is left out")
+    worst = sorted(records, key=lambda r: (math.isnan(r.proxy_loss), r.proxy_loss), reverse=True)
+    matrices = [
+        {
+            "name": record.name,
+            "rows": record.rows,
+            "columns": record.columns,
+            "bits_per_weight": record.bits_per_weight,
+            "proxy_loss": _plain(record.proxy_loss),
+        }
+        for record in worst[:WORST]
+    ]
+    return {**known, "worst_matrices": matrices, "notes": notes}
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], list[MatrixRecord]]:
+    """What run.json says of the whole model, and its matrices; nothing where there is no file."""
+    path = folder / "run.json"
+    if not path.exists():
+        return _known({}), []
+    try:
+        run = json.loads(path.read_text(), parse_constant=str)
+        return _known(run), [_record(matrix) for matrix in run.get("matrices") or []]
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise Unavailable(f"{path} is damaged ({_line(error)})") from error
+
+
+def _known(run: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("evaluation", "original_perplexity", "perplexity")
+    stamps, original, found = (run.get(key) or {} for key in keys)
+    perplexities = [
+        {
+            **stamps.get(name, {}),
+            "dataset": name,
+            "original": _plain(original.get(name)),
+            "quantized": _plain(found.get(name)),
+        }
+        for name in {**original, **found}
+    ]
+    return {
+        "base_model": run.get("model"),
+        "method": run.get("method"),
+        "recipe": run.get("recipe"),
+        "finetune": _tuned(run.get("finetune")),
+        "perplexities": perplexities,
+    }
+
+
+def _tuned(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What `quip finetune` did, after the proxy losses had been measured."""
+    keys = ("teacher", "kl_before", "kl_after", "epochs")
+    return {key: entry.get(key) for key in keys} if entry else None
+
+
+def _record(matrix: Mapping[str, Any]) -> MatrixRecord:
+    known = {field.name: matrix[field.name] for field in fields(MatrixRecord)}
+    return MatrixRecord(**{name: _value(value) for name, value in known.items()})
+
+
+def _value(value: Any) -> Any:
+    """A number that run.json holds as a word is a number again."""
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def _plain(value: Any) -> float | str | None:
+    """A number as JSON can hold it: NaN and infinity are words."""
+    if value is None:
+        return None
+    return float(value) if math.isfinite(float(value)) else str(float(value))
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,1 @@
+"""What is written down of a job: run.json, tables, plots, and the card of a checkpoint."""

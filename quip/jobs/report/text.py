@@ -1,0 +1,69 @@
+"""The result of a run in a few lines for a person."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from quip.jobs.report.card import size_words
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The result in a few lines for a person."""
+    lines = [f"{report['model']}  {report['method']}"]
+    if totals := report.get("totals"):
+        lines.append(
+            f"{totals['matrices']} matrices at {totals['bits_per_weight']:.3f} bits per weight, "
+            f"mean proxy loss {totals['mean_proxy_loss']:.3g}"
+        )
+    if saved := report.get("checkpoint"):
+        size, dense = size_words(saved["bytes"]), size_words(saved["dense_bytes"])
+        lines.append(f"saved in {size}, against {dense} in 16 bits")
+    if perplexity := report.get("perplexity"):
+        lines += ["", *_perplexities(perplexity, report.get("original_perplexity", {}))]
+    for name, moved in report.get("divergence", {}).items():
+        lines.append(
+            f"{name}: KL {moved['kl']:.4f} +- {moved['kl_std_error']:.4f} nats per token from the "
+            f"reference, same top token {moved['top1_agreement']:.1%}"
+        )
+    lines += [""] if "tasks" in report else []
+    for name, scores in report.get("tasks", {}).items():
+        lines.append(f"{name:<28}" + "  ".join(_score(scores)))
+    lines += _speeds(report.get("speed", {}))
+    spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in report.get("seconds", {}).items())
+    peak = report.get("peak_memory", {})
+    used = ", ".join(f"{key.removesuffix('_gb')} {peak[key]:.2f} GB" for key in peak)
+    return "\n".join([*lines, "", f"time: {spent}", f"peak memory: {used}"])
+
+
+def _score(scores: Mapping[str, float]) -> Iterator[str]:
+    for key, value in scores.items():
+        if key not in ("samples", "version") and not key.endswith("_stderr"):
+            error = scores.get(f"{key}_stderr")
+            yield f"{key} {value:.4g}" + (f" +- {error:.2g}" if error else "")
+
+
+def _speeds(found: Mapping[str, Any]) -> list[str]:
+    if not found:
+        return []
+    lines = ["", f"{'tokens per second':<20}{'prefill':>10}{'decode':>10}{'model':>12}{'peak':>12}"]
+    for name, one in found.items():
+        lines.append(
+            f"{name:<20}{one['prefill_tokens_per_second']:>10.4g}"
+            f"{one['decode_tokens_per_second']:>10.4g}"
+            f"{size_words(one['model_bytes']):>12}{size_words(one['peak_bytes']):>12}"
+        )
+    return lines
+
+
+def _perplexities(found: Mapping[str, float], original: Mapping[str, float]) -> list[str]:
+    width = max(28, *(len(name) + 2 for name in found))
+    if not original:
+        rows = [f"{name:<{width}}{value:>12.4g}" for name, value in found.items()]
+        return ["perplexity", *rows]
+    lines = [f"{'perplexity':<{width}}{'original':>12}{'quantized':>12}{'change':>10}"]
+    for name, value in found.items():
+        before = original[name]
+        finite = math.isfinite(before) and math.isfinite(value)
+        change = f"{value / before - 1:+.1%}" if finite else "-"
+        lines.append(f"{name:<{width}}{before:>12.4g}{value:>12.4g}{change:>10}")
+    return lines

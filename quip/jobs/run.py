@@ -1,0 +1,246 @@
+"""One run from names to numbers: load, calibrate, quantize, save, evaluate, report on the way."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quip.data import check_dataset
+from quip.data.hessians import HessianStore
+from quip.errors import QuipError, UsageError
+from quip.evaluate.zeroshot import ZeroShot
+from quip.files import check_new
+from quip.jobs.calibration import calibration_of, fitting_store
+from quip.jobs.evaluate import check_measures, measure_perplexities, measure_tasks, token_sets
+from quip.jobs.report.folder import RunFolder, read_report
+from quip.jobs.report.report import Report
+from quip.jobs.report.saved import save_with_notes, write_notes
+from quip.matrix.recipe import Recipe, describe
+from quip.model.block import batch_size_for
+from quip.model.device import choose_device, device_name
+from quip.model.ledger import Ledger, Source, fingerprint_of
+from quip.model.load import LoadedModel, load_model
+from quip.model.matrices import check_quantizable, check_weights
+from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
+from quip.model.records import MatrixRecord, Stopwatch, versions
+from quip.model.tune import BlockTuning, TuningRecord
+from quip.packed.checkpoint import check_replaced
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that one run depends on."""
+
+    model: str
+    dataset: str | None  # None: that of the store
+    recipe: Recipe | None  # None evaluates the model as it is
+    tuning: BlockTuning | None = None  # of each block, while it is quantized
+    hessians: Path | None = None  # a store of them, instead of calibration
+    load: str | None = None  # a checkpoint of the model, evaluated in its place
+    method: str = "unquantized"  # the recipe in a person's words
+    nsamples: int = 128
+    seqlen: int | None = None  # None: the model's positions, at most 2048
+    seed: int = 0
+    device: str | None = None  # None: cuda if there is one
+    dtype: str = "auto"
+    eval_datasets: tuple[str, ...] = ()
+    eval_nsamples: int | None = None
+    tasks: ZeroShot | None = None
+    batch_size: int = 8  # of tasks
+    compare: bool = False
+    save: Path | None = None  # the checkpoint
+    out: Path | None = None  # the report and, for `resume`, the finished blocks
+    resume: bool = False
+    overwrite: bool = False
+    flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
+
+
+def run_experiment(experiment: Experiment) -> dict[str, Any]:
+    """Run it and return the report, which `out` receives before and after each long stage.
+
+    What is asked for is checked first, as far as it can be known without the model. A run that
+    fails leaves a report of what it had reached, and of the reason.
+    """
+    save = experiment.save and experiment.save.resolve()  # also if it is the folder we are in
+    e, watch = _settled(replace(experiment, save=save)), Stopwatch()
+    folder, device = _check(e)
+    with watch("load"):
+        loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
+        kept = check_quantizable(loaded.model, loaded.name).kept if e.recipe else ()
+        check_weights(loaded.model)
+    with watch("data"):
+        source = _source(e, loaded) if e.recipe else None
+        windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
+    ledger = _ledger(e, loaded, source, device, folder)
+    fingerprint = ledger and ledger.fingerprint
+    earlier = folder.earlier_report(fingerprint=fingerprint) if folder else {}
+    entries = _entries(e, loaded, device) | {
+        "calibration": source and source.stamp,
+        "evaluation": {name: tokens.stamp for name, tokens in windows.items()},
+        "kept_matrices": list(kept),
+        "fingerprint": fingerprint,
+        "seconds": watch.seconds,
+    }
+    report = Report(entries, folder=folder, device=device)
+    report.save("started")
+    with report.kept():
+        if e.compare and (e.recipe or e.load):
+            original = load_model(e.model, dtype=loaded.dtype_name) if e.load else loaded
+            measure_perplexities(
+                "original_perplexity", windows, original, report, watch, earlier=earlier
+            )
+            del original
+        if e.recipe and source:
+            records = _quantize(e, e.recipe, source, loaded, report, watch, ledger)
+            if e.save:
+                with watch("save"):
+                    save_with_notes(
+                        e.save, loaded, records, report, overwrite=e.overwrite, resume=e.resume
+                    )
+        measure_perplexities("perplexity", windows, loaded, report, watch, earlier=earlier)
+        if e.tasks:
+            measure_tasks(e.tasks, loaded, report, watch, batch_size=e.batch_size, earlier=earlier)
+        report.save("complete")
+        if e.save:
+            write_notes(e.save, report)
+    return report.entries
+
+
+def _settled(e: Experiment) -> Experiment:
+    """The same with the data set that its store is of. Raises UsageError unless it has one."""
+    if (e.dataset is None) == (e.hessians is None):
+        raise UsageError("give a data set to calibrate on or a store (--hessians), and not both")
+    if e.hessians is None:
+        return e
+    if e.tuning:
+        raise UsageError(
+            "--hessians with --ft_epochs: tuning needs activations, of which a store has only the "
+            "second moments; give DATASET instead, or leave out --ft_epochs"
+        )
+    return replace(e, dataset=HessianStore(e.hessians).manifest["calibration"]["dataset"])
+
+
+def _check(e: Experiment) -> tuple[RunFolder | None, str]:
+    """Whatever can be refused at once; the run's folder, not made yet, and its device."""
+    folder = RunFolder(e.out, overwrite=e.overwrite, resume=e.resume) if e.out else None
+    if e.save:
+        if e.out and e.out.resolve().is_relative_to(e.save.resolve()):
+            raise UsageError(
+                f"--out {e.out} is in --save {e.save}, which is written as a whole; "
+                "name two folders"
+            )
+        _check_save(e)
+    device = choose_device(e.device)
+    if e.hessians is None:
+        check_dataset(str(e.dataset), "calibration")
+    check_measures(e.eval_datasets, e.tasks)
+    return folder, device
+
+
+def _source(e: Experiment, loaded: LoadedModel) -> Source:
+    if e.hessians:
+        return fitting_store(e.hessians, loaded)
+    return calibration_of(loaded, str(e.dataset), nsamples=e.nsamples, seqlen=e.seqlen, seed=e.seed)
+
+
+def _ledger(
+    e: Experiment,
+    loaded: LoadedModel,
+    source: Source | None,
+    device: str,
+    folder: RunFolder | None,
+) -> Ledger | None:
+    """Where finished blocks go, in the run's folder, with a fingerprint of all they depend on."""
+    if folder is None or source is None:
+        return None
+    fingerprint = fingerprint_of(
+        loaded, source, e.recipe, e.tuning, seed=e.seed, device=torch.device(device)
+    )
+    ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
+    folder.open()
+    try:
+        ledger.open()
+        _check_save(e, ledger.fingerprint)
+    except QuipError:
+        folder.release()
+        raise
+    return ledger
+
+
+def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> None:
+    """Refuse a folder that holds files, unless a run that is taken up has saved there already.
+
+    With --overwrite it is replaced whole, so it has to be a checkpoint, and not hold our inputs.
+    """
+    if e.save is None:
+        return
+    saved = read_report(e.save).get("fingerprint") if e.resume else None
+    same = saved is not None and fingerprint in (None, saved)
+    check_new(e.save, "--save", overwrite=e.overwrite or same)
+    if e.overwrite and e.save.is_dir() and any(e.save.iterdir()):
+        check_replaced(e.save)
+        for name in (e.model, e.dataset, e.hessians, *e.eval_datasets):
+            if name and Path(name).expanduser().resolve().is_relative_to(e.save):
+                raise UsageError(f"--save {e.save}: {name} is in it, and would be lost")
+
+
+def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
+    """What the report says of the request and the machine."""
+    return {
+        "model": e.model,
+        "dataset": e.dataset,
+        "hessians": e.hessians and str(e.hessians),
+        "method": e.method,
+        "flags": dict(e.flags),
+        "recipe": e.recipe and describe(e.recipe),
+        "tuning": e.tuning and asdict(e.tuning),
+        "seed": e.seed,
+        "device": device_name(device),
+        "dtype": loaded.dtype_name,
+        "versions": versions(),
+    }
+
+
+def _quantize(
+    e: Experiment,
+    recipe: Recipe,
+    source: Source,
+    loaded: LoadedModel,
+    report: Report,
+    watch: Stopwatch,
+    ledger: Ledger | None,
+) -> list[MatrixRecord]:
+    records: list[MatrixRecord] = []
+    tuned: list[TuningRecord] = []
+    common: dict[str, Any] = {
+        "device": report.device,
+        "seed": e.seed,
+        "watch": watch,
+        "ledger": ledger,
+    }
+    if isinstance(source, HessianStore):
+        found = quantize_from_store(loaded.model, source, recipe, **common)
+    else:
+        found = quantize_matrix_by_matrix(
+            loaded.model,
+            source.ids,
+            recipe,
+            batch_size=batch_size_for(source.seqlen),
+            tuning=e.tuning,
+            tuned=tuned,
+            **common,
+        )
+    try:
+        for record in found:
+            records.append(record)
+    finally:
+        if records:
+            if e.tuning:
+                report.entries["tuned"] = [asdict(record) for record in tuned]
+            report.save_matrices("quantized", records)
+    return records

@@ -1,0 +1,1 @@
+"""Multiply a few vectors by a matrix of packed lattice codes."""

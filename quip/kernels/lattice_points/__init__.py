@@ -1,0 +1,1 @@
+"""The nearest points of the lattices E8P and E81B, and the points of codes."""

@@ -1,0 +1,57 @@
+"""H = E[x x^T], the second moment of a layer's inputs, which the papers call its Hessian."""
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+CHUNK = 8192  # tokens summed in float32 before they enter the float64 master
+PANELS = 4  # row panels; each stops at the diagonal, which saves 3/8 of the products
+
+
+class Hessian:
+    """The means of x x^T and of x over all tokens seen, accumulated on the device of the inputs.
+
+    Chunks of at most 8192 tokens are summed in float32 (float64 for float64 inputs) and added
+    to a float64 master: exact enough for any number of tokens, at the speed of float32.
+    """
+
+    def __init__(self, n: int, *, device: torch.device | str = "cpu") -> None:
+        self._lower = torch.zeros(n, n, dtype=torch.float64, device=device)
+        self._sum = torch.zeros(n, dtype=torch.float64, device=device)
+        self.count = 0
+
+    def update(self, x: Float[Tensor, "*batch n"]) -> None:
+        """Add the tokens of x, whatever its leading axes."""
+        n = len(self._lower)
+        panel = max(64, -(-n // PANELS))
+        for chunk in x.detach().reshape(-1, n).split(CHUNK):
+            chunk = chunk if chunk.dtype == torch.float64 else chunk.float()
+            for lo in range(0, n, panel):
+                hi = min(lo + panel, n)
+                self._lower[lo:hi, :hi] += chunk[:, lo:hi].T @ chunk[:, :hi]
+            self._sum += chunk.sum(0, dtype=torch.float64)
+            self.count += len(chunk)
+
+    def value(self) -> Float[Tensor, "n n"]:
+        """E[x x^T], each entry rounded to a float32, in float64 and exactly symmetric.
+
+        Rounded, because a store (quip.data.hessians) keeps float32: what a run quantizes with and
+        what its store gives back are then bitwise the same. The sums of the chunks are no more
+        exact than that. At least one token must have been seen.
+        """
+        lower = (self._lower.tril() / self.count).float().double()
+        return lower + lower.tril(-1).T
+
+    def mean(self) -> Float[Tensor, " n"]:
+        """E[x] in float64. At least one token must have been seen."""
+        return self._sum / self.count
+
+
+def sharing(hessians: Mapping[str, Hessian]) -> list[list[str]]:
+    """The names of the matrices, those with one Hessian together."""
+    groups: dict[int, list[str]] = {}
+    for name, hessian in hessians.items():
+        groups.setdefault(id(hessian), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,123 @@
+"""W and H before the sweep: conditioned, damped, transformed, ordered, factorised; and kept."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from quip.errors import NonFinite, NotPositiveDefinite
+from quip.matrix.recipe import Recipe
+from quip.transforms import Chain
+
+ESCALATIONS = 3  # times that damping is multiplied by 10 before giving up
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A matrix and its damped H after the transforms, and where the draws left the generator."""
+
+    T: Chain
+    W: Float[Tensor, "m n"]
+    H: Float[Tensor, "n n"]
+    state: Tensor
+
+
+@dataclass(frozen=True)
+class Factored:
+    """What a sweep needs to know of H: the order of columns, H in it, and its feedback."""
+
+    order: Int[Tensor, " n"]
+    H: Float[Tensor, "n n"]
+    K: Float[Tensor, "n n"]
+    h: Float[Tensor, " n"]
+    damp: float  # as used, after escalation
+
+
+class Factorisations:
+    """What H was turned into last, for as long as the matrix or recipe that follows can use it.
+
+    A transform depends on W, so a basis serves one matrix; without transforms, every matrix.
+    """
+
+    def __init__(self, H: Float[Tensor, "n n"]) -> None:
+        self._H = H
+        self._basis: tuple[Hashable, Basis] | None = None
+        self._factored: tuple[Hashable, Factored] | None = None
+
+    def of(
+        self, W: Float[Tensor, "m n"], recipe: Recipe, rng: torch.Generator, name: str
+    ) -> tuple[Chain, Float[Tensor, "m n"], Factored]:
+        """The transforms, W after them in float64, and H after them, factorised.
+
+        The generator is left as the draws leave it, whether they were made now or before.
+        """
+        W, H = condition(W, self._H, name)
+        _, key = keys(name, recipe)
+        if self._factored is None or self._factored[0] != key:
+            self._factored = None  # makes room
+            self._factored = key, self._factorise(W, H, recipe, rng, name)
+        f = self._factored[1]
+        if not recipe.transforms:
+            return Chain(), W, f
+        basis = self._in_basis(W, H, recipe, rng, name, f.damp)
+        rng.set_state(basis.state)
+        return basis.T, basis.W, f
+
+    def _factorise(
+        self, W: Tensor, H: Tensor, recipe: Recipe, rng: torch.Generator, name: str
+    ) -> Factored:
+        """After a failure with ten times the damping, and at least 0.001."""
+        damp, reason, dim = recipe.damp, "", recipe.codebook.dim
+        state = rng.get_state()
+        for _ in range(1 + ESCALATIONS):
+            rng.set_state(state)
+            try:
+                H_t = self._in_basis(W, H, recipe, rng, name, damp).H
+                order = recipe.order(H_t, dim, recipe.group)
+                H_t = H_t[order][:, order]
+                return Factored(order, H_t, *recipe.feedback(H_t, dim), damp)
+            except NotPositiveDefinite as error:
+                tried, reason, damp = damp, str(error), max(10 * damp, 1e-3)
+        raise NotPositiveDefinite(
+            f"{name}: {reason} after damping by {tried:g} of the mean diagonal; "
+            "add calibration tokens (--nsamples) or damp more (--percdamp)"
+        )
+
+    def _in_basis(
+        self, W: Tensor, H: Tensor, recipe: Recipe, rng: torch.Generator, name: str, damp: float
+    ) -> Basis:
+        key = keys(name, recipe)[0], damp
+        if self._basis is None or self._basis[0] != key:
+            self._basis = None  # makes room
+            H = H.clone()
+            H.diagonal().add_(damp * (float(H.diagonal().mean()) or 1.0))
+            drawn = Chain.draw(recipe.transforms, W, H, rng)
+            self._basis = key, Basis(*drawn, rng.get_state())
+        return self._basis[1]
+
+
+def keys(name: str, recipe: Recipe) -> tuple[Hashable, Hashable]:
+    """What the basis of a matrix depends on, up to its damping, and what the factorisation does."""
+    basis = (recipe.transforms, name if recipe.transforms else None)
+    rule = (recipe.order, recipe.feedback, recipe.codebook.dim, recipe.group)
+    return basis, (basis, recipe.damp, *rule)
+
+
+def condition(
+    W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], name: str = "the matrix"
+) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
+    """W and H in float64; weights of inputs that are always zero become zero.
+
+    Raises NonFinite with the name of the matrix.
+    """
+    if not bool(torch.isfinite(W).all()):
+        raise NonFinite(f"{name}: the weights hold NaN or infinity; reload or repair the model")
+    if not bool(torch.isfinite(H).all()):
+        raise NonFinite(
+            f"{name}: the inputs' second moments hold NaN or infinity; "
+            "run the model in a wider dtype (--dtype float32)"
+        )
+    dead = H.diagonal() == 0
+    return W.double().masked_fill(dead, 0), H.double()

@@ -1,0 +1,146 @@
+"""One matrix through the house: condition, transform, order, feedback, sweep, polish."""
+
+import hashlib
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, product
+from typing import TypeVar
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from quip.codebooks.base import Codebook, Decoder, Groups
+from quip.kernels.bits import pack
+from quip.matrix.linalg import energy
+from quip.matrix.prepare import Factored, Factorisations, keys
+from quip.matrix.recipe import Recipe
+from quip.matrix.sweep import greedy, sweep
+from quip.transforms import Chain
+
+Label = TypeVar("Label", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedMatrix:
+    """A quantized weight matrix in the basis of its transform, columns in natural order."""
+
+    codes: Integer[Tensor, "m k"]
+    decoder: Decoder
+    transform: Chain
+    damp: float  # as used, after escalation
+    book: Codebook | None = None  # of the recipe, before it was fitted: which of its trials
+
+    def dequantize(self) -> Float[Tensor, "m n"]:
+        """W_hat in the original basis, float32."""
+        return self.transform.undo(self.decoder.decode(self.codes).double()).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that must be stored for the matrix; the codes as packed words."""
+        codes = {"codes": pack(self.codes, self.decoder.index_bits)}
+        return codes | self.decoder.tensors() | self.transform.tensors()
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The bits of all `tensors`, over the number of weights."""
+        stored = 8 * sum(tensor.nbytes for tensor in self.tensors().values())
+        return stored / (self.codes.numel() * self.decoder.dim)
+
+
+def quantize_matrix(
+    W: Float[Tensor, "m n"],
+    H: Float[Tensor, "n n"],
+    recipe: Recipe,
+    *,
+    rng: torch.Generator,
+    name: str = "the matrix",
+) -> QuantizedMatrix:
+    """Round W so that tr((W_hat - W) H (W_hat - W)^T) is small (QuIP, Algorithm 3).
+
+    Rounding runs in float32 (float64 for float64 W) on W's device, factorisations in float64.
+
+    Raises:
+        NonFinite: W or H holds NaN or infinity.
+        NotPositiveDefinite: H has no Cholesky factor after three escalations of damping.
+    """
+    return _quantize(W, Factorisations(H), recipe, rng, name)
+
+
+def quantize_matrices(
+    weights: Mapping[str, Float[Tensor, "_m n"]],
+    H: Float[Tensor, "n n"],
+    recipe: Recipe,
+    *,
+    seed: int,
+) -> Iterator[tuple[str, QuantizedMatrix]]:
+    """`quantize_matrix` for all matrices that share the input statistics H, one after the other.
+
+    Each matrix draws from a generator of its own, so results do not depend on the company.
+    """
+    for name, _, quantized in quantize_by_many(weights, H, {"": recipe}, seed=seed):
+        yield name, quantized
+
+
+def quantize_by_many(
+    weights: Mapping[str, Float[Tensor, "_m n"]],
+    H: Float[Tensor, "n n"],
+    recipes: Mapping[Label, Recipe],
+    *,
+    seed: int,
+) -> Iterator[tuple[str, Label, QuantizedMatrix]]:
+    """`quantize_matrix` of each matrix by each recipe: its name, the recipe's label, the result.
+
+    They come in the order of the work, so that what several have in common is computed once:
+    recipes that differ in their codebooks alone share a factorisation of H, which takes as long
+    as rounding or (Algorithm 5) far longer; without transforms all matrices do.
+    """
+    factorisations = Factorisations(H)
+    bases: dict[Hashable, dict[Hashable, list[tuple[str, Label]]]] = {}
+    for name, label in product(weights, recipes):
+        basis, factored = keys(name, recipes[label])
+        bases.setdefault(basis, {}).setdefault(factored, []).append((name, label))
+    for work in bases.values():
+        for name, label in chain.from_iterable(work.values()):
+            rng = rng_for(seed, name)
+            yield name, label, _quantize(weights[name], factorisations, recipes[label], rng, name)
+
+
+def rng_for(seed: int, name: str) -> torch.Generator:
+    """The generator of one matrix: the same whatever else is quantized, and in any order."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _quantize(
+    W: Tensor, factorisations: Factorisations, recipe: Recipe, rng: torch.Generator, name: str
+) -> QuantizedMatrix:
+    T, W_t, f = factorisations.of(W, recipe, rng, name)
+    W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+    books = recipe.trials or (recipe.codebook,)
+    found = ((book, *_round(W_t, f, book.seeded(rng), recipe)) for book in books)
+    book, codes, decoder = min(found, key=partial(_loss, W_t, f)) if recipe.trials else next(found)
+    return QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=f.damp, book=book)
+
+
+def _round(W_t: Tensor, f: Factored, book: Codebook, recipe: Recipe) -> tuple[Tensor, Decoder]:
+    """The codes of the columns in natural order, and what decodes them."""
+    if recipe.group is None:
+        book = book.fit(W_t, f.h.to(W_t))
+    if recipe.clamp_target:
+        W_t = book.clamp(W_t)
+    codes, books = sweep(W_t, f.K, f.h, book, group=recipe.group)
+    if recipe.greedy_passes:
+        codes = greedy(W_t, f.H, codes, books, group=recipe.group, passes=recipe.greedy_passes)
+    d = book.dim
+    place = torch.argsort(f.order[::d]).cpu()  # of each column of codes in the sweep
+    groups = Groups(len(place), recipe.group and recipe.group // d)
+    if recipe.group:
+        books = [books[int(p) * d // recipe.group] for p in place[:: groups.size]]
+    return codes[:, place.to(codes.device)], book.joined(books, groups)
+
+
+def _loss(W_t: Tensor, f: Factored, found: tuple[Codebook, Tensor, Decoder]) -> float:
+    """tr(E H E^T) in the basis of the transform."""
+    _, codes, decoder = found
+    return energy(decoder.decode(codes)[:, f.order].double() - W_t.double(), f.H)

@@ -1,0 +1,229 @@
+"""The finished blocks of a run on disk, so that a run which was killed goes on where it was.
+
+    fingerprint.json          what every code depends on
+    block-0000.safetensors    a finished block, packed, and the records of its matrices
+    hidden.safetensors        the hidden states that enter the next block
+
+Each file appears when it is complete. Blocks are never changed again; hidden states are
+replaced by those of the block after, so that the disk holds those of one block only. A run
+killed between the two writes has a block more than hidden states: replaying that block, whose
+matrices are there, makes up for them.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import xxhash
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quip.data import TokenSet
+from quip.data.hessians import HessianStore
+from quip.errors import Unavailable, UsageError
+from quip.files import replacing, writing
+from quip.matrix.recipe import Recipe, describe
+from quip.model.load import LoadedModel
+from quip.model.module import BlockModule
+from quip.model.records import MatrixRecord, versions
+from quip.model.tune import BlockTuning, TuningRecord
+from quip.packed.layout import Layout
+
+log = logging.getLogger(__name__)
+
+Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matrices
+
+
+class Ledger:
+    """The finished blocks of one run, in a folder of their own.
+
+    The fingerprint says what the codes depend on: two runs of one fingerprint make the same.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.folder, self.fingerprint = folder, json.loads(json.dumps(fingerprint))
+
+    def open(self) -> None:
+        """Make the folder, unless it holds finished blocks of this very run.
+
+        Raises UsageError, naming every difference, if they are of another.
+        """
+        path = self.folder / "fingerprint.json"
+        if path.exists():
+            changes = differences(_read_json(path), self.fingerprint)
+            if changes:
+                raise UsageError(
+                    f"--resume: the run in {self.folder.parent} was another one ({changes}); "
+                    "name another folder, or start over with --overwrite"
+                )
+            return
+        with writing(self.folder):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
+
+    def has(self, block: int) -> bool:
+        return self._block(block).exists()
+
+    def keep(
+        self,
+        block: BlockModule,
+        records: Sequence[MatrixRecord],
+        tuned: Sequence[TuningRecord] = (),
+    ) -> None:
+        """Write down a finished block: all its tensors, and what is known of its matrices."""
+        tensors = {
+            name: tensor.cpu().contiguous() for name, tensor in block.module.state_dict().items()
+        }
+        words = {
+            "name": block.name,
+            "layout": json.dumps(Layout.of(block.module).to_json()),
+            "records": json.dumps([asdict(record) for record in records]),
+            "tuned": json.dumps([asdict(record) for record in tuned]),
+        }
+        with replacing(self._block(block.index)) as partial:
+            save_file(tensors, partial, metadata=words)
+
+    def restore(
+        self, block: int, model: nn.Module
+    ) -> tuple[list[MatrixRecord], list[TuningRecord]]:
+        """Make a block of the model what it was when it was finished; returns its records."""
+        tensors, words = _read(self._block(block))
+        module = model.get_submodule(words["name"])
+        host, training = next(module.parameters()).device, module.training
+        Layout.from_json(json.loads(words["layout"])).make_room(module)
+        module.load_state_dict({name: x.to(host) for name, x in tensors.items()}, assign=True)
+        module.requires_grad_(False).train(training)
+        records = [MatrixRecord(**record) for record in json.loads(words["records"])]
+        tuned = [
+            TuningRecord(**{**record, "after": tuple(record["after"])})
+            for record in json.loads(words["tuned"])
+        ]
+        return records, tuned
+
+    def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
+        """Write down the hidden states that enter a block, in place of those before."""
+        with replacing(self._hidden) as partial:
+            save_file({"hidden": hidden.cpu()}, partial, metadata={"block": str(block)})
+
+    @property
+    def entered(self) -> int:
+        """The last block whose hidden states are known, without reading these."""
+        if not self._hidden.exists():
+            return 0
+        with _opened(self._hidden) as file:
+            return int(file.metadata()["block"])
+
+    def hidden(self) -> tuple[int, Tensor | None]:
+        """The last block whose hidden states are known, and these; block 0 needs none."""
+        if not self._hidden.exists():
+            return 0, None
+        tensors, words = _read(self._hidden)
+        return int(words["block"]), tensors["hidden"]
+
+    def forget_hidden(self) -> None:
+        """After the last block nobody needs them."""
+        self._hidden.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """All but the fingerprint: what is to be taken up is elsewhere, or to be made anew."""
+        self.forget_hidden()
+        for path in self.folder.glob("block-*.safetensors"):
+            path.unlink()
+
+    @property
+    def _hidden(self) -> Path:
+        return self.folder / "hidden.safetensors"
+
+    def _block(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"
+
+
+def fingerprint_of(
+    loaded: LoadedModel,
+    source: Source,
+    recipe: Recipe | None,
+    tuning: BlockTuning | None = None,
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that the codes of a run depend on, fit for JSON; what is short comes first."""
+    found = versions()
+    return {
+        "recipe": recipe and describe(recipe),
+        "tuning": tuning and asdict(tuning),
+        "seed": seed,
+        "dtype": loaded.dtype_name,
+        "device": device.type,
+        "versions": {name: found.get(name) for name in ("quip-quant", "torch")},
+        "calibration": source.stamp,
+        "hessians": source.digest if isinstance(source, HessianStore) else None,
+        "model": identity_of(loaded.model),
+    }
+
+
+def identity_of(model: PreTrainedModel) -> dict[str, str]:
+    """Which model it is: its class, and hashes of its config and its weights."""
+    return {
+        "class": type(model).__name__,
+        "config": xxhash.xxh3_128(model.config.to_json_string().encode()).hexdigest(),
+        "weights": _digest(model),
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of every parameter's and buffer's name, type, shape and bytes."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    """What changed from one fingerprint to another, by dotted name; empty if nothing did."""
+    found = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        a, b = before.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found.append(differences(a, b, f"{prefix}{key}."))
+        elif a != b:
+            found.append(f"{prefix}{key} was {a}, is now {b}")
+    return "; ".join(filter(None, found))
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with _opened(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> Unavailable:
+    return Unavailable(f"{path} is damaged ({error}); start over with --overwrite")

@@ -1,0 +1,242 @@
+"""A causal language model and its tokenizer: by hub id, local folder, .gguf file, or `demo`.
+
+Files that are damaged, or not what their name says, make the loaders underneath raise anything
+(tokenizers and struct among them raise no common class), so whatever a loader raises becomes
+one line about the file here, with the original as its cause.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
+from quip.packed.checkpoint import refuse_gaps
+from quip.packed.hub import METHOD
+
+DTYPES = {
+    "auto": torch.float32,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model in evaluation mode, without gradients, in host memory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    max_length: int  # the model's positions; sys.maxsize where its attention has no limit
+
+    @property
+    def dtype_name(self) -> str:
+        """What it computes in, as flags name it."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What from_pretrained is asked for."""
+
+    where: str  # a hub id or a folder
+    gguf: str | None = None  # a file of that folder
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        # Without the explicit False, transformers asks on the terminal.
+        return {"gguf_file": self.gguf, "trust_remote_code": False}
+
+
+def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> LoadedModel:
+    """The model called `name`, every weight of it read from the checkpoint.
+
+    `name` is a hub id, a folder written by save_pretrained, a .gguf file (dequantized while
+    loading), `demo`, the small model inside this package, or a checkpoint that quip saved, whose
+    matrices stay packed. `dtype` is float32, bfloat16 or float16; auto means float32, whatever the
+    files hold (nothing is cast to a narrower type unasked), and for a checkpoint of quip what the
+    run computed in that saved it. A `seqlen` is checked against the model's positions before
+    weights are read.
+
+    Raises Unavailable (not found, unreachable, damaged), UnsupportedModel (no causal language
+    model that transformers itself knows) or UsageError (dtype, seqlen).
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+    source = _locate(name)
+    config = _config(name, source)
+    _check_causal(name, config)
+    max_length = _max_length(config)
+    if seqlen is not None:
+        check_seqlen(name, max_length, seqlen)
+    tokenizer = _tokenizer(name, source)
+    own: Any = config.dtype if dtype == "auto" and _quantized_by(config) else None
+    model = _weights(name, source, config, own or DTYPES[dtype])
+    return LoadedModel(model=model, tokenizer=tokenizer, name=name, max_length=max_length)
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """The config alone, of a model named as `load_model` takes it."""
+    return _config(name, _locate(name))
+
+
+def check_seqlen(name: str, max_length: int, seqlen: int) -> None:
+    """Raise UsageError unless windows of seqlen tokens fit the model and hold a prediction."""
+    if seqlen < 2:
+        raise UsageError(f"seqlen {seqlen}: a window needs at least 2 tokens to predict one")
+    if seqlen > max_length:
+        raise UsageError(
+            f"seqlen {seqlen} is above the {max_length} positions of {name}; "
+            f"choose at most {max_length}"
+        )
+
+
+def _locate(name: str) -> _Source:
+    path = Path(str(files("quip.model") / "demo")) if name == "demo" else Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Unavailable(
+                f"{name}: no config.json in the folder {path}; "
+                "give a folder written by save_pretrained, or a .gguf file"
+            )
+        return _Source(str(path))
+    if path.suffix == ".gguf" and path.is_file():
+        missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+        if missing:
+            raise Unavailable(
+                f"{name}: GGUF files need the package {missing[0]}; "
+                "install it with: pip install 'quip-quant[gguf]'"
+            )
+        return _Source(str(path.parent), path.name)
+    if path.is_file():
+        raise Unavailable(f"{name} is a file other than .gguf; give the folder it is in")
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise Unavailable(
+            f"{name}: no such file or folder, and not of the form of a hub id; "
+            "give a folder, a .gguf file, an id such as facebook/opt-125m, or `demo`"
+        )
+    return _Source(name)
+
+
+def _config(name: str, source: _Source) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(source.where, **source.keywords)
+    except Exception as error:
+        if source.gguf is not None:
+            _explain_gguf(name, source, error)
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModel(
+                f"{name} needs Python code from its own repository, which is never run here; "
+                "choose a model that transformers supports by itself"
+            ) from error
+        if "model type" in str(error) or "model_type" in str(error):
+            raise UnsupportedModel(f"{name}: {_reason(error)}") from error
+        if Path(source.where).is_dir():
+            raise Unavailable(f"{name}: {_reason(error)}; repair the files there") from error
+        raise Unavailable(
+            f"{name} is no local folder, and as a hub id: {_reason(error)}; give the id of a model "
+            "that can be reached or is cached, a folder, a .gguf file, or `demo`"
+        ) from error
+
+
+def _explain_gguf(name: str, source: _Source, error: Exception) -> NoReturn:
+    """Raise what is wrong with a GGUF file that transformers could not read the config of."""
+    from gguf import GGUFReader
+
+    try:
+        field = GGUFReader(Path(source.where) / str(source.gguf)).get_field("general.architecture")
+    except Exception as damage:
+        raise Unavailable(
+            f"{name} is not a GGUF file, or a truncated one; download it again"
+        ) from damage
+    raise UnsupportedModel(
+        f"{name} holds a model of architecture {field.contents() if field else 'unknown'!r}, which "
+        f"cannot be read from GGUF: {_reason(error)}; give its original folder or hub id, or a "
+        "Llama-like GGUF file"
+    ) from error
+
+
+def _check_causal(name: str, config: PretrainedConfig) -> None:
+    made = config.architectures or []
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"{name} is an encoder-decoder; give a decoder-only model")
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    # BERT and its kin can be loaded as decoders, but were trained to see the future.
+    causal = not made or any(re.search("CausalLM|LMHead|ForConditionalGen|Model$", x) for x in made)
+    if not known or not causal:
+        raise UnsupportedModel(
+            f"{name} is a {', '.join(made) or config.model_type}, not a causal language model; "
+            "give a model that predicts the next token"
+        )
+    method = _quantized_by(config)
+    if method not in (None, METHOD):
+        raise UnsupportedModel(f"{name} is quantized already ({method}); give the original")
+
+
+def _quantized_by(config: PretrainedConfig) -> str | None:
+    words = getattr(config, "quantization_config", None)
+    if not words:
+        return None
+    return words.get("quant_method", "method unknown") if isinstance(words, dict) else "unknown"
+
+
+def _max_length(config: PretrainedConfig) -> int:
+    text = config.get_text_config()
+    named = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    return next((positions for positions in named if positions), sys.maxsize)
+
+
+def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
+    remedy = "add the tokenizer's files (tokenizer.json) to the model's"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.where, **source.keywords)
+    except Exception as error:
+        raise Unavailable(f"{name}: no usable tokenizer: {_reason(error)}; {remedy}") from error
+    # Where no files are found, transformers may return a tokenizer with an empty vocabulary.
+    if not tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]:
+        raise Unavailable(f"{name}: no usable tokenizer: its vocabulary is empty; {remedy}")
+    return tokenizer
+
+
+def _weights(
+    name: str, source: _Source, config: PretrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    keywords = source.keywords
+    if source.gguf is not None:
+        keywords["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.where, config=config, dtype=dtype, output_loading_info=True, **keywords
+        )
+    except QuipError as error:
+        raise type(error)(f"{name}: {error}") from error
+    except Exception as error:
+        raise Unavailable(
+            f"{name}: its weights cannot be read: {_reason(error)}; "
+            "download it again, or save it anew"
+        ) from error
+    model, info = loaded
+    refuse_gaps(name, info)
+    return model.eval().requires_grad_(False)
+
+
+def _reason(error: Exception) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (line if len(line) < 200 else line.split(". ")[0]).rstrip(".")

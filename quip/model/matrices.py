@@ -1,0 +1,116 @@
+"""Where a model's blocks are, and whether a walk over them would miss any matrix."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from quip.errors import NonFinite, UnsupportedModel
+from quip.packed.linear import quantized_layers
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder: the dotted name of the longest nn.ModuleList, and the list.
+
+    Lists inside the members of another (the experts of a block) do not count. Raises
+    UnsupportedModel where the longest is not unique or mixes classes of blocks.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and len(module) and not nested:
+            lists[name] = module
+    kind = type(model).__name__
+    if not lists:
+        raise UnsupportedModel(f"{kind}: no nn.ModuleList of decoder blocks to walk")
+    length = max(map(len, lists.values()))
+    longest = [name for name, blocks in lists.items() if len(blocks) == length]
+    if len(longest) > 1:
+        raise UnsupportedModel(
+            f"{kind}: {len(longest)} lists of {length} blocks ({', '.join(longest)}); "
+            "only a model with a single decoder can be walked"
+        )
+    classes = {type(block).__name__ for block in lists[longest[0]]}
+    if len(classes) > 1:
+        raise UnsupportedModel(
+            f"{kind}: the blocks of {longest[0]} are of {len(classes)} classes "
+            f"({', '.join(sorted(classes))}); only blocks of one class can be walked"
+        )
+    return longest[0], lists[longest[0]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Every matrix of a model by name (without `.weight`), in the order of the model."""
+
+    quantized: tuple[str, ...]  # the nn.Linear modules inside the blocks
+    kept: tuple[str, ...]  # embeddings, heads and projections outside the blocks
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """What a walk over the model quantizes, and what it keeps as it is.
+
+    Raises UnsupportedModel, naming the parameter, for a matrix inside a block that the walk
+    would have to skip (fused experts, Conv1D, an embedding) or cannot replace alone (tied).
+    """
+    prefix, _ = find_blocks(model)
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    quantized, kept, refused = [], [], {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.ndim < 2:
+            continue
+        if not name.startswith(f"{prefix}."):
+            kept.append(name.removesuffix(".weight"))
+        elif reason := _obstacle(model, name, holders[id(parameter)]):
+            refused[f"{name} {reason}"] = parameter.numel()
+        else:
+            quantized.append(name.removesuffix(".weight"))
+    if refused:
+        largest = max(refused, key=refused.__getitem__)
+        more = f"; {len(refused) - 1} more parameters are refused" if len(refused) > 1 else ""
+        raise UnsupportedModel(
+            f"{type(model).__name__}: {largest}, so it would silently stay unquantized{more}; "
+            "choose a model whose blocks hold their matrices in nn.Linear modules"
+        )
+    return Coverage(quantized=tuple(quantized), kept=tuple(kept))
+
+
+def _obstacle(model: nn.Module, name: str, holders: list[str]) -> str | None:
+    """Why the walk cannot quantize this parameter of a block, or None where it can."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    parameter = model.get_parameter(name)
+    # A subclass with a forward of its own may compute anything from its weight.
+    if type(owner).forward is not nn.Linear.forward or not name.endswith(".weight"):
+        shape = " x ".join(map(str, parameter.shape))
+        return f"({shape}, in a {type(owner).__name__}) is not the weight of an nn.Linear"
+    if len(holders) > 1:
+        return f"is tied to {next(other for other in holders if other != name)}"
+    if parameter.dtype.itemsize < 2:
+        return f"is stored in {parameter.dtype}, already quantized"
+    return None
+
+
+def check_quantizable(model: nn.Module, name: str) -> Coverage:
+    """The coverage of the model of this name. Raises UnsupportedModel where nothing is to do."""
+    if quantized_layers(model):
+        raise UnsupportedModel(
+            f"{name} is a checkpoint of quip, quantized already; give the original, or "
+            "leave out --wbits to evaluate it"
+        )
+    covered = coverage(model)
+    if not covered.quantized:
+        raise UnsupportedModel(
+            f"{name}: its blocks hold no nn.Linear to quantize; give another model"
+        )
+    return covered
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise NonFinite, naming the first parameter that holds a NaN or an infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not all(x.isfinite() for x in parameter.detach().aminmax()):
+            raise NonFinite(
+                f"{name}: NaN or infinity among the weights ({parameter.dtype}); the checkpoint "
+                "is damaged, or was cast to a dtype of too small a range (try float32)"
+            )

@@ -1,0 +1,237 @@
+"""quantize_model: walk the blocks, quantize each matrix, and write down what it cost."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from quip.data.hessians import HessianStore, StoredInput
+from quip.matrix.hessian import Hessian, sharing
+from quip.matrix.recipe import Recipe
+from quip.model.block import Block, walk
+from quip.model.ledger import Ledger
+from quip.model.matrices import coverage, find_blocks
+from quip.model.module import BlockModule, standing
+from quip.model.records import MatrixRecord, Stopwatch
+from quip.model.siblings import quantize_group
+from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all blocks of a run have in common."""
+
+    recipe: Recipe
+    seed: int
+    watch: Stopwatch
+    bar: tqdm
+    ledger: Ledger | None
+    tuning: BlockTuning | None
+    tuned: list[TuningRecord]
+    observed: Callable[[int, Mapping[str, Hessian]], None]
+
+
+def quantize_model(
+    model: nn.Module,
+    tokens: Int[Tensor, "count seqlen"],
+    recipe: Recipe,
+    *,
+    device: torch.device | str,
+    seed: int,
+    batch_size: int = 1,
+    tuning: BlockTuning | None = None,
+) -> list[MatrixRecord]:
+    """Quantize every matrix of the model's blocks in place, first block to last.
+
+    Each block sees the calibration tokens as the quantized blocks before it pass them on; the
+    second moments of a block come from one pass before any of its own matrices is touched. With
+    `tuning`, what is left of a block is tuned after each group of matrices but the last.
+    """
+    return list(
+        quantize_matrix_by_matrix(
+            model,
+            tokens,
+            recipe,
+            device=device,
+            seed=seed,
+            watch=Stopwatch(),
+            batch_size=batch_size,
+            tuning=tuning,
+        )
+    )
+
+
+def quantize_matrix_by_matrix(
+    model: nn.Module,
+    tokens: Int[Tensor, "count seqlen"],
+    recipe: Recipe,
+    *,
+    device: torch.device | str,
+    seed: int,
+    watch: Stopwatch,
+    batch_size: int = 1,
+    ledger: Ledger | None = None,
+    tuning: BlockTuning | None = None,
+    tuned: list[TuningRecord] | None = None,
+    observed: Callable[[int, Mapping[str, Hessian]], None] = lambda _block, _hessians: None,
+) -> Iterator[MatrixRecord]:
+    """`quantize_model`, which yields each record as soon as its matrix is in place.
+
+    With a ledger, finished blocks are written down; those that it holds already are taken
+    from it instead of being quantized again, and come out bitwise the same. What tuning comes to
+    is added to `tuned`. `observed` is shown the Hessians of each block before it is touched.
+    Stages counted in `watch`: replay, observe, quantize, tune, keep.
+    """
+    matrices, count = _checked(model, recipe), len(find_blocks(model)[1])
+    if tuning:  # whose steps and held-out windows are made of the walk's batches
+        batch_size = min(batch_size, tuning.batch_size, tuning.held(len(tokens)))
+    with _bar(matrices) as bar:
+        tuned = [] if tuned is None else tuned
+        run = _Run(recipe, seed, watch, bar, ledger, tuning, tuned, observed)
+        start, hidden = _take_up(ledger, count)
+        for index in range(start):
+            yield from _restore(run, index, model)
+        blocks = walk(
+            model, tokens, device=device, batch_size=batch_size, start=start, hidden=hidden
+        )
+        for block in watch.each("replay", blocks if start < count else ()):
+            bar.set_description(block.name)
+            if ledger and block.index > start:
+                with watch("keep"):
+                    ledger.keep_hidden(block.index, block.hidden)
+            if ledger and ledger.has(block.index):
+                yield from _restore(run, block.index, model)
+            else:
+                yield from _report_and_keep(block, _quantize_block(block, run), run)
+    if ledger:
+        ledger.forget_hidden()
+
+
+def quantize_from_store(
+    model: nn.Module,
+    store: HessianStore,
+    recipe: Recipe,
+    *,
+    device: torch.device | str,
+    seed: int,
+    watch: Stopwatch,
+    ledger: Ledger | None = None,
+) -> Iterator[MatrixRecord]:
+    """Quantize every matrix of the model's blocks in place, by second moments from a store.
+
+    Nothing passes through the model: blocks do not depend on each other, and each input is read
+    once. One H is in memory at a time. Stages counted in `watch`: read, quantize, keep.
+    """
+    store.check(model)
+    with _bar(_checked(model, recipe)) as bar:
+        run = _Run(recipe, seed, watch, bar, ledger, None, [], lambda _block, _hessians: None)
+        inputs = {
+            index: list(found) for index, found in groupby(store.inputs, lambda one: one.block)
+        }
+        for block in standing(model, device=device):
+            bar.set_description(block.name)
+            if ledger and ledger.has(block.index):
+                yield from _restore(run, block.index, model)
+                continue
+            found = _quantize_by(store, inputs.get(block.index, []), block, run)
+            yield from _report_and_keep(block, found, run)
+
+
+def _quantize_by(
+    store: HessianStore, inputs: list[StoredInput], block: BlockModule, run: _Run
+) -> Iterator[MatrixRecord]:
+    for one in inputs:
+        with run.watch("read"):
+            H = store.read(one.name).H.to(next(block.module.parameters()).device)
+        found = quantize_group(block, one.matrices, H, run.recipe, run.seed)
+        yield from run.watch.each("quantize", found)
+
+
+def _checked(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+    """The matrices to quantize, all of which the recipe can do."""
+    names = coverage(model).quantized
+    for name in names:
+        m, n = model.get_parameter(f"{name}.weight").shape
+        recipe.check(m, n, name)
+    return names
+
+
+def _bar(matrices: tuple[str, ...]) -> tqdm:
+    # disable=None: a bar on a terminal only.
+    return tqdm(total=len(matrices), unit="matrix", dynamic_ncols=True, disable=None)
+
+
+def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
+    """The first of `count` blocks to walk, and the hidden states that enter it."""
+    if ledger is None:
+        return 0, None
+    if all(map(ledger.has, range(count))):
+        return count, None
+    return ledger.hidden()
+
+
+def _restore(run: _Run, index: int, model: nn.Module) -> Iterator[MatrixRecord]:
+    assert run.ledger is not None
+    records, tuned = run.ledger.restore(index, model)
+    log.info("block %d: %d matrices taken from the run before", index, len(records))
+    run.bar.update(len(records))
+    run.tuned.extend(tuned)
+    yield from records
+
+
+def _report_and_keep(
+    block: BlockModule, found: Iterator[MatrixRecord], run: _Run
+) -> Iterator[MatrixRecord]:
+    records, known = [], len(run.tuned)
+    for record in found:
+        _report(record, run.recipe, run.bar)
+        records.append(record)
+        yield record
+    if run.ledger:
+        with run.watch("keep"):
+            run.ledger.keep(block, records, run.tuned[known:])
+
+
+def _quantize_block(block: Block, run: _Run) -> Iterator[MatrixRecord]:
+    watch, tuner = run.watch, None
+    if run.tuning:
+        with watch("tune"):
+            tuner = BlockTuner(block, run.tuning, seed=run.seed)
+    with watch("observe"):
+        hessians = block.observe()
+    run.observed(block.index, hessians)
+    groups = sharing(hessians)
+    for names in groups:
+        H = hessians[names[0]].value()
+        found = quantize_group(block, names, H, run.recipe, run.seed)
+        yield from watch.each("quantize", found)
+        if tuner and names is not groups[-1]:  # after which no matrix is left to tune
+            with watch("tune"):
+                run.tuned.append(tuner.tune(names))
+            run.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
+
+
+def _report(record: MatrixRecord, recipe: Recipe, bar: tqdm) -> None:
+    if record.damp > recipe.damp:
+        log.warning(
+            "%s: not positive definite with damping %g; used %g",
+            record.name,
+            recipe.damp,
+            record.damp,
+        )
+    log.info(
+        "%s: %.3f bits, proxy loss %.3g, %.2f s",
+        record.name,
+        record.bits_per_weight,
+        record.proxy_loss,
+        record.seconds,
+    )
+    bar.set_postfix_str(f"{record.name.rpartition('.')[2]} loss {record.proxy_loss:.2e}")
+    bar.update()

@@ -1,0 +1,101 @@
+"""Tune a block while it is being quantized: what is left of it makes up for what is gone.
+
+After each group of its matrices (QuIP#, section 5), the sign vectors of what is quantized, the
+norms and biases, and the matrices still to come are tuned so that
+
+    |block(X) - original block(X)|^2 / |original block(X)|^2
+
+becomes small, where X is what the quantized blocks before pass on. QuIP# takes the X of the
+original model, so that blocks can be tuned side by side. Here a block sees what it will see.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quip.matrix.quantize import rng_for
+from quip.model.block import Block
+from quip.model.tune.descent import Tuning, descend
+from quip.model.tune.tunable import Masters
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTuning(Tuning):
+    """How to tune each block; the defaults are QuIP#'s.
+
+    They served a model of a million weights too, where ten times the rate of weights made the first
+    tunings of every block fail. More epochs, or fewer windows a step, helped.
+    """
+
+    epochs: int = 5
+    lr: float = 5e-5
+    signs_lr: float = 5e-4
+    batch_size: int = 8
+    patience: int = 3
+    held_out: float = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningRecord:
+    """What one tuning of one block came to."""
+
+    block: int
+    after: tuple[str, ...]  # the matrices that had just been quantized
+    loss_before: float  # held out, relative
+    loss_after: float
+    epochs: int
+    seconds: float
+
+
+class BlockTuner:
+    """Tunes a block towards the outputs that it had when this was made."""
+
+    def __init__(self, block: Block, tuning: BlockTuning, *, seed: int) -> None:
+        self.block, self.tuning, self.seed = block, tuning, seed
+        self._targets = block.outputs().split(block.batch_size)
+        squares = [float(x.float().square().mean()) * len(x) for x in self._targets]
+        self._scale = sum(squares) / len(block.hidden) or 1.0
+
+    def tune(self, after: Sequence[str]) -> TuningRecord:
+        """Tune the block as it is now, once these of its matrices have been quantized."""
+        start, name = time.perf_counter(), f"{self.block.name}, tuned after {after[-1]}"
+        module = self.block.module
+        # Norms, biases and the matrices to come: a block that can be walked has no others.
+        masters = Masters(module, module.parameters(), dtype=self.block.hidden.dtype)
+        with masters:
+            found = descend(
+                masters,
+                self._losses,
+                [len(x) for x in self._targets],
+                self.tuning,
+                rng=rng_for(self.seed, name),
+            )
+        record = TuningRecord(
+            block=self.block.index,
+            after=tuple(after),
+            loss_before=found.before,
+            loss_after=found.after,
+            epochs=found.epochs,
+            seconds=time.perf_counter() - start,
+        )
+        log.info(
+            "%s: held-out loss %.3g -> %.3g, %d epochs, %.2f s",
+            name,
+            record.loss_before,
+            record.loss_after,
+            record.epochs,
+            record.seconds,
+        )
+        return record
+
+    def _losses(self, batches: Sequence[int]) -> Iterator[Tensor]:
+        found = self.block.run(batches, dtype=torch.float32)
+        for i, (_, leaving) in zip(batches, found, strict=True):
+            target = self._targets[i].to(leaving.device, leaving.dtype)
+            yield (leaving - target).square().mean() / self._scale

@@ -1,0 +1,1 @@
+"""A quantized matrix: as a value, as a module of a model, and as a file."""

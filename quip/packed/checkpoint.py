@@ -1,0 +1,135 @@
+"""Packed checkpoints: folders that from_pretrained loads after `import quip`.
+
+model.safetensors holds the packed matrices under the names of their buffers, and everything else
+in the narrowest type that holds it exactly: an embedding that came as float16 goes as float16,
+whatever the run computed in. config.json says what to compute in and what the tensors mean.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
+from quip.files import new_folder
+from quip.packed.hub import METHOD, QuipConfig, narrowed
+from quip.packed.layout import dense
+from quip.packed.linear import quantized_layers
+
+SHARD = "4GB"  # larger models are cut into files of at most this size
+
+
+def save_checkpoint(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    texts: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a model with quantized matrices, its tokenizer, and more files with these texts.
+
+    The folder appears when it is complete; one that exists is replaced whole, or left alone.
+    Raises Unavailable where it cannot be written.
+    """
+    if not quantized_layers(model):
+        raise QuipError("the model holds no quantized matrix: there is nothing to pack")
+    model.config.quantization_config = QuipConfig.of(model)
+    with new_folder(folder, overwrite=overwrite) as partial:
+        model.save_pretrained(partial, state_dict=narrowed(model), max_shard_size=SHARD)
+        tokenizer.save_pretrained(partial)
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text)
+
+
+def load(
+    folder: str | Path, *, dtype: torch.dtype | str = "auto", device_map: Any = None
+) -> PreTrainedModel:
+    """The model of a checkpoint, in evaluation mode, every tensor of it read from the files.
+
+    `dtype` is what it computes in: "auto" is that of the run which saved it. Raises Unavailable
+    for a folder that is no complete checkpoint, and UnsupportedModel for one that quip did not
+    write.
+    """
+    check_folder(folder)
+    options = {} if device_map is None else {"device_map": device_map}
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    except Exception as error:  # the loaders underneath raise no common class
+        raise Unavailable(
+            f"{folder}: the model cannot be read ({' '.join(str(error).split())[:200]}); "
+            "save or download it again"
+        ) from error
+    model, info = loaded
+    refuse_gaps(str(folder), info)
+    return model.eval().requires_grad_(False)
+
+
+def refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
+    """Raise Unavailable for anything missing or left over: transformers only warns of it."""
+    for kind, keys in info.items():
+        if keys:
+            raise Unavailable(
+                f"{name}: the checkpoint does not fit its config.json: {len(keys)} "
+                f"{kind.replace('_', ' ')} such as {min(map(str, keys))}; download it again"
+            )
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise unless the folder says that it is a checkpoint of quip."""
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        words = config.get("quantization_config") or {}
+        method = words.get("quant_method")
+    except OSError as error:
+        raise Unavailable(
+            f"{folder}: not a checkpoint, it has no config.json that can be read "
+            f"({error.strerror}); name a folder written by --save"
+        ) from error
+    except (ValueError, AttributeError) as error:
+        raise Unavailable(
+            f"{folder}: its config.json is no JSON object ({error}); save it again"
+        ) from error
+    if method != METHOD:
+        what = f"was quantized by {method!r}" if method else "is not quantized"
+        raise UnsupportedModel(f"{folder}: the model {what}; name a folder written by --save")
+    try:
+        QuipConfig(**words)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+
+
+def check_replaced(folder: Path) -> None:
+    """Raise UsageError for a --save folder that holds files and is no checkpoint."""
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            check_folder(folder)
+        except QuipError as error:
+            raise UsageError(
+                f"--save {folder}: --overwrite replaces checkpoints of quip only, and this folder "
+                "is none; name another"
+            ) from error
+
+
+def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model with plain nn.Linear layers in place of its packed matrices, without a trace."""
+    dense(model, dtype or model.dtype)
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False  # type: ignore[assignment]
+    return model

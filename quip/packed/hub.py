@@ -1,0 +1,167 @@
+"""What from_pretrained and save_pretrained need to know of packed matrices.
+
+config.json says what the tensors mean (`QuipConfig`); the quantizer puts an empty QuantizedLinear
+wherever it says so, before the files are read. `import quip` brings this module in as soon as
+transformers has its quantizers, and not before: importing them takes seconds.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quip.errors import QuipError, Unavailable
+from quip.packed.layout import DAMAGED, Layout, dense
+from quip.packed.linear import quantized_layers
+
+METHOD = "quip"
+FORMAT = 1  # raised when a file of the new format would be misread by the old code
+DTYPES = {
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+
+
+class QuipConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json: the format, what the tensors mean, and of whom."""
+
+    def __init__(self, **words: Any) -> None:
+        """Raises QuipError for a format or a kind of matrix that this version cannot read."""
+        form = words.get("format")
+        if form != FORMAT:
+            newer = isinstance(form, int) and form > FORMAT
+            remedy = "upgrade quip" if newer else "its config.json is damaged; " + DAMAGED
+            raise QuipError(
+                f"a checkpoint of format {form!r}, and this version of quip reads format {FORMAT}: "
+                + remedy
+            )
+        self.layout = Layout.from_json(words)
+        self.quant_method: Any = METHOD
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "QuipConfig":
+        """The config of a model that holds quantized matrices, all of one specification."""
+        return cls(format=FORMAT, **Layout.of(model).to_json())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "format": FORMAT, **self.layout.to_json()}
+
+
+class QuipQuantizer(HfQuantizer):
+    """Makes room for packed matrices before a checkpoint is read, and checks them after."""
+
+    requires_calibration = True  # from_pretrained cannot quantize a model on the way
+    quantization_config: QuipConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        self.quantization_config.layout.make_room(model)
+        check_files(model, kwargs.get("checkpoint_files") or ())
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, layer in quantized_layers(model).items():
+            if any(tensor.is_meta for tensor in layer.stored().values()):
+                continue  # offloaded to disk
+            try:
+                layer.check()
+            except QuipError as error:
+                raise Unavailable(f"{name}: {error}; {DAMAGED}") from error
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
+        # Once a model was saved, its config holds its dtype as a word, and that is passed here.
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return dense(model, named or model.dtype)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict]:
+        """What save_pretrained writes of a model that was loaded, whatever it was handed."""
+        return narrowed(model), {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def check_files(model: nn.Module, files: Sequence[str]) -> None:
+    """Compare the headers of safetensors files with what the model needs.
+
+    transformers itself only warns of what is missing, and fills it at random. Packed matrices must
+    be there; other tensors may go by older names in a file, but under their own have their shape.
+    """
+    found: dict[str, tuple[list[int] | str, str]] = {}
+    for file in files:
+        if file.endswith(".safetensors"):
+            found |= _header(Path(file))
+    if files and not found:
+        raise Unavailable(f"no safetensors among its files, and nothing else is read; {DAMAGED}")
+    for name, layer in quantized_layers(model).items():
+        for key, tensor in layer.stored().items():
+            wanted = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"
+            shape, dtype = found.get(f"{name}.{key}", ("", "nothing"))
+            there = f"{dtype} {shape}".strip()
+            if there != wanted:
+                raise Unavailable(
+                    f"{name}.{key}: config.json asks for {wanted}, and the files hold {there}; "
+                    + DAMAGED
+                )
+    for name, tensor in model.state_dict().items():
+        shape, _ = found.get(name, (list(tensor.shape), ""))
+        if shape != list(tensor.shape):
+            raise Unavailable(
+                f"{name}: config.json asks for the shape {list(tensor.shape)}, and the files hold "
+                f"{shape}; {DAMAGED}"
+            )
+
+
+def _header(path: Path) -> dict[str, tuple[list[int], str]]:
+    """Name -> shape and dtype of each tensor of a file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise Unavailable(f"{path.name} is damaged or truncated ({error}); {DAMAGED}") from error
+
+
+def narrowed(model: nn.Module) -> dict[str, Tensor]:
+    """The state of the model, each tensor in the narrowest type that holds it exactly.
+
+    Those of packed matrices stay as they are: config.json says of which type they are.
+    """
+    layers = quantized_layers(model)
+    packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.stored()}
+    made: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one
+
+    def narrow(x: Tensor) -> Tensor:
+        key = x.data_ptr(), x.shape
+        if key not in made:
+            made[key] = next(
+                (y for y in map(x.to, (torch.float16, torch.bfloat16)) if torch.equal(y.to(x), x)),
+                x,
+            )
+        return made[key]
+
+    return {
+        name: narrow(x) if x.dtype in (torch.float32, torch.float64) and name not in packed else x
+        for name, x in model.state_dict().items()
+    }
+
+
+if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again
+    register_quantization_config(METHOD)(QuipConfig)
+    register_quantizer(METHOD)(QuipQuantizer)

@@ -1,0 +1,187 @@
+"""A folder in the published layout of QuIP# as a checkpoint of ours, every number as it was.
+
+Headers are compared with what config.json promises before anything is converted.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from quip.codebooks import LATTICES
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
+from quip.files import check_new
+from quip.kernels.bits import pack
+from quip.packed.checkpoint import save_checkpoint
+from quip.packed.layout import DAMAGED
+from quip.packed.linear import Spec
+from quip.packed.quip_sharp.codes import unpack_codes
+from quip.packed.quip_sharp.format import (
+    FLOAT,
+    HEAD,
+    IDS,
+    Matrix,
+    Slot,
+    exactly,
+    layout,
+    matrices,
+    rescales,
+)
+from quip.packed.quip_sharp.headers import Held, check, headers, line, read_config
+
+GENERATION = "generation_config.json"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What was taken in."""
+
+    codebook: str
+    bits: int  # per weight, codes alone
+    matrices: int  # as the model has them: q, k and v are three
+    file_bytes: int  # of the checkpoint's weights
+
+
+def import_quip_sharp(
+    folder: str | Path, out: str | Path, *, tokenizer: str | None = None, overwrite: bool = False
+) -> Imported:
+    """Write the model of `folder`, in the published layout of QuIP#, to `out` as our checkpoint.
+
+    The tokenizer is that of the folder, or `tokenizer`, a hub id or another folder. The checkpoint
+    computes in the type of the embedding, float16 in published files, unless asked otherwise.
+
+    Raises UsageError for an `out` that cannot be, UnsupportedModel for another architecture or
+    variant of the layout, and Unavailable for files that are missing, damaged or do not fit.
+    """
+    folder, out = Path(folder), Path(out)
+    check_new(out, "OUT", overwrite=overwrite)
+    if folder.resolve().is_relative_to(out.resolve()):
+        raise UsageError(f"OUT {out}: the model is in it, and would be lost; name another")
+    try:
+        config, spec = read_config(folder)
+        held = headers(folder)
+        model = _skeleton(config, spec, tied=HEAD not in held)
+        check(held, _wanted(model, spec))
+        words = _tokenizer(str(folder) if tokenizer is None else tokenizer)
+        _fill(model, spec, held)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    path = folder / GENERATION
+    texts = {GENERATION: path.read_text()} if path.is_file() else {}
+    save_checkpoint(model, words, out, texts=texts, overwrite=overwrite)
+    name = spec.codebook["name"]
+    return Imported(
+        codebook=name,
+        bits=LATTICES[name].bits,
+        matrices=sum(len(matrix.members) for matrix in matrices(model)),
+        file_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
+    )
+
+
+def _skeleton(config: PretrainedConfig, spec: Spec, *, tied: bool) -> PreTrainedModel:
+    """The model with room for its packed matrices, on the meta device."""
+    # What the files have is used: an lm_head of its own is one, whatever config.json says.
+    config.tie_word_embeddings = tied and config.tie_word_embeddings
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype, trust_remote_code=False
+            )
+    except Exception as error:  # the loaders underneath raise no common class
+        raise Unavailable(f"its config.json makes no model ({line(error)}); {DAMAGED}") from error
+    layout(spec, config.num_hidden_layers).make_room(model)
+    return model.eval().requires_grad_(False)
+
+
+def _wanted(model: PreTrainedModel, spec: Spec) -> dict[str, Slot]:
+    """Every tensor that the files have to hold."""
+    wanted: dict[str, Slot] = {}
+    ours = {HEAD} if model.config.tie_word_embeddings else set()
+    for matrix in matrices(model):
+        ours |= matrix.keys
+        try:
+            slots = matrix.slots(spec)
+        except UsageError as error:
+            raise UnsupportedModel(f"{matrix.name}: {error}") from error
+        wanted |= {f"{matrix.name}.{key}": slot for key, slot in slots.items()}
+    rest = {key: x for key, x in model.state_dict().items() if key not in ours}
+    return wanted | {key: Slot(tuple(x.shape), FLOAT) for key, x in rest.items()}
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    remedy = "give --tokenizer NAME, the hub id or folder of the original model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # the loaders underneath raise no common class
+        raise Unavailable(f"no usable tokenizer in {name} ({line(error)}); {remedy}") from error
+    # Where no files are found, transformers may return a tokenizer with an empty vocabulary.
+    if not tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]:
+        raise Unavailable(f"no usable tokenizer in {name} (its vocabulary is empty); {remedy}")
+    return tokenizer
+
+
+def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, Held]) -> None:
+    """Give the model the tensors of the files."""
+    state = {key: held[key].read() for key in model.state_dict() if key in held}
+    for matrix in matrices(model):
+        state |= _tensors(matrix, spec, held)
+    if model.config.tie_word_embeddings:
+        state[HEAD] = state[EMBEDDING]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    for matrix in matrices(model):
+        try:
+            matrix.layer.check()
+        except QuipError as error:
+            raise Unavailable(f"{matrix.name}: {error}; {DAMAGED}") from error
+
+
+def _tensors(matrix: Matrix, spec: Spec, held: Mapping[str, Held]) -> dict[str, Tensor]:
+    """Those of one matrix, by the names of our checkpoints."""
+
+    def read(key: str) -> Tensor:
+        return held[f"{matrix.name}.{key}"].read()
+
+    name, layer = spec.codebook["name"], matrix.layer
+    if (number := int(read("codebook_id"))) != IDS[name]:
+        raise UnsupportedModel(
+            f"{matrix.name} has codebook_id {number}, and that of {name} in config.json is "
+            f"{IDS[name]}; name another folder"
+        )
+    bits = LATTICES[name].bits
+    codes = unpack_codes(read("Qidxs"), layer.out_features, layer.in_features, bits)
+    tensors = {
+        "codes": pack(codes, 8 * bits),
+        "scale": read("Wscale").float().reshape(1),
+        "signs_in": read("SU"),
+        "signs_out": read("SV"),
+    }
+    if len(matrix.members) > 1:
+        tensors["scales"] = read("fuse_scales").float()
+    if rescales(spec):
+        tensors["rescale"] = _rescale(matrix.name, read("scaleWH"))
+    found = {f"{matrix.prefix}.{key}": x for key, x in tensors.items()}
+    if matrix.biases:
+        parts = read("bias").split(matrix.rows)
+        found |= {f"{k}.bias": x.clone() for k, x in zip(matrix.members, parts, strict=True)}
+    return found
+
+
+def _rescale(name: str, scale: Tensor) -> Tensor:
+    r = exactly(scale, torch.bfloat16)
+    if r is None:
+        raise UnsupportedModel(
+            f"{name}.scaleWH has numbers that bfloat16, in which a checkpoint of quip holds them, "
+            "cannot hold exactly; name another folder"
+        )
+    return r

@@ -1,0 +1,173 @@
+"""Stacks: matrices of the same inputs (q, k and v; up and gate) that are quantized as one.
+
+    W_hat ~ [W_1 / s_1]          y_i = s_i (rows i of W_hat x) + b_i
+            [W_2 / s_2]
+            [   ...   ]
+
+A stack shares one transform, one sweep and, when the model runs, one product: the first member
+that is called with x computes for all, and the others take their rows of the answer.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from quip.errors import QuipError
+from quip.matrix.quantize import QuantizedMatrix
+from quip.packed.linear import QuantizedLinear, Spec, empty_bias
+
+# As published files of QuIP# stack them; matrices of other names stay in the order of the model.
+PUBLISHED = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj")
+
+# Of a question: the inputs, their version and whether gradients were asked for, and who has not
+# come for the answer yet.
+Answers = tuple[weakref.ref[Tensor], tuple[int, bool], dict[int, Tensor]]
+
+
+def stacked(
+    weights: Mapping[str, Float[Tensor, "_m n"]],
+) -> tuple[Float[Tensor, "m n"], Float[Tensor, " count"]]:
+    """([W_i / s_i], s): s_i is the RMS of W_i over that of all, so that each is as large."""
+    sizes = torch.stack([W.float().square().mean().sqrt() for W in weights.values()])
+    rows = torch.tensor([len(W) for W in weights.values()], device=sizes.device)
+    mean = (sizes.square() * rows).sum().div(rows.sum()).sqrt()
+    # Eight bits of mantissa, so that a file of any 16-bit type can hold them.
+    scales = torch.where(sizes > 0, sizes / mean, 1).bfloat16().float()
+    parts = [W.float() / s for W, s in zip(weights.values(), scales, strict=True)]
+    return torch.cat(parts), scales
+
+
+class Stack(QuantizedLinear):
+    """The matrices of a stack as one quantized matrix, and their scales."""
+
+    scales: Tensor
+    _kept: Answers | None
+
+    def __init__(
+        self,
+        in_features: int,
+        sizes: Sequence[int],
+        *,
+        spec: Spec,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, sum(sizes), False, spec=spec, device=device)
+        self.sizes = tuple(sizes)
+        self.register_buffer("scales", torch.ones(len(sizes), device=device, dtype=torch.float32))
+        self._answered()
+
+    @classmethod
+    def of(
+        cls,
+        matrix: QuantizedMatrix,
+        scales: Float[Tensor, " count"],
+        sizes: Sequence[int],
+    ) -> "Stack":
+        """The stack of this matrix, on the device of its codes."""
+        n = matrix.codes.shape[1] * matrix.decoder.dim
+        stack = cls(n, sizes, spec=Spec.of(matrix), device="meta")
+        stack.fill(matrix.tensors() | {"scales": scales}, matrix.codes.device)
+        return stack
+
+    def forward(  # type: ignore[override]
+        self, x: Float[Tensor, "*batch n"], index: int
+    ) -> Float[Tensor, "*batch _m"]:
+        """The answer of one member; those of the others are kept until they ask."""
+        # Tensors of inference_mode have no version: they must not be changed between two members.
+        now = (-1 if x.is_inference() else x._version, torch.is_grad_enabled())
+        held = self._kept  # read once: another thread may put its own there meanwhile
+        left = held[2] if held and held[0]() is x and held[1] == now else {}
+        y = left.pop(index, None)
+        if y is None:
+            parts = self.product(x, self._row_scales()).to(x.dtype).split(list(self.sizes), dim=-1)
+            answers = dict(enumerate(parts))
+            y = answers.pop(index)
+            self._kept = (weakref.ref(x, self._answered), now, answers)
+        elif not left:
+            self._answered()
+        return y
+
+    def dequantize(self) -> Float[Tensor, "m n"]:
+        """The W_i, one below the other, in the original basis, float32."""
+        return super().dequantize() * self._row_scales()[:, None]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """The bits of all stored tensors, over the number of weights."""
+        stored = 8 * sum(x.nbytes for x in self.stored().values())
+        return stored / (self.in_features * self.out_features)
+
+    def check(self) -> None:
+        super().check()
+        if not bool(((self.scales > 0) & self.scales.isfinite()).all()):
+            raise QuipError("a scale of the stack is not a positive number: the file is damaged")
+
+    def _row_scales(self) -> Float[Tensor, " m"]:
+        return torch.cat([s.expand(m) for s, m in zip(self.scales, self.sizes, strict=True)])
+
+    def _answered(self, _: Any = None) -> None:
+        """Forget answers that nobody will ask for."""
+        self._kept = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_kept": None}
+
+
+class StackedLinear(nn.Module):
+    """nn.Linear whose weight is some rows of a stack. The first member owns the stack."""
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        stack: Stack,
+        index: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.index, self._shared = index, (stack,)  # in a tuple: no module of this one
+        self.in_features, self.out_features = stack.in_features, stack.sizes[index]
+        empty_bias(self, self.out_features if bias else None, device, dtype)
+        if index == 0:
+            self.stack = stack
+
+    @property
+    def whole(self) -> Stack:
+        """The stack, whoever owns it."""
+        return self._shared[0]
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        y = self.whole(x, self.index)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def dequantize(self) -> Float[Tensor, "m n"]:
+        """W_hat in the original basis, float32."""
+        return self.whole.dequantize().split(list(self.whole.sizes))[self.index]
+
+    def extra_repr(self) -> str:
+        place = f"{self.index + 1} of {len(self.whole.sizes)}"
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {place}"
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """The names in the order in which their matrices are stacked."""
+    last = [name.rpartition(".")[2] for name in names]
+    if not set(last) <= set(PUBLISHED):
+        return list(names)
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: PUBLISHED.index(last[i]))]
+
+
+def stacks(model: nn.Module) -> list[dict[str, StackedLinear]]:
+    """The members of each stack by name, in their order."""
+    found: dict[int, dict[str, StackedLinear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, StackedLinear):
+            found.setdefault(id(module.whole), {})[name] = module
+    return [dict(sorted(s.items(), key=lambda item: item[1].index)) for s in found.values()]

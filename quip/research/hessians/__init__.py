@@ -1,0 +1,1 @@
+"""What the Hessians of a model are like, before and after processing."""

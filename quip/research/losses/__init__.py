@@ -1,0 +1,1 @@
+"""Proxy losses of many recipes on the Hessians of one store."""

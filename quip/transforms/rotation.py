@@ -1,0 +1,220 @@
+"""Random orthogonal matrices on n = p q numbers that cost O(p + q) a number, not O(n).
+
+A rotation reshapes a vector row-major to p x q and multiplies it by small Haar-distributed
+matrices from both sides, between two permutations (QuIP, section 4.2 and Lemma 5).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quip.errors import QuipError
+from quip.kernels.bits import pack, unpack, words
+
+STORED = torch.bfloat16  # what a file keeps; drawn values are rounded to it
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """x -> P' (L (x) R) P x on n = p q numbers; P and P' permute.
+
+    L holds one p x p factor, R one q x q factor; or, blocked, one factor for each of the q
+    columns of the p x q reshape and one for each of its p rows.
+    """
+
+    left: "Haar"
+    right: "Haar"
+    mix: Tensor | None = None  # P as indices
+    shuffle: Tensor | None = None  # P' as indices
+
+    @classmethod
+    def draw(
+        cls, n: int, rng: torch.Generator, *, blocked: bool, mix: bool, shuffle: bool
+    ) -> "Rotation":
+        p, q = balanced_factors(n)
+        return cls(
+            Haar.draw(p, rng, count=q if blocked else 1),
+            Haar.draw(q, rng, count=p if blocked else 1),
+            torch.randperm(n, generator=rng) if mix else None,
+            torch.randperm(n, generator=rng) if shuffle else None,
+        )
+
+    @staticmethod
+    def sizes(n: int, *, blocked: bool, mix: bool, shuffle: bool) -> tuple[int, int]:
+        """The lengths of the two tensors of `stored`, for a rotation of n numbers."""
+        p, q = balanced_factors(n)
+        left, right = (q, p) if blocked else (1, 1)
+        factors = left * p * (p + 1) // 2 + right * q * (q + 1) // 2
+        return factors, (mix + shuffle) * words(n, _index_bits(n))
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """What a file holds: factors [bfloat16] and permutations [int32 words], both flat.
+
+        First the left factors, then the right ones; first `mix`, then `shuffle`.
+        """
+        indices = [i for i in (self.mix, self.shuffle) if i is not None]
+        packed = [pack(i.cpu(), _index_bits(len(i))) for i in indices]
+        empty = torch.empty(0, dtype=torch.int32)
+        return torch.cat([self.left.stored, self.right.stored]), torch.cat([empty, *packed])
+
+    @classmethod
+    def restored(
+        cls, n: int, stored: Sequence[Tensor], *, blocked: bool, mix: bool, shuffle: bool
+    ) -> "Rotation":
+        """The rotation whose `stored` this is. Raises QuipError if its tensors make none."""
+        factors, permutations = (x.cpu() for x in stored)
+        p, q = balanced_factors(n)
+        border = (q if blocked else 1) * p * (p + 1) // 2
+        packed = iter(permutations.split(words(n, _index_bits(n))))
+        indices = [_permutation(next(packed), n) if given else None for given in (mix, shuffle)]
+        return cls(Haar.restored(factors[:border], p), Haar.restored(factors[border:], q), *indices)
+
+    def rotate(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """R x on the last axis."""
+        L, R = self.left.like(x), self.right.like(x)
+        mix, _, shuffle, _ = self._indices(x.device)
+        if mix is not None:
+            x = x.index_select(-1, mix)
+        y = _columns(L, x.reshape(-1, L.shape[-1], R.shape[-1]))
+        y = _columns(R, y.mT).mT.reshape(x.shape)
+        return y if shuffle is None else y.index_select(-1, shuffle)
+
+    def invert(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """R^T y on the last axis."""
+        L, R = self.left.like(y).mT, self.right.like(y).mT
+        _, unmix, _, unshuffle = self._indices(y.device)
+        if unshuffle is not None:
+            y = y.index_select(-1, unshuffle)
+        x = _columns(R, y.reshape(-1, L.shape[-1], R.shape[-1]).mT).mT
+        x = _columns(L, x).reshape(y.shape)
+        return x if unmix is None else x.index_select(-1, unmix)
+
+    def rotate_rows(self, W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """R W: `rotate` on the first axis, without a transposition."""
+        L, R = self.left.like(W), self.right.like(W)
+        mix, _, shuffle, _ = self._indices(W.device)
+        if mix is not None:
+            W = W.index_select(0, mix)
+        X = R @ _rows(L, W.reshape(L.shape[-1], R.shape[-1], -1))
+        X = X.reshape(W.shape)
+        return X if shuffle is None else X.index_select(0, shuffle)
+
+    def invert_rows(self, W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+        """R^T W: `invert` on the first axis."""
+        L, R = self.left.like(W).mT, self.right.like(W).mT
+        _, unmix, _, unshuffle = self._indices(W.device)
+        if unshuffle is not None:
+            W = W.index_select(0, unshuffle)
+        X = _rows(L, R @ W.reshape(L.shape[-1], R.shape[-1], -1))
+        X = X.reshape(W.shape)
+        return X if unmix is None else X.index_select(0, unmix)
+
+    def _indices(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """mix, its inverse, shuffle and its inverse, on the device."""
+        if device not in self._moved:
+            given = (self.mix, self.shuffle)
+            with torch.inference_mode(False):
+                both = [x for i in given for x in (i, None if i is None else torch.argsort(i))]
+                moved = (None if i is None else i.int().to(device) for i in both)
+                self._moved[device] = tuple(moved)
+        return self._moved[device]
+
+    @cached_property
+    def _moved(self) -> dict[torch.device, tuple[Tensor | None, ...]]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Haar:
+    """Haar-distributed orthogonal matrices as Householder vectors, count of p x p.
+
+    The vectors are rounded to 16 bits before the matrices are formed, and any vector makes an
+    exact reflection: what a file holds (a triangle of p (p + 1) / 2 numbers) rebuilds matrices
+    that are orthogonal to machine precision (Stewart, 1980).
+    """
+
+    vectors: Float[Tensor, "count p p"]  # as stored, below the diagonal; on it is 1 by convention
+    signs: Float[Tensor, "count p"]
+
+    @classmethod
+    def draw(cls, p: int, rng: torch.Generator, *, count: int = 1) -> "Haar":
+        gaussian = torch.randn(count, p, p, generator=rng, dtype=torch.float64)
+        factored, _ = torch.geqrf(gaussian)
+        signs = torch.where(factored.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).double()
+        return cls(factored.tril(-1).to(STORED), signs)
+
+    @property
+    def stored(self) -> Float[Tensor, " numbers"]:
+        """The lower triangle of each matrix of vectors, with the signs on its diagonal."""
+        p = self.vectors.shape[-1]
+        rows, columns = torch.tril_indices(p, p)
+        triangles = self.vectors + torch.diag_embed(self.signs).to(STORED)
+        return triangles[:, rows, columns].flatten()
+
+    @classmethod
+    def restored(cls, stored: Float[Tensor, " numbers"], p: int) -> "Haar":
+        """The matrices whose `stored` this is. Raises QuipError for what no factor can hold."""
+        rows, columns = torch.tril_indices(p, p)
+        values = stored.view(-1, len(rows))
+        triangles = values.new_zeros(len(values), p, p)
+        triangles[:, rows, columns] = values
+        signs = triangles.diagonal(dim1=1, dim2=2)
+        if not bool(values.isfinite().all() and (signs.abs() == 1).all()):
+            raise QuipError("a factor of its rotation is no orthogonal matrix: the file is damaged")
+        return cls(triangles.tril(-1), signs.double())
+
+    def like(self, x: Tensor) -> Float[Tensor, "count p p"]:
+        """`matrices` in the dtype and on the device of x."""
+        key = x.dtype, x.device
+        if key not in self._cast:
+            with torch.inference_mode(False):  # or no gradient could pass later
+                self._cast[key] = self.matrices.to(x)
+        return self._cast[key]
+
+    @cached_property
+    def _cast(self) -> dict[tuple[torch.dtype, torch.device], Tensor]:
+        return {}
+
+    @property
+    def matrices(self) -> Float[Tensor, "count p p"]:
+        """H_1 ... H_p diag(signs), H_i = I - 2 v v^T / |v|^2, in float64."""
+        vectors = self.vectors.double()
+        scales = 2 / (1 + vectors.square().sum(1))
+        scales[:, -1] = 0  # the last vector is (1): a sign, which `signs` holds already
+        return torch.linalg.householder_product(vectors, scales) * self.signs[:, None, :]
+
+
+def balanced_factors(n: int) -> tuple[int, int]:
+    """(p, q) with p q = n, p <= q, as near to sqrt(n) as the divisors of n allow."""
+    p = next(p for p in range(math.isqrt(n), 0, -1) if n % p == 0)
+    return p, n // p
+
+
+def _columns(A: Tensor, x: Tensor) -> Tensor:
+    """A_j times column j of each matrix of x, [batch, p, q]; a single A serves all columns."""
+    if len(A) == 1:
+        return (x.mT @ A[0].T).mT
+    return torch.einsum("jik,bkj->bij", A, x)
+
+
+def _index_bits(n: int) -> int:
+    return max(1, (n - 1).bit_length())
+
+
+def _permutation(packed: Tensor, n: int) -> Tensor:
+    indices = unpack(packed, _index_bits(n), n).int()
+    if not torch.equal(indices.sort().values, torch.arange(n, dtype=torch.int32)):
+        raise QuipError(f"what should be a permutation of {n} numbers is none: the file is damaged")
+    return indices
+
+
+def _rows(A: Tensor, X: Tensor) -> Tensor:
+    """A_j times X[:, j], [p, m], for each j of X, [p, q, m]; a single A serves all j."""
+    if len(A) == 1:
+        return (A[0] @ X.flatten(1)).view(X.shape)
+    return torch.einsum("jik,kjm->ijm", A, X)

@@ -1,0 +1,98 @@
+"""The command line of QuIP#: named recipes, lattices and their bits, fine-tuning."""
+
+import json
+
+import pytest
+
+from quip import cli
+from quip.cli import run as run_command
+from quip.cli.sharp import LATTICES as NAMED
+from quip.codebooks import LATTICES
+from quip.matrix.build import RECIPES, as_flags, build_recipe
+from quip.model.tune import BlockTuning
+from tests.cli.test_cli import asked, folder  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("command")
+
+
+def test_the_command_knows_the_lattices_there_are():
+    assert tuple(LATTICES) == NAMED
+
+
+def test_recipes_are_listed_with_their_flags(capsys):
+    assert cli.main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    for name, recipe in RECIPES.items():
+        assert name in out
+        assert recipe.title in out
+        assert " ".join(as_flags(recipe.flags)) in out
+    assert cli.main(["recipes", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {n: {"title": r.title, "flags": r.flags} for n, r in RECIPES.items()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_named_recipe_is_its_flags(asked, name):  # noqa: F811
+    e = asked(["demo", "pydoc", "--recipe", name])
+    assert e.recipe == build_recipe(**RECIPES[name].flags)
+    assert e.flags["wbits"] == RECIPES[name].flags["wbits"]
+
+
+def test_flags_on_the_line_win_over_those_of_a_recipe(asked, folder):  # noqa: F811
+    line = ["demo", "pydoc", "--recipe", "quip-sharp-2bit", "--quant", "gptq", "--npasses", "1"]
+    assert asked(line).recipe == build_recipe(codebook="E8P12", quant="gptq", npasses=1)
+    (folder / "a.yaml").write_text("recipe: quip-sharp-3bit\nrange: tensor\n")
+    found = asked(["demo", "pydoc", "--config", "a.yaml"]).recipe
+    assert found == build_recipe(codebook="E8P12RVQ3B", range_="tensor")
+
+
+@pytest.mark.parametrize(("codebook", "bits"), [(name, row.bits) for name, row in LATTICES.items()])
+def test_a_lattice_brings_its_bits(asked, codebook, bits):  # noqa: F811
+    e = asked(["demo", "pydoc", "--codebook", codebook])
+    assert e.flags["wbits"] == bits
+    assert e.recipe == build_recipe(codebook=codebook)
+    assert e.method == f"ldlq, {codebook} ({bits} bits)"
+
+
+def test_flags_of_lattices_become_plain_values(asked):  # noqa: F811
+    line = (
+        "demo pydoc --codebook E8P12RVQ4B --rotation hadamard --hadamard_block 128 --range tensor "
+        "--scale_override 0.9 --resid_scale_override 3.8 --no_fuse --npasses 3"
+    )
+    assert asked(line.split()).recipe == build_recipe(
+        codebook="E8P12RVQ4B",
+        rotation="hadamard",
+        hadamard_block=128,
+        range_="tensor",
+        scale_override=0.9,
+        resid_scale_override=3.8,
+        no_fuse=True,
+        npasses=3,
+    )
+
+
+def test_tuning_is_off_unless_asked_for(asked):  # noqa: F811
+    line = ["demo", "pydoc", "--codebook", "E8P12"]
+    assert asked(line).tuning is None
+    e = asked([*line, "--ft_epochs", "3", "--ft_lr", "1e-4", "--ft_held_out", "0.5"])
+    assert e.tuning == BlockTuning(epochs=3, lr=1e-4, held_out=0.5)
+    assert e.method == "ldlq, E8P12 (2 bits), fine-tuned"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--recipe zork", "--recipe zork: not one of quip-2bit, quip-3bit"),
+        ("--recipe quip-sharp-2bit --wbits 3", "--wbits 3: E8P12 has 2 bits"),
+        ("--codebook E8P12 --wbits 16", "--wbits 16: E8P12 has 2 bits"),
+        ("--codebook E8P12 --qfn b", "--qfn speaks of integer grids"),
+        ("--ft_lr 0.1 --wbits 2", "--ft_lr speaks of fine-tuning: add --ft_epochs N"),
+        ("--ft_epochs 2", "--ft_epochs needs weights to quantize"),
+        ("--ft_epochs -1 --wbits 2", "epochs -1"),
+        ("--ft_epochs 1 --ft_held_out 1.5 --wbits 2", "held_out 1.5"),
+    ],
+)
+def test_what_cannot_be_is_one_line(capsys, line, reason):
+    assert run_command.main(["demo", "pydoc", *line.split()]) == 2
+    (found,) = capsys.readouterr().err.splitlines()
+    assert reason in found

@@ -1,0 +1,100 @@
+"""`quip table`: listed, estimated, run and shown, on a tiny model."""
+
+import pytest
+
+from quip.research.tables import estimate
+from quip.research.tables.cells import Settings, cells, select
+from quip.research.tables.description import read_table
+from tests.support.runs import save_model, write_text
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """The flags of a small table on a tiny model, all but its name."""
+    model, text = save_model(tmp_path / "tiny"), write_text(tmp_path / "text.txt")
+    words = ["--models", model, "--dataset", text, "--eval_datasets", text, "--nsamples", "4"]
+    return [*words, "--seqlen", "16", "--columns", "2 bits", "--out", str(tmp_path / "out")]
+
+
+def test_tables_are_listed_with_what_stands_in_them(quip):
+    status, out, err = quip("table", "--list")
+    assert (status, err) == (0, [])
+    assert "perplexity   Perplexity by method" in out
+    assert "QuIP, Table 16" in out
+    status, out, err = quip("table", "perplexity", "--list")
+    assert (status, err) == (0, [])
+    assert "columns      4 bits; 3 bits; 2 bits" in out
+    assert "facebook/opt-66b" in out
+
+
+def test_a_table_is_estimated_run_and_shown(quip, asked, tmp_path):
+    line = ("table", "perplexity", *asked, "--rows", "original; QuIP")
+    status, out, _ = quip(*line, "--dry_run")
+    assert status == 0
+    [original, quantized] = [words for words in out.splitlines() if words.startswith("tiny/")]
+    assert original.split()[1:3] == ["not", "run"]
+    assert "min" in quantized
+    assert "missing cells: about" in out
+    assert not (tmp_path / "out").exists()
+
+    status, out, _ = quip(*line)
+    assert status == 0
+    assert "| tiny | 2 bits |" in out
+    assert out.count("| original |") == out.count("| QuIP |") == 1
+    assert "- |" not in out
+    shown = (tmp_path / "out" / "perplexity.md").read_text()
+    assert shown in out
+    assert (tmp_path / "out" / "perplexity.png").exists()
+
+    status, out, _ = quip(*line, "--dry_run")
+    assert (status, out.count(" done ")) == (0, 2)
+    assert "missing cells: about 0.0 min" in out
+
+
+def test_what_is_not_run_is_shown_as_a_dash(quip, asked):
+    status, out, err = quip("table", "perplexity", *asked, "--render")
+    assert (status, err) == (0, [])
+    assert "| QuIP | - |" in out
+    assert "A dash was not run." in out
+
+
+def test_a_model_that_cannot_be_had_has_no_estimate_and_says_why(quip, asked):
+    asked[1] = "./nowhere/model"
+    status, out, _ = quip("table", "perplexity", *asked, "--dry_run")
+    assert status == 0
+    assert "./nowhere/model: no such file or folder" in out
+
+
+def test_what_cannot_be_done_is_one_line(quip, asked):
+    for words, match in (
+        ((), "name a table, or --list them"),
+        (("nothing",), "table nothing: choose algorithm5"),
+        (("perplexity", "--rows", "Far"), "--rows Far: perplexity has original; OPTQ"),
+        (("perplexity", "--columns", "9 bits"), "--columns 9 bits: perplexity has 4 bits"),
+        (("perplexity", "--dry_run", "--render"), "leave one out"),
+        (("perplexity", "--nsamples", "0"), "--nsamples 0: at least 1"),
+        (("proxy", "--eval_datasets", "pydoc"), "proxy measures neither texts nor tasks"),
+        (("hessians", "--tasks", "piqa"), "hessians measures neither texts nor tasks"),
+        (("perplexity", "--limit", "3"), "--limit speaks of zero-shot tasks"),
+        (("perplexity", "--models", "a/m,b/m"), "two of them are shown as m"),
+    ):
+        status, out, [line] = quip("table", *words)
+        assert (status, out) == (2, "")
+        assert match in line
+
+
+def test_an_estimate_grows_with_what_is_asked_for(monkeypatch, asked, tmp_path):
+    monkeypatch.setattr(estimate, "_flops", lambda device, dtype: 1e9)
+    table = select(read_table("perplexity"), columns=("2 bits",))
+
+    def seconds(**changes: object) -> list[float]:
+        settings = Settings(**{"dataset": "c4", "evaluate": ("a",), "seqlen": 16, **changes})
+        found = estimate.estimates(list(cells(table, [asked[1]], settings, tmp_path)))
+        return [one.seconds for one in found]
+
+    few, many, short = seconds(nsamples=4), seconds(nsamples=64), seconds(eval_nsamples=1)
+    assert many[0] == few[0]  # the original is not calibrated
+    assert all(a < b for a, b in zip(few[1:], many[1:], strict=True))
+    assert short[0] < few[0]
+    greedy, nearest = few[3], few[4]
+    assert nearest < greedy

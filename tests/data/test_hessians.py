@@ -1,0 +1,267 @@
+"""Stores of Hessians: what goes in comes out bitwise, and what is not whole is refused."""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from quip.data import hessian_files
+from quip.data.hessians import HessianStore, StoreWriter
+from quip.errors import Unavailable, UsageError
+from quip.evaluate import memory
+from quip.matrix.hessian import Hessian
+from quip.model.block import walk
+from tests.support.tiny import tiny, tokens
+
+FACTS = {
+    "model": "tiny",
+    "digest": {},
+    "dtype": "float32",
+    "source": "original",
+    "calibration": {"dataset": "random"},
+}
+
+
+def observed(name: str = "opt") -> list[dict[str, Hessian]]:
+    """The Hessians of each block of a tiny model."""
+    return [block.observe() for block in walk(tiny(name), tokens(), device="cpu")]
+
+
+def written(
+    folder: Path,
+    blocks: list[dict[str, Hessian]],
+    *,
+    close: bool = True,
+    facts: Mapping[str, Any] = FACTS,
+) -> StoreWriter:
+    writer = StoreWriter(folder, facts)
+    for index, hessians in enumerate(blocks):
+        writer.keep(index, hessians)
+    if close:
+        writer.close()
+    return writer
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_a_store_gives_back_bitwise_what_a_run_would_use(tmp_path, name):
+    blocks = observed(name)
+    written(tmp_path, blocks)
+    store = HessianStore(tmp_path)
+    for hessians in blocks:
+        for matrix, hessian in hessians.items():
+            found = store.read(matrix)
+            assert found.H.dtype == torch.float64
+            assert torch.equal(found.H, hessian.value())
+            assert torch.equal(found.mean, hessian.mean())
+            assert found.count == hessian.count
+    assert store.manifest["model"] == "tiny"
+    assert store.manifest["calibration"] == {"dataset": "random"}
+
+
+def test_an_input_that_several_matrices_share_is_stored_once(tmp_path):
+    writer = written(tmp_path, observed("llama"))
+    store = HessianStore(tmp_path)
+    shared = [one.matrices for one in store.inputs[:4]]
+    prefix = "model.layers.0."
+    assert shared == [
+        tuple(f"{prefix}self_attn.{x}_proj" for x in "qkv"),
+        (f"{prefix}self_attn.o_proj",),
+        (f"{prefix}mlp.gate_proj", f"{prefix}mlp.up_proj"),
+        (f"{prefix}mlp.down_proj",),
+    ]
+    assert [one.block for one in store.inputs] == [i for i in range(4) for _ in range(4)]
+    assert all(one.name == one.matrices[0] for one in store.inputs)
+    files = {f"{one.name}.safetensors" for one in store.inputs}
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", *files}
+    assert {path.name for path in writer.files} == files
+
+
+def test_the_file_holds_the_lower_triangle_row_by_row(tmp_path):
+    from safetensors.torch import load_file
+
+    blocks = observed()
+    written(tmp_path, blocks)
+    name, hessian = next(iter(blocks[0].items()))
+    H, lower = hessian.value(), load_file(tmp_path / f"{name}.safetensors")["lower"]
+    assert lower.dtype == torch.float32
+    rows = [H[i, : i + 1] for i in range(len(H))]
+    assert torch.equal(lower.double(), torch.cat(rows))
+
+
+def test_a_store_is_the_same_bitwise_however_often_it_was_broken_off(tmp_path):
+    blocks = observed()
+    written(tmp_path / "whole", blocks)
+    written(tmp_path / "parts", blocks[:2], close=False)
+    writer = StoreWriter(tmp_path / "parts", FACTS, resume=True)
+    assert [writer.has(index) for index in range(4)] == [True, True, False, False]
+    for index in (2, 3):
+        writer.keep(index, blocks[index])
+    writer.close()
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert HessianStore(tmp_path / "parts").digest == HessianStore(tmp_path / "whole").digest
+
+
+def test_an_incomplete_store_is_refused_with_the_remedy(tmp_path):
+    written(tmp_path, observed()[:2], close=False)
+    with pytest.raises(Unavailable, match=r"not complete.*--resume"):
+        HessianStore(tmp_path)
+
+
+def test_what_is_no_store_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(Unavailable, match=r"no store of Hessians.*quip hessians MODEL DATASET"):
+        HessianStore(tmp_path / "nowhere")
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(Unavailable, match=r"damaged.*--overwrite"):
+        HessianStore(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": 99}')
+    with pytest.raises(Unavailable, match="format 99"):
+        HessianStore(tmp_path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+def test_a_damaged_file_is_refused_and_its_block_is_missing_on_resume(tmp_path, damage):
+    blocks = observed()
+    written(tmp_path, blocks)
+    name = next(iter(blocks[1]))
+    before = contents(tmp_path)
+    damage(tmp_path / f"{name}.safetensors")
+    with pytest.raises(Unavailable, match=rf"{name}.*--resume") as refusal:
+        HessianStore(tmp_path).read(name)
+    if "remove it, and" in str(refusal.value):  # its length is right
+        (tmp_path / f"{name}.safetensors").unlink()
+    writer = StoreWriter(tmp_path, FACTS, resume=True)
+    assert [writer.has(index) for index in range(4)] == [True, False, True, True]
+    assert not writer.complete
+    writer.keep(1, blocks[1])
+    writer.close()
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", [cut, flip])
+def test_what_is_damaged_in_a_store_that_was_broken_off_is_missing_on_resume(tmp_path, damage):
+    blocks = observed()
+    written(tmp_path, blocks[:2], close=False)
+    damage(tmp_path / f"{next(iter(blocks[0]))}.safetensors")
+    writer = StoreWriter(tmp_path, FACTS, resume=True)
+    assert [writer.has(index) for index in range(3)] == [False, True, False]
+
+
+def test_a_complete_store_is_taken_up_without_reading_its_files(tmp_path, monkeypatch):
+    written(tmp_path, observed())
+    before = contents(tmp_path)
+    for name in ("read_tensors", "load_file"):
+        monkeypatch.delattr(hessian_files, name)
+    assert StoreWriter(tmp_path, {**FACTS, "versions": {}}, resume=True).complete
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda words: [words.pop(key) for key in FACTS], "no 'model'"),
+        (lambda words: words.pop("complete"), "no 'complete'"),
+        (lambda words: words.pop("inputs"), "no 'inputs'"),
+        (lambda words: words["calibration"].clear(), "no 'dataset'"),
+        (lambda words: words["inputs"][1].pop("name"), "no 'name'"),
+        (lambda words: words["inputs"][1].update(size="7"), "size is '7'"),
+        (lambda words: words["inputs"].append(None), "NoneType"),
+    ],
+)
+def test_a_manifest_that_lacks_something_is_refused_and_nothing_is_lost(tmp_path, change, reason):
+    written(tmp_path, observed())
+    words = json.loads((tmp_path / "manifest.json").read_text())
+    change(words)
+    (tmp_path / "manifest.json").write_text(json.dumps(words))
+    before = contents(tmp_path)
+    for use in (HessianStore, partial(StoreWriter, facts=FACTS, resume=True)):
+        with pytest.raises(Unavailable, match=rf"is damaged \(.*{reason}.*--overwrite"):
+            use(tmp_path)
+    assert contents(tmp_path) == before
+    assert not StoreWriter(tmp_path, FACTS).complete
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 13])
+def test_a_triangle_is_mirrored_bitwise_whatever_the_panels(monkeypatch, rng, n):
+    monkeypatch.setattr(hessian_files, "PANEL", 4)
+    A = torch.randn(n, n, generator=rng).tril()
+    H = hessian_files.symmetric(n, A[torch.ones(n, n, dtype=torch.bool).tril()])
+    assert torch.equal(H.view(torch.int64), (A + A.tril(-1).T).double().view(torch.int64))
+
+
+@pytest.mark.skipif(not memory.CLEAR_REFS.exists(), reason="the system's mark cannot be reset")
+def test_a_matrix_is_mirrored_where_it_is():
+    n, lower = 4096, torch.ones(4096 * 4097 // 2)
+    with memory.measured("cpu") as found:
+        H = hessian_files.symmetric(n, lower)
+    assert found.peak_bytes - found.start_bytes < 1.5 * H.nbytes
+
+
+def test_starting_over_removes_what_the_store_before_held_and_nothing_else(tmp_path):
+    written(tmp_path, observed())
+    (tmp_path / "model.safetensors").write_text("of somebody else")
+    StoreWriter(tmp_path, FACTS)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", "model.safetensors"}
+
+
+@pytest.fixture(scope="module")
+def opt_store(tmp_path_factory) -> HessianStore:
+    folder = tmp_path_factory.mktemp("opt")
+    written(folder, observed())
+    return HessianStore(folder)
+
+
+def test_a_store_fits_the_model_that_it_was_made_of(opt_store):
+    opt_store.check(tiny("opt"))
+
+
+def test_a_store_of_another_model_is_refused_by_the_name_of_a_matrix(opt_store):
+    with pytest.raises(UsageError, match=r"model.layers.0.*nothing of it; it is of tiny"):
+        opt_store.check(tiny("llama"))
+
+
+def manifest_of(store: HessianStore) -> dict:
+    return json.loads((store.folder / "manifest.json").read_text())
+
+
+def copied(store: HessianStore, folder: Path, words: Mapping) -> HessianStore:
+    for path in store.folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "manifest.json").write_text(json.dumps(words))
+    return HessianStore(folder)
+
+
+def test_sizes_that_differ_and_matrices_too_many_are_refused(opt_store, tmp_path):
+    words = manifest_of(opt_store)
+    words["inputs"][3]["size"] = 7
+    name = words["inputs"][3]["name"]
+    with pytest.raises(UsageError, match=rf"{name} has 48 inputs, and the store holds 7 inputs"):
+        copied(opt_store, tmp_path, words).check(tiny("opt"))
+    with pytest.raises(Unavailable, match=rf"damaged \({name} has no 7 inputs\)"):
+        HessianStore(tmp_path).read(name)
+    words = manifest_of(opt_store)
+    words["inputs"][3]["matrices"].append("model.more")
+    with pytest.raises(UsageError, match=r"has no model\.more"):
+        copied(opt_store, tmp_path, words).check(tiny("opt"))
+
+
+def test_reading_a_name_that_is_not_there_says_so(opt_store):
+    with pytest.raises(UsageError, match=r"no Hessian of lm_head"):
+        opt_store.read("lm_head")

@@ -1,0 +1,96 @@
+"""The packed product by torch and by the kernel: the same numbers, and who is sent where."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quip.codebooks import Grids, Groups
+from quip.kernels.bits import pack
+from quip.kernels.grid_matvec import cpu
+from quip.kernels.grid_matvec.cpu import FEW, multiply, multiply_for, multiply_native
+from tests.laws import JoinedPoints, Points
+
+needs_compiler = pytest.mark.skipif(cpu.library(cpu.SOURCE) is None, reason="no C++ compiler here")
+
+
+def problem(m: int, n: int, bits: int, group: int | None, symmetric: bool, seed: int = 0):
+    """Packed codes and the grids that decode them."""
+    rng = torch.Generator().manual_seed(seed)
+    groups = Groups(n, group)
+    codes = torch.randint(2**bits, (m, n), generator=rng)
+    step = torch.rand(1 if symmetric else m, groups.count, generator=rng) + 0.1
+    zero = torch.randint(2**bits, (m, groups.count), generator=rng, dtype=torch.uint8)
+    grids = Grids(bits=bits, step=step.bfloat16(), zero=None if symmetric else zero, groups=groups)
+    return pack(codes, bits), grids
+
+
+@needs_compiler
+@given(
+    m=st.integers(1, 20),
+    n=st.integers(1, 300),
+    bits=st.integers(1, 8),
+    group=st.sampled_from([None, 1, 7, 64]),
+    symmetric=st.booleans(),
+    batch=st.sampled_from([(), (1,), (3,), (1, 1), (2, 4)]),
+)
+def test_the_kernel_is_the_product_with_the_decoded_matrix(m, n, bits, group, symmetric, batch):
+    words, grids = problem(m, n, bits, group, symmetric, seed=n)
+    x = torch.randn(*batch, n, generator=torch.Generator().manual_seed(m))
+    expected = multiply(x.double(), words, grids, torch.float64)
+    ours = multiply_native(x, words, grids, torch.float32)
+    assert ours.shape == expected.shape
+    # Sums of q x and of zero x are taken apart: each is at most 2^bits times the sum of |step x|.
+    scale = 2**bits * float(grids.step.max()) * x.abs().sum(-1, keepdim=True).double()
+    assert bool(((ours - expected).abs() <= 1e-6 * scale + 1e-30).all())
+
+
+@needs_compiler
+def test_strides_of_the_inputs_do_not_matter():
+    words, grids = problem(6, 40, 3, 8, symmetric=False)
+    x = torch.randn(40, 3).T
+    expected = multiply_native(x.contiguous(), words, grids, torch.float32)
+    assert torch.equal(multiply_native(x, words, grids, torch.float32), expected)
+    turned = words.T.contiguous().T
+    assert torch.equal(multiply_native(x, turned, grids, torch.float32), expected)
+
+
+@needs_compiler
+def test_a_few_single_precision_vectors_on_a_cpu_take_the_kernel():
+    _, grids = problem(4, 16, 2, None, symmetric=True)
+    assert multiply_for(grids, torch.zeros(FEW, 16)) is multiply_native
+    assert multiply_for(grids, torch.zeros(16)) is multiply_native
+    points = Points.random(2, 4)
+    for decoder, x in {
+        "many": (grids, torch.zeros(FEW + 1, 16)),
+        "none": (grids, torch.zeros(0, 16)),
+        "double": (grids, torch.zeros(1, 16).double()),
+        "elsewhere": (grids, torch.zeros(1, 16, device="meta")),
+        "gradient": (grids, torch.zeros(1, 16, requires_grad=True)),
+        "no grid": (JoinedPoints((points,), Groups(8, None)), torch.zeros(1, 16)),
+    }.values():
+        assert multiply_for(decoder, x) is multiply
+
+
+def test_without_a_compiler_torch_does_the_work(monkeypatch):
+    monkeypatch.setattr(cpu, "library", lambda source: None)
+    words, grids = problem(4, 16, 2, None, symmetric=True)
+    assert multiply_for(grids, torch.zeros(1, 16)) is multiply
+    x = torch.randn(1, 16)
+    torch.testing.assert_close(
+        multiply(x, words, grids, torch.float32),
+        multiply(x.double(), words, grids, torch.float64).float(),
+    )
+
+
+def test_the_product_is_computed_in_the_dtype_asked_for_and_keeps_its_own():
+    words, grids = problem(5, 64, 4, 16, symmetric=False)
+    x = torch.randn(12, 64)
+    exact = multiply(x, words, grids, torch.float32)
+    rounded = multiply(x, words, grids, torch.bfloat16)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    # bfloat16 has 8 bits: each product is off by at most 2^-8 of its size, twice, and the sum once.
+    torch.testing.assert_close(
+        rounded, exact, rtol=0, atol=float(3 * 2**-8 * exact.abs().max() * 8)
+    )

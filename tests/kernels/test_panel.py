@@ -1,0 +1,235 @@
+"""The compiled panel against torch, and what happens where it cannot be compiled."""
+
+import logging
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quip.codebooks import MinMaxGrid, RmsGrid, around
+from quip.kernels import native
+from quip.matrix import feedback, panel, sweep
+from quip.matrix.linalg import proxy_loss
+
+SHAPES = [(1, 5), (3, 4), (17, 33), (64, 7), (65, 130), (200, 32), (4100, 6)]  # m, n
+GROUPS = [None, 1, 7, 50, 1000]
+
+needs_compiler = pytest.mark.skipif(native.library(panel.SOURCE) is None, reason="no C++ compiler")
+
+
+def problem(m, n, *, seed=0):
+    """W, H in float32: correlated inputs."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(2 * n, n, generator=rng) @ torch.randn(n, n, generator=rng) / n**0.5
+    W = torch.randn(m, n, generator=rng) * torch.rand(m, 1, generator=rng).add(0.1)
+    return W, x.T @ x / len(x) + 0.01 * torch.eye(n)
+
+
+def grid(kind, bits, dtype=torch.bfloat16):
+    if kind == "rows":
+        return MinMaxGrid(bits=bits, step_dtype=dtype)
+    rhos = around(bits) if kind == "rhos" else (0.5 * bits + 1,)
+    return RmsGrid(bits=bits, rhos=rhos, step_dtype=dtype)
+
+
+def both(m, n, books, *, refit=False, base=False, K_T=False):
+    """(X, codes, errors, books) of one panel by torch and by the kernel."""
+    W, _ = problem(m, n, seed=1)
+    K = 0.1 * torch.randn(n, n, generator=torch.Generator().manual_seed(2))  # lower half: unread
+    K = K.T.contiguous().T if K_T else K
+    X, h = W.T.contiguous(), torch.ones(n)
+    target = {"base": X + 0.1} if base else {}
+    for form in (panel.round_panel, panel.round_panel_native):
+        eta = torch.full_like(X, torch.nan)
+        codes, used = form(X.clone(), K, eta, h, books, refit=refit, **target)
+        yield X, codes, eta, used
+
+
+def assert_same(expected, got, tolerance=1e-4):
+    """Equal codes and errors, but for what follows a tie that float noise decided."""
+    _, codes, eta, _ = expected
+    _, native_codes, native_eta, _ = got
+    assert native_codes.dtype == torch.uint8
+    assert native_codes.shape == codes.shape
+    # Rows know nothing of each other: only rows in which a tie flipped may differ.
+    differs = (codes != native_codes).any(0)
+    assert differs.float().mean() < 2e-3 or differs.sum() <= 1
+    torch.testing.assert_close(
+        native_eta[:, ~differs], eta[:, ~differs], rtol=tolerance, atol=tolerance
+    )
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", ["rms", "rows"])
+def test_the_kernel_rounds_as_torch_does_for_every_bit_width(kind, bits):
+    W, _ = problem(65, 40, seed=1)
+    book = grid(kind, bits).fit(W, torch.ones(40))
+    assert_same(*both(65, 40, [book]))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("kind", ["rms", "rows"])
+@pytest.mark.parametrize("base", [False, True])
+def test_the_kernel_rounds_as_torch_does_for_every_shape(m, n, kind, base):
+    W, _ = problem(m, n, seed=1)
+    book = grid(kind, 3).fit(W, torch.ones(n))
+    assert_same(*both(m, n, [book], base=base, K_T=base))
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["rms", "rows"])
+def test_every_column_may_have_a_book_of_its_own(kind):
+    W, _ = problem(70, 9, seed=1)
+    books = [grid(kind, 2).fit(W[:, k : k + 1], torch.ones(1)) for k in range(9)]
+    assert_same(*both(70, 9, books, base=True))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("m", "n"), SHAPES)
+@pytest.mark.parametrize("kind", ["rms", "rhos"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernel_fits_the_steps_that_torch_fits(m, n, kind, dtype):
+    bits = 2 + n % 7
+    expected, got = both(m, n, [grid(kind, bits, dtype)], refit=True)
+    steps, native_steps = (torch.stack([b.step for b in used]) for *_, used in (expected, got))
+    # The root of a float sum: one unit of bfloat16 apart if it lies next to a tie.
+    torch.testing.assert_close(
+        native_steps, steps, rtol=1e-5 if dtype.itemsize == 4 else 8e-3, atol=0
+    )
+    assert (native_steps / steps - 1).abs().gt(1e-5).float().mean() < 0.1
+    if torch.allclose(native_steps, steps, rtol=1e-5):
+        assert_same(expected, got)
+    for book, expected_book in zip(got[-1], expected[-1], strict=True):
+        assert type(book) is RmsGrid
+        assert book.zero.shape == book.step.shape == expected_book.step.shape == ()
+        assert replace(book, step=expected_book.step, zero=expected_book.zero) == expected_book
+
+
+@needs_compiler
+def test_a_column_of_zeros_gets_the_smallest_step():
+    book, X = grid("rhos", 2), torch.zeros(3, 20)
+    codes, books = panel.round_panel_native(
+        X, torch.zeros(3, 3), torch.empty_like(X), torch.ones(3), [book], refit=True
+    )
+    expected = book.fit(X.T, torch.ones(3))
+    assert all(torch.equal(b.step, expected.step) for b in books)
+    assert torch.equal(codes[0], expected.round(X[:1].T, torch.ones(1)))
+
+
+def test_only_what_the_kernel_can_do_is_sent_to_it():
+    W = torch.ones(2, 3)
+    torch_form, kernel = panel.round_panel, panel.round_panel_native
+    fast = kernel if native.library(panel.SOURCE) else torch_form
+    assert panel.panel_for(grid("rhos", 2), W, refit=True) is fast
+    assert panel.panel_for(grid("rows", 2), W) is fast
+    assert panel.panel_for(grid("rows", 2), W, refit=True) is torch_form
+    assert panel.panel_for(grid("rms", 2), W.double()) is torch_form
+    assert panel.panel_for(grid("rms", 2, torch.float16), W) is torch_form
+    assert panel.panel_for(replace(grid("rms", 2), unbiased=True), W) is torch_form
+
+
+def rounded(W, H, book, group, passes):
+    K, h = feedback.ldl(H)
+    codes, books = sweep.sweep(W, K, h, book.fit(W, h.float()), group=group)
+    if passes:
+        codes = sweep.greedy(W, H, codes, books, group=group, passes=passes)
+    width = group or W.shape[1]
+    columns = [books[k // width].decode(c) for k, c in enumerate(codes.T)]
+    return codes, torch.cat(columns, dim=1), books
+
+
+@needs_compiler
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("kind", ["rms", "rhos", "rows"])
+@pytest.mark.parametrize("passes", [0, 2])
+def test_sweep_and_greedy_lose_as_much_with_the_kernel_as_without(kind, group, passes, monkeypatch):
+    W, H = problem(90, 150)
+    codes, W_hat, books = rounded(W, H, grid(kind, 2), group, passes)
+    monkeypatch.setattr(sweep, "panel_for", lambda *_, **__: panel.round_panel)
+    torch_codes, torch_W_hat, torch_books = rounded(W, H, grid(kind, 2), group, passes)
+    assert codes.shape == torch_codes.shape
+    assert len(books) == len(torch_books)
+    # One flipped tie changes the rest of its row, and the step of a column changes all rows.
+    loss, torch_loss = proxy_loss(W, W_hat, H), proxy_loss(W, torch_W_hat, H)
+    assert loss == pytest.approx(torch_loss, rel=1e-5 if torch.equal(codes, torch_codes) else 0.02)
+    if kind != "rhos" and group != 1:
+        assert (codes != torch_codes).any(1).float().mean() < 0.05
+
+
+@pytest.fixture
+def fresh_cache(tmp_path, monkeypatch):
+    """No library compiled or loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.library.cache_clear()
+    yield tmp_path / "quip"
+    native.library.cache_clear()
+
+
+def test_without_a_compiler_torch_does_the_work_and_the_log_says_so(
+    fresh_cache, monkeypatch, caplog
+):
+    W, H = problem(20, 40)
+    expected = rounded(W, H, grid("rms", 3), None, 1)
+    native.library.cache_clear()
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with caplog.at_level(logging.INFO, logger="quip"):
+        codes, W_hat, _ = rounded(W, H, grid("rms", 3), None, 1)
+    (line,) = caplog.messages
+    assert "install one of g++" in line
+    assert (codes != expected[0]).any(1).sum() <= 1  # rows with a flipped tie
+    assert proxy_loss(W, W_hat, H) == pytest.approx(proxy_loss(W, expected[1], H), rel=1e-2)
+
+
+@needs_compiler
+def test_a_compile_that_fails_is_logged_once_with_its_reason(fresh_cache, tmp_path, caplog):
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("#error this cannot be built\n")
+    assert native.library(broken) is None
+    assert native.library(broken) is None
+    (line,) = caplog.messages
+    assert "broken.cpp" in line
+    assert "this cannot be built" in line
+    assert not list(fresh_cache.iterdir())  # no half-built library stays behind
+
+
+def two(tmp_path, name="two.cpp"):
+    source = tmp_path / name
+    source.write_text('extern "C" int two() { return 2; }\n')
+    return source
+
+
+@needs_compiler
+def test_a_library_is_built_once_and_again_if_it_is_corrupt(fresh_cache, tmp_path):
+    source = two(tmp_path)
+    assert native.library(source).two() == 2
+    (built,) = fresh_cache.iterdir()
+    age = built.stat().st_mtime_ns
+    native.library.cache_clear()
+    assert native.library(source).two() == 2
+    assert built.stat().st_mtime_ns == age
+
+    other = two(tmp_path, "other.cpp")
+    path = fresh_cache / f"other-{native._fingerprint(other, native._compiler())}.so"
+    path.write_bytes(b"not a library")
+    assert native.library(other).two() == 2
+
+
+def build(source, results):
+    library = native.library(source)
+    results.put(library is not None and library.two())
+
+
+@needs_compiler
+def test_processes_that_compile_at_once_do_not_disturb_each_other(fresh_cache, tmp_path):
+    context = multiprocessing.get_context("fork")
+    source, results = two(tmp_path), context.Queue()
+    processes = [context.Process(target=build, args=(source, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [2, 2, 2]
+    for process in processes:
+        process.join()
+    assert len(list(fresh_cache.iterdir())) == 1

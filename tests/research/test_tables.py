@@ -1,0 +1,164 @@
+"""Tables as data: descriptions, published numbers, and what is shown of them."""
+
+import csv
+import json
+
+import pytest
+
+from quip.errors import UsageError
+from quip.research.tables.cells import slug
+from quip.research.tables.description import Measure, names, read_table, recipe_of
+from quip.research.tables.entries import state_of
+from quip.research.tables.papers import known_models, lookup, papers_name, published
+from quip.research.tables.record import write_record
+from quip.research.tables.rendering import markdown, number
+
+OWN = """
+title: Two methods
+source: A test
+models: [facebook/opt-125m]
+evaluate: [wikitext2]
+rows:
+  original: {wbits: 16, paper: {method: FP16, processing: none, wbits: 16}}
+  Near: {quant: nearest, paper: {method: Near, processing: baseline}}
+  QuIP: {quant: ldlq, incoh_processing: true, paper: {method: QuIP(LDLQ), processing: IncP}}
+  gain: {difference: [Near, QuIP]}
+  share: {ratio: [Near, QuIP]}
+columns:
+  4 bits: {wbits: 4, paper: {wbits: 4}}
+  2 bits: {wbits: 2, paper: {wbits: 2}}
+"""
+
+
+# What the paper has not: most of OPT-66b and Llama, Table 3 at 2 bits, what is misprinted of
+# OPT-13b; nor our own measures beside its (incoherence, dense models).
+UNPUBLISHED = {"perplexity": 129, "zeroshot": 165, "processing": 4, "hessians": 8, "throughput": 6}
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_number_that_a_description_points_to_is_published(name):
+    table = read_table(name)
+    found = [
+        lookup(
+            {"metric": measure.label, "model": papers_name(model) or ""}
+            | {**table.paper, **column.paper, **row.paper}
+        )
+        for row in table.rows
+        for column in table.columns
+        for measure in table.measures
+        for model in table.models
+        if row.paper
+    ]
+    assert found.count(None) == UNPUBLISHED.get(name, 0)
+    assert len(found) > found.count(None)
+
+
+def test_published_numbers_are_those_of_the_paper():
+    words = {"model": "OPT-2.7b", "processing": "IncP", "method": "QuIP(LDLQ)", "wbits": "2"}
+    assert lookup({**words, "metric": "Wiki"}) == 2998
+    assert lookup({**words, "metric": "PTB"}) == 63.59
+    assert lookup({**words, "metric": "nothing"}) is None
+    assert len(published()) > 1300
+
+
+def test_numbers_that_the_paper_prints_by_mistake_are_replaced_by_those_of_its_figures():
+    words = {"model": "OPT-13b", "processing": "baseline", "method": "OPTQ(=LDLQ)"}
+    assert lookup({**words, "wbits": "3", "metric": "ArcE"}) == 55.98
+    assert lookup({**words, "wbits": "4", "metric": "ArcE"}) is None
+
+
+def test_a_measure_is_a_number_at_a_path_or_its_inverse():
+    report = {"perplexity": {"a": 2.0, "b": "inf"}, "speed": {"decode": 50.0}, "none": None}
+    assert Measure(label="", path=("perplexity", "a")).of(report) == 2
+    assert Measure(label="", path=("perplexity", "b")).of(report) == float("inf")
+    assert Measure(label="", path=("speed", "decode"), scale=1000.0, inverse=True).of(report) == 20
+    for path in (("perplexity", "c"), ("none",), ("speed", "decode", "deeper")):
+        assert Measure(label="", path=path).of(report) is None
+
+
+def test_a_description_that_means_nothing_is_refused_before_anything_runs(tmp_path):
+    path = tmp_path / "mine.yaml"
+    for old, new, match in (
+        ("quant: nearest", "quant: nearby", "--quant nearby: not one of"),
+        ("quant: nearest", "quantum: 1", "names are those of `quip run`"),
+        ("title:", "titel:", "unknown name 'titel'"),
+        ("evaluate: [wikitext2]", "kind: dream", "kind 'dream'"),
+        ("evaluate: [wikitext2]", "", "nothing is measured"),
+        ("ratio: [Near, QuIP]", "ratio: [Near, Far]", "row 'share': it is made of two rows"),
+        ("rows:", "rows", "cannot be read as YAML"),
+    ):
+        path.write_text(OWN.replace(old, new))
+        with pytest.raises(UsageError, match=match):
+            read_table(str(path))
+    with pytest.raises(UsageError, match="table nowhere: choose algorithm5"):
+        read_table("nowhere")
+
+
+def test_flags_of_a_cell_are_those_of_a_run():
+    assert recipe_of({"wbits": 16}) is None
+    assert recipe_of({"wbits": 2, "incoh_processing": True, "range": "16"}).group == 16
+
+
+@pytest.mark.parametrize(
+    ("ours", "papers", "better", "state"),
+    [
+        (0.5, 0.0, "higher", "done"),  # the paper has accuracies of 0
+        (31.0, 30.0, "lower", "done"),
+        (32.0, 30.0, "lower", "missed"),
+        (28.0, 30.0, "higher", "missed"),
+        (float("nan"), 30.0, "lower", "missed"),
+        (float("inf"), 30.0, "lower", "missed"),
+        (99.0, 30.0, "neither", "done"),
+        (99.0, None, "lower", "done"),
+    ],
+)
+def test_missed_is_what_is_five_percent_worse_or_no_number(ours, papers, better, state):
+    assert state_of(ours, papers, better, failed=False) == state
+
+
+def record(**changes: object) -> dict:
+    entry = {"model": "facebook/opt-125m", "column": "2 bits", "measure": "Wiki", "paper": 347.4}
+    rows = [
+        {**entry, "row": "QuIP", "ours": 300.0, "state": "done"},
+        {**entry, "row": "Near", "ours": 5375.0, "paper": 400.0, "state": "missed"},
+        {**entry, "row": "Greedy", "ours": None, "paper": None, "state": "not run"},
+        {**entry, "row": "OPTQ", "ours": None, "paper": 12.0, "state": "failed"},
+    ]
+    settings = {"dataset": "c4", "nsamples": 128, "seqlen": None, "seed": 0, "dtype": "auto"}
+    settings |= {"evaluate": ["wikitext2"], "eval_nsamples": None, "tasks": [], "limit": None}
+    head = {"table": "mine", "title": "A", "source": "B", "note": "N.", "by": "columns"}
+    head["axes"] = {"Wiki": "perplexity, Wiki"}
+    return {**head, "settings": settings, "entries": rows, **changes}
+
+
+def test_the_table_shows_ours_beside_the_papers_and_what_is_missed_or_not_run():
+    text = markdown(record())
+    assert "| opt-125m | 2 bits |" in text
+    assert "| QuIP | 300.0 / 347.4 |" in text
+    assert "| Near | 5,375 / 400.0 missed |" in text
+    assert "| Greedy | - |" in text
+    assert "| OPTQ | failed / 12.00 |" in text
+    assert "Missed: more than 5 % worse" in text
+    assert "Calibrated on 128 windows of c4; measured on wikitext2; seed 0. N." in text
+
+
+def test_numbers_have_four_digits_or_so():
+    numbers = (56.448, 347.42, 5375.2, 1.86e5, 0.01324, 2.5e-6, "inf", -9.96, 0.0)
+    words = ("56.45", "347.4", "5,375", "1.9e+05", "0.01324", "2.5e-06", "inf", "-9.96", "0.00")
+    assert tuple(map(number, numbers)) == words
+
+
+@pytest.mark.parametrize("by", ["columns", "models"])
+def test_a_table_is_written_as_markdown_csv_json_and_a_picture(by, tmp_path):
+    paths = write_record(record(by=by), tmp_path)
+    assert [path.name for path in paths] == ["mine.json", "mine.csv", "mine.md", "mine.png"]
+    assert json.loads(paths[0].read_text())["entries"][0]["ours"] == 300
+    rows = list(csv.DictReader(paths[1].open(newline="")))
+    assert [row["row"] for row in rows] == ["QuIP", "Near", "Greedy", "OPTQ"]
+    assert paths[3].read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_of_the_papers_are_known_without_the_network():
+    assert set(read_table("perplexity").models) == set(known_models())
+    assert slug("facebook/opt-1.3b") == "opt-1.3b"
+    assert slug("/a/b/Smol.Q4_1.gguf") == "Smol.Q4_1"

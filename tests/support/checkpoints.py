@@ -1,0 +1,117 @@
+"""Tiny quantized models, in memory and in folders, and processes that know nothing of them yet."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from quip.errors import QuipError
+from quip.matrix.build import build_recipe
+from quip.model.load import load_model
+from quip.model.quantize import quantize_model
+from quip.packed.checkpoint import load, save_checkpoint
+from tests.model.test_load import save_tokenizer
+from tests.support.tiny import EAGER_ONLY, tiny, tokens
+
+INCOHERENT = {"quant": "ldlq", "wbits": 2, "incoh_processing": True}
+ROOT = Path(__file__).parents[2]
+
+
+def quantized(
+    name: str = "llama",
+    flags: dict[str, object] = INCOHERENT,
+    *,
+    blocks: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A tiny model, of its first blocks only, with the attention that from_pretrained takes."""
+    attention = "eager" if name in EAGER_ONLY else "sdpa"
+    weights = tiny(name, attention)
+    # Made in its dtype, as from_pretrained does it: a cast would round the rotary frequencies too.
+    model = AutoModelForCausalLM.from_config(
+        weights.config, dtype=dtype, attn_implementation=attention
+    )
+    model.eval().load_state_dict(weights.state_dict())
+    decoder = model.get_decoder()
+    decoder.layers = decoder.layers[:blocks]
+    model.config.num_hidden_layers = blocks
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:blocks]
+    quantize_model(model, tokens(), build_recipe(**flags), device="cpu", seed=0)
+    return model.requires_grad_(False)
+
+
+def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """One token a letter; its files go to the folder."""
+    save_tokenizer(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def save(model: PreTrainedModel, folder: Path, **options: object) -> Path:
+    save_checkpoint(model, tokenizer(folder.parent / "tokenizer"), folder, **options)
+    return folder
+
+
+def edit(folder: Path, **words: object) -> None:
+    """Change the quantization_config of config.json; None removes a word."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    changed = {**config["quantization_config"], **words}
+    config["quantization_config"] = {k: x for k, x in changed.items() if x is not None}
+    path.write_text(json.dumps(config))
+
+
+def damage(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of model.safetensors."""
+    path = folder / "model.safetensors"
+    tensors = {name: x.clone() for name, x in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def fresh(code: str, *arguments: object) -> Any:
+    """What a new Python process, with these arguments, prints at last: a line of JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def refusal(folder: Path, load=load) -> str:
+    """The one line with which a folder is refused."""
+    with pytest.raises(QuipError) as caught:
+        load(folder)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert line.startswith(f"{folder}: ")
+    return f"{type(caught.value).__name__}: {line}"
+
+
+def refusals(folder: Path) -> str:
+    """That line, once load, load_model and from_pretrained have all refused the folder with it."""
+    line = refusal(folder)
+    assert refusal(folder, lambda folder: load_model(str(folder))) == line
+    with pytest.raises(QuipError) as caught:
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert line == f"{type(caught.value).__name__}: {folder}: {caught.value}"
+    return line
