@@ -17,7 +17,9 @@ from quip.codebooks import DECODERS, Codebook, Groups, MinMaxGrid, RmsGrid, arou
 from quip.kernels.bits import words
 from quip.matrix.build import build_recipe
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.quantize import QuantizedMatrix, quantize_matrix, rng_for
+from quip.matrix.quantize import quantize_matrix
+from quip.matrix.seeds import rng_for
+from quip.packed.matrix import QuantizedMatrix
 from quip.stored import Stored
 from quip.transforms import (
     Chain,

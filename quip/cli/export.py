@@ -49,7 +49,7 @@ def call(args: argparse.Namespace) -> None:
         raise UsageError(f"--dtype {args.dtype} with --quip-sharp: that layout is in float16")
 
     from quip.jobs.export import export_dense, export_quip_sharp
-    from quip.jobs.report.card import size_words
+    from quip.jobs.report.text import size_words
 
     if args.dense:
         size = export_dense(args.folder, args.out, dtype=args.dtype, overwrite=args.overwrite)

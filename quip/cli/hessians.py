@@ -50,7 +50,7 @@ def call(args: argparse.Namespace) -> None:
         raise UsageError("--resume goes on and --overwrite starts over: leave one out")
 
     from quip.jobs.hessians import Collection, collect_hessians
-    from quip.jobs.report.card import size_words
+    from quip.jobs.report.text import size_words
 
     found = collect_hessians(
         Collection(

@@ -27,7 +27,7 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Import, and say what came of it."""
-    from quip.jobs.report.card import size_words
+    from quip.jobs.report.text import size_words
     from quip.packed.quip_sharp.read import import_quip_sharp
 
     made = import_quip_sharp(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quip.cli.shared import aligned
-from quip.jobs.report.card import size_words
+from quip.jobs.report.text import size_words
 
 SUMMARY = "show what a saved checkpoint holds and takes"
 

@@ -105,7 +105,7 @@ def asked(args: argparse.Namespace) -> "ProxyBench":
     """What the strings mean. Raises UsageError for what means nothing."""
     _refuse(args)
 
-    from quip.matrix.flags import METHODS
+    from quip.matrix.methods import METHODS
     from quip.research.losses.bench import ProxyBench
 
     return ProxyBench(

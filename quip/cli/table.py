@@ -179,7 +179,7 @@ def _listing(name: str | None) -> str:
 
 
 def _plan(found: "Sequence[Cell]") -> str:
-    from quip.jobs.report.card import size_words
+    from quip.jobs.report.text import size_words
     from quip.research.tables.estimate import Estimate, estimates
 
     lines = [("cell", "state", "time", "memory")]

@@ -18,7 +18,7 @@ import torch
 import xxhash
 from jaxtyping import Float
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from quip.data.hessian_files import (
     FORMAT,
@@ -37,7 +37,6 @@ from quip.data.hessian_files import (
 from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
 from quip.matrix.hessian import Hessian, sharing
-from quip.model.matrices import coverage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +112,12 @@ class HessianStore:
         H = symmetric(one.size, found.pop("lower"))
         return Moments(H, found["mean"], int(found["count"]))
 
-    def check(self, model: nn.Module) -> None:
-        """Raise UsageError, naming the matrix, unless names and sizes are those of the model."""
-        names = coverage(model).quantized
-        for name in names:
-            n = model.get_parameter(f"{name}.weight").shape[1]
+    def check(self, widths: Mapping[str, int]) -> None:
+        """Raise UsageError, naming the matrix, unless the store fits a model.
+
+        `widths` are the numbers of inputs of all matrices of the model that are quantized, by name.
+        """
+        for name, n in widths.items():
             known = self._input_of.get(name)
             if known is None or known.size != n:
                 what = "nothing of it" if known is None else f"{known.size} inputs"
@@ -126,7 +126,7 @@ class HessianStore:
                     f"the store holds {what}; it is of {self.manifest['model']}"
                 )
         for name in self._input_of:
-            if name not in names:
+            if name not in widths:
                 raise UsageError(
                     f"the store {self.folder} does not fit the model, which has no {name}; it "
                     f"is of {self.manifest['model']}"

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip.errors import UsageError
-from quip.evaluate.perplexity import CHUNK
 from quip.model.device import placed
+from quip.model.tune.kl import CHUNK, kl_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +94,7 @@ def _kl(
     positions = max(1, CHUNK // (count * vocab))
     found = []
     for x, y in zip(p_logits.split(positions, 1), q_logits.split(positions, 1), strict=True):
-        # In float32: log p of some -10 has a spacing of 0.06 in bfloat16.
-        log_p, log_q = x.float().log_softmax(-1), y.float().log_softmax(-1)
-        p = log_p.exp()
-        # 0 log 0 = 0: tokens that a model excludes have log p = -inf, and 0 inf is NaN.
-        terms = (p * (log_p - log_q)).masked_fill_(p == 0, 0)
-        found.append(terms.sum(-1, dtype=torch.float64))
+        found.append(kl_terms(x, y).sum(-1, dtype=torch.float64))
     return torch.cat(found, dim=1)
 
 

@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from quip.errors import UsageError
 from quip.model.device import placed
-
-CHUNK = 4_000_000  # logits in float32 at a time: 16 MB, 80 positions of a vocabulary of 50,000
+from quip.model.tune.kl import CHUNK
 
 
 @torch.no_grad()

@@ -6,8 +6,10 @@ from pathlib import Path
 from quip.data import TokenSet, calibration_tokens
 from quip.data.hessians import HessianStore
 from quip.jobs.evaluate import default_seqlen
-from quip.model.ledger import differences, identity_of
+from quip.jobs.fingerprint import identity_of
+from quip.model.ledger import differences
 from quip.model.load import LoadedModel
+from quip.model.matrices import widths
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ def fitting_store(folder: Path, loaded: LoadedModel) -> HessianStore:
     That it was made of other weights (a fine-tuned model, another dtype) is only warned of.
     """
     store = HessianStore(folder)
-    store.check(loaded.model)
+    store.check(widths(loaded.model))
     changes = differences(store.manifest["digest"], identity_of(loaded.model))
     if changes:
         log.warning("the store %s is not quite of this model (%s)", folder, changes)

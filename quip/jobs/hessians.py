@@ -21,16 +21,17 @@ from tqdm import tqdm
 from quip.data import TokenSet, check_dataset
 from quip.data.hessians import StoreWriter
 from quip.jobs.calibration import calibration_of
+from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.report.folder import RunFolder
 from quip.matrix.hessian import Hessian
 from quip.matrix.recipe import Recipe
-from quip.model.block import batch_size_for, walk
 from quip.model.device import choose_device
-from quip.model.ledger import Ledger, fingerprint_of
+from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights, find_blocks
 from quip.model.quantize import quantize_matrix_by_matrix
 from quip.model.records import Stopwatch, versions
+from quip.model.walk import batch_size_for, walk
 
 log = logging.getLogger(__name__)
 

@@ -15,18 +15,19 @@ from quip.evaluate.zeroshot import ZeroShot
 from quip.files import check_new
 from quip.jobs.calibration import calibration_of, fitting_store
 from quip.jobs.evaluate import check_measures, measure_perplexities, measure_tasks, token_sets
+from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
 from quip.matrix.recipe import Recipe, describe
-from quip.model.block import batch_size_for
 from quip.model.device import choose_device, device_name
-from quip.model.ledger import Ledger, Source, fingerprint_of
+from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights
 from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
 from quip.model.tune import BlockTuning, TuningRecord
+from quip.model.walk import batch_size_for
 from quip.packed.checkpoint import check_replaced
 
 log = logging.getLogger(__name__)

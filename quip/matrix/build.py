@@ -8,7 +8,8 @@ from typing import Any
 from quip.codebooks import LATTICES, Codebook, Lattice, MinMaxGrid, RmsGrid, around
 from quip.errors import UsageError
 from quip.matrix.feedback import none
-from quip.matrix.flags import METHODS, Flags
+from quip.matrix.flags import Flags
+from quip.matrix.methods import METHODS
 from quip.matrix.recipe import Recipe
 from quip.transforms import (
     Draw,

@@ -1,51 +1,24 @@
 """One matrix through the house: condition, transform, order, feedback, sweep, polish."""
 
-import hashlib
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain, product
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor
 
 from quip.codebooks.base import Codebook, Decoder, Groups
-from quip.kernels.bits import pack
 from quip.matrix.linalg import energy
+from quip.matrix.polish import greedy
 from quip.matrix.prepare import Factored, Factorisations, keys
 from quip.matrix.recipe import Recipe
-from quip.matrix.sweep import greedy, sweep
-from quip.transforms import Chain
+from quip.matrix.seeds import rng_for
+from quip.matrix.sweep import sweep
+from quip.packed.matrix import QuantizedMatrix
 
 Label = TypeVar("Label", bound=Hashable)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizedMatrix:
-    """A quantized weight matrix in the basis of its transform, columns in natural order."""
-
-    codes: Integer[Tensor, "m k"]
-    decoder: Decoder
-    transform: Chain
-    damp: float  # as used, after escalation
-    book: Codebook | None = None  # of the recipe, before it was fitted: which of its trials
-
-    def dequantize(self) -> Float[Tensor, "m n"]:
-        """W_hat in the original basis, float32."""
-        return self.transform.undo(self.decoder.decode(self.codes).double()).float()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that must be stored for the matrix; the codes as packed words."""
-        codes = {"codes": pack(self.codes, self.decoder.index_bits)}
-        return codes | self.decoder.tensors() | self.transform.tensors()
-
-    @property
-    def bits_per_weight(self) -> float:
-        """The bits of all `tensors`, over the number of weights."""
-        stored = 8 * sum(tensor.nbytes for tensor in self.tensors().values())
-        return stored / (self.codes.numel() * self.decoder.dim)
 
 
 def quantize_matrix(
@@ -104,12 +77,6 @@ def quantize_by_many(
         for name, label in chain.from_iterable(work.values()):
             rng = rng_for(seed, name)
             yield name, label, _quantize(weights[name], factorisations, recipes[label], rng, name)
-
-
-def rng_for(seed: int, name: str) -> torch.Generator:
-    """The generator of one matrix: the same whatever else is quantized, and in any order."""
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _quantize(

@@ -1,96 +1,36 @@
 """The walk itself: blocks in order, each fed by whatever the blocks before it have become."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from quip.errors import NonFinite, UnsupportedModel, UsageError
+from quip.errors import UnsupportedModel
 from quip.matrix.hessian import Hessian
-from quip.model.calls import Call, capture
-from quip.model.matrices import coverage, find_blocks
-from quip.model.module import BlockModule
-
-TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
+from quip.model.calls import Call
+from quip.model.observe import Observer
 
 
-def batch_size_for(seqlen: int) -> int:
-    """Windows of so many tokens that pass through a block together."""
-    return max(1, TOKENS_PER_BATCH // seqlen)
+class BlockModule:
+    """One decoder block on the device: its matrices, to be replaced one by one."""
 
+    def __init__(self, index: int, name: str, module: nn.Module, *, device: torch.device) -> None:
+        self.index, self.name, self.module, self._device = index, name, module, device
 
-def walk(
-    model: nn.Module,
-    tokens: Int[Tensor, "count seqlen"],
-    *,
-    device: torch.device | str,
-    batch_size: int = 1,
-    start: int = 0,
-    hidden: Float[Tensor, "count seqlen width"] | None = None,
-) -> Iterator["Block"]:
-    """Each decoder block in order, on the device while the loop body runs.
+    def linears(self) -> dict[str, nn.Linear]:
+        """Full dotted name -> matrix, for every nn.Linear that has not been replaced."""
+        return {
+            f"{self.name}.{name}": module
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear)
+        }
 
-        for block in walk(model, tokens, device=device):
-            hessians = block.observe()
-            for name, linear in block.linears().items():
-                block.replace(name, quantized(linear, hessians[name]))
-
-    At the end of the body the block, as it then is, turns its inputs into those of the next
-    block, and returns to where the model is (usually the host). A walk that was broken off is taken
-    up at block `start` with the `hidden` states that enter it. Raises UnsupportedModel before
-    anything runs where `coverage` does, and for blocks that are no plain chain.
-    """
-    coverage(model)
-    if model.training:
-        raise UsageError("the model is in training mode, where dropout is random; call eval()")
-    prefix, blocks = find_blocks(model)
-    device, host = torch.device(device), next(model.parameters()).device
-    entering, calls = _enter(model, tokens.to(host), device=device, batch_size=batch_size)
-    if hidden is not None:
-        entering.copy_(hidden)
-    for index, module in enumerate(blocks[start:], start):
-        try:
-            block = Block(
-                index,
-                f"{prefix}.{index}",
-                module.to(device),
-                entering,
-                [batch_calls[index] for batch_calls in calls],
-                device=device,
-                batch_size=batch_size,
-            )
-            yield block
-            if index + 1 < len(blocks):
-                block.replay()
-        finally:
-            module.to(host)
-
-
-def _enter(
-    model: nn.Module, tokens: Int[Tensor, "count seqlen"], *, device: torch.device, batch_size: int
-) -> tuple[Float[Tensor, "count seqlen width"], list[list[Call]]]:
-    """The hidden states that enter block 0, and calls[batch][block]."""
-    hidden: Tensor | None = None
-    calls: list[list[Call]] = []
-    for entering, batch_calls in capture(model, tokens.split(batch_size), device=device):
-        if hidden is None:
-            shape, nbytes = (len(tokens), *entering.shape[1:]), len(tokens) * entering[0].nbytes
-            hidden = entering.new_empty(shape, device=_home(device, nbytes))
-        start = len(calls) * batch_size
-        hidden[start : start + len(entering)] = entering
-        calls.append(batch_calls)
-    assert hidden is not None
-    return hidden, calls
-
-
-def _home(device: torch.device, nbytes: int) -> torch.device:
-    """Where activations live: on a GPU with four times the room, otherwise in host memory."""
-    if device.type == "cuda" and 4 * nbytes <= torch.cuda.mem_get_info(device)[0]:
-        return device
-    return torch.device("cpu")
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put a module where the matrix of this full dotted name is."""
+        module = module.to(self._device).train(self.module.training)
+        self.module.set_submodule(name.removeprefix(f"{self.name}."), module, strict=True)
 
 
 class Block(BlockModule):
@@ -121,7 +61,7 @@ class Block(BlockModule):
         object. Raises NonFinite or UnsupportedModel, naming the matrix, where inputs are NaN
         or infinite, and where a matrix never ran.
         """
-        observer, linears = _Observer(), self.linears()
+        observer, linears = Observer(), self.linears()
         hooks = [
             linear.register_forward_pre_hook(partial(observer.see, name), with_kwargs=True)
             for name, linear in linears.items()
@@ -177,57 +117,3 @@ class Block(BlockModule):
 
 def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return x.to(dtype) if dtype is not None and x.is_floating_point() else x
-
-
-class _Observer:
-    """One Hessian per distinct input tensor, whichever matrices it feeds.
-
-    Matrices share when their first inputs are the same memory, unmodified. The inputs of the
-    running batch are held, so that no address is used twice.
-    """
-
-    def __init__(self) -> None:
-        self._leader: dict[str, str] = {}
-        self._sums: dict[str, Hessian] = {}
-        self._tokens: Counter[str] = Counter()
-        self._inputs: dict[tuple, tuple[str, Tensor]] = {}
-
-    def see(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
-        """A forward pre-hook, once `name` is bound."""
-        x = args[0] if args else kwargs["input"]
-        if x.numel() == 0:  # an expert that no token of this batch chose
-            return
-        if name not in self._leader:
-            # A flattened view of x is x.
-            shape = x.shape[-1:] if x.is_contiguous() else (*x.shape, *x.stride())
-            key = (x.data_ptr(), x.numel(), *shape, x._version)
-            leader, _ = self._inputs.setdefault(key, (name, x))
-            self._leader[name] = leader
-            if leader == name:
-                self._sums[name] = Hessian(x.shape[-1], device=x.device)
-        self._tokens[name] += x.numel() // x.shape[-1]
-        if self._leader[name] == name:
-            self._sums[name].update(x)
-
-    def forget_inputs(self) -> None:
-        self._inputs.clear()
-
-    def hessians(self, names: Iterable[str]) -> dict[str, Hessian]:
-        for name in names:
-            if not self._tokens[name]:
-                raise UnsupportedModel(
-                    f"{name} never ran: an expert that no calibration token chose (add samples), "
-                    "or a matrix that is used without calling its module"
-                )
-            if self._tokens[name] != self._tokens[self._leader[name]]:
-                raise UnsupportedModel(
-                    f"{name} shares its first input with {self._leader[name]} but not the later "
-                    "ones; only matrices that run once per pass can be walked"
-                )
-        for name, hessian in self._sums.items():
-            if not hessian.value().diagonal().isfinite().all():
-                raise NonFinite(
-                    f"{name}: NaN or infinity among its inputs on the calibration tokens; "
-                    "load the model as float32, or check its weights"
-                )
-        return {name: self._sums[self._leader[name]] for name in names}

@@ -17,30 +17,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-import xxhash
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from quip.data import TokenSet
-from quip.data.hessians import HessianStore
 from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
-from quip.matrix.recipe import Recipe, describe
-from quip.model.load import LoadedModel
-from quip.model.module import BlockModule
-from quip.model.records import MatrixRecord, versions
-from quip.model.tune import BlockTuning, TuningRecord
+from quip.model.block import BlockModule
+from quip.model.records import MatrixRecord
+from quip.model.tune import TuningRecord
 from quip.packed.layout import Layout
 
 log = logging.getLogger(__name__)
-
-Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matrices
 
 
 class Ledger:
@@ -147,49 +138,6 @@ class Ledger:
 
     def _block(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
-
-
-def fingerprint_of(
-    loaded: LoadedModel,
-    source: Source,
-    recipe: Recipe | None,
-    tuning: BlockTuning | None = None,
-    *,
-    seed: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """All that the codes of a run depend on, fit for JSON; what is short comes first."""
-    found = versions()
-    return {
-        "recipe": recipe and describe(recipe),
-        "tuning": tuning and asdict(tuning),
-        "seed": seed,
-        "dtype": loaded.dtype_name,
-        "device": device.type,
-        "versions": {name: found.get(name) for name in ("quip-quant", "torch")},
-        "calibration": source.stamp,
-        "hessians": source.digest if isinstance(source, HessianStore) else None,
-        "model": identity_of(loaded.model),
-    }
-
-
-def identity_of(model: PreTrainedModel) -> dict[str, str]:
-    """Which model it is: its class, and hashes of its config and its weights."""
-    return {
-        "class": type(model).__name__,
-        "config": xxhash.xxh3_128(model.config.to_json_string().encode()).hexdigest(),
-        "weights": _digest(model),
-    }
-
-
-def _digest(model: nn.Module) -> str:
-    """A hash of every parameter's and buffer's name, type, shape and bytes."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

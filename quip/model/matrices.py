@@ -76,6 +76,12 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(quantized=tuple(quantized), kept=tuple(kept))
 
 
+def widths(model: nn.Module) -> dict[str, int]:
+    """The number of inputs of each matrix that a walk quantizes. Raises as `coverage` does."""
+    names = coverage(model).quantized
+    return {name: model.get_parameter(f"{name}.weight").shape[1] for name in names}
+
+
 def _obstacle(model: nn.Module, name: str, holders: list[str]) -> str | None:
     """Why the walk cannot quantize this parameter of a block, or None where it can."""
     owner = model.get_submodule(name.rpartition(".")[0])

@@ -13,13 +13,13 @@ from tqdm import tqdm
 from quip.data.hessians import HessianStore, StoredInput
 from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
-from quip.model.block import Block, walk
+from quip.model.block import Block, BlockModule
 from quip.model.ledger import Ledger
-from quip.model.matrices import coverage, find_blocks
-from quip.model.module import BlockModule, standing
+from quip.model.matrices import coverage, find_blocks, widths
 from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.siblings import quantize_group
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
+from quip.model.walk import standing, walk
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def quantize_from_store(
     Nothing passes through the model: blocks do not depend on each other, and each input is read
     once. One H is in memory at a time. Stages counted in `watch`: read, quantize, keep.
     """
-    store.check(model)
+    store.check(widths(model))
     with _bar(_checked(model, recipe)) as bar:
         run = _Run(recipe, seed, watch, bar, ledger, None, [], lambda _block, _hessians: None)
         inputs = {

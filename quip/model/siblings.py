@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.quantize import quantize_matrices, quantize_matrix, rng_for
+from quip.matrix.quantize import quantize_matrices, quantize_matrix
 from quip.matrix.recipe import Recipe
-from quip.model.module import BlockModule
+from quip.matrix.seeds import rng_for
+from quip.model.block import BlockModule
 from quip.model.records import MatrixRecord
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import Stack, StackedLinear, in_order, stacked

@@ -13,7 +13,6 @@ would add an error of the size of rounding W~.
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,71 +20,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from quip.codebooks import DECODERS, Decoder
-from quip.errors import QuipError
+from quip.codebooks import Decoder
 from quip.kernels.bits import unpack
 from quip.kernels.grid_matvec.cpu import multiply_for
-from quip.matrix.quantize import QuantizedMatrix
-from quip.transforms import TRANSFORMS, Chain
+from quip.packed.matrix import QuantizedMatrix
+from quip.packed.spec import Spec
+from quip.transforms import Chain
 
 Held = tuple[weakref.ref[Tensor], int]  # a tensor, and its version
 INTEGERS = {2: torch.int16, 4: torch.int32}  # of the size of a float
-
-
-@dataclass(frozen=True)
-class Spec:
-    """What the tensors of a quantized matrix mean: alike for all matrices of one recipe.
-
-    A part is {"kind": its name in DECODERS or TRANSFORMS, **its options}.
-    """
-
-    codebook: Mapping[str, Any]
-    transforms: tuple[Mapping[str, Any], ...]
-
-    @classmethod
-    def of(cls, matrix: QuantizedMatrix) -> "Spec":
-        links = tuple(_part(TRANSFORMS, link) for link in matrix.transform.links)
-        return cls(_part(DECODERS, matrix.decoder), links)
-
-    @classmethod
-    def from_json(cls, codebook: Any, transforms: list[Any]) -> "Spec":
-        """Raises QuipError for a codebook or transform that this version does not know."""
-        parts = [("codebook", DECODERS, codebook)]
-        parts += [("transform", TRANSFORMS, part) for part in transforms]
-        for what, kinds, part in parts:
-            kind = part.get("kind") if isinstance(part, Mapping) else part
-            if not (isinstance(kind, str) and kind in kinds and isinstance(part, Mapping)):
-                raise QuipError(
-                    f"its matrices have a {what} of kind {kind!r}, and this version of quip knows "
-                    f"{', '.join(kinds)}; upgrade quip"
-                )
-            try:
-                kinds[kind].layout(8, 8, **_options(part))  # a size that all can have
-            except (TypeError, RuntimeError, QuipError) as error:
-                raise QuipError(
-                    f"its matrices have a {what} {dict(part)}, which this version of quip does not "
-                    "understand; upgrade quip, or download or save the model again"
-                ) from error
-        return cls(codebook, tuple(transforms))
-
-    def to_json(self) -> dict[str, Any]:
-        return {"codebook": dict(self.codebook), "transforms": [dict(t) for t in self.transforms]}
-
-    def layout(self, m: int, n: int) -> dict[str, Tensor]:
-        """Every tensor of an m x n matrix, on the meta device."""
-        tensors = DECODERS[self.codebook["kind"]].layout(m, n, **_options(self.codebook))
-        for part in self.transforms:
-            tensors |= TRANSFORMS[part["kind"]].layout(m, n, **_options(part))
-        return tensors
-
-    def restore(self, tensors: Mapping[str, Tensor], m: int, n: int) -> tuple[Decoder, Chain]:
-        """What decodes the codes, and the transform. Raises QuipError where tensors make none."""
-        codebook = DECODERS[self.codebook["kind"]]
-        links = tuple(
-            TRANSFORMS[part["kind"]].restore(tensors, m, n, **_options(part))
-            for part in self.transforms
-        )
-        return codebook.restore(tensors, m, n, **_options(self.codebook)), Chain(links)
 
 
 class QuantizedLinear(nn.Module):
@@ -242,12 +185,3 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
 
 def _same(held: list[Held], now: list[tuple[Tensor, int]]) -> bool:
     return bool(held) and all(a() is b and i == j for (a, i), (b, j) in zip(held, now, strict=True))
-
-
-def _part(kinds: Mapping[str, Any], part: Any) -> dict[str, Any]:
-    kind = next(name for name, cls in kinds.items() if type(part) is cls)
-    return {"kind": kind, **part.options()}
-
-
-def _options(part: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in part.items() if name != "kind"}

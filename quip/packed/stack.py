@@ -17,8 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from quip.errors import QuipError
-from quip.matrix.quantize import QuantizedMatrix
-from quip.packed.linear import QuantizedLinear, Spec, empty_bias
+from quip.packed.linear import QuantizedLinear, empty_bias
+from quip.packed.matrix import QuantizedMatrix
+from quip.packed.spec import Spec
 
 # As published files of QuIP# stack them; matrices of other names stay in the order of the model.
 PUBLISHED = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj")

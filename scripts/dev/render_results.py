@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quip.jobs.report.card import size_words
-from quip.jobs.report.text import table
+from quip.jobs.report.text import size_words, table
 from quip.research.tables.rendering import markdown
 
 ROOT = Path(__file__).parents[2]

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from quip.data.hessians import HessianStore, StoreWriter
+from quip.jobs.fingerprint import identity_of
 from quip.jobs.report.folder import RunFolder
 from quip.matrix.build import build_recipe
-from quip.matrix.quantize import rng_for
-from quip.model.block import walk
-from quip.model.ledger import identity_of
+from quip.matrix.seeds import rng_for
 from quip.model.load import load_model
+from quip.model.walk import walk
 from quip.research.hessians.spectrum import weight_numbers
 from quip.research.hessians.stages import Stage, processed
 from quip.research.hessians.summary import SummaryRequest, summarize

@@ -14,7 +14,8 @@ from quip.data.hessians import HessianStore, StoreWriter
 from quip.errors import Unavailable, UsageError
 from quip.evaluate import memory
 from quip.matrix.hessian import Hessian
-from quip.model.block import walk
+from quip.model.matrices import widths
+from quip.model.walk import walk
 from tests.support.tiny import tiny, tokens
 
 FACTS = {
@@ -229,12 +230,12 @@ def opt_store(tmp_path_factory) -> HessianStore:
 
 
 def test_a_store_fits_the_model_that_it_was_made_of(opt_store):
-    opt_store.check(tiny("opt"))
+    opt_store.check(widths(tiny("opt")))
 
 
 def test_a_store_of_another_model_is_refused_by_the_name_of_a_matrix(opt_store):
     with pytest.raises(UsageError, match=r"model.layers.0.*nothing of it; it is of tiny"):
-        opt_store.check(tiny("llama"))
+        opt_store.check(widths(tiny("llama")))
 
 
 def manifest_of(store: HessianStore) -> dict:

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from quip.cli.flags import add_flags
-from quip.jobs.report.card import UNSAID, model_card, size_words
+from quip.jobs.report.card import UNSAID, model_card
+from quip.jobs.report.text import size_words
 
 SHA = "0c185614" + 56 * "0"
 STARTED = {

@@ -14,8 +14,9 @@ from quip.errors import UnsupportedModel, UsageError
 from quip.jobs.hessians import Collected, Collection, collect_hessians
 from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
-from quip.matrix.quantize import quantize_matrix, rng_for
+from quip.matrix.quantize import quantize_matrix
 from quip.matrix.recipe import Recipe
+from quip.matrix.seeds import rng_for
 from quip.model import ledger as resume
 from quip.model.ledger import Ledger
 from quip.model.load import load_model

@@ -11,8 +11,8 @@ from quip.codebooks import LATTICES, Groups, Lattices
 from quip.kernels.bits import pack, unpack
 from quip.kernels.grid_matvec.cpu import multiply, multiply_for
 from quip.kernels.lattice_matvec.cpu import FEW, multiply_by_parts, multiply_native
-from quip.matrix.quantize import QuantizedMatrix
 from quip.packed.linear import QuantizedLinear
+from quip.packed.matrix import QuantizedMatrix
 from quip.transforms import Chain
 
 needs_compiler = pytest.mark.skipif(

@@ -6,8 +6,9 @@ import torch
 from quip import transforms
 from quip.codebooks import MinMaxGrid, RmsGrid
 from quip.matrix import build, feedback, recipe
+from quip.matrix.polish import greedy
 from quip.matrix.quantize import quantize_matrix
-from quip.matrix.sweep import greedy, sweep
+from quip.matrix.sweep import sweep
 from quip.research.theory.integers import grid, round_weights
 from tests import reference as ref
 

@@ -15,16 +15,13 @@ from quip.kernels.bits import words
 from quip.matrix import feedback, recipe
 from quip.matrix.build import METHODS, build_recipe
 from quip.matrix.linalg import proxy_loss
+from quip.matrix.polish import greedy
 from quip.matrix.prepare import condition
-from quip.matrix.quantize import (
-    QuantizedMatrix,
-    quantize_by_many,
-    quantize_matrices,
-    quantize_matrix,
-    rng_for,
-)
+from quip.matrix.quantize import quantize_by_many, quantize_matrices, quantize_matrix
 from quip.matrix.recipe import Recipe
-from quip.matrix.sweep import greedy, sweep
+from quip.matrix.seeds import rng_for
+from quip.matrix.sweep import sweep
+from quip.packed.matrix import QuantizedMatrix
 from tests import reference as ref
 from tests.laws import GRIDS, Points, assert_near
 

@@ -12,8 +12,9 @@ from quip.errors import UsageError
 from quip.matrix import feedback, recipe
 from quip.matrix.build import METHODS, build_recipe
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.quantize import quantize_matrix, rng_for
+from quip.matrix.quantize import quantize_matrix
 from quip.matrix.recipe import Recipe, describe
+from quip.matrix.seeds import rng_for
 from tests.laws import (
     GRIDS,
     Points,

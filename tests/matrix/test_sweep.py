@@ -8,7 +8,8 @@ from torch import Tensor
 
 from quip.codebooks import MinMaxGrid, RmsGrid
 from quip.matrix import feedback
-from quip.matrix.sweep import cascade, greedy, sweep
+from quip.matrix.polish import greedy
+from quip.matrix.sweep import cascade, sweep
 from tests import reference as ref
 from tests.laws import Points, assert_near
 

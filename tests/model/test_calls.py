@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from quip.errors import UnsupportedModel
-from quip.model.block import walk
+from quip.model.walk import walk
 from tests.support.tiny import VOCAB, tokens
 
 

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quip.errors import NonFinite, UnsupportedModel
-from quip.model.block import walk
 from quip.model.matrices import check_weights, coverage, find_blocks
+from quip.model.walk import walk
 from tests.support.tiny import CONFIGS, GQA, VOCAB, tiny, tokens
 
 

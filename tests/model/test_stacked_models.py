@@ -11,8 +11,10 @@ from quip.errors import UsageError
 from quip.matrix import feedback, recipe
 from quip.matrix.build import METHODS, RECIPES, build_recipe
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.quantize import quantize_matrix, rng_for
-from quip.matrix.sweep import greedy, sweep
+from quip.matrix.polish import greedy
+from quip.matrix.quantize import quantize_matrix
+from quip.matrix.seeds import rng_for
+from quip.matrix.sweep import sweep
 from quip.model.quantize import quantize_model
 from quip.packed.stack import stacks
 from quip.transforms import Hadamard, Kronecker, Rescale

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from quip.errors import NonFinite, UsageError
-from quip.model.block import Block, walk
+from quip.model.block import Block
 from quip.model.calls import capture
 from quip.model.matrices import check_weights, find_blocks
+from quip.model.walk import walk
 from tests.support.tiny import CONFIGS, EAGER_ONLY, SEQLEN, tiny, tokens
 
 CASES = [(name, "eager") for name in CONFIGS]

@@ -17,8 +17,11 @@ from quip.codebooks import Grids
 from quip.errors import QuipError
 from quip.kernels.grid_matvec import cpu
 from quip.matrix.build import build_recipe
-from quip.matrix.quantize import QuantizedMatrix, quantize_matrix, rng_for
-from quip.packed.linear import QuantizedLinear, Spec
+from quip.matrix.quantize import quantize_matrix
+from quip.matrix.seeds import rng_for
+from quip.packed.linear import QuantizedLinear
+from quip.packed.matrix import QuantizedMatrix
+from quip.packed.spec import Spec
 from quip.transforms import Chain
 from tests.laws import GRIDS, assert_near
 from tests.support.checkpoints import quantized

@@ -14,9 +14,10 @@ from torch import Tensor
 from quip.data import hessians
 from quip.data.hessians import HessianStore
 from quip.errors import Unavailable, UsageError
+from quip.jobs.fingerprint import identity_of
 from quip.matrix.build import build_recipe
-from quip.matrix.quantize import quantize_matrix, rng_for
-from quip.model.ledger import identity_of
+from quip.matrix.quantize import quantize_matrix
+from quip.matrix.seeds import rng_for
 from quip.model.load import load_model
 from quip.research.losses import bench
 from quip.research.losses.bench import ProxyBench, measure_losses

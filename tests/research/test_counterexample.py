@@ -5,7 +5,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from quip.matrix.flags import METHODS
+from quip.matrix.methods import METHODS
 from quip.research.theory.counterexample import VARIANTS, construction, measure, plot_losses
 from tests import reference as ref
 

@@ -7,7 +7,7 @@ import torch
 
 from quip.codebooks import MinMaxGrid, RmsGrid
 from quip.codebooks.base import Codebook, Groups
-from quip.matrix.flags import METHODS
+from quip.matrix.methods import METHODS
 from quip.research.theory import GROUPS, Claim, Settings, gaussian, integers, measure, problems
 from quip.research.theory.claims import mean
 from quip.research.theory.plots import plot_bounds, plot_equalities

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from quip.jobs.report.text import size_words
+
 # Where a run worked and what it wrote, none of which the result depends on. Paths among them
 # are of one machine, and a card is made to be passed on.
 UNSAID = (
@@ -58,14 +60,6 @@ def _without_folders(value: Any) -> Any:
             names = value.split(",")
             return ",".join(Path(x).name if x.startswith(local) else x for x in names)
     return value
-
-
-def size_words(count: int) -> str:
-    """A number of bytes for a person, in decimal units: 1.58 MB."""
-    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}"
-    return f"{count} bytes"
 
 
 def _front_matter(report: Mapping[str, Any]) -> str:

@@ -8,10 +8,11 @@ from torch import nn
 
 from quip.errors import QuipError
 from quip.files import replacing
-from quip.jobs.report.card import model_card, size_words
+from quip.jobs.report.card import model_card
 from quip.jobs.report.folder import as_json, read_report
 from quip.jobs.report.plots import write_plot
 from quip.jobs.report.report import Report
+from quip.jobs.report.text import size_words
 from quip.model.load import LoadedModel
 from quip.model.records import MatrixRecord
 from quip.packed.checkpoint import save_checkpoint

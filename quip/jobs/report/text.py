@@ -4,8 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from quip.jobs.report.card import size_words
-
 
 def table(report: Mapping[str, Any]) -> str:
     """The result in a few lines for a person."""
@@ -67,3 +65,11 @@ def _perplexities(found: Mapping[str, float], original: Mapping[str, float]) -> 
         change = f"{value / before - 1:+.1%}" if finite else "-"
         lines.append(f"{name:<{width}}{before:>12.4g}{value:>12.4g}{change:>10}")
     return lines
+
+
+def size_words(count: int) -> str:
+    """A number of bytes for a person, in decimal units: 1.58 MB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count} bytes"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quip.matrix.quantize import rng_for
+from quip.matrix.seeds import rng_for
 from quip.model.block import Block
 from quip.model.tune.descent import Tuning, descend
 from quip.model.tune.tunable import Masters

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from quip.errors import UnsupportedModel, UsageError
-from quip.evaluate.perplexity import CHUNK
-from quip.matrix.quantize import rng_for
+from quip.matrix.seeds import rng_for
 from quip.model.device import placed
 from quip.model.matrices import find_blocks
 from quip.model.tune.descent import Tuning, descend
+from quip.model.tune.kl import CHUNK, kl_terms
 from quip.model.tune.tunable import Masters
 from quip.packed.linear import quantized_layers
 
@@ -186,10 +186,7 @@ def _kl(
 def _kl_of_chunk(
     p_logits: Float[Tensor, "s vocab"], q_logits: Float[Tensor, "s vocab"]
 ) -> Float64[Tensor, ""]:
-    log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
-    p = log_p.exp()
-    # 0 log 0 = 0: tokens that a model excludes have log p = -inf, and 0 inf is NaN.
-    return (p * (log_p - log_q)).masked_fill(p == 0, 0).sum(dtype=torch.float64)
+    return kl_terms(p_logits, q_logits).sum(dtype=torch.float64)
 
 
 class _Progress:

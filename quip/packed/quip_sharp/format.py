@@ -20,8 +20,9 @@ from transformers import PreTrainedModel
 from quip.codebooks import LATTICES
 from quip.errors import QuipError, UnsupportedModel, UsageError
 from quip.packed.layout import Layout
-from quip.packed.linear import QuantizedLinear, Spec
+from quip.packed.linear import QuantizedLinear
 from quip.packed.quip_sharp.codes import check_size, words_per_row
+from quip.packed.spec import Spec
 from quip.packed.stack import Stack
 
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "MistralForCausalLM": "mistral"}

@@ -11,8 +11,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from quip.errors import Unavailable, UnsupportedModel
 from quip.packed.layout import DAMAGED
-from quip.packed.linear import Spec
 from quip.packed.quip_sharp.format import ARCHITECTURES, Slot, spec_of
+from quip.packed.spec import Spec
 
 DERIVED = "rotary_emb.inv_freq"  # older files hold what config.json says already
 

@@ -23,7 +23,6 @@ from quip.files import check_new
 from quip.kernels.bits import pack
 from quip.packed.checkpoint import save_checkpoint
 from quip.packed.layout import DAMAGED
-from quip.packed.linear import Spec
 from quip.packed.quip_sharp.codes import unpack_codes
 from quip.packed.quip_sharp.format import (
     FLOAT,
@@ -37,6 +36,7 @@ from quip.packed.quip_sharp.format import (
     rescales,
 )
 from quip.packed.quip_sharp.headers import Held, check, headers, line, read_config
+from quip.packed.spec import Spec
 
 GENERATION = "generation_config.json"
 EMBEDDING = "model.embed_tokens.weight"

@@ -15,7 +15,6 @@ from quip.codebooks import LATTICES
 from quip.errors import NonFinite, UnsupportedModel, UsageError
 from quip.kernels.bits import unpack
 from quip.packed.layout import Layout
-from quip.packed.linear import Spec
 from quip.packed.quip_sharp.codes import pack_codes
 from quip.packed.quip_sharp.format import (
     ARCHITECTURES,
@@ -29,6 +28,7 @@ from quip.packed.quip_sharp.format import (
     params,
     rescales,
 )
+from quip.packed.spec import Spec
 
 
 def published_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -20,8 +20,8 @@ from quip.errors import UsageError
 from quip.jobs.calibration import fitting_store
 from quip.jobs.report.folder import RunFolder
 from quip.matrix.build import build_recipe
-from quip.matrix.quantize import rng_for
 from quip.matrix.recipe import Recipe
+from quip.matrix.seeds import rng_for
 from quip.model.device import choose_device, device_name
 from quip.model.load import load_model
 from quip.model.records import versions

@@ -21,13 +21,15 @@ from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError
 from quip.jobs.calibration import fitting_store
 from quip.matrix.build import build_recipe
-from quip.matrix.flags import CODEBOOKS, METHODS
+from quip.matrix.flags import CODEBOOKS
 from quip.matrix.linalg import energy
-from quip.matrix.quantize import QuantizedMatrix, quantize_by_many
+from quip.matrix.methods import METHODS
+from quip.matrix.quantize import quantize_by_many
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device, device_name
 from quip.model.load import load_model
 from quip.model.records import versions
+from quip.packed.matrix import QuantizedMatrix
 from quip.research.losses.folder import LossFolder
 from quip.research.losses.rows import Case, Loss
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quip.matrix.quantize import rng_for
+from quip.matrix.seeds import rng_for
 from quip.research.theory.problems import correlated_hessian
 
 Relation = Literal["=", "<=", ">="]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from quip.jobs.report.plots import save_figure
 from quip.matrix import feedback
-from quip.matrix.flags import METHODS
+from quip.matrix.methods import METHODS
 from quip.research.theory.integers import grid, round_by, row_losses
 
 UNCLAMPED = "unclamped"

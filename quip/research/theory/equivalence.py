@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from quip.codebooks.base import Codebook
 from quip.jobs.report.plots import save_figure
-from quip.matrix.flags import METHODS
 from quip.matrix.linalg import block_ldl
-from quip.matrix.quantize import rng_for
+from quip.matrix.methods import METHODS
+from quip.matrix.seeds import rng_for
 from quip.research.theory.integers import grid, round_by, row_losses
 from quip.research.theory.problems import correlated_hessian, uniform_weights
 

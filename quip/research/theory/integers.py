@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quip.codebooks import MinMaxGrid
 from quip.codebooks.base import Codebook, Decoder, Groups
-from quip.matrix.flags import Method
-from quip.matrix.sweep import greedy, sweep
+from quip.matrix.methods import Method
+from quip.matrix.polish import greedy
+from quip.matrix.sweep import sweep
 
 
 @dataclass(frozen=True)

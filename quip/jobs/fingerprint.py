@@ -1,0 +1,61 @@
+"""What the codes of a run depend on."""
+
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+import torch
+import xxhash
+from torch import nn
+from transformers import PreTrainedModel
+
+from quip.data import TokenSet
+from quip.data.hessians import HessianStore
+from quip.matrix.recipe import Recipe, describe
+from quip.model.load import LoadedModel
+from quip.model.records import versions
+from quip.model.tune import BlockTuning
+
+Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matrices
+
+
+def fingerprint_of(
+    loaded: LoadedModel,
+    source: Source,
+    recipe: Recipe | None,
+    tuning: BlockTuning | None = None,
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that the codes of a run depend on, fit for JSON; what is short comes first."""
+    found = versions()
+    return {
+        "recipe": recipe and describe(recipe),
+        "tuning": tuning and asdict(tuning),
+        "seed": seed,
+        "dtype": loaded.dtype_name,
+        "device": device.type,
+        "versions": {name: found.get(name) for name in ("quip-quant", "torch")},
+        "calibration": source.stamp,
+        "hessians": source.digest if isinstance(source, HessianStore) else None,
+        "model": identity_of(loaded.model),
+    }
+
+
+def identity_of(model: PreTrainedModel) -> dict[str, str]:
+    """Which model it is: its class, and hashes of its config and its weights."""
+    return {
+        "class": type(model).__name__,
+        "config": xxhash.xxh3_128(model.config.to_json_string().encode()).hexdigest(),
+        "weights": _digest(model),
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    """A hash of every parameter's and buffer's name, type, shape and bytes."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""What the tensors of a quantized matrix mean, in words."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from quip.codebooks import DECODERS, Decoder
+from quip.errors import QuipError
+from quip.packed.matrix import QuantizedMatrix
+from quip.transforms import TRANSFORMS, Chain
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What the tensors of a quantized matrix mean: alike for all matrices of one recipe.
+
+    A part is {"kind": its name in DECODERS or TRANSFORMS, **its options}.
+    """
+
+    codebook: Mapping[str, Any]
+    transforms: tuple[Mapping[str, Any], ...]
+
+    @classmethod
+    def of(cls, matrix: QuantizedMatrix) -> "Spec":
+        links = tuple(_part(TRANSFORMS, link) for link in matrix.transform.links)
+        return cls(_part(DECODERS, matrix.decoder), links)
+
+    @classmethod
+    def from_json(cls, codebook: Any, transforms: list[Any]) -> "Spec":
+        """Raises QuipError for a codebook or transform that this version does not know."""
+        parts = [("codebook", DECODERS, codebook)]
+        parts += [("transform", TRANSFORMS, part) for part in transforms]
+        for what, kinds, part in parts:
+            kind = part.get("kind") if isinstance(part, Mapping) else part
+            if not (isinstance(kind, str) and kind in kinds and isinstance(part, Mapping)):
+                raise QuipError(
+                    f"its matrices have a {what} of kind {kind!r}, and this version of quip knows "
+                    f"{', '.join(kinds)}; upgrade quip"
+                )
+            try:
+                kinds[kind].layout(8, 8, **_options(part))  # a size that all can have
+            except (TypeError, RuntimeError, QuipError) as error:
+                raise QuipError(
+                    f"its matrices have a {what} {dict(part)}, which this version of quip does not "
+                    "understand; upgrade quip, or download or save the model again"
+                ) from error
+        return cls(codebook, tuple(transforms))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"codebook": dict(self.codebook), "transforms": [dict(t) for t in self.transforms]}
+
+    def layout(self, m: int, n: int) -> dict[str, Tensor]:
+        """Every tensor of an m x n matrix, on the meta device."""
+        tensors = DECODERS[self.codebook["kind"]].layout(m, n, **_options(self.codebook))
+        for part in self.transforms:
+            tensors |= TRANSFORMS[part["kind"]].layout(m, n, **_options(part))
+        return tensors
+
+    def restore(self, tensors: Mapping[str, Tensor], m: int, n: int) -> tuple[Decoder, Chain]:
+        """What decodes the codes, and the transform. Raises QuipError where tensors make none."""
+        codebook = DECODERS[self.codebook["kind"]]
+        links = tuple(
+            TRANSFORMS[part["kind"]].restore(tensors, m, n, **_options(part))
+            for part in self.transforms
+        )
+        return codebook.restore(tensors, m, n, **_options(self.codebook)), Chain(links)
+
+
+def _part(kinds: Mapping[str, Any], part: Any) -> dict[str, Any]:
+    kind = next(name for name, cls in kinds.items() if type(part) is cls)
+    return {"kind": kind, **part.options()}
+
+
+def _options(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name != "kind"}
