@@ -1,4 +1,4 @@
-"""The walk itself: blocks in order, each fed by whatever the blocks before it have become."""
+"""A decoder block while it is walked over, and the hidden states that enter it."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
