@@ -15,9 +15,9 @@ from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
 from quip.model.ledger import Ledger
-from quip.model.matrices import coverage, find_blocks, widths
+from quip.model.matrices import Matrix, covered, find_blocks, widths
 from quip.model.records import MatrixRecord, Stopwatch
-from quip.model.siblings import quantize_group
+from quip.model.siblings import quantize_siblings
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
 from quip.model.walk import standing, walk
 
@@ -150,20 +150,19 @@ def _quantize_by(
     for one in inputs:
         with run.watch("read"):
             H = store.read(one.name).H.to(next(block.module.parameters()).device)
-        found = quantize_group(block, one.matrices, H, run.recipe, run.seed)
+        found = quantize_siblings(block, one.matrices, H, run.recipe, run.seed)
         yield from run.watch.each("quantize", found)
 
 
-def _checked(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
+def _checked(model: nn.Module, recipe: Recipe) -> tuple[Matrix, ...]:
     """The matrices to quantize, all of which the recipe can do."""
-    names = coverage(model).quantized
-    for name in names:
-        m, n = model.get_parameter(f"{name}.weight").shape
-        recipe.check(m, n, name)
-    return names
+    matrices = covered(model)
+    for matrix in matrices:
+        recipe.check(matrix.rows, matrix.columns, matrix.name)
+    return matrices
 
 
-def _bar(matrices: tuple[str, ...]) -> tqdm:
+def _bar(matrices: tuple[Matrix, ...]) -> tqdm:
     # disable=None: a bar on a terminal only.
     return tqdm(total=len(matrices), unit="matrix", dynamic_ncols=True, disable=None)
 
@@ -210,7 +209,7 @@ def _quantize_block(block: Block, run: _Run) -> Iterator[MatrixRecord]:
     groups = sharing(hessians)
     for names in groups:
         H = hessians[names[0]].value()
-        found = quantize_group(block, names, H, run.recipe, run.seed)
+        found = quantize_siblings(block, names, H, run.recipe, run.seed)
         yield from watch.each("quantize", found)
         if tuner and names is not groups[-1]:  # after which no matrix is left to tune
             with watch("tune"):

@@ -33,8 +33,8 @@ def walk(
 
         for block in walk(model, tokens, device=device):
             hessians = block.observe()
-            for name, linear in block.linears().items():
-                block.replace(name, quantized(linear, hessians[name]))
+            for name, matrix in block.matrices().items():
+                block.replace(name, quantized(matrix, hessians[name]))
 
     At the end of the body the block, as it then is, turns its inputs into those of the next
     block, and returns to where the model is (usually the host). A walk that was broken off is taken

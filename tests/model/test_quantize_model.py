@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
-from quip.model import block as walk_block
+from quip.model import observe
 from quip.model.matrices import coverage, find_blocks
 from quip.model.quantize import Stopwatch, quantize_matrix_by_matrix, quantize_model
 from quip.model.records import MatrixRecord
@@ -137,12 +137,12 @@ def test_a_stopwatch_counts_a_stage_that_fails():
 def test_matrices_that_are_fed_alike_share_one_hessian_and_its_factors(name, monkeypatch):
     made: list[int] = []
 
-    class Counted(walk_block.Hessian):
+    class Counted(observe.Hessian):
         def __init__(self, n: int, **options) -> None:
             made.append(n)
             super().__init__(n, **options)
 
-    monkeypatch.setattr(walk_block, "Hessian", Counted)
+    monkeypatch.setattr(observe, "Hessian", Counted)
     factored: list[int] = []
     plain = recipe(incoherent=False)
 

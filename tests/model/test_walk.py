@@ -81,7 +81,7 @@ def test_hessians_are_the_mean_of_x_xT_per_token(name):
     expected = second_moments(model, ids)
     for block in walk(model, ids, device="cpu", batch_size=3):
         hessians = block.observe()
-        assert set(hessians) == set(block.linears())
+        assert set(hessians) == set(block.matrices())
         for matrix, hessian in hessians.items():
             assert hessian.count == ids.numel()
             # Products and sums of 84 tokens in float32, relative to the largest entry.
@@ -138,7 +138,7 @@ def test_replaced_matrices_are_no_longer_listed_or_observed():
     name = "model.layers.0.self_attn.q_proj"
     block.replace(name, nn.Sequential(nn.Identity()))
     assert not block.module.self_attn.q_proj.training
-    assert name not in block.linears()
+    assert name not in block.matrices()
     with pytest.raises(AttributeError):
         block.replace("model.layers.0.self_attn.z_proj", nn.Identity())
 
