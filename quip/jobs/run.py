@@ -24,9 +24,9 @@ from quip.model.device import choose_device, device_name
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights
-from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
+from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
-from quip.model.tune import BlockTuning, TuningRecord
+from quip.model.tune import BlockTuning
 from quip.model.walk import batch_size_for
 from quip.packed.checkpoint import check_replaced
 
@@ -216,32 +216,26 @@ def _quantize(
     watch: Stopwatch,
     ledger: Ledger | None,
 ) -> list[MatrixRecord]:
+    run = Run(
+        recipe=recipe,
+        seed=e.seed,
+        device=report.device,
+        batch_size=1 if isinstance(source, HessianStore) else batch_size_for(source.seqlen),
+        tuning=e.tuning,
+        ledger=ledger,
+        watch=watch,
+    )
     records: list[MatrixRecord] = []
-    tuned: list[TuningRecord] = []
-    common: dict[str, Any] = {
-        "device": report.device,
-        "seed": e.seed,
-        "watch": watch,
-        "ledger": ledger,
-    }
     if isinstance(source, HessianStore):
-        found = quantize_from_store(loaded.model, source, recipe, **common)
+        found = quantize_from_store(loaded.model, source, run)
     else:
-        found = quantize_matrix_by_matrix(
-            loaded.model,
-            source.ids,
-            recipe,
-            batch_size=batch_size_for(source.seqlen),
-            tuning=e.tuning,
-            tuned=tuned,
-            **common,
-        )
+        found = quantize_matrix_by_matrix(loaded.model, source.ids, run)
     try:
         for record in found:
             records.append(record)
     finally:
         if records:
             if e.tuning:
-                report.entries["tuned"] = [asdict(record) for record in tuned]
+                report.entries["tuned"] = [asdict(record) for record in run.tuned]
             report.save_matrices("quantized", records)
     return records
