@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from quip.errors import QuipError, Unavailable
+from quip.packed.files import DAMAGED
 from quip.packed.linear import QuantizedLinear, dense_linear, quantized_layers
 from quip.packed.spec import Spec
 from quip.packed.stack import Stack, StackedLinear, stacks
 
-DAMAGED = "download or save it again"
 WORDS = {"codebook": dict, "transforms": list, "modules": list}
 
 
