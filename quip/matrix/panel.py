@@ -63,7 +63,7 @@ def round_panel(
 
 
 def _nearer(new: Tensor, old: Tensor, x: Tensor, book: Codebook, metric: Tensor) -> Tensor:
-    """Of two codes for each row of x, the one with the smaller error; the old one of equals."""
+    """The code with the smaller error for each row of x; the old one where both are equal."""
     e_new, e_old = x - book.decode(new), x - book.decode(old)
     gain = ((e_old @ metric) * e_old).sum(1) - ((e_new @ metric) * e_new).sum(1)
     return torch.where(gain > 0, new, old.to(new.dtype))

@@ -27,12 +27,12 @@ class Spectrum:
 
     @classmethod
     def of(cls, H: Float[Tensor, "n n"]) -> "Spectrum":
-        """Of a positive semidefinite H; what rounding made negative is 0."""
+        """The spectrum of a positive semidefinite H; what rounding made negative is 0."""
         values, vectors = torch.linalg.eigh(H.double())
         return cls(values.flip(0).clamp_min(0), vectors.flip(1))
 
     def turned(self, T: Transform) -> "Spectrum":
-        """That of B H B^T for an orthogonal B: the same eigenvalues, and eigenvectors B q."""
+        """The spectrum of B H B^T for the orthogonal B of T: values as here, vectors B q."""
         return replace(self, vectors=T.input(self.vectors.T).T)
 
     @property
