@@ -123,8 +123,3 @@ def weight_numbers(W: Float[Tensor, "m n"]) -> WeightNumbers:
         mu_W=float(W.abs().max() * math.sqrt(W.numel()) / W.norm().clamp_min(tiny)),
         kurtosis=float(squares.square().mean() / squares.mean().square().clamp_min(tiny)),
     )
-
-
-def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
-    """H + damp mean(diag H) I (QuIP, Algorithm 1, line 2)."""
-    return H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
