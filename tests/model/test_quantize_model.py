@@ -15,7 +15,7 @@ from quip.model.matrices import coverage, find_blocks
 from quip.model.quantize import Run, Stopwatch, quantize_matrix_by_matrix, quantize_model
 from quip.model.records import MatrixRecord
 from quip.packed.linear import QuantizedLinear
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import logits, tiny, tokens
 
 NAMES = ["opt", "opt-350m", "llama"]
 
@@ -30,11 +30,6 @@ def quantized(
     model = tiny(name, **options)
     records = quantize_model(model, tokens(), how, device="cpu", seed=seed, batch_size=batch_size)
     return model, records
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=tokens()).logits
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -185,7 +180,7 @@ def collect_inputs(model: nn.Module, prefix: str) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(prefix)
     ]
-    logits(model)
+    logits(model, len(tokens()))
     for hook in hooks:
         hook.remove()
     return seen
