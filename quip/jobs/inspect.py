@@ -18,7 +18,7 @@ from quip.evaluate.memory import module_bytes
 from quip.model.records import MatrixRecord
 from quip.packed.checkpoint import check_folder, skeleton
 from quip.packed.files import DAMAGED, header, weight_files
-from quip.packed.hub import FORMAT, QuipConfig, QuipQuantizer
+from quip.packed.hub import QuipConfig, QuipQuantizer
 from quip.packed.layout import Layout
 from quip.packed.linear import QuantizedLinear, quantized_layers
 
@@ -55,8 +55,8 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "folder": str(folder),
         "architecture": _architecture(model.config),
         **_of_run(folder),
-        "format": FORMAT,
-        **layout.spec.to_json(),
+        "format": layout.format,
+        **_specifications(layout, layers),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantized_matrices": len(layout.names),
         "quantized_weights": quantized,
@@ -92,6 +92,26 @@ def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     if not quantized_layers(model):
         raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
     return model
+
+
+def _specifications(layout: Layout, layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
+    """What the matrices are; where they are of several specifications, how many are of each."""
+    if len(layout.specs) == 1:
+        return layout.specs[0].to_json()
+    rows = []
+    for spec in layout.specs:
+        own = [layer for layer in layers.values() if layer.spec == spec]
+        weights = sum(layer.out_features * layer.in_features for layer in own)
+        stored = sum(tensor.nbytes for layer in own for tensor in layer.stored().values())
+        rows.append(
+            {
+                **spec.to_json(),
+                "quantized_matrices": len(layout.only(spec).names),
+                "quantized_weights": weights,
+                "bits_per_weight": 8 * stored / weights,
+            }
+        )
+    return {"specs": rows}
 
 
 def _bytes_by_kind(

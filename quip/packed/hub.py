@@ -21,11 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable
 from quip.packed.files import DAMAGED, Held, header
-from quip.packed.layout import Layout, dense
+from quip.packed.layout import FORMATS, Layout, dense
 from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
-FORMAT = 1  # raised when a file of the new format would be misread by the old code
 DTYPES = {
     torch.int32: "I32",
     torch.float32: "F32",
@@ -40,23 +39,25 @@ class QuipConfig(QuantizationConfigMixin):
     def __init__(self, **words: Any) -> None:
         """Raises QuipError for a format or a kind of matrix that this version cannot read."""
         form = words.get("format")
-        if form != FORMAT:
-            newer = isinstance(form, int) and form > FORMAT
+        if form not in FORMATS:
+            newer = isinstance(form, int) and form > max(FORMATS)
             remedy = "upgrade quip" if newer else "its config.json is damaged; " + DAMAGED
             raise QuipError(
-                f"a checkpoint of format {form!r}, and this version of quip reads format {FORMAT}: "
-                + remedy
+                f"a checkpoint of format {form!r}, and this version of quip reads formats "
+                f"{' and '.join(map(str, FORMATS))}: {remedy}"
             )
         self.layout = Layout.from_json(words)
         self.quant_method: Any = METHOD
 
     @classmethod
     def of(cls, model: nn.Module) -> "QuipConfig":
-        """The config of a model that holds quantized matrices, all of one specification."""
-        return cls(format=FORMAT, **Layout.of(model).to_json())
+        """The config of a model that holds quantized matrices."""
+        layout = Layout.of(model)
+        return cls(format=layout.format, **layout.to_json())
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "format": FORMAT, **self.layout.to_json()}
+        words = self.layout.to_json()
+        return {"quant_method": METHOD, "format": self.layout.format, **words}
 
 
 class QuipQuantizer(HfQuantizer):
