@@ -184,6 +184,13 @@ def calibration_flags(group: argparse._ArgumentGroup) -> None:
 def _data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="recipes by pattern of matrix names, as YAML, the first that matches counts: "
+        "'\"*.v_proj\": {wbits: 4}'; the recipe of this line, if there is one, is for all others",
+    )
+    add(
         "--hessians",
         type=Path,
         metavar="DIR",

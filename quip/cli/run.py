@@ -11,6 +11,8 @@ from quip.cli.shared import TUNING, as_given, names, recipe_of, refuse_small, se
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
+    from quip.matrix.recipe import Recipe
+    from quip.model.plan import Plan
     from quip.model.tune import BlockTuning
 
 SUMMARY = "quantize a model, evaluate it, and report"
@@ -33,7 +35,7 @@ def call(args: argparse.Namespace) -> None:
     """Turn strings into plain values, run, and print the result."""
     settle_bits(args)
     _refuse_source(args)
-    recipe = recipe_of(args)
+    recipe = _plan(args, recipe_of(args))
     tuning = _tuning(args)
     evaluations = _evaluations(args)
     tasks = zero_shot(args)
@@ -71,6 +73,25 @@ def call(args: argparse.Namespace) -> None:
     print(table(report))
 
 
+def _plan(args: argparse.Namespace, recipe: "Recipe | None") -> "Recipe | Plan | None":
+    """The recipe of the line; with --plan, a plan of which it is the default."""
+    if args.plan is None:
+        return recipe
+
+    from quip.jobs.plan import build_plan, read_plan
+
+    path, args.plan = args.plan, read_plan(args.plan)  # a report holds what the file says
+    try:
+        return build_plan(args.plan, default=recipe)
+    except UsageError as error:
+        raise UsageError(f"--plan {path}: {error}") from error
+
+
+def _is_unquantized(args: argparse.Namespace) -> bool:
+    """Whether the line leaves all weights as they are."""
+    return args.wbits == 16 and args.plan is None
+
+
 def _refuse_source(args: argparse.Namespace) -> None:
     """DATASET or --hessians, and what goes with which."""
     if args.hessians is None:
@@ -84,7 +105,7 @@ def _refuse_source(args: argparse.Namespace) -> None:
             f"--hessians {args.hessians} takes the place of calibration: leave out DATASET "
             f"({args.dataset})"
         )
-    if args.wbits == 16:
+    if _is_unquantized(args):
         raise UsageError("--hessians needs weights to quantize: give --wbits or --codebook")
     if args.nsamples != NSAMPLES:
         raise UsageError(
@@ -101,7 +122,7 @@ def _refuse_values(args: argparse.Namespace) -> None:
         raise UsageError("--resume takes up the run in --out: name the folder with --out DIR")
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: leave one out")
-    if args.wbits == 16:
+    if _is_unquantized(args):
         for flag in ("save", "resume"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag} needs weights to quantize: give --wbits 2 to 8")
@@ -119,7 +140,7 @@ def _tuning(args: argparse.Namespace) -> "BlockTuning | None":
             if name != "epochs" and value is not None:
                 raise UsageError(f"--ft_{name} speaks of fine-tuning: add --ft_epochs N")
         return None
-    if args.wbits == 16:
+    if _is_unquantized(args):
         raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
 
     from quip.model.tune import BlockTuning
@@ -129,7 +150,7 @@ def _tuning(args: argparse.Namespace) -> "BlockTuning | None":
 
 def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
     if args.proxy_only:
-        if args.wbits == 16:
+        if _is_unquantized(args):
             raise UsageError("--proxy_only needs weights to quantize: give --wbits 2 to 8")
         if args.compare or args.eval_datasets or args.tasks:
             raise UsageError(
@@ -146,7 +167,7 @@ def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
             )
         wanted = "pydoc" if dataset == "pydoc" else PAPER_SETS
     if wanted == "none":
-        if args.compare or (args.wbits == 16 and not args.tasks):
+        if args.compare or (_is_unquantized(args) and not args.tasks):
             flag = "--compare" if args.compare else "--wbits 16"
             raise UsageError(f"{flag} means to evaluate: leave out --eval_datasets none")
         return ()
@@ -160,11 +181,17 @@ def _dataset_of(store: Path) -> str:
 
 
 def _words(args: argparse.Namespace) -> str:
-    if args.wbits == 16:
+    if _is_unquantized(args):
         return f"as saved in {args.load}" if args.load else "as it is"
-    faithful = ", as printed" if args.faithful else ""
     tuned = ", fine-tuned" if args.ft_epochs else ""
+    planned = [f"a plan of {len(args.plan)} patterns"] if args.plan else []
+    line = [] if args.wbits == 16 else [_recipe_words(args)]
+    return ", else ".join([*planned, *line]) + tuned
+
+
+def _recipe_words(args: argparse.Namespace) -> str:
+    faithful = ", as printed" if args.faithful else ""
     if args.codebook != "int":
-        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}{tuned}"
+        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
     processing = "with" if args.incoh_processing else "without"
-    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}{tuned}"
+    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"

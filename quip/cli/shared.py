@@ -130,7 +130,8 @@ def refuse_small(args: argparse.Namespace, **least: int) -> None:
 
 def as_given(args: argparse.Namespace) -> dict[str, object]:
     """The flags for the report."""
-    return {name: value for name, value in vars(args).items() if name != "call"}
+    given = {name: value for name, value in vars(args).items() if name != "call"}
+    return {name: value for name, value in given.items() if name != "plan" or value is not None}
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

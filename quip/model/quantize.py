@@ -16,7 +16,8 @@ from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
 from quip.model.ledger import Ledger
-from quip.model.matrices import Matrix, covered, find_blocks, widths
+from quip.model.matrices import covered, find_blocks, widths
+from quip.model.plan import Plan
 from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.siblings import quantize_siblings
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
@@ -35,7 +36,7 @@ class Run:
     `tuned`. `observed` is shown the Hessians of each block before it is touched.
     """
 
-    recipe: Recipe
+    recipe: Recipe | Plan  # of all matrices, or of each
     seed: int
     device: torch.device | str
     batch_size: int = 1  # windows that pass through a block together
@@ -46,21 +47,32 @@ class Run:
     observed: Callable[[int, Mapping[str, Hessian]], None] = lambda _block, _hessians: None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A run on a model: the recipe of each matrix, and a bar of those that are done."""
+
+    run: Run
+    recipes: dict[str, Recipe]
+    bar: tqdm
+
+
 def quantize_model(
     model: nn.Module,
     tokens: Int[Tensor, "count seqlen"],
-    recipe: Recipe,
+    recipe: Recipe | Plan,
     *,
     device: torch.device | str,
     seed: int,
     batch_size: int = 1,
     tuning: BlockTuning | None = None,
 ) -> list[MatrixRecord]:
-    """Quantize every matrix of the model's blocks in place, first block to last.
+    """Quantize every matrix of the model's blocks in place, by the recipe or as the plan says.
 
-    Each block sees the calibration tokens as the quantized blocks before it pass them on; the
-    second moments of a block come from one pass before any of its own matrices is touched. With
-    `tuning`, what is left of a block is tuned after each group of matrices but the last.
+    First block to last: each block sees the calibration tokens as the quantized blocks before it
+    pass them on; the second moments of a block come from one pass before any of its own matrices is
+    touched. With `tuning`, what is left of a block is tuned after each group of matrices but the
+    last. Raises UsageError, before anything runs, where a recipe cannot do a matrix and where the
+    plan does not fit the model's names.
     """
     run = Run(recipe=recipe, seed=seed, device=device, batch_size=batch_size, tuning=tuning)
     return list(quantize_matrix_by_matrix(model, tokens, run))
@@ -73,14 +85,15 @@ def quantize_matrix_by_matrix(
 
     Stages counted in `watch`: replay, observe, quantize, tune, keep.
     """
-    matrices, count = _checked(model, run.recipe), len(find_blocks(model)[1])
+    recipes, count = _recipes(model, run), len(find_blocks(model)[1])
     ledger, tuning, batch_size = run.ledger, run.tuning, run.batch_size
     if tuning:  # whose steps and held-out windows are made of the walk's batches
         batch_size = min(batch_size, tuning.batch_size, tuning.held(len(tokens)))
-    with _bar(matrices) as bar:
+    with _bar(recipes) as bar:
+        work = _Work(run, recipes, bar)
         start, hidden = _take_up(ledger, count)
         for index in range(start):
-            yield from _restore(index, model, run, bar)
+            yield from _restore(index, model, work)
         blocks = walk(
             model, tokens, device=run.device, batch_size=batch_size, start=start, hidden=hidden
         )
@@ -90,9 +103,9 @@ def quantize_matrix_by_matrix(
                 with run.watch("keep"):
                     ledger.keep_hidden(block.index, block.hidden)
             if ledger and ledger.has(block.index):
-                yield from _restore(block.index, model, run, bar)
+                yield from _restore(block.index, model, work)
             else:
-                yield from _report_and_keep(block, _quantize_block(block, run, bar), run, bar)
+                yield from _report_and_keep(block, _quantize_block(block, work), work)
     if ledger:
         ledger.forget_hidden()
 
@@ -107,40 +120,44 @@ def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iter
     if run.tuning:
         raise UsageError("tuning needs activations, of which a store has only the second moments")
     store.check(widths(model))
-    with _bar(_checked(model, run.recipe)) as bar:
+    recipes = _recipes(model, run)
+    with _bar(recipes) as bar:
+        work = _Work(run, recipes, bar)
         inputs = {
             index: list(found) for index, found in groupby(store.inputs, lambda one: one.block)
         }
         for block in standing(model, device=run.device):
             bar.set_description(block.name)
             if run.ledger and run.ledger.has(block.index):
-                yield from _restore(block.index, model, run, bar)
+                yield from _restore(block.index, model, work)
                 continue
-            found = _quantize_by(store, inputs.get(block.index, []), block, run)
-            yield from _report_and_keep(block, found, run, bar)
+            found = _quantize_by(store, inputs.get(block.index, []), block, work)
+            yield from _report_and_keep(block, found, work)
 
 
 def _quantize_by(
-    store: HessianStore, inputs: list[StoredInput], block: BlockModule, run: Run
+    store: HessianStore, inputs: list[StoredInput], block: BlockModule, work: _Work
 ) -> Iterator[MatrixRecord]:
+    watch = work.run.watch
     for one in inputs:
-        with run.watch("read"):
+        with watch("read"):
             H = store.read(one.name).H.to(next(block.module.parameters()).device)
-        found = quantize_siblings(block, one.matrices, H, run.recipe, run.seed)
-        yield from run.watch.each("quantize", found)
+        found = quantize_siblings(block, one.matrices, H, work.recipes, work.run.seed)
+        yield from watch.each("quantize", found)
 
 
-def _checked(model: nn.Module, recipe: Recipe) -> tuple[Matrix, ...]:
-    """The matrices to quantize, all of which the recipe can do."""
+def _recipes(model: nn.Module, run: Run) -> dict[str, Recipe]:
+    """The recipe of each matrix to quantize, which it can do."""
     matrices = covered(model)
+    recipes = Plan.of(run.recipe).recipes(matrix.name for matrix in matrices)
     for matrix in matrices:
-        recipe.check(matrix.rows, matrix.columns, matrix.name)
-    return matrices
+        recipes[matrix.name].check(matrix.rows, matrix.columns, matrix.name)
+    return recipes
 
 
-def _bar(matrices: tuple[Matrix, ...]) -> tqdm:
+def _bar(recipes: Mapping[str, Recipe]) -> tqdm:
     # disable=None: a bar on a terminal only.
-    return tqdm(total=len(matrices), unit="matrix", dynamic_ncols=True, disable=None)
+    return tqdm(total=len(recipes), unit="matrix", dynamic_ncols=True, disable=None)
 
 
 def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
@@ -152,21 +169,22 @@ def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
     return ledger.hidden()
 
 
-def _restore(index: int, model: nn.Module, run: Run, bar: tqdm) -> Iterator[MatrixRecord]:
-    assert run.ledger is not None
-    records, tuned = run.ledger.restore(index, model)
+def _restore(index: int, model: nn.Module, work: _Work) -> Iterator[MatrixRecord]:
+    assert work.run.ledger is not None
+    records, tuned = work.run.ledger.restore(index, model)
     log.info("block %d: %d matrices taken from the run before", index, len(records))
-    bar.update(len(records))
-    run.tuned.extend(tuned)
+    work.bar.update(len(records))
+    work.run.tuned.extend(tuned)
     yield from records
 
 
 def _report_and_keep(
-    block: BlockModule, found: Iterator[MatrixRecord], run: Run, bar: tqdm
+    block: BlockModule, found: Iterator[MatrixRecord], work: _Work
 ) -> Iterator[MatrixRecord]:
+    run = work.run
     records, known = [], len(run.tuned)
     for record in found:
-        _report(record, run.recipe, bar)
+        _report(record, work.recipes[record.name].damp, work.bar)
         records.append(record)
         yield record
     if run.ledger:
@@ -174,8 +192,8 @@ def _report_and_keep(
             run.ledger.keep(block, records, run.tuned[known:])
 
 
-def _quantize_block(block: Block, run: Run, bar: tqdm) -> Iterator[MatrixRecord]:
-    watch, tuner = run.watch, None
+def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
+    run, watch, tuner = work.run, work.run.watch, None
     if run.tuning:
         with watch("tune"):
             tuner = BlockTuner(block, run.tuning, seed=run.seed)
@@ -185,20 +203,20 @@ def _quantize_block(block: Block, run: Run, bar: tqdm) -> Iterator[MatrixRecord]
     groups = sharing(hessians)
     for names in groups:
         H = hessians[names[0]].value()
-        found = quantize_siblings(block, names, H, run.recipe, run.seed)
+        found = quantize_siblings(block, names, H, work.recipes, run.seed)
         yield from watch.each("quantize", found)
         if tuner and names is not groups[-1]:  # after which no matrix is left to tune
             with watch("tune"):
                 run.tuned.append(tuner.tune(names))
-            bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
+            work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
 
 
-def _report(record: MatrixRecord, recipe: Recipe, bar: tqdm) -> None:
-    if record.damp > recipe.damp:
+def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:
+    if record.damp > damp:
         log.warning(
             "%s: not positive definite with damping %g; used %g",
             record.name,
-            recipe.damp,
+            damp,
             record.damp,
         )
     log.info(

@@ -1,7 +1,7 @@
 """The matrices that one input feeds, quantized: one by one, or stacked."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,25 +12,32 @@ from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
 from quip.model.block import BlockModule
 from quip.model.matrices import Matrix
+from quip.model.plan import by_recipe
 from quip.model.records import MatrixRecord
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import Stack, StackedLinear, in_order, stacked
 
 
 def quantize_siblings(
-    block: BlockModule, names: Sequence[str], H: Float[Tensor, "n n"], recipe: Recipe, seed: int
+    block: BlockModule,
+    names: Sequence[str],
+    H: Float[Tensor, "n n"],
+    recipes: Mapping[str, Recipe],
+    seed: int,
 ) -> Iterator[MatrixRecord]:
     """Quantize these matrices of a block, whose inputs have the second moment H, in place.
 
-    Each record comes as soon as its matrix is there; those of a stack come together.
+    Each record comes as soon as its matrix is there; those of a stack come together. Only matrices
+    of one recipe are stacked.
     """
     found = block.matrices()
-    members = [found[name] for name in names]
-    rows = sum(matrix.rows for matrix in members)
-    if recipe.stack and len(names) > 1 and recipe.can_do(rows, len(H)):
-        yield from _quantize_stack(block, members, H, recipe, seed)
-    else:
-        yield from _quantize_each(block, members, H, recipe, seed)
+    for group in by_recipe(names, recipes):
+        members, recipe = [found[name] for name in group], recipes[group[0]]
+        rows = sum(matrix.rows for matrix in members)
+        if recipe.stack and len(members) > 1 and recipe.can_do(rows, len(H)):
+            yield from _quantize_stack(block, members, H, recipe, seed)
+        else:
+            yield from _quantize_each(block, members, H, recipe, seed)
 
 
 def _quantize_each(
