@@ -14,16 +14,18 @@ import quip.codebooks
 import quip.matrix.feedback
 import quip.matrix.methods
 import quip.matrix.order
+import quip.matrix.polish
 import quip.transforms
 from quip.codebooks import Codebook, Decoder
 from quip.matrix.build import build_recipe
 from quip.matrix.linalg import proxy_loss
+from quip.matrix.polish import Polish
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.recipe import Recipe, describe
 from quip.matrix.seeds import rng_for
 from quip.packed.linear import QuantizedLinear
 from quip.packed.spec import Spec
-from quip.transforms import Rescale, Transform
+from quip.transforms import Draw, RescaleDraw, Transform
 from tests import laws
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +70,7 @@ def flip(tmp_path, monkeypatch):
     monkeypatch.setitem(quip.transforms.TRANSFORMS, "flip", None)
     monkeypatch.setitem(laws.TRANSFORMS, "rescale, flip", None)
     names = {"TRANSFORMS": quip.transforms.TRANSFORMS, "LAWS": laws.TRANSFORMS}
-    exec(lines, vars(made) | {"Rescale": Rescale} | names)
+    exec(lines, vars(made) | {"RescaleDraw": RescaleDraw} | names)
     return laws.TRANSFORMS["rescale, flip"]
 
 
@@ -105,6 +107,7 @@ def test_the_transform_obeys_the_laws(flip, problem):
     laws.check_transform(flip, *problem(12, 20, rank=3, dead=(0, 7)))
     T = flip[-1](*problem(12, 20), torch.Generator())
     assert isinstance(T, Transform)
+    assert isinstance(flip[-1], Draw)
 
 
 def test_the_transform_goes_with_the_codebook(signs, flip, problem):
@@ -141,6 +144,17 @@ def test_the_method_is_a_row_that_every_recipe_can_name(problem, monkeypatch):
         for quant in ("ldlq", "half", "nearest")
     ]
     assert losses == sorted(losses)
+
+
+@pytest.mark.parametrize("group", [None, 8])
+def test_the_polish_obeys_the_laws(signs, problem, group):
+    (_, text), lines = code("A polish")
+    names = dict(vars(quip.matrix.polish)) | {"POLISHES": dict(laws.POLISHES)}
+    exec(text + lines, names)
+    polish = names["POLISHES"]["until settled"]
+    assert isinstance(polish, Polish)
+    for book in (signs, *laws.CODEBOOKS.values()):
+        laws.check_polish(polish, book, *problem(9, 24), group)
 
 
 def test_every_file_that_the_recipes_name_is_there_or_is_theirs():
