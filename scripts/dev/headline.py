@@ -1,8 +1,9 @@
 """What quantization buys, in one line and in one table: numbers of results/, nothing typed."""
 
 import textwrap
+from typing import Any
 
-from measured import Point, load, points
+from measured import MODELS, Point, load, points
 
 from quip.jobs.report.text import table
 
@@ -58,12 +59,16 @@ def glance() -> str:
     original = next(iter(found.values())).original
     record = load(f"sharp_{MODEL}")
     assert record
-    seen, used = record["evaluation"][0], record["calibration"]
+    seen, used = (_one(record[key]) for key in ("evaluation", "calibration"))
     return "\n".join(lines) + (
-        f"\n\nPerplexity of {record['model']} on WikiText-2 ({seen['windows']} windows of "
+        f"\n\nPerplexity of {MODELS[MODEL]} on WikiText-2 ({seen['windows']} windows of "
         f"{seen['seqlen']} tokens), calibrated on {used['windows']} windows of its validation "
         f"text; the original has {original:.2f} and takes {_size(16)}. A dash was not run.\n"
     )
+
+
+def _one(stamps: Any) -> dict[str, Any]:
+    return stamps[0] if isinstance(stamps, list) else stamps
 
 
 def _measured() -> dict[tuple[str, str, int], Point]:
@@ -83,14 +88,28 @@ def _size(bits: float | None) -> str:
     What is quantized and what stays follow from the two checkpoints of the record that differ
     most in bits: bytes are what stays, and bits / 8 for each quantized weight.
     """
+    sizes, dense = _checkpoints()
+    assert bits is not None
+    if bits == 16:
+        return f"{dense:.0f} MB"
+    low, high = min(sizes), max(sizes)
+    rise = (sizes[high] - sizes[low]) / (high - low)
+    return f"{sizes[low] + rise * (bits - low):.0f} MB"
+
+
+def _checkpoints() -> tuple[dict[float, float], float]:
+    """MB of the tensors of each checkpoint, by bits per weight; and of the model in 16 bits."""
     record = load(f"checkpoints_{MODEL}")
     assert record
-    assert bits is not None
-    rows = sorted(record["rows"], key=lambda row: row["bits_per_weight"])
-    low, high = rows[0], rows[-1]
-    if bits == 16:
-        return f"{low['dense_bytes'] / 1e6:.0f} MB"
-    rise = (high["reported_bytes"] - low["reported_bytes"]) / (
-        high["bits_per_weight"] - low["bits_per_weight"]
-    )
-    return f"{(low['reported_bytes'] + rise * (bits - low['bits_per_weight'])) / 1e6:.0f} MB"
+    if "rows" in record:
+        rows = record["rows"]
+        sizes = {row["bits_per_weight"]: row["reported_bytes"] / 1e6 for row in rows}
+        return sizes, rows[0]["dense_bytes"] / 1e6
+    rows: dict[float, dict[str, float]] = {}
+    for e in record["entries"]:
+        rows.setdefault(e["bits_per_weight"], {})[e["measure"]] = e["ours"]
+    sizes = {
+        bits: row["file, MB"] / (1 + row["file beyond reported, %"] / 100)
+        for bits, row in rows.items()
+    }
+    return sizes, next(iter(rows.values()))["16 bits"]

@@ -6,6 +6,7 @@ that measure one method or recipe a row. Each is set beside the original on the 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -15,22 +16,24 @@ RESULTS = Path(__file__).parents[2] / "results"
 MODELS = {"demo": "demo", "smollm2": "SmolLM2-135M-Instruct"}  # by the names of their records
 
 # What rows are called in the records: processing, method.
-TABLE_ROWS = {
+ROWS = {
+    "Near": ("baseline", "nearest"),
     "OPTQ": ("baseline", "gptq"),
+    "LDLQ": ("baseline", "ldlq"),
     "LDLQ-RG": ("baseline", "ldlqRG"),
     "Greedy": ("baseline", "allbal"),
-    "Near": ("baseline", "nearest"),
+    "Algorithm 5": ("baseline", "ldlbal_admm"),
+    "Near + IncP": ("incoherence", "nearest"),
+    "OPTQ + IncP": ("incoherence", "gptq"),
     "QuIP": ("incoherence", "ldlq"),
-    "QuIP as printed": ("as printed", "ldlq"),
     "QuIP-RG": ("incoherence", "ldlqRG"),
     "Greedy + IncP": ("incoherence", "allbal"),
-    "Near + IncP": ("incoherence", "nearest"),
-}
-SHARP_ROWS = {
-    "": ("lattice", "ldlq"),
-    ", (a)": ("fine-tuned", "a"),
-    ", (b)": ("fine-tuned", "b"),
-    ", (a) and (b)": ("fine-tuned", "ab"),
+    "Algorithm 5 + IncP": ("incoherence", "ldlbal_admm"),
+    "QuIP as printed": ("as printed", "ldlq"),
+    "Hadamard": ("lattice", "ldlq"),
+    "Hadamard, (a)": ("fine-tuned", "a"),
+    "Hadamard, (b)": ("fine-tuned", "b"),
+    "Hadamard, (a) and (b)": ("fine-tuned", "ab"),
 }
 
 
@@ -64,9 +67,9 @@ def points(*, tables: bool = True) -> list[Point]:
             (_of_methods, model),
             (_of_recipes, f"sharp_{model}"),
         ):
-            record = load(name) if tables or read is not _of_table else None
+            record = load(name) if tables or not name.startswith("table_") else None
             if record:
-                for p in read(model, record):
+                for p in (_of_table if "entries" in record else read)(model, record):
                     found.setdefault((p.model, p.processing, p.method, p.bits), p)
     return [found[key] for key in sorted(found, key=lambda key: (*key[:3], -key[3]))]
 
@@ -84,12 +87,17 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def _of_table(model: str, record: dict[str, Any]) -> Iterator[Point]:
-    entries = [e for e in record["entries"] if e["ours"] is not None]
+    """The perplexities of a record of `quip table`; its rows or its columns say the bits."""
+    names = {axis for axis, words in record["axes"].items() if words.startswith("perplexity")}
+    entries = [e for e in record["entries"] if e["measure"] in names and e["ours"] is not None]
     original = next(e["ours"] for e in entries if e["row"] == "original")
     for e in entries:
-        if e["row"] in TABLE_ROWS:
-            bits, stored = int(e["column"].split()[0]), e["bits_per_weight"]
-            yield Point(model, *TABLE_ROWS[e["row"]], bits, stored, e["ours"], original)
+        found = re.fullmatch(r"(?:(\d) bits: E8P.*, (?=Hadamard))?(.*)", e["row"])
+        bits = found and (found[1] or e["column"].split()[0])
+        if found and bits and bits.isdecimal() and found[2] in ROWS:
+            yield Point(
+                model, *ROWS[found[2]], int(bits), e["bits_per_weight"], e["ours"], original
+            )
 
 
 def _of_methods(model: str, record: dict[str, Any]) -> Iterator[Point]:
@@ -103,9 +111,9 @@ def _of_methods(model: str, record: dict[str, Any]) -> Iterator[Point]:
 def _of_recipes(model: str, record: dict[str, Any]) -> Iterator[Point]:
     original = next(_perplexity(row) for row in record["rows"] if row["bits"] == 16)
     for row in record["rows"]:
-        codebook, _, variant = row["name"].partition(", Hadamard")
-        if codebook.startswith("E8P") and variant in SHARP_ROWS:
-            how = (*SHARP_ROWS[variant], row["bits"], row.get("bits_per_weight"))
+        codebook, _, variant = row["name"].partition(", ")
+        if codebook.startswith("E8P") and variant in ROWS:
+            how = (*ROWS[variant], row["bits"], row.get("bits_per_weight"))
             yield Point(model, *how, _perplexity(row), original)
 
 
