@@ -31,7 +31,7 @@ from quip.packed.quip_sharp.format import (
     Matrix,
     Slot,
     exactly,
-    layout,
+    expected_layout,
     matrices,
     rescales,
 )
@@ -99,7 +99,7 @@ def _skeleton(config: PretrainedConfig, spec: Spec, *, tied: bool) -> PreTrained
             )
     except Exception as error:  # the loaders underneath raise no common class
         raise Unavailable(f"its config.json makes no model ({line(error)}); {DAMAGED}") from error
-    layout(spec, config.num_hidden_layers).make_room(model)
+    expected_layout(spec, config.num_hidden_layers).make_room(model)
     return model.eval().requires_grad_(False)
 
 

@@ -23,7 +23,7 @@ from quip.packed.quip_sharp.format import (
     Matrix,
     check_spec,
     exactly,
-    layout,
+    expected_layout,
     matrices,
     params,
     rescales,
@@ -75,7 +75,7 @@ def _checked(model: PreTrainedModel) -> Spec:
         )
     found = Layout.of(model)
     check_spec(found.spec)
-    wanted = layout(found.spec, model.config.num_hidden_layers)
+    wanted = expected_layout(found.spec, model.config.num_hidden_layers)
     for members in wanted.stacks:
         if members not in found.stacks:
             raise UsageError(
