@@ -128,13 +128,20 @@ def _prompt(given: str | None) -> str | None:
     """What to answer; None: lines from the terminal."""
     if given is None and sys.stdin.isatty():
         return None
-    try:
-        text = sys.stdin.read().removesuffix("\n") if given in (None, "-") else str(given)
-        text.encode()  # Python keeps bytes that are no characters as surrogates
-    except UnicodeError as error:
-        raise UsageError("the prompt is not UTF-8 text: convert it first") from error
+    piped = given in (None, "-")
+    text = _utf8(sys.stdin.read).removesuffix("\n") if piped else _utf8(partial(str, given))
     if not text.strip():
         raise UsageError("the prompt is empty: say what to answer or to continue")
+    return text
+
+
+def _utf8(read: Callable[[], str]) -> str:
+    """The text that is read. Raises UsageError for bytes that are none."""
+    try:
+        text = read()
+        text.encode()  # Python may keep bytes that are no characters as surrogates
+    except UnicodeError as error:
+        raise UsageError("the prompt is not UTF-8 text: convert it first") from error
     return text
 
 
@@ -158,7 +165,7 @@ def _converse(ask: "Ask", history: "list[Message] | None") -> None:
 
 def _line() -> str | None:
     try:
-        return input("> " if sys.stdout.isatty() else "").strip() or None
+        return _utf8(partial(input, "> " if sys.stdout.isatty() else "")).strip() or None
     except (EOFError, KeyboardInterrupt):
         print(file=sys.stderr)
         return None

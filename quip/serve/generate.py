@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quip.errors import NonFinite, UsageError
 from quip.serve.sampling import Sampling
+from quip.serve.text import IncrementalDecoder
 
 GREEDY = Sampling()
-HALF = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character yet
 
 
 def generate(
@@ -53,7 +53,8 @@ def generate(
         raise UsageError("drawing at random needs rng, a torch.Generator on the CPU")
     plain = isinstance(prompt, str)
     ids = _tokens(tokenizer, prompt)
-    room = _room(model, len(ids))
+    remedy = "shorten it" if plain else "say less, or begin a new conversation"
+    room = _room(model, len(ids), remedy)
     stops = _stop_tokens(model, tokenizer)
     writer: Any = model  # that it can generate, its type does not say
     steps: Iterator[int] = writer.generate(
@@ -88,7 +89,7 @@ class Answer:
     def __init__(
         self,
         steps: Iterator[int],
-        decoder: "IncrementalDecoder",
+        decoder: IncrementalDecoder,
         *,
         prompt_tokens: int,
         stops: frozenset[int],
@@ -128,43 +129,6 @@ class Answer:
         return piece
 
 
-class IncrementalDecoder:
-    """Tokens to text, as they come: pieces of whole characters that join to the whole text.
-
-    A token may hold a part of a character, and what it says may depend on the one before (whether
-    it begins with a space, in many tokenizers). So each piece is what a token adds to the text of
-    a few tokens before it, and it is held back while its last bytes are no character yet.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int]) -> None:
-        """The text goes on after the tokens `before`, which are not part of it."""
-        self._tokenizer = tokenizer
-        self._window = list(before)  # the tokens of the last piece, and those held back
-        self._said = len(self._window)  # how many of these are those of the last piece
-
-    def add(self, token: int) -> str:
-        """The text that this token completes; it may be empty."""
-        self._window.append(token)
-        piece = self.rest()
-        if not piece or piece.endswith(HALF):
-            return ""
-        self._window = self._window[self._said :]
-        self._said = len(self._window)
-        return piece
-
-    def rest(self) -> str:
-        """The text of the tokens that are held back, whole characters or not."""
-        said, text = self._decode(self._window[: self._said]), self._decode(self._window)
-        return text[len(said) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        text = self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return str(text)
-
-
-@torch.no_grad()
 def _steps(
     model: Any,
     input_ids: Int[Tensor, "1 s"],
@@ -180,7 +144,8 @@ def _steps(
         inputs = model.prepare_inputs_for_generation(
             input_ids, next_sequence_length=fresh, is_first_iteration=fresh is None, **model_kwargs
         )
-        out = model(**inputs, return_dict=True)
+        with torch.no_grad():  # generate()'s own has ended when it returned; the caller's goes on
+            out = model(**inputs, return_dict=True)
         model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
         logits = out.logits[:, -1].float()
         if logits.isnan().any():
@@ -226,7 +191,7 @@ def _tokens(
     return ids
 
 
-def _room(model: PreTrainedModel, prompt_tokens: int) -> int | None:
+def _room(model: PreTrainedModel, prompt_tokens: int, remedy: str) -> int | None:
     """How many tokens can follow: the last of the model's positions still predicts one.
 
     None where positions are not limited, as with ALiBi.
@@ -237,7 +202,7 @@ def _room(model: PreTrainedModel, prompt_tokens: int) -> int | None:
     if positions is not None and prompt_tokens > positions:
         raise UsageError(
             f"the prompt has {prompt_tokens} tokens, above the model's {positions} positions; "
-            "shorten it"
+            f"{remedy}"
         )
     return None if positions is None else positions - prompt_tokens + 1
 
@@ -250,7 +215,7 @@ def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _drawing(sampling: Sampling) -> dict[str, object]:
-    """What generate() is asked for; nothing of it is left to the model's generation_config."""
+    """What generate() is asked for; none of it is left to the model's generation_config."""
     if not sampling.draws:
         return {"do_sample": False}
     return {
