@@ -82,8 +82,9 @@ End = Literal["stop", "max_new_tokens", "positions"]
 class Answer:
     """A text that is being written: iterating over it computes it, and yields it in pieces.
 
-    A piece is one or more whole characters. Counts, seconds and `text` are those so far; the time
-    that the caller spends between two pieces is not in them.
+    A piece is one or more whole characters; only bytes that never become one, as where a limit
+    cuts the text, are shown as U+FFFD. Counts, seconds and `text` are those so far; the time that
+    the caller spends between two pieces is not in them.
     """
 
     def __init__(
