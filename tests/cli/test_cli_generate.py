@@ -101,6 +101,19 @@ def test_a_text_goes_on_without_a_template_or_where_it_is_not_wanted(quip, speak
     assert seen(err[0]) == 4
 
 
+def test_flags_may_stand_anywhere(quip, plain):
+    for words in (
+        ("--no_chat", plain, "wx"),
+        (plain, "--no_chat", "wx"),
+        (plain, "--device", "cpu", "wx", "--no_chat"),
+    ):
+        assert quip("generate", *words)[:2] == (0, "yz!\n")
+    for words in ((plain, "--zork"), (plain, "--no_chat", "wx", "yz"), (plain, "wx", "yz")):
+        status, _, err = quip("generate", *words)
+        assert status == 2
+        assert "unrecognized arguments: " in err[0]
+
+
 def test_a_limit_is_said_whichever_it_was(quip, tmp_path, speaker):
     _, out, err = quip("generate", speaker, "Hello", "--max_new_tokens", 3)
     assert out == "Hé\n"
