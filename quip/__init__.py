@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from quip.model.tune import tune_model as tune_model
     from quip.packed.checkpoint import load as load
     from quip.packed.checkpoint import save_checkpoint as save_checkpoint
+    from quip.serve.generate import generate as generate
+    from quip.serve.sampling import Sampling as Sampling
 
     __version__: str
 
@@ -43,8 +45,10 @@ _HOMES = {
     "HessianStore": "quip.data.hessians",
     "ModelTuning": "quip.model.tune",
     "Recipe": "quip.matrix.recipe",
+    "Sampling": "quip.serve.sampling",
     "build_recipe": "quip.matrix.build",
     "collect_hessians": "quip.jobs.hessians",
+    "generate": "quip.serve.generate",
     "load": "quip.packed.checkpoint",
     "load_model": "quip.model.load",
     "perplexity": "quip.evaluate.perplexity",
