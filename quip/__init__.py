@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from quip.model.tune import tune_model as tune_model
     from quip.packed.checkpoint import load as load
     from quip.packed.checkpoint import save_checkpoint as save_checkpoint
+    from quip.serve.generate import generate as generate
+    from quip.serve.sampling import Sampling as Sampling
 
     __version__: str
 
@@ -46,9 +48,11 @@ _HOMES = {
     "ModelTuning": "quip.model.tune",
     "Plan": "quip.model.plan",
     "Recipe": "quip.matrix.recipe",
+    "Sampling": "quip.serve.sampling",
     "build_plan": "quip.jobs.plan",
     "build_recipe": "quip.matrix.build",
     "collect_hessians": "quip.jobs.hessians",
+    "generate": "quip.serve.generate",
     "load": "quip.packed.checkpoint",
     "load_model": "quip.model.load",
     "perplexity": "quip.evaluate.perplexity",

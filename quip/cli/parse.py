@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -18,6 +18,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help explains every flag)")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, also an argument that may be left out behind flags that stand before it.
+
+        argparse does so since Python 3.12.7; before, it settles such an argument with the first.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            missing = action.nargs == "?" and getattr(found, action.dest) is None
+            if missing and len(rest) == 1 and (rest[0] == "-" or not rest[0].startswith("-")):
+                setattr(found, action.dest, rest.pop())
+        return found, rest
 
 
 def guarded(parser: Parser, argv: Sequence[str] | None, *, commands: int = 0) -> int:

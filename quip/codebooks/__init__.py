@@ -3,7 +3,7 @@
 from typing import Any
 
 from quip.codebooks.base import Codebook, Decoder, Groups
-from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, around
+from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, candidate_rhos
 from quip.codebooks.lattice import LATTICES, Lattice, Lattices
 
 DECODERS: dict[str, Any] = {
@@ -22,5 +22,5 @@ __all__ = [
     "Lattices",
     "MinMaxGrid",
     "RmsGrid",
-    "around",
+    "candidate_rhos",
 ]

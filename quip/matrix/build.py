@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from quip.codebooks import LATTICES, Codebook, Lattice, MinMaxGrid, RmsGrid, around
+from quip.codebooks import LATTICES, Codebook, Lattice, MinMaxGrid, RmsGrid, candidate_rhos
 from quip.errors import UsageError
 from quip.matrix.feedback import none
 from quip.matrix.flags import Flags
@@ -119,7 +119,7 @@ def _grid(f: Flags) -> tuple[MinMaxGrid | RmsGrid, int | None]:
     # without it perplexity suffers.
     fixed = f.faithful or (METHODS[f.quant].feedback is none and f.rho is None)
     given = () if f.rho in (None, "auto") else (float(f.rho),)
-    rhos = given or ((PAPERS_RHO,) if fixed else around(f.wbits))
+    rhos = given or ((PAPERS_RHO,) if fixed else candidate_rhos(f.wbits))
     group = None if f.faithful else _group(f.range_ or "column", least=1)
     return RmsGrid(bits=f.wbits, unbiased=f.unbiased, rhos=rhos), group
 

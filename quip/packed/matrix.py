@@ -35,5 +35,5 @@ class QuantizedMatrix:
         m, n = len(self.codes), self.codes.shape[1] * self.decoder.dim
         stored = 0
         for part in (self.decoder, *self.transform.links):
-            stored += sum(x.nbytes for x in type(part).layout(m, n, **part.options()).values())
+            stored += sum(x.nbytes for x in type(part).empty(m, n, **part.options()).values())
         return 8 * stored / (m * n)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate.divergence import divergence
 from quip.kernels.bits import unpack
-from quip.kernels.hadamard.rotations import rotate
+from quip.kernels.hadamard import rotate
 from quip.matrix.build import build_recipe
 from quip.matrix.quantize import quantize_matrix
 from quip.model.ledger import Ledger

@@ -99,7 +99,7 @@ def names(blocks: int) -> dict[str, tuple[str, ...]]:
     }
 
 
-def layout(spec: Spec, blocks: int) -> Layout:
+def expected_layout(spec: Spec, blocks: int) -> Layout:
     """The layout, for `QuipConfig`, of a model of so many blocks that has all their matrices."""
     found = sorted(names(blocks).values())
     alone = [members[0] for members in found if len(members) == 1]

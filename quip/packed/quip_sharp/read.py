@@ -25,7 +25,7 @@ from quip.packed.quip_sharp.format import (
     Matrix,
     Slot,
     exactly,
-    layout,
+    expected_layout,
     matrices,
     rescales,
 )
@@ -87,7 +87,7 @@ def _skeleton(config: PretrainedConfig, spec: Spec, *, tied: bool) -> PreTrained
     # What the files have is used: an lm_head of its own is one, whatever config.json says.
     config.tie_word_embeddings = tied and config.tie_word_embeddings
     model = skeleton(config)
-    layout(spec, config.num_hidden_layers).make_room(model)
+    expected_layout(spec, config.num_hidden_layers).make_room(model)
     return model.eval().requires_grad_(False)
 
 

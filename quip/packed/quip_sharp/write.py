@@ -24,7 +24,7 @@ from quip.packed.quip_sharp.format import (
     Matrix,
     check_spec,
     exactly,
-    layout,
+    expected_layout,
     matrices,
     params,
     rescales,
@@ -77,7 +77,7 @@ def _checked(model: PreTrainedModel) -> Spec:
     found = Layout.of(model)
     spec = _one_of(found.specs)
     check_spec(spec)
-    wanted = layout(spec, model.config.num_hidden_layers)
+    wanted = expected_layout(spec, model.config.num_hidden_layers)
     for members in wanted.stacks:
         if members not in found.stacks:
             raise UsageError(
