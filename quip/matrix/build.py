@@ -1,156 +1,193 @@
-"""Which recipes there are: by name, and by the flags of a command line."""
+"""Flags become a Recipe; those that no part of it reads are refused.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any
+No part of the recipe is imported before all flags are known to mean something: a command line that
+is refused does not wait for torch.
+"""
 
-from quip.codebooks import LATTICES, Codebook, Lattice, MinMaxGrid, RmsGrid, around
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, Any
+
+from quip.codebooks.names import CODEBOOKS, Choice
 from quip.errors import UsageError
-from quip.matrix.feedback import none
-from quip.matrix.flags import Flags
-from quip.matrix.methods import METHODS
-from quip.matrix.recipe import Recipe
-from quip.transforms import (
-    Draw,
-    Hadamard,
-    Kronecker,
-    Rescale,
-    draw_blocked,
-    draw_blocked_unpermuted,
-)
+from quip.matrix.books import READERS
+from quip.matrix.flags import Flags, as_line
+from quip.matrix.methods import EXTRAS, METHODS, RECIPES, ROTATIONS, Method
 
-EXTRAS: dict[int, Draw] = {0: draw_blocked, 1: Kronecker.draw, 2: draw_blocked_unpermuted}
-KRONECKERS = {"kronecker": EXTRAS[1], "blocked": EXTRAS[0]}
-PAPERS_RHO = 2.4  # of grid b
-SHARP_RHO = 0.9  # of E8P, as the paper of QuIP# has it
-RHO_SHARES = (0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6)
-LATTICE_RANGE = "8"
-# (rho, ratio) around which a fit looks, best for proxy losses of rotated weights; and how far.
-CENTRES = {"E8P12": (1.0, None), "E8P12RVQ3B": (0.98, 2.1), "E8P12RVQ4B": (0.9, 3.8)}
-SHARES = (0.8, 0.87, 0.93, 1.0, 1.07, 1.15)
+if TYPE_CHECKING:
+    from quip.matrix.feedback import Feedback
+    from quip.matrix.order import Order
+    from quip.matrix.recipe import Recipe
+
+__all__ = ["METHODS", "RECIPES", "build_recipe", "check_flags", "functions"]
+
+
+def build_recipe(**flags: Any) -> "Recipe":
+    """The recipe of a command line, by the names of `Flags`.
+
+    Raises UsageError for a combination that means nothing.
+    """
+    parts = check_flags(**flags)
+
+    from quip import transforms
+    from quip.matrix.polish import Greedy
+    from quip.matrix.recipe import Recipe
+
+    choice, book = parts.choice, parts.choice.codebook()
+    order, feedback = functions(parts.method)
+    swept = parts.passes - parts.method.swept_passes
+    return Recipe(
+        codebook=book,
+        trials=tuple(replace(book, **change) for change in choice.trials),
+        transforms=tuple(getattr(transforms, name)(**options) for name, options in parts.draws),
+        order=order,
+        feedback=feedback,
+        group=choice.group,
+        damp=parts.damp,
+        polish=(Greedy(passes=swept),) if swept else (),
+        clamp_target=choice.clamp_target,
+        stack=choice.stack,
+    )
+
+
+def check_flags(**flags: Any) -> "Parts":
+    """The parts of a recipe, in words. Raises UsageError for a combination that means nothing."""
+    f = Flags(**flags)
+    f.check()
+    parts, readers = _read(f)
+    for name, value in flags.items():
+        if value is not None and value is not False and name not in readers:
+            raise UsageError(_unread(f, name))
+    _refuse_passes(f, parts.passes)
+    return parts
+
+
+def functions(method: Method) -> "tuple[Order, Feedback]":
+    """The order and the feedback that a method names."""
+    from quip.matrix import feedback, order
+
+    return getattr(order, method.order), getattr(feedback, method.feedback)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named:
-    """A recipe by name: the flags that it stands for."""
+class Parts:
+    """What a recipe is made of, in words."""
 
-    title: str
-    flags: dict[str, Any]
-
-
-RECIPES = {
-    **{
-        f"quip-{bits}bit": Named(
-            title=f"QuIP: LDLQ with incoherence processing, {bits} bits",
-            flags={"wbits": bits, "quant": "ldlq", "incoh_processing": True},
-        )
-        for bits in (2, 3, 4)
-    },
-    **{
-        f"quip-sharp-{row.bits}bit": Named(
-            title=f"QuIP#: block LDLQ with {name} after a Hadamard transform, {row.bits} bits",
-            flags={"wbits": row.bits, "quant": "ldlq", "codebook": name},
-        )
-        for name, row in LATTICES.items()
-    },
-}
+    method: Method
+    choice: Choice
+    draws: tuple[tuple[str, Mapping[str, Any]], ...]  # of quip.transforms, and their options
+    damp: float
+    passes: int
 
 
-def as_flags(flags: Mapping[str, Any]) -> list[str]:
-    """The flags as they would stand on a command line."""
-    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()]
+@dataclass(frozen=True)
+class _Take:
+    """The values of flags for one part of the recipe, which is noted as their reader."""
+
+    flags: Flags
+    name: str
+    readers: dict[str, str] = field(default_factory=dict)  # of each flag, the first
+
+    def __call__(self, name: str) -> Any:
+        self.readers.setdefault(name, self.name)
+        return getattr(self.flags, name)
+
+    def part(self, name: str) -> "_Take":
+        return replace(self, name=name)
 
 
-def build_recipe(**flags: Any) -> Recipe:
-    """The recipe of a command line, by the names of `Flags`.
-
-    Raises UsageError where a combination means nothing.
-    """
-    f = Flags(**flags)
-    f.check()
-    method = METHODS[f.quant]
-    book, group = _lattice(f) if f.codebook != "int" else _grid(f)
-    recipe = Recipe(
-        codebook=book,
-        trials=_trials(f, book),
-        transforms=_transforms(f),
-        order=method.order,
-        feedback=method.feedback,
-        group=group,
-        damp=f.percdamp,
-        greedy_passes=f.passes - method.swept_passes,
+def _read(f: Flags) -> tuple[Parts, dict[str, str]]:
+    """The parts, and who read each flag that was read."""
+    take = _Take(replace(f, wbits=_bits(f)), "every recipe")
+    for name in ("lazy_batch", "pre_gptqH", "wbits"):
+        take(name)
+    method, entry = METHODS[take("quant")], CODEBOOKS[take("codebook")]
+    read = READERS.get(entry.home) or import_module(f"quip.codebooks.{entry.home}").of
+    choice: Choice = read(take.part(f.codebook))
+    draws = ("pre_rescale", "pre_proj")
+    rescales, rotates = (take(name) or take("incoh_processing") for name in draws)
+    rotation = [_rotation(take, choice.rotation)] if rotates or choice.rotation else []
+    passes = take("npasses")
+    if passes is None:
+        passes = method.passes or (0 if method.feedback == "none" else choice.passes)
+    parts = Parts(
+        method=method,
+        choice=choice,
+        draws=(*([("RescaleDraw", {})] if rescales else []), *rotation),
+        damp=take("percdamp"),
+        passes=passes,
     )
-    if isinstance(book, Lattice):
-        return replace(recipe, stack=not f.no_fuse)
-    return replace(recipe, clamp_target=f.faithful)
+    return parts, take.readers
 
 
-def _trials(f: Flags, book: Lattice | MinMaxGrid | RmsGrid) -> tuple[Codebook, ...]:
-    """What `--scale auto` and `--rho auto` try: each rho for the whole matrix.
-
-    Of grid b those from 0.9 to 1.6 times (bits + 1) / 2, nearly the best for Gaussian weights,
-    which feedback spreads; and first the best of ten at each fit, the default with feedback, so
-    that no matrix then loses more than by default.
-    """
-    if isinstance(book, Lattice) and f.scale == "auto":
-        return tuple(replace(book, rhos=(rho,)) for rho in book.rhos)
-    if isinstance(book, RmsGrid) and f.rho == "auto":
-        rhos = (round(share * (book.bits + 1) / 2, 4) for share in RHO_SHARES)
-        return (book, *(replace(book, rhos=(rho,)) for rho in rhos))
-    return ()
-
-
-def _transforms(f: Flags) -> tuple[Draw, ...]:
-    draws: list[Draw] = [Rescale.draw] if f.pre_rescale or f.incoh_processing else []
-    if f.is_hadamard:
-        draws.append(_hadamard(f.hadamard_block))
-    elif f.rotation:
-        draws.append(KRONECKERS[f.rotation])
-    elif f.rotates:
-        draws.append(EXTRAS[1 if f.pre_proj_extra is None else f.pre_proj_extra])
-    return tuple(draws)
+def _bits(f: Flags) -> int:
+    """Bits per weight: those said, or the only ones of the codebook."""
+    only, bits = CODEBOOKS[f.codebook].only_bits, CODEBOOKS[f.codebook].bits
+    if only is not None and f.wbits not in (None, only):
+        raise UsageError(
+            f"--wbits {f.wbits}: {f.codebook} has {only} bits; leave out --wbits, or name another "
+            "--codebook"
+        )
+    found = f.wbits if only is None else only
+    if found is None or found not in bits:
+        raise UsageError(
+            f"--wbits {found}: {bits[0]} to {bits[-1]} bits can be quantized to (16 evaluates only)"
+        )
+    return found
 
 
-@cache
-def _hadamard(block: int | None) -> Draw:
-    return partial(Hadamard.draw, block=block)  # cached, so that equal recipes compare equal
+def _rotation(take: _Take, default: str | None) -> tuple[str, Mapping[str, Any]]:
+    one = take.part("rotations")
+    name, extra = one("rotation"), one("pre_proj_extra")
+    if name is not None and extra is not None:
+        raise UsageError("--rotation and --pre_proj_extra both choose a rotation: leave one out")
+    name = name or default or "kronecker"
+    row = ROTATIONS[name] if extra is None else EXTRAS[extra]
+    own = take.part(f"--rotation {name}")
+    return row.draw, {**row.options, **{key: own(flag) for key, flag in row.takes.items()}}
 
 
-def _grid(f: Flags) -> tuple[MinMaxGrid | RmsGrid, int | None]:
-    """The integer grid, and the columns that share one."""
-    assert f.wbits is not None
-    if f.grid == "a":
-        return MinMaxGrid(bits=f.wbits, unbiased=f.unbiased), f.groupsize
-    # A range of the least squared error shrinks weights on the whole. Feedback makes up for that;
-    # without it perplexity suffers.
-    fixed = f.faithful or (METHODS[f.quant].feedback is none and f.rho is None)
-    given = () if f.rho in (None, "auto") else (float(f.rho),)
-    rhos = given or ((PAPERS_RHO,) if fixed else around(f.wbits))
-    group = None if f.faithful else _group(f.range_ or "column", least=1)
-    return RmsGrid(bits=f.wbits, unbiased=f.unbiased, rhos=rhos), group
+def _refuse_passes(f: Flags, passes: int) -> None:
+    if f.quant == "allbal" and passes == 0:
+        raise UsageError("--quant allbal --npasses 0 would round nothing: say 1 or more")
+    if f.unbiased and passes:
+        raise UsageError(
+            f"--unbiased with {passes} greedy passes: a pass rounds to nearest and undoes it; "
+            "say --npasses 0 with ldlqRG, or leave out --unbiased"
+        )
 
 
-def _lattice(f: Flags) -> tuple[Lattice, int | None]:
-    """The lattice, and the columns that share a scale."""
-    row = LATTICES[f.codebook]
-    rho, ratio = CENTRES[f.codebook]
-    rhos = tuple(round(rho * share, 4) for share in SHARES)
-    if f.faithful:
-        rhos, ratio = (SHARP_RHO if row.ratio is None else row.rho,), row.ratio
-    if f.scale_override:
-        rhos = (f.scale_override,)
-    book = Lattice(stages=row.stages, ratio=f.resid_scale_override or ratio, rhos=rhos)
-    return book, None if f.faithful else _group(f.range_ or LATTICE_RANGE, least=8)
+def _unread(f: Flags, name: str) -> str:
+    """The refusal of a flag that nothing read: who reads it, and what would make it so here."""
+    shown = as_line({name: getattr(f, name)})[0].replace("=", " ")
+    alone = Flags(wbits=2, **{name: getattr(f, name)})
+    speaks = dict.fromkeys(part for _, part in _readers(alone, name))
+    remedies = (" ".join(as_line(change)).replace("=", " ") for change, _ in _readers(f, name))
+    remedy = next(remedies, None)
+    owners = " and ".join(speaks)
+    instead = f"say {remedy}, or leave it out" if remedy else "leave it out"
+    return f"{shown} speaks of {owners}: {instead}"
 
 
-def _group(range_: str, *, least: int) -> int | None:
-    if range_ == "tensor":
-        return None
-    if range_ == "column" and least == 1:
-        return 1
-    if range_.isdecimal() and int(range_) > 0 and int(range_) % least == 0:
-        return int(range_)
-    if least > 1:
-        raise UsageError(f"--range {range_}: say tensor, or a multiple of {least} columns")
-    raise UsageError(f"--range {range_}: say tensor, column or a number of columns")
+def _readers(f: Flags, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Changes of the flags with which some part reads this one, and that part; nearest first."""
+    processing: list[dict[str, Any]] = [
+        {"pre_proj": True},
+        {"incoh_processing": True},
+        *({"rotation": rotation} for rotation in ROTATIONS),
+        *({"qfn": grid} for grid in "ab"),
+        {"incoh_processing": False},
+    ]
+    processing += [a | b for a, b in combinations(processing, 2)]
+    books: list[dict[str, Any]] = [{"codebook": book} for book in CODEBOOKS]
+    books += [{"codebook": name, "wbits": row.bits[0]} for name, row in CODEBOOKS.items()]
+    both = (book | how for book in books for how in processing)
+    for change in chain(processing, books, both):
+        try:
+            _, readers = _read(replace(f, **change))
+        except UsageError:
+            continue
+        if name in readers:
+            yield change, readers[name]

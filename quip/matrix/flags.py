@@ -1,202 +1,260 @@
-"""What may be said of a recipe on a command line, and what of it means nothing together."""
+"""What may be said of a recipe on a command line: every flag once, with its help. No torch.
+
+The command line, `build_recipe`, the descriptions of tables and the documents read this table. Which
+part of a recipe reads a flag is said by the part (quip.matrix.build).
+"""
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
-from quip.codebooks import LATTICES
+from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.errors import UsageError
-from quip.matrix.feedback import none
-from quip.matrix.methods import METHODS
+from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS
 
-EXTRAS = (0, 1, 2)  # of --pre_proj_extra
-ROTATIONS = ("kronecker", "blocked", "hadamard")
-CODEBOOKS = ("int", *LATTICES)
-SHARP_PASSES = 10  # of the published code of QuIP#
-LATTICE_PASSES = 2  # nine tenths of what any number of passes gains
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What is known of a flag beside its name and default."""
+
+    help: str
+    group: str  # of the help
+    kind: Callable[[str], Any]  # makes its value of a word; bool: a switch, which has none
+    metavar: str | None
+    choices: Collection[Any] | None
+    refuse: Callable[[Any], str | None] | None  # what is wrong with a value
+
+
+def flag(
+    words: str,
+    *,
+    group: str,
+    default: Any = None,
+    kind: Callable[[str], Any] = str,
+    metavar: str | None = None,
+    choices: Collection[Any] | None = None,
+    refuse: Callable[[Any], str | None] | None = None,
+) -> Any:
+    """A field of `Flags`."""
+    said = Said(
+        help=words, group=group, kind=kind, metavar=metavar, choices=choices, refuse=refuse
+    )
+    return field(default=default, metadata={"said": said})
+
+
+def switch(words: str, *, group: str) -> Any:
+    """A field of `Flags` that is on or off."""
+    return flag(words, group=group, default=False, kind=bool)
+
+
+def number_or_auto(word: str) -> float | str:
+    """A number, where the word is one; what else is no good is refused with all other values."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def _share(x: float) -> str | None:
+    return None if 0 <= x < math.inf else "damping is a finite share, 0 or more"
+
+
+def _rho(x: float | str) -> str | None:
+    good = x == "auto" if isinstance(x, str) else 0 < x < math.inf
+    return None if good else "a positive number or auto is needed"
+
+
+def _scale(x: float) -> str | None:
+    if isinstance(x, str) or not 0 < x < math.inf:
+        return "a positive number is needed"
+    return None if 0.01 <= x <= 100 else "scales of lattices lie between 0.01 and 100"
+
+
+def _block(x: int) -> str | None:
+    return "a block has at least 2 columns" if x < 2 else None
+
+
+def _group(x: int) -> str | None:
+    return "a group has at least one column" if x < 1 else None
+
+
+def _passes(x: int) -> str | None:
+    return "it cannot be negative" if x < 0 else None
+
+
+METHOD, CODEBOOK, INCOHERENCE = "method", "codebook", "incoherence processing"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """What may be said of a recipe on a command line; the names are those of the flags."""
 
-    quant: str = "ldlq"
-    wbits: int | None = None  # of a lattice: those it has
-    codebook: str = "int"
-    incoh_processing: bool = False
-    pre_rescale: bool = False
-    pre_proj: bool = False
-    pre_proj_extra: int | None = None
-    rotation: str | None = None
-    hadamard_block: int | None = None
-    qfn: str | None = None
-    npasses: int | None = None
-    unbiased: bool = False
-    groupsize: int | None = None
-    percdamp: float = 0.01
-    range_: str | None = None
-    rho: float | str | None = None  # a number, or auto
-    scale: str | None = None
-    scale_override: float | None = None
-    resid_scale_override: float | None = None
-    no_fuse: bool = False
-    faithful: bool = False
+    wbits: int | None = flag(
+        "bits per weight; 16, the default, evaluates the model as it is (a lattice has its own: "
+        "leave it out)",
+        group=METHOD,
+        kind=int,
+        choices=(*range(2, 9), 16),
+    )
+    quant: str = flag(
+        "how weights are rounded: nearest; gptq (OPTQ); ldlq (QuIP, the default); ldlqRG (LDLQ by "
+        "diag(H), then greedy passes); allbal (greedy passes alone); ldlbal_admm (QuIP's Algorithm "
+        "5)",
+        group=METHOD,
+        default="ldlq",
+        choices=tuple(METHODS),
+    )
+    npasses: int | None = flag(
+        "greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for lattices "
+        "after feedback (10 with --faithful) and 0 for grids",
+        group=METHOD,
+        kind=int,
+        metavar="N",
+        refuse=_passes,
+    )
+    unbiased: bool = switch("round at random, so that the mean is exact", group=METHOD)
+    groupsize: int | None = flag(
+        "columns of a row that share one range in grid a (by default the whole row)",
+        group=METHOD,
+        kind=int,
+        metavar="N",
+        refuse=_group,
+    )
+    percdamp: float = flag(
+        "what is added to the diagonal of H, as a share of its mean (default 0.01); ten times more "
+        "after each failed factorisation, three times at most",
+        group=METHOD,
+        default=0.01,
+        kind=float,
+        metavar="X",
+        refuse=_share,
+    )
+    lazy_batch: bool = switch(
+        "accepted and ignored: updates are always blocked, with the same codes", group=METHOD
+    )
+    codebook: str = flag(
+        "what weights are rounded to: int, the default, one of 2^wbits levels each; or eight "
+        "together to a point of a lattice: E8P12 (2 bits), E8P12RVQ3B (3), E8P12RVQ4B (4). A "
+        "lattice brings its own --wbits, --rotation hadamard, two greedy passes after feedback "
+        "(--npasses) and stacks of q, k and v (--no_fuse)",
+        group=CODEBOOK,
+        default=INTEGERS,
+        choices=tuple(CODEBOOKS),
+    )
+    scale: str | None = flag(
+        "auto: quantize each matrix with several scales of the lattice, and keep the one with the "
+        "smallest proxy loss",
+        group=CODEBOOK,
+        choices=("auto",),
+    )
+    scale_override: float | None = flag(
+        "the RMS that weights have when they meet the lattice (default: of six values around the "
+        "Gaussian optimum, the one with the smallest squared error at each fit; with --faithful "
+        "the published one)",
+        group=CODEBOOK,
+        kind=float,
+        metavar="X",
+        refuse=_scale,
+    )
+    resid_scale_override: float | None = flag(
+        "by how much the second stage of a lattice magnifies what the first one left (default: 2.1 "
+        "at 3 bits, 3.8 at 4; with --faithful the published 2.04 and 3.45)",
+        group=CODEBOOK,
+        kind=float,
+        metavar="X",
+        refuse=_scale,
+    )
+    no_fuse: bool = switch(
+        "quantize q, k and v, and up and gate, one by one instead of stacked (lattices only)",
+        group=CODEBOOK,
+    )
+    incoh_processing: bool = switch(
+        "QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b",
+        group=INCOHERENCE,
+    )
+    pre_gptqH: bool = switch(
+        "accepted and ignored: H is always damped by --percdamp (0 turns it off)",
+        group=INCOHERENCE,
+    )
+    pre_rescale: bool = switch(
+        "rescale the inputs, to balance W against H (--incoh_processing does)", group=INCOHERENCE
+    )
+    pre_proj: bool = switch(
+        "rotate W and H by random orthogonal matrices (--incoh_processing and lattices do)",
+        group=INCOHERENCE,
+    )
+    pre_proj_extra: int | None = flag(
+        "the rotation: 1, the default, a Kronecker product of two factors; 0 a factor for each "
+        "block; 2 as 0, without permutations",
+        group=INCOHERENCE,
+        kind=int,
+        choices=tuple(range(len(EXTRAS))),
+    )
+    rotation: str | None = flag(
+        "the rotation by name: kronecker (QuIP), blocked (a factor for each block), hadamard "
+        "(QuIP#: random signs and a Hadamard matrix; the default for lattices)",
+        group=INCOHERENCE,
+        choices=tuple(ROTATIONS),
+    )
+    hadamard_block: int | None = flag(
+        "one Hadamard matrix for every N columns, where none fits them all",
+        group=INCOHERENCE,
+        kind=int,
+        metavar="N",
+        refuse=_block,
+    )
+    qfn: str | None = flag(
+        "the grid: a, from the smallest to the largest weight of each row; b, symmetric about 0 "
+        "with a range of rho RMS (for rotated weights; the default with --incoh_processing)",
+        group=INCOHERENCE,
+        choices=("a", "b"),
+    )
+    range_: str | None = flag(
+        "what the range of grid b or the scale of a lattice is fitted to: the whole matrix once "
+        "(the default with --faithful), or the running weights of each column (the default; a "
+        "lattice: of 8) or of every N columns as the rounding reaches them",
+        group=INCOHERENCE,
+        metavar="{tensor,column,N}",
+    )
+    rho: float | str | None = flag(
+        "grid b reaches X times the RMS of the weights (default: of ten values around the Gaussian "
+        "optimum, the one with the smallest squared error at each fit; 2.4 for nearest and with "
+        "--faithful); auto: quantize each matrix with the default and with each of seven fixed "
+        "values, and keep the result with the smallest proxy loss",
+        group=INCOHERENCE,
+        kind=number_or_auto,
+        metavar="{X,auto}",
+        refuse=_rho,
+    )
+    faithful: bool = switch(
+        "the paper's algorithm as printed: weights clipped before feedback, and for grid b one "
+        "range of 2.4 RMS for the matrix; for lattices one published scale for the matrix",
+        group=INCOHERENCE,
+    )
 
     def check(self) -> None:
-        """Raise UsageError for values that are none, and for combinations that mean nothing."""
-        _refuse_values(self)
-        if self.codebook != "int":
-            _refuse_lattice(self)
-        _refuse_passes(self)
-        _refuse_rotations(self)
-        if self.codebook != "int":
-            return
-        _refuse_flags_of_lattices(self)
-        if self.grid == "a":
-            _refuse_grid_a(self)
-        else:
-            _refuse_grid_b(self)
-
-    @property
-    def grid(self) -> str:
-        """The integer grid: a or b."""
-        return self.qfn or ("b" if self.incoh_processing else "a")
-
-    @property
-    def rotates(self) -> bool:
-        return self.pre_proj or self.incoh_processing or self.codebook != "int"
-
-    @property
-    def is_hadamard(self) -> bool:
-        named = self.codebook != "int" and self.pre_proj_extra is None
-        return self.rotation == "hadamard" or (named and self.rotation is None)
-
-    @property
-    def passes(self) -> int:
-        """Greedy passes; the search for the nearest point of a lattice leaves much to them."""
-        method = METHODS[self.quant]
-        if self.npasses is not None:
-            return self.npasses
-        if self.codebook == "int" or method.feedback is none or method.passes:
-            return method.passes
-        return SHARP_PASSES if self.faithful else LATTICE_PASSES
+        """Raise UsageError for a value that is none, alone."""
+        for name, one in FLAGS.items():
+            value, said = getattr(self, one.name), one.metadata["said"]
+            if value is None or name == "wbits":  # bits: those that the codebook has
+                continue
+            if said.choices is not None and value not in said.choices:
+                raise UsageError(f"--{name} {value}: not one of {', '.join(map(str, said.choices))}")
+            if said.refuse is not None and (wrong := said.refuse(value)):
+                raise UsageError(f"--{name} {value}: {wrong}")
 
 
-def _refuse_values(f: Flags) -> None:
-    if f.quant not in METHODS:
-        raise UsageError(f"--quant {f.quant}: not one of {', '.join(METHODS)}")
-    if f.codebook not in CODEBOOKS:
-        raise UsageError(f"--codebook {f.codebook}: not one of {', '.join(CODEBOOKS)}")
-    if f.codebook == "int":
-        if f.wbits is None or not 2 <= f.wbits <= 8:
-            raise UsageError(
-                f"--wbits {f.wbits}: 2 to 8 bits can be quantized to (16 evaluates only)"
-            )
-    elif f.wbits not in (None, LATTICES[f.codebook].bits):
-        bits = LATTICES[f.codebook].bits
-        raise UsageError(
-            f"--wbits {f.wbits}: {f.codebook} has {bits} bits; leave out --wbits, or name another "
-            "--codebook"
-        )
-    if not 0 <= f.percdamp < math.inf:
-        raise UsageError(f"--percdamp {f.percdamp}: damping is a finite share, 0 or more")
-    choices: dict[str, Collection[object]] = {
-        "pre_proj_extra": EXTRAS,
-        "rotation": ROTATIONS,
-        "qfn": ("a", "b"),
-        "scale": ("auto",),
-    }
-    for name, allowed in choices.items():
-        value = getattr(f, name)
-        if value is not None and value not in allowed:
-            raise UsageError(f"--{name} {value}: not one of {', '.join(map(str, allowed))}")
-    for name in ("rho", "scale_override", "resid_scale_override"):
-        value = getattr(f, name)
-        if name == "rho" and value == "auto":
-            continue
-        if value is not None and (isinstance(value, str) or not 0 < value < math.inf):
-            auto = " or auto" if name == "rho" else ""
-            raise UsageError(f"--{name} {value}: a positive number{auto} is needed")
-        if value is not None and name != "rho" and not 0.01 <= value <= 100:
-            raise UsageError(f"--{name} {value}: scales of lattices lie between 0.01 and 100")
-    if f.hadamard_block is not None and f.hadamard_block < 2:
-        raise UsageError(f"--hadamard_block {f.hadamard_block}: a block has at least 2 columns")
+FLAGS: dict[str, Field[Any]] = {one.name.rstrip("_"): one for one in fields(Flags)}  # as one types
 
 
-def _refuse_passes(f: Flags) -> None:
-    if f.passes < 0:
-        raise UsageError(f"--npasses {f.passes}: it cannot be negative")
-    if f.quant == "allbal" and f.passes == 0:
-        raise UsageError("--quant allbal --npasses 0 would round nothing: say 1 or more")
-    if f.unbiased and f.passes:
-        raise UsageError(
-            f"--unbiased with {f.passes} greedy passes: a pass rounds to nearest and undoes it; "
-            "say --npasses 0 with ldlqRG, or leave out --unbiased"
-        )
-
-
-def _refuse_rotations(f: Flags) -> None:
-    for name, value in (("pre_proj_extra", f.pre_proj_extra), ("rotation", f.rotation)):
-        if value is not None and not f.rotates:
-            raise UsageError(
-                f"--{name} {value} chooses a rotation: add --pre_proj or --incoh_processing"
-            )
-    if f.rotation is not None and f.pre_proj_extra is not None:
-        raise UsageError("--rotation and --pre_proj_extra both choose a rotation: leave one out")
-    if f.hadamard_block is not None and not f.is_hadamard:
-        raise UsageError(
-            f"--hadamard_block {f.hadamard_block} speaks of --rotation hadamard: add it"
-        )
-
-
-def _refuse_flags_of_lattices(f: Flags) -> None:
-    for flag in ("scale", "scale_override", "resid_scale_override"):
-        if getattr(f, flag) is not None:
-            raise UsageError(f"--{flag} speaks of a lattice: name one with --codebook E8P12")
-    if f.no_fuse:
-        raise UsageError("--no_fuse speaks of a lattice: matrices are fused for --codebook E8P12")
-
-
-def _refuse_grid_a(f: Flags) -> None:
-    if f.incoh_processing:
-        raise UsageError("--incoh_processing means --qfn b: leave out --qfn a")
-    for flag, given in (("--range", f.range_), ("--rho", f.rho)):
-        if given:
-            raise UsageError(
-                f"{flag} speaks of the incoherent grid (--qfn b): add --incoh_processing"
-            )
-    if f.groupsize is not None and f.groupsize < 1:
-        raise UsageError(f"--groupsize {f.groupsize}: a group has at least one column")
-    if f.groupsize and f.faithful:
-        raise UsageError("--faithful clips to one range before the sweep: leave out --groupsize")
-
-
-def _refuse_grid_b(f: Flags) -> None:
-    if not f.rotates:
-        raise UsageError(
-            "--qfn b needs --pre_proj: one range for the whole matrix serves only weights that "
-            "a rotation has made alike; add --pre_proj (or --incoh_processing), or use --qfn a"
-        )
-    if f.groupsize is not None:
-        raise UsageError(
-            f"--groupsize {f.groupsize} with --qfn b: groups of a row share a range in grid a; "
-            "say --range N for the incoherent grid"
-        )
-    if f.faithful and (f.range_ or f.rho):
-        raise UsageError("--faithful fixes --range tensor and --rho 2.4: leave them out")
-
-
-def _refuse_lattice(f: Flags) -> None:
-    given = {"--qfn": f.qfn, "--rho": f.rho, "--groupsize": f.groupsize}
-    given |= {"--unbiased": f.unbiased or None}
-    for flag, value in given.items():
-        if value is not None:
-            raise UsageError(f"{flag} speaks of integer grids: leave it out with {f.codebook}")
-    if f.quant == "ldlbal_admm":
-        raise UsageError("--quant ldlbal_admm bounds the feedback of single columns: use ldlq")
-    if f.resid_scale_override is not None and LATTICES[f.codebook].ratio is None:
-        raise UsageError(f"--resid_scale_override: {f.codebook} has no second stage")
-    if f.faithful and f.range_:
-        raise UsageError("--faithful fixes --range tensor: leave it out")
-    if f.scale == "auto" and (f.scale_override or f.faithful):
-        raise UsageError("--scale auto tries several scales: leave out what fixes one")
+def as_line(flags: Mapping[str, Any]) -> list[str]:
+    """The flags as they would stand on a command line, by the names of `Flags`."""
+    words = []
+    for name, value in flags.items():
+        shown = name.rstrip("_")
+        if isinstance(value, bool):
+            words.append(f"--{shown}" if value else f"--no-{shown}")
+        elif value is not None:
+            words.append(f"--{shown}={value}")
+    return words
