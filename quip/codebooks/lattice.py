@@ -9,7 +9,7 @@ and a code is c_0 | c_1 << 16. The scale is RMS(W) / rho. e8p.py and e81b.py are
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.codebooks import e8p, e81b
-from quip.codebooks.base import Codebook, Groups
+from quip.codebooks.base import FITTED, Codebook, Groups
 from quip.codebooks.names import DIM, LATTICES, Published
 from quip.errors import QuipError
 from quip.kernels.bits import words
@@ -41,9 +41,9 @@ class Lattice:
     stages: tuple[str, ...]
     rhos: tuple[float, ...]
     ratio: float | None = None  # None for one stage
-    scale: Tensor = UNFITTED  # []
+    scale: Tensor = field(default=UNFITTED, metadata=FITTED)  # []
 
-    dim = DIM
+    dim, rows = DIM, 1
 
     @classmethod
     def published(cls, name: str) -> "Lattice":

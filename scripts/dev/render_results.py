@@ -1,6 +1,6 @@
 """Put the tables of results/ into the README, between the markers that name them.
 
-    python scripts/render_results.py            (--check: fail if the README is out of date)
+    python scripts/dev/render_results.py        (--check: fail if the README is out of date)
 
 No number in the README is typed by hand; what was not run is a dash.
 """

@@ -12,10 +12,11 @@ from quip import transforms
 from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
 from quip.errors import NonFinite, NotPositiveDefinite
 from quip.kernels.bits import words
-from quip.matrix import feedback, recipe
+from quip.matrix import feedback
 from quip.matrix.build import METHODS, build_recipe
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.polish import greedy
+from quip.matrix.order import backwards, largest_first, natural
+from quip.matrix.polish import Greedy, greedy
 from quip.matrix.prepare import condition
 from quip.matrix.quantize import quantize_by_many, quantize_matrices, quantize_matrix
 from quip.matrix.recipe import Recipe
@@ -198,16 +199,14 @@ def fitted(built: Recipe, W: Tensor, h: Tensor) -> Codebook:
     return built.codebook if built.group else built.codebook.fit(W, h)
 
 
-@pytest.mark.parametrize(
-    "order", [recipe.natural, recipe.backwards, recipe.largest_first], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("order", [natural, backwards, largest_first], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("group", [None, 8, 24, 32])
 @pytest.mark.parametrize("passes", [0, 2])
 def test_codes_are_kept_in_natural_order_whatever_the_order_of_rounding(
     problem, order, group, passes
 ):
     W, H = problem(9, 72)
-    built = plain(codebook=Points.random(8, 6), order=order, group=group, greedy_passes=passes)
+    built = plain(codebook=Points.random(8, 6), order=order, group=group, polish=(Greedy(passes),))
     q = quantized(W, H, built)
     assert q.codes.shape == (9, 9)
     W_hat = q.dequantize().double()
@@ -252,12 +251,12 @@ def test_double_weights_are_rounded_in_double_precision(problem):
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "codebook": lambda r: replace(r, codebook=RmsGrid(bits=2, rhos=(2.4,))),
-    "transforms": lambda r: replace(r, transforms=(transforms.Rescale.draw,)),
-    "order": lambda r: replace(r, order=recipe.backwards),
+    "transforms": lambda r: replace(r, transforms=(transforms.RescaleDraw(),)),
+    "order": lambda r: replace(r, order=backwards),
     "feedback": lambda r: replace(r, feedback=feedback.none),
     "group": lambda r: replace(r, group=8),
     "damp": lambda r: replace(r, damp=1.0),
-    "greedy_passes": lambda r: replace(r, greedy_passes=1),
+    "polish": lambda r: replace(r, polish=(Greedy(1),)),
     "clamp_target": lambda r: replace(r, clamp_target=True),
     "trials": lambda r: replace(r, trials=(MinMaxGrid(bits=2), RmsGrid(bits=2, rhos=(2.2,)))),
 }
@@ -327,7 +326,7 @@ def test_damping_grows_tenfold_after_each_failure(problem, failures):
 
 def test_an_escalation_redraws_the_same_rotations_for_more_damping(problem):
     W, H = problem(6, 20)
-    fields_ = {"transforms": (transforms.Rescale.draw, transforms.Kronecker.draw)}
+    fields_ = {"transforms": (transforms.RescaleDraw(), transforms.KroneckerDraw())}
     q = quantized(W, H, plain(feedback=failing(1), **fields_))
     direct = quantized(W, H, plain(damp=0.1, **fields_))
     assert torch.equal(q.codes, direct.codes)
@@ -446,7 +445,7 @@ def test_one_hessian_is_factorised_once_unless_a_transform_stands_between(proble
     built = plain(feedback=failing(0, calls))
     list(quantize_matrices(weights, H, built, seed=0))
     assert len(calls) == 1
-    rotated = replace(built, transforms=(transforms.Kronecker.draw,))
+    rotated = replace(built, transforms=(transforms.KroneckerDraw(),))
     list(quantize_matrices(weights, H, rotated, seed=0))
     assert len(calls) == 1 + 3
 
@@ -518,7 +517,7 @@ def test_a_factorisation_that_needed_more_damping_is_shared_with_its_basis(probl
             raise NotPositiveDefinite("the smallest eigenvalue is -1.00e-09")
         return feedback.ldl(H, dim)
 
-    rotated = {"transforms": (transforms.Kronecker.draw,), "feedback": rule}
+    rotated = {"transforms": (transforms.KroneckerDraw(),), "feedback": rule}
     recipes = {bits: plain(codebook=MinMaxGrid(bits=bits), **rotated) for bits in (2, 3)}
     recipes[4] = plain(codebook=MinMaxGrid(bits=4), **rotated | {"feedback": feedback.ldl})
     found = {bits: q for _, bits, q in quantize_by_many({"w": W}, H, recipes, seed=0)}
@@ -526,6 +525,18 @@ def test_a_factorisation_that_needed_more_damping_is_shared_with_its_basis(probl
     assert {bits: q.damp for bits, q in found.items()} == {2: 0.1, 3: 0.1, 4: 0.01}
     for bits, q in found.items():
         assert torch.equal(q.dequantize(), quantized(W, H, recipes[bits]).dequantize())
+
+
+class WatchedDraw:
+    def __init__(self, calls: list[str]) -> None:
+        self.calls, self.draw = calls, transforms.KroneckerDraw()
+
+    def check(self, m: int, n: int) -> None:
+        self.draw.check(m, n)
+
+    def __call__(self, W: Tensor, H: Tensor, rng: torch.Generator) -> transforms.Kronecker:
+        self.calls.append("draw")
+        return self.draw(W, H, rng)
 
 
 def watched(calls: list[str], name: str, what: Callable) -> Callable:
@@ -539,7 +550,7 @@ def watched(calls: list[str], name: str, what: Callable) -> Callable:
 def test_recipes_that_differ_in_their_codebooks_share_transforms_and_factorisations(problem):
     _, H = problem(6, 20)
     calls: list[str] = []
-    draws = (watched(calls, "draw", transforms.Kronecker.draw),)
+    draws = (WatchedDraw(calls),)
     rules = {name: watched(calls, name, getattr(feedback, name)) for name in ("ldl", "none")}
     for chosen, expected in (((), (0, 1)), (draws, (3, 3))):
         recipes = {
@@ -565,10 +576,10 @@ def test_no_more_than_one_factorisation_is_held(problem):
         made.append(weakref.ref(K))
         return K, h
 
-    rotated = (transforms.Kronecker.draw,)
+    rotated = (transforms.KroneckerDraw(),)
     recipes = {
         (order, chosen): plain(order=order, transforms=chosen, feedback=rule)
-        for order in (recipe.natural, recipe.backwards)
+        for order in (natural, backwards)
         for chosen in ((), rotated)
     }
     for _ in quantize_by_many({"q": W, "k": -W}, H, recipes, seed=0):

@@ -1,7 +1,8 @@
 """What a folder in the published layout of QuIP# holds: its words, its matrices, their tensors.
 
 config.json has `quip_params`, and each block of a Llama or Mistral four matrices: q, k and v
-stacked, o, up and gate stacked, down. With Omega of quip.hadamard and W~ the decoded weights,
+stacked, o, up and gate stacked, down. With Omega of
+quip.kernels.hadamard and W~ the decoded weights,
 
     W_hat = diag(fuse_scales of its rows) diag(SV) Omega_m Wscale W~ Omega_n^T diag(SU),
 
