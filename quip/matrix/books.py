@@ -37,6 +37,7 @@ class Take(Protocol):
 
 def grid(take: Take) -> Choice:
     """Grid a or b. `--rho auto` tries what is best without trials, and seven fixed ranges."""
+    take = take.part("integer grids")
     incoherent, qfn = take("incoh_processing"), take("qfn")
     if incoherent and qfn == "a":
         raise UsageError("--incoh_processing means --qfn b: leave out --qfn a")

@@ -13,15 +13,11 @@ from typing import TYPE_CHECKING, Any
 from quip.codebooks.names import CODEBOOKS, Choice
 from quip.errors import UsageError
 from quip.matrix.books import READERS
-from quip.matrix.flags import Flags, as_line
-from quip.matrix.methods import EXTRAS, METHODS, RECIPES, ROTATIONS, Method
+from quip.matrix.flags import IGNORED, Flags, as_line
+from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, Method
 
 if TYPE_CHECKING:
-    from quip.matrix.feedback import Feedback
-    from quip.matrix.order import Order
     from quip.matrix.recipe import Recipe
-
-__all__ = ["METHODS", "RECIPES", "build_recipe", "check_flags", "functions"]
 
 
 def build_recipe(**flags: Any) -> "Recipe":
@@ -32,21 +28,21 @@ def build_recipe(**flags: Any) -> "Recipe":
     parts = check_flags(**flags)
 
     from quip import transforms
+    from quip.matrix import feedback, order
     from quip.matrix.polish import Greedy
     from quip.matrix.recipe import Recipe
 
     choice, book = parts.choice, parts.choice.codebook()
-    order, feedback = functions(parts.method)
-    swept = parts.passes - parts.method.swept_passes
+    passes = parts.passes - parts.method.swept_passes
     return Recipe(
         codebook=book,
         trials=tuple(replace(book, **change) for change in choice.trials),
-        transforms=tuple(getattr(transforms, name)(**options) for name, options in parts.draws),
-        order=order,
-        feedback=feedback,
+        transforms=tuple(getattr(transforms, name)(**own) for name, own in parts.draws),
+        order=getattr(order, parts.method.order),
+        feedback=getattr(feedback, parts.method.feedback),
         group=choice.group,
         damp=parts.damp,
-        polish=(Greedy(passes=swept),) if swept else (),
+        polish=(Greedy(passes),) if passes else (),
         clamp_target=choice.clamp_target,
         stack=choice.stack,
     )
@@ -64,11 +60,9 @@ def check_flags(**flags: Any) -> "Parts":
     return parts
 
 
-def functions(method: Method) -> "tuple[Order, Feedback]":
-    """The order and the feedback that a method names."""
-    from quip.matrix import feedback, order
-
-    return getattr(order, method.order), getattr(feedback, method.feedback)
+def flags_read(**flags: Any) -> set[str]:
+    """The names of the flags that some part of this recipe reads, given or not."""
+    return set(_read(Flags(**flags))[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +95,7 @@ class _Take:
 def _read(f: Flags) -> tuple[Parts, dict[str, str]]:
     """The parts, and who read each flag that was read."""
     take = _Take(replace(f, wbits=_bits(f)), "every recipe")
-    for name in ("lazy_batch", "pre_gptqH", "wbits"):
+    for name in ("wbits", *IGNORED):
         take(name)
     method, entry = METHODS[take("quant")], CODEBOOKS[take("codebook")]
     read = READERS.get(entry.home) or import_module(f"quip.codebooks.{entry.home}").of
@@ -166,7 +160,8 @@ def _unread(f: Flags, name: str) -> str:
     speaks = dict.fromkeys(part for _, part in _readers(alone, name))
     remedies = (" ".join(as_line(change)).replace("=", " ") for change, _ in _readers(f, name))
     remedy = next(remedies, None)
-    owners = " and ".join(speaks)
+    *first, last = speaks
+    owners = f"{', '.join(first)} and {last}" if first else last
     instead = f"say {remedy}, or leave it out" if remedy else "leave it out"
     return f"{shown} speaks of {owners}: {instead}"
 

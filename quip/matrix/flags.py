@@ -1,7 +1,7 @@
 """What may be said of a recipe on a command line: every flag once, with its help. No torch.
 
-The command line, `build_recipe`, the descriptions of tables and the documents read this table. Which
-part of a recipe reads a flag is said by the part (quip.matrix.build).
+The command line, `build_recipe`, the descriptions of tables and the documents read this table.
+Which flags a part of a recipe reads is said by the part (quip.matrix.books, quip.matrix.build).
 """
 
 import math
@@ -37,9 +37,7 @@ def flag(
     refuse: Callable[[Any], str | None] | None = None,
 ) -> Any:
     """A field of `Flags`."""
-    said = Said(
-        help=words, group=group, kind=kind, metavar=metavar, choices=choices, refuse=refuse
-    )
+    said = Said(help=words, group=group, kind=kind, metavar=metavar, choices=choices, refuse=refuse)
     return field(default=default, metadata={"said": said})
 
 
@@ -240,12 +238,15 @@ class Flags:
             if value is None or name == "wbits":  # bits: those that the codebook has
                 continue
             if said.choices is not None and value not in said.choices:
-                raise UsageError(f"--{name} {value}: not one of {', '.join(map(str, said.choices))}")
+                raise UsageError(
+                    f"--{name} {value}: not one of {', '.join(map(str, said.choices))}"
+                )
             if said.refuse is not None and (wrong := said.refuse(value)):
                 raise UsageError(f"--{name} {value}: {wrong}")
 
 
 FLAGS: dict[str, Field[Any]] = {one.name.rstrip("_"): one for one in fields(Flags)}  # as one types
+IGNORED = ("lazy_batch", "pre_gptqH")  # so that the command lines of the papers' code run
 
 
 def as_line(flags: Mapping[str, Any]) -> list[str]:

@@ -22,9 +22,7 @@ class Method:
 
 
 METHODS = {
-    "nearest": Method(
-        title="each weight to its nearest level", order="natural", feedback="none"
-    ),
+    "nearest": Method(title="each weight to its nearest level", order="natural", feedback="none"),
     "gptq": Method(
         title="OPTQ (GPTQ): LDLQ from first column to last", order="natural", feedback="ldl"
     ),
