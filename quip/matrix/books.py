@@ -4,11 +4,13 @@ Other codebooks have their `of(take)` in their own file.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from quip.codebooks.names import LATTICES, Choice
 from quip.errors import UsageError
+from quip.matrix.flags import Flags
 from quip.matrix.methods import METHODS
 
 if TYPE_CHECKING:
@@ -25,14 +27,21 @@ CENTRES = {"E8P12": (1.0, None), "E8P12RVQ3B": (0.98, 2.1), "E8P12RVQ4B": (0.9, 
 SHARES = (0.8, 0.87, 0.93, 1.0, 1.07, 1.15)
 
 
-class Take(Protocol):
-    """The value of a flag by name; whoever asks has read it."""
+@dataclass(frozen=True)
+class Take:
+    """The values of flags for one part of a recipe, which is noted as their reader."""
 
-    def __call__(self, name: str) -> Any: ...
+    flags: Flags
+    name: str
+    readers: dict[str, str] = field(default_factory=dict)  # of each flag that was read, the first
+
+    def __call__(self, name: str) -> Any:
+        self.readers.setdefault(name, self.name)
+        return getattr(self.flags, name)
 
     def part(self, name: str) -> "Take":
         """The same for a part of this name, which a refusal may speak of."""
-        ...
+        return replace(self, name=name)
 
 
 def grid(take: Take) -> Choice:

@@ -5,14 +5,14 @@ is refused does not wait for torch.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
 from quip.codebooks.names import CODEBOOKS, Choice
 from quip.errors import UsageError
-from quip.matrix.books import READERS
+from quip.matrix.books import READERS, Take
 from quip.matrix.flags import IGNORED, Flags, as_line
 from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, Method
 
@@ -76,25 +76,9 @@ class Parts:
     passes: int
 
 
-@dataclass(frozen=True)
-class _Take:
-    """The values of flags for one part of the recipe, which is noted as their reader."""
-
-    flags: Flags
-    name: str
-    readers: dict[str, str] = field(default_factory=dict)  # of each flag, the first
-
-    def __call__(self, name: str) -> Any:
-        self.readers.setdefault(name, self.name)
-        return getattr(self.flags, name)
-
-    def part(self, name: str) -> "_Take":
-        return replace(self, name=name)
-
-
 def _read(f: Flags) -> tuple[Parts, dict[str, str]]:
     """The parts, and who read each flag that was read."""
-    take = _Take(replace(f, wbits=_bits(f)), "every recipe")
+    take = Take(replace(f, wbits=_bits(f)), "every recipe")
     for name in ("wbits", *IGNORED):
         take(name)
     method, entry = METHODS[take("quant")], CODEBOOKS[take("codebook")]
@@ -132,7 +116,7 @@ def _bits(f: Flags) -> int:
     return found
 
 
-def _rotation(take: _Take, default: str | None) -> tuple[str, Mapping[str, Any]]:
+def _rotation(take: Take, default: str | None) -> tuple[str, Mapping[str, Any]]:
     one = take.part("rotations")
     name, extra = one("rotation"), one("pre_proj_extra")
     if name is not None and extra is not None:

@@ -17,7 +17,8 @@ from quip.cli import flags
 from quip.cli import run as run_command
 from quip.cli.parse import Parser
 from quip.data import DATASETS
-from quip.matrix.build import METHODS, build_recipe
+from quip.matrix.build import build_recipe
+from quip.matrix.methods import METHODS
 from tests.model.test_load import write_gguf
 from tests.support.runs import save_model, write_text
 from tests.support.tiny import tiny
@@ -70,9 +71,9 @@ AT_ONCE = [
     ("demo pydoc --dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ("demo pydoc --wbits 2 --qfn b", "--qfn b needs --pre_proj"),
     ("demo pydoc --wbits 2 --incoh_processing --qfn a", "--incoh_processing means --qfn b"),
-    ("demo pydoc --wbits 2 --incoh_processing --groupsize 8", "--groupsize 8 with --qfn b"),
+    ("demo pydoc --wbits 2 --incoh_processing --groupsize 8", "--groupsize 8 speaks of grid a"),
     ("demo pydoc --wbits 2 --quant ldlqRG --unbiased", "--unbiased with 10 greedy passes"),
-    ("demo pydoc --wbits 2 --range tensor", "--range speaks of the incoherent grid"),
+    ("demo pydoc --wbits 2 --range tensor", "--range tensor speaks of grid b"),
     ("demo pydoc --wbits 2 --incoh_processing --range 0", "--range 0: say tensor, column or"),
     ("demo pydoc --wbits 2 --npasses -1", "--npasses -1: it cannot be negative"),
     ("demo pydoc --wbits 2 --percdamp nan", "--percdamp nan: damping is a finite share"),

@@ -22,6 +22,7 @@ from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError
 from quip.jobs.calibration import fitting_store
 from quip.matrix.build import build_recipe, flags_read
+from quip.matrix.flags import Flags
 from quip.matrix.linalg import energy
 from quip.matrix.methods import METHODS
 from quip.matrix.quantize import quantize_by_many
@@ -95,6 +96,7 @@ class ProxyBench:
             for name in names:
                 if name not in known:
                     raise UsageError(f"--{flag} {name}: not one of {', '.join(known)}")
+        Flags(**self.flags).check()
 
 
 def measure_losses(asked: ProxyBench, recipes: Mapping[Case, Recipe] | None = None) -> list[Loss]:

@@ -141,9 +141,7 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe | None:
         return None
     for name in flags:
         if name not in FLAGS:
-            raise UsageError(
-                f"unknown flag {name!r} in {dict(flags)}; names are those of `quip run`"
-            )
+            raise UsageError(f"unknown flag {name!r}; names are those of `quip run`")
     return build_recipe(**{FLAGS[name].name: value for name, value in flags.items()})
 
 
