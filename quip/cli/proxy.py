@@ -78,10 +78,12 @@ def _case_flags(group: argparse._ArgumentGroup) -> None:
 
 def call(args: Arguments) -> None:
     """Measure, and print the means."""
+    bench = asked(args)
+
     from quip.research.losses.bench import measure_losses
     from quip.research.losses.rows import method_tables
 
-    losses = measure_losses(asked(args))
+    losses = measure_losses(bench)
     measures = {"mean_proxy_loss": "mean proxy loss", "mean_absolute_loss": "mean tr(E H E^T)"}
     for measure, title in measures.items():
         for lines in method_tables(losses, measure, title):

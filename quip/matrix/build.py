@@ -53,10 +53,10 @@ def check_flags(**flags: Any) -> "Parts":
     f = Flags(**flags)
     f.check()
     parts, readers = _read(f)
-    for name, value in flags.items():
-        if value is not None and value is not False and name not in readers:
-            raise UsageError(_unread(f, name))
-    _refuse_passes(f, parts.passes)
+    given = {name for name, value in flags.items() if value is not None and value is not False}
+    for name in flags:
+        if name in given and name not in readers:
+            raise UsageError(_unread(f, name, given))
     return parts
 
 
@@ -87,15 +87,12 @@ def _read(f: Flags) -> tuple[Parts, dict[str, str]]:
     draws = ("pre_rescale", "pre_proj")
     rescales, rotates = (take(name) or take("incoh_processing") for name in draws)
     rotation = [_rotation(take, choice.rotation)] if rotates or choice.rotation else []
-    passes = take("npasses")
-    if passes is None:
-        passes = method.passes or (0 if method.feedback == "none" else choice.passes)
     parts = Parts(
         method=method,
         choice=choice,
         draws=(*([("RescaleDraw", {})] if rescales else []), *rotation),
         damp=take("percdamp"),
-        passes=passes,
+        passes=_passes(take, method, choice),
     )
     return parts, take.readers
 
@@ -127,31 +124,34 @@ def _rotation(take: Take, default: str | None) -> tuple[str, Mapping[str, Any]]:
     return row.draw, {**row.options, **{key: own(flag) for key, flag in row.takes.items()}}
 
 
-def _refuse_passes(f: Flags, passes: int) -> None:
-    if f.quant == "allbal" and passes == 0:
-        raise UsageError("--quant allbal --npasses 0 would round nothing: say 1 or more")
-    if f.unbiased and passes:
+def _passes(take: Take, method: Method, choice: Choice) -> int:
+    """Greedy passes: those said, or those of the method, or with feedback of the codebook."""
+    said, usual = take("npasses"), 0 if method.feedback == "none" else choice.passes
+    passes: int = (method.passes or usual) if said is None else said
+    if method.swept_passes > passes:
+        raise UsageError(f"--quant {take('quant')} --npasses 0 would round nothing: say 1 or more")
+    if passes and "unbiased" in take.readers and take("unbiased"):
         raise UsageError(
             f"--unbiased with {passes} greedy passes: a pass rounds to nearest and undoes it; "
             "say --npasses 0 with ldlqRG, or leave out --unbiased"
         )
+    return passes
 
 
-def _unread(f: Flags, name: str) -> str:
-    """The refusal of a flag that nothing read: who reads it, and what would make it so here."""
-    shown = as_line({name: getattr(f, name)})[0].replace("=", " ")
-    alone = Flags(wbits=2, **{name: getattr(f, name)})
-    speaks = dict.fromkeys(part for _, part in _readers(alone, name))
-    remedies = (" ".join(as_line(change)).replace("=", " ") for change, _ in _readers(f, name))
-    remedy = next(remedies, None)
-    *first, last = speaks
+def _unread(f: Flags, name: str, given: set[str]) -> str:
+    """The refusal of a flag that nothing read: who reads it, and what would make all be read."""
+    value = {name: getattr(f, name)}
+    *first, last = dict.fromkeys(
+        part for _, part in _read_if(Flags(wbits=2, **value), name, {name})
+    )
     owners = f"{', '.join(first)} and {last}" if first else last
-    instead = f"say {remedy}, or leave it out" if remedy else "leave it out"
-    return f"{shown} speaks of {owners}: {instead}"
+    change, _ = next(_read_if(f, name, given), ({}, ""))
+    shown, remedy = (" ".join(as_line(x)).replace("=", " ") for x in (value, change))
+    return f"{shown} speaks of {owners}: {f'say {remedy}, or ' if remedy else ''}leave it out"
 
 
-def _readers(f: Flags, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Changes of the flags with which some part reads this one, and that part; nearest first."""
+def _read_if(f: Flags, name: str, given: set[str]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Changes with which all that is given is read, and who reads this flag; nearest first."""
     processing: list[dict[str, Any]] = [
         {"pre_proj": True},
         {"incoh_processing": True},
@@ -161,12 +161,12 @@ def _readers(f: Flags, name: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     ]
     processing += [a | b for a, b in combinations(processing, 2)]
     books: list[dict[str, Any]] = [{"codebook": book} for book in CODEBOOKS]
-    books += [{"codebook": name, "wbits": row.bits[0]} for name, row in CODEBOOKS.items()]
+    books += [{"codebook": book, "wbits": row.bits[0]} for book, row in CODEBOOKS.items()]
     both = (book | how for book in books for how in processing)
     for change in chain(processing, books, both):
         try:
             _, readers = _read(replace(f, **change))
         except UsageError:
             continue
-        if name in readers:
+        if given <= readers.keys():
             yield change, readers[name]
