@@ -84,13 +84,16 @@ def _read(f: Flags) -> tuple[Parts, dict[str, str]]:
     method, entry = METHODS[take("quant")], CODEBOOKS[take("codebook")]
     read = READERS.get(entry.home) or import_module(f"quip.codebooks.{entry.home}").of
     choice: Choice = read(take.part(f.codebook))
-    draws = ("pre_rescale", "pre_proj")
-    rescales, rotates = (take(name) or take("incoh_processing") for name in draws)
-    rotation = [_rotation(take, choice.rotation)] if rotates or choice.rotation else []
+    incoherent, rescales, rotates = map(take, ("incoh_processing", "pre_rescale", "pre_proj"))
+    draws: list[tuple[str, Mapping[str, Any]]] = []
+    if rescales or incoherent:
+        draws.append(("RescaleDraw", {}))
+    if rotates or incoherent or choice.rotation:
+        draws.append(_rotation(take, choice.rotation))
     parts = Parts(
         method=method,
         choice=choice,
-        draws=(*([("RescaleDraw", {})] if rescales else []), *rotation),
+        draws=tuple(draws),
         damp=take("percdamp"),
         passes=_passes(take, method, choice),
     )

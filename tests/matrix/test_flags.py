@@ -108,6 +108,13 @@ def test_a_flag_that_no_part_reads_is_refused_by_the_parts_that_do_and_the_remed
             check_flags(**{**base, key: value, **parsed(said[3])})
 
 
+@pytest.mark.parametrize("base", BASES, ids=words)
+def test_flags_that_say_one_thing_twice_mean_what_one_of_them_does(base):
+    said = {"pre_rescale": True, "pre_proj": True, "pre_gptqH": True}
+    once = check_flags(**{**base, "incoh_processing": True})
+    assert check_flags(**{**base, **said, "incoh_processing": True}).draws == once.draws
+
+
 def parsed(line: str) -> dict[str, object]:
     """--rotation hadamard --no-incoh_processing as flags."""
     found: dict[str, object] = {}
