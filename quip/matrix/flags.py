@@ -7,6 +7,7 @@ Which flags a part of a recipe reads is said by the part (quip.matrix.books, qui
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from quip.codebooks.names import CODEBOOKS, INTEGERS
@@ -20,30 +21,25 @@ class Said:
 
     help: str
     group: str  # of the help
-    kind: Callable[[str], Any]  # makes its value of a word; bool: a switch, which has none
-    metavar: str | None
-    choices: Collection[Any] | None
-    refuse: Callable[[Any], str | None] | None  # what is wrong with a value
+    kind: Callable[[str], Any] = str  # makes its value of a word; bool: a switch, without one
+    metavar: str | None = None
+    choices: Collection[Any] | None = None
+    refuse: Callable[[Any], str | bool] | None = None  # what is wrong with a value, if anything
 
 
-def flag(
-    words: str,
-    *,
-    group: str,
-    default: Any = None,
-    kind: Callable[[str], Any] = str,
-    metavar: str | None = None,
-    choices: Collection[Any] | None = None,
-    refuse: Callable[[Any], str | None] | None = None,
-) -> Any:
-    """A field of `Flags`."""
-    said = Said(help=words, group=group, kind=kind, metavar=metavar, choices=choices, refuse=refuse)
-    return field(default=default, metadata={"said": said})
+def flag(group: str, words: str, *, default: Any = None, **more: Any) -> Any:
+    """A field of `Flags`; `more` is of `Said`. A switch is off unless it is said."""
+    said = Said(help=words, group=group, **more)
+    return field(default=False if said.kind is bool else default, metadata={"said": said})
 
 
-def switch(words: str, *, group: str) -> Any:
-    """A field of `Flags` that is on or off."""
-    return flag(words, group=group, default=False, kind=bool)
+of_method = partial(flag, "method")
+of_codebook = partial(flag, "codebook")
+of_processing = partial(flag, "incoherence processing")
+
+
+def _listed(rows: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}, {row.title}" for name, row in rows.items())
 
 
 def number_or_auto(word: str) -> float | str:
@@ -54,181 +50,142 @@ def number_or_auto(word: str) -> float | str:
         return word
 
 
-def _share(x: float) -> str | None:
-    return None if 0 <= x < math.inf else "damping is a finite share, 0 or more"
-
-
-def _rho(x: float | str) -> str | None:
+def _bad_rho(x: float | str) -> str | bool:
     good = x == "auto" if isinstance(x, str) else 0 < x < math.inf
-    return None if good else "a positive number or auto is needed"
+    return not good and "a positive number or auto is needed"
 
 
-def _scale(x: float) -> str | None:
+def _bad_scale(x: float) -> str | bool:
     if isinstance(x, str) or not 0 < x < math.inf:
         return "a positive number is needed"
-    return None if 0.01 <= x <= 100 else "scales of lattices lie between 0.01 and 100"
-
-
-def _block(x: int) -> str | None:
-    return "a block has at least 2 columns" if x < 2 else None
-
-
-def _group(x: int) -> str | None:
-    return "a group has at least one column" if x < 1 else None
-
-
-def _passes(x: int) -> str | None:
-    return "it cannot be negative" if x < 0 else None
-
-
-METHOD, CODEBOOK, INCOHERENCE = "method", "codebook", "incoherence processing"
+    return not 0.01 <= x <= 100 and "scales of lattices lie between 0.01 and 100"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """What may be said of a recipe on a command line; the names are those of the flags."""
 
-    wbits: int | None = flag(
+    wbits: int | None = of_method(
         "bits per weight; 16, the default, evaluates the model as it is (a lattice has its own: "
         "leave it out)",
-        group=METHOD,
         kind=int,
         choices=(*range(2, 9), 16),
     )
-    quant: str = flag(
-        "how weights are rounded: nearest; gptq (OPTQ); ldlq (QuIP, the default); ldlqRG (LDLQ by "
-        "diag(H), then greedy passes); allbal (greedy passes alone); ldlbal_admm (QuIP's Algorithm "
-        "5)",
-        group=METHOD,
+    quant: str = of_method(
+        f"how weights are rounded (default ldlq): {_listed(METHODS)}",
         default="ldlq",
         choices=tuple(METHODS),
     )
-    npasses: int | None = flag(
+    npasses: int | None = of_method(
         "greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for lattices "
         "after feedback (10 with --faithful) and 0 for grids",
-        group=METHOD,
         kind=int,
         metavar="N",
-        refuse=_passes,
+        refuse=lambda n: n < 0 and "it cannot be negative",
     )
-    unbiased: bool = switch("round at random, so that the mean is exact", group=METHOD)
-    groupsize: int | None = flag(
+    unbiased: bool = of_method("round at random, so that the mean is exact", kind=bool)
+    groupsize: int | None = of_method(
         "columns of a row that share one range in grid a (by default the whole row)",
-        group=METHOD,
         kind=int,
         metavar="N",
-        refuse=_group,
+        refuse=lambda n: n < 1 and "a group has at least one column",
     )
-    percdamp: float = flag(
+    percdamp: float = of_method(
         "what is added to the diagonal of H, as a share of its mean (default 0.01); ten times more "
         "after each failed factorisation, three times at most",
-        group=METHOD,
         default=0.01,
         kind=float,
         metavar="X",
-        refuse=_share,
+        refuse=lambda x: not 0 <= x < math.inf and "damping is a finite share, 0 or more",
     )
-    lazy_batch: bool = switch(
-        "accepted and ignored: updates are always blocked, with the same codes", group=METHOD
+    lazy_batch: bool = of_method(
+        "accepted and ignored: updates are always blocked, with the same codes", kind=bool
     )
-    codebook: str = flag(
-        "what weights are rounded to: int, the default, one of 2^wbits levels each; or eight "
-        "together to a point of a lattice: E8P12 (2 bits), E8P12RVQ3B (3), E8P12RVQ4B (4). A "
-        "lattice brings its own --wbits, --rotation hadamard, two greedy passes after feedback "
-        "(--npasses) and stacks of q, k and v (--no_fuse)",
-        group=CODEBOOK,
+    codebook: str = of_codebook(
+        f"what weights are rounded to (default {INTEGERS}): {_listed(CODEBOOKS)}. A lattice brings "
+        "its own --wbits, --rotation hadamard, two greedy passes after feedback (--npasses) and "
+        "stacks of q, k and v (--no_fuse)",
         default=INTEGERS,
         choices=tuple(CODEBOOKS),
     )
-    scale: str | None = flag(
+    scale: str | None = of_codebook(
         "auto: quantize each matrix with several scales of the lattice, and keep the one with the "
         "smallest proxy loss",
-        group=CODEBOOK,
         choices=("auto",),
     )
-    scale_override: float | None = flag(
+    scale_override: float | None = of_codebook(
         "the RMS that weights have when they meet the lattice (default: of six values around the "
         "Gaussian optimum, the one with the smallest squared error at each fit; with --faithful "
         "the published one)",
-        group=CODEBOOK,
         kind=float,
         metavar="X",
-        refuse=_scale,
+        refuse=_bad_scale,
     )
-    resid_scale_override: float | None = flag(
+    resid_scale_override: float | None = of_codebook(
         "by how much the second stage of a lattice magnifies what the first one left (default: 2.1 "
         "at 3 bits, 3.8 at 4; with --faithful the published 2.04 and 3.45)",
-        group=CODEBOOK,
         kind=float,
         metavar="X",
-        refuse=_scale,
+        refuse=_bad_scale,
     )
-    no_fuse: bool = switch(
+    no_fuse: bool = of_codebook(
         "quantize q, k and v, and up and gate, one by one instead of stacked (lattices only)",
-        group=CODEBOOK,
+        kind=bool,
     )
-    incoh_processing: bool = switch(
-        "QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b",
-        group=INCOHERENCE,
+    incoh_processing: bool = of_processing(
+        "QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b", kind=bool
     )
-    pre_gptqH: bool = switch(
-        "accepted and ignored: H is always damped by --percdamp (0 turns it off)",
-        group=INCOHERENCE,
+    pre_gptqH: bool = of_processing(
+        "accepted and ignored: H is always damped by --percdamp (0 turns it off)", kind=bool
     )
-    pre_rescale: bool = switch(
-        "rescale the inputs, to balance W against H (--incoh_processing does)", group=INCOHERENCE
+    pre_rescale: bool = of_processing(
+        "rescale the inputs, to balance W against H (--incoh_processing does)", kind=bool
     )
-    pre_proj: bool = switch(
+    pre_proj: bool = of_processing(
         "rotate W and H by random orthogonal matrices (--incoh_processing and lattices do)",
-        group=INCOHERENCE,
+        kind=bool,
     )
-    pre_proj_extra: int | None = flag(
+    pre_proj_extra: int | None = of_processing(
         "the rotation: 1, the default, a Kronecker product of two factors; 0 a factor for each "
         "block; 2 as 0, without permutations",
-        group=INCOHERENCE,
         kind=int,
         choices=tuple(range(len(EXTRAS))),
     )
-    rotation: str | None = flag(
+    rotation: str | None = of_processing(
         "the rotation by name: kronecker (QuIP), blocked (a factor for each block), hadamard "
         "(QuIP#: random signs and a Hadamard matrix; the default for lattices)",
-        group=INCOHERENCE,
         choices=tuple(ROTATIONS),
     )
-    hadamard_block: int | None = flag(
+    hadamard_block: int | None = of_processing(
         "one Hadamard matrix for every N columns, where none fits them all",
-        group=INCOHERENCE,
         kind=int,
         metavar="N",
-        refuse=_block,
+        refuse=lambda n: n < 2 and "a block has at least 2 columns",
     )
-    qfn: str | None = flag(
+    qfn: str | None = of_processing(
         "the grid: a, from the smallest to the largest weight of each row; b, symmetric about 0 "
         "with a range of rho RMS (for rotated weights; the default with --incoh_processing)",
-        group=INCOHERENCE,
         choices=("a", "b"),
     )
-    range_: str | None = flag(
+    range_: str | None = of_processing(
         "what the range of grid b or the scale of a lattice is fitted to: the whole matrix once "
         "(the default with --faithful), or the running weights of each column (the default; a "
         "lattice: of 8) or of every N columns as the rounding reaches them",
-        group=INCOHERENCE,
         metavar="{tensor,column,N}",
     )
-    rho: float | str | None = flag(
+    rho: float | str | None = of_processing(
         "grid b reaches X times the RMS of the weights (default: of ten values around the Gaussian "
         "optimum, the one with the smallest squared error at each fit; 2.4 for nearest and with "
         "--faithful); auto: quantize each matrix with the default and with each of seven fixed "
         "values, and keep the result with the smallest proxy loss",
-        group=INCOHERENCE,
         kind=number_or_auto,
         metavar="{X,auto}",
-        refuse=_rho,
+        refuse=_bad_rho,
     )
-    faithful: bool = switch(
+    faithful: bool = of_processing(
         "the paper's algorithm as printed: weights clipped before feedback, and for grid b one "
         "range of 2.4 RMS for the matrix; for lattices one published scale for the matrix",
-        group=INCOHERENCE,
+        kind=bool,
     )
 
     def check(self) -> None:

@@ -10,39 +10,24 @@ from typing import Any
 from quip.codebooks.names import LATTICES
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Method:
     """One row of the papers' method table."""
 
-    title: str
     order: str  # a function of quip.matrix.order
     feedback: str  # a function of quip.matrix.feedback
-    passes: int = 0  # greedy passes by default
-    swept_passes: int = 0  # passes that the sweep itself already is
+    passes: int  # greedy passes by default
+    swept_passes: int  # passes that the sweep itself already is
+    title: str
 
 
 METHODS = {
-    "nearest": Method(title="each weight to its nearest level", order="natural", feedback="none"),
-    "gptq": Method(
-        title="OPTQ (GPTQ): LDLQ from first column to last", order="natural", feedback="ldl"
-    ),
-    "ldlq": Method(title="QuIP: optimal linear feedback", order="backwards", feedback="ldl"),
-    "ldlqRG": Method(
-        title="QuIP-RG: LDLQ by diag(H), then greedy",
-        order="largest_first",
-        feedback="ldl",
-        passes=10,
-    ),
-    "allbal": Method(
-        title="greedy updates alone",
-        order="largest_first",
-        feedback="coordinate",
-        passes=10,
-        swept_passes=1,
-    ),
-    "ldlbal_admm": Method(
-        title="QuIP Algorithm 5, bounded feedback", order="largest_first", feedback="admm"
-    ),
+    "nearest": Method("natural", "none", 0, 0, "each weight to its nearest level"),
+    "gptq": Method("natural", "ldl", 0, 0, "OPTQ (GPTQ): LDLQ from first column to last"),
+    "ldlq": Method("backwards", "ldl", 0, 0, "QuIP: optimal linear feedback"),
+    "ldlqRG": Method("largest_first", "ldl", 10, 0, "QuIP-RG: LDLQ by diag(H), then greedy"),
+    "allbal": Method("largest_first", "coordinate", 10, 1, "greedy updates alone"),
+    "ldlbal_admm": Method("largest_first", "admm", 0, 0, "QuIP Algorithm 5, bounded feedback"),
 }
 
 
