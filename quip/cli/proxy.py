@@ -137,7 +137,7 @@ def _processing(args: Arguments) -> tuple[str, ...]:
 
 
 def _flags(args: Arguments) -> dict[str, Any]:
-    """Those that say something, by the names of `quip.matrix.flags.Flags`."""
+    """The flags of a recipe that were given, by the names of `quip.matrix.flags.Flags`."""
     given = {FLAGS[name].name: getattr(args, name) for name in OF_ALL}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -95,5 +95,5 @@ class Codebook(Protocol):
     def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]: ...
 
     def joined(self, books: Sequence["Codebook"], groups: Groups) -> Decoder:
-        """These fitted codebooks of one matrix, one a group, as a file holds them."""
+        """What decodes a matrix whose groups were fitted by `books`, as a file holds it."""
         ...

@@ -53,7 +53,7 @@ class Lattice:
 
     @property
     def name(self) -> str:
-        """That of LATTICES."""
+        """The name in LATTICES of the codebook with these stages."""
         return next(name for name, row in LATTICES.items() if row.stages == self.stages)
 
     @property
@@ -205,7 +205,7 @@ def _checked(name: str, ratio: float | None) -> Published:
 
 
 def _groups(n: int, group: int | None) -> Groups:
-    """Of n columns, in blocks of eight."""
+    """The groups of n columns, counted in blocks of eight columns."""
     if n % DIM:
         raise QuipError(f"a lattice needs a multiple of {DIM} inputs, not {n}")
     if group is not None and (group % DIM or group < 1):

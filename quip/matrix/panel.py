@@ -64,7 +64,7 @@ def round_panel(
 
 
 def _nearer(new: Tensor, old: Tensor, x: Tensor, book: Codebook, metric: Tensor) -> Tensor:
-    """Of two codes for each row of x, the one with the smaller error; the old one of equals.
+    """The code with the smaller error for each row of x; the old one where both are equal.
 
     Rows of one tile of the codebook are judged by their sum.
     """

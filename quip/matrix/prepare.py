@@ -88,9 +88,7 @@ class Factorisations:
         key = keys(name, recipe)[0], damp
         if self._basis is None or self._basis[0] != key:
             self._basis = None  # makes room
-            H = H.clone()
-            H.diagonal().add_(damp * (float(H.diagonal().mean()) or 1.0))
-            drawn = Chain.draw(recipe.transforms, W, H, rng)
+            drawn = Chain.draw(recipe.transforms, W, damped(H, damp), rng)
             self._basis = key, Basis(*drawn, rng.get_state())
         return self._basis[1]
 
@@ -104,6 +102,13 @@ def factored(H: Float[Tensor, "n n"], recipe: Recipe, damp: float = 0.0) -> Fact
     order = recipe.order(H, dim, recipe.group)
     H = H[order][:, order]
     return Factored(order, H, *recipe.feedback(H, dim), damp)
+
+
+def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
+    """H + damp mean(diag H) I (QuIP, Algorithm 1, line 2); the mean of a zero H counts as 1."""
+    H = H.clone()
+    H.diagonal().add_(damp * (float(H.diagonal().mean()) or 1.0))
+    return H
 
 
 def keys(name: str, recipe: Recipe) -> tuple[Hashable, Hashable]:

@@ -21,8 +21,7 @@ from quip.packed.stack import stacks
 from quip.transforms import HadamardDraw, KroneckerDraw, RescaleDraw
 from tests import reference as ref
 from tests.laws import NOISE, assert_near, check_stored
-from tests.model.test_quantize_model import logits
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import logits, tiny, tokens
 
 NAMES = pytest.mark.parametrize("codebook", LATTICES)
 QUANTS = [name for name in METHODS if name != "ldlbal_admm"]

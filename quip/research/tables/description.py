@@ -109,7 +109,7 @@ class Table:
 
 
 def names() -> tuple[str, ...]:
-    """Of the descriptions in the package."""
+    """The names of the descriptions in the package."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 

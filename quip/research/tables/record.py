@@ -64,7 +64,7 @@ def write_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _versions(found: Iterable[Cell]) -> dict[str, str]:
-    """Those that the cells were run with; several of a package are all named."""
+    """The versions that the cells were run with; several of a package are all named."""
     seen: dict[str, set[str]] = {}
     for cell in found:
         for package, version in cell.report().get("versions", {}).items():

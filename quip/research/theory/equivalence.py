@@ -128,7 +128,7 @@ def compare_all(
 
 
 def plot_differences(found: Sequence[Comparison], path: Path) -> None:
-    """Of the largest comparison: how far apart the targets are, and how far from a tie."""
+    """Draw, for the largest comparison, how far apart the targets are and how far from a tie."""
     from matplotlib.figure import Figure
 
     largest = max(found, key=lambda c: c.n * c.rows)

@@ -1,0 +1,115 @@
+"""What quantization buys, in one line and in one table: numbers of results/, nothing typed."""
+
+import textwrap
+from typing import Any
+
+from measured import MODELS, Point, load, points
+
+from quip.jobs.report.text import table
+
+MODEL = "smollm2"
+
+
+def headline() -> str:
+    """The model in 16 bits, and at 4 and 2 bits on the lattice: megabytes and perplexity."""
+    found = _measured()
+    four, two = found["lattice", "ldlq", 4], found["lattice", "ldlq", 2]
+    tuned = found["fine-tuned", "a", 2]
+    return (
+        f"**SmolLM2-135M: {_size(16)} → {_size(four.stored)} at 4 bits (perplexity "
+        f"{four.original:.2f} → {four.perplexity:.2f}), {_size(two.stored)} at 2 bits "
+        f"({two.perplexity:.2f}, fine-tuned {tuned.perplexity:.2f}).**\n"
+    )
+
+
+def demo() -> str:
+    """What `make demo` prints, in lines that a page shows whole."""
+    record = load("demo_run")
+    assert record
+    lines = [
+        textwrap.fill(
+            line,
+            96,
+            subsequent_indent="      ",
+            replace_whitespace=False,
+            drop_whitespace=len(line) > 96,
+        )
+        for line in table(record).splitlines()
+    ]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def glance() -> str:
+    """Methods down, bits across: perplexities, and what the checkpoint takes."""
+    found = _measured()
+    rows = {
+        "nearest": [("baseline", "nearest")],
+        "OPTQ": [("baseline", "gptq")],
+        "QuIP: LDLQ, incoherence processing": [("incoherence", "ldlq")],
+        "QuIP with greedy passes (`ldlqRG`)": [("incoherence", "ldlqRG")],
+        "QuIP#: lattice E8": [("lattice", "ldlq")],
+        "QuIP#, fine-tuned": [("fine-tuned", "ab"), ("fine-tuned", "b")],
+    }
+    lines = ["| SmolLM2-135M | 4 bits | 3 bits | 2 bits |", "|---|---:|---:|---:|"]
+    for name, keys in rows.items():
+        cells = [_first(found, keys, bits) for bits in (4, 3, 2)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sizes = [_size(found["lattice", "ldlq", bits].stored) for bits in (4, 3, 2)]
+    lines.append(f"| *checkpoint of QuIP#* | {' | '.join(f'*{size}*' for size in sizes)} |")
+    original = next(iter(found.values())).original
+    record = load(f"sharp_{MODEL}")
+    assert record
+    seen, used = (_one(record[key]) for key in ("evaluation", "calibration"))
+    return "\n".join(lines) + (
+        f"\n\nPerplexity of {MODELS[MODEL]} on WikiText-2 ({seen['windows']} windows of "
+        f"{seen['seqlen']} tokens), calibrated on {used['windows']} windows of its validation "
+        f"text; the original has {original:.2f} and takes {_size(16)}. A dash was not run.\n"
+    )
+
+
+def _one(stamps: Any) -> dict[str, Any]:
+    return stamps[0] if isinstance(stamps, list) else stamps
+
+
+def _measured() -> dict[tuple[str, str, int], Point]:
+    """The points that were measured on the tokens of the record of lattices."""
+    ours = [p for p in points(tables=False) if p.model == MODEL]
+    return {(p.processing, p.method, p.bits): p for p in ours}
+
+
+def _first(found: dict[tuple[str, str, int], Point], keys: list[tuple[str, str]], bits: int) -> str:
+    point = next((found[*key, bits] for key in keys if (*key, bits) in found), None)
+    return "-" if point is None else f"{point.perplexity:.2f}"
+
+
+def _size(bits: float | None) -> str:
+    """Megabytes of the tensors of a checkpoint that stores so many bits per quantized weight.
+
+    What is quantized and what stays follow from the two checkpoints of the record that differ
+    most in bits: bytes are what stays, and bits / 8 for each quantized weight.
+    """
+    sizes, dense = _checkpoints()
+    assert bits is not None
+    if bits == 16:
+        return f"{dense:.0f} MB"
+    low, high = min(sizes), max(sizes)
+    rise = (sizes[high] - sizes[low]) / (high - low)
+    return f"{sizes[low] + rise * (bits - low):.0f} MB"
+
+
+def _checkpoints() -> tuple[dict[float, float], float]:
+    """MB of the tensors of each checkpoint, by bits per weight; and of the model in 16 bits."""
+    record = load(f"checkpoints_{MODEL}")
+    assert record
+    if "rows" in record:
+        rows = record["rows"]
+        sizes = {row["bits_per_weight"]: row["reported_bytes"] / 1e6 for row in rows}
+        return sizes, rows[0]["dense_bytes"] / 1e6
+    rows: dict[float, dict[str, float]] = {}
+    for e in record["entries"]:
+        rows.setdefault(e["bits_per_weight"], {})[e["measure"]] = e["ours"]
+    sizes = {
+        bits: row["file, MB"] / (1 + row["file beyond reported, %"] / 100)
+        for bits, row in rows.items()
+    }
+    return sizes, next(iter(rows.values()))["16 bits"]
