@@ -4,7 +4,7 @@ Other codebooks have their `of(take)` in their own file.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ class Take:
 
     flags: Flags
     name: str
-    readers: dict[str, str] = field(default_factory=dict)  # of each flag that was read, the first
+    readers: dict[str, str]  # of each flag that was read, the first
 
     def __call__(self, name: str) -> Any:
         self.readers.setdefault(name, self.name)

@@ -52,7 +52,8 @@ def check_flags(**flags: Any) -> "Parts":
     """The parts of a recipe, in words. Raises UsageError for a combination that means nothing."""
     f = Flags(**flags)
     f.check()
-    parts, readers = _read(f)
+    readers: dict[str, str] = {}
+    parts = _read(f, readers)
     given = {name for name, value in flags.items() if value is not None and value is not False}
     for name in flags:
         if name in given and name not in readers:
@@ -62,7 +63,9 @@ def check_flags(**flags: Any) -> "Parts":
 
 def flags_read(**flags: Any) -> set[str]:
     """The names of the flags that some part of this recipe reads, given or not."""
-    return set(_read(Flags(**flags))[1])
+    readers: dict[str, str] = {}
+    _read(Flags(**flags), readers)
+    return set(readers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +79,9 @@ class Parts:
     passes: int
 
 
-def _read(f: Flags) -> tuple[Parts, dict[str, str]]:
-    """The parts, and who read each flag that was read."""
-    take = Take(replace(f, wbits=_bits(f)), "every recipe")
+def _read(f: Flags, readers: dict[str, str]) -> Parts:
+    """The parts; `readers` is told who read each flag that was read."""
+    take = Take(replace(f, wbits=_bits(f)), "every recipe", readers)
     for name in ("wbits", *IGNORED):
         take(name)
     method, entry = METHODS[take("quant")], CODEBOOKS[take("codebook")]
@@ -90,14 +93,13 @@ def _read(f: Flags) -> tuple[Parts, dict[str, str]]:
         draws.append(("RescaleDraw", {}))
     if rotates or incoherent or choice.rotation:
         draws.append(_rotation(take, choice.rotation))
-    parts = Parts(
+    return Parts(
         method=method,
         choice=choice,
         draws=tuple(draws),
         damp=take("percdamp"),
         passes=_passes(take, method, choice),
     )
-    return parts, take.readers
 
 
 def _bits(f: Flags) -> int:
@@ -144,17 +146,16 @@ def _passes(take: Take, method: Method, choice: Choice) -> int:
 def _unread(f: Flags, name: str, given: set[str]) -> str:
     """The refusal of a flag that nothing read: who reads it, and what would make all be read."""
     value = {name: getattr(f, name)}
-    *first, last = dict.fromkeys(
-        part for _, part in _read_if(Flags(wbits=2, **value), name, {name})
-    )
+    parts = (readers[name] for _, readers, _ in _near(Flags(wbits=2, **value)) if name in readers)
+    *first, last = dict.fromkeys(parts)
     owners = f"{', '.join(first)} and {last}" if first else last
-    change, _ = next(_read_if(f, name, given), ({}, ""))
-    shown, remedy = (" ".join(as_line(x)).replace("=", " ") for x in (value, change))
+    works = (how for how, readers, sound in _near(f) if sound and given <= readers.keys())
+    shown, remedy = (" ".join(as_line(x)).replace("=", " ") for x in (value, next(works, {})))
     return f"{shown} speaks of {owners}: {f'say {remedy}, or ' if remedy else ''}leave it out"
 
 
-def _read_if(f: Flags, name: str, given: set[str]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """Changes with which all that is given is read, and who reads this flag; nearest first."""
+def _near(f: Flags) -> Iterator[tuple[Mapping[str, Any], Mapping[str, str], bool]]:
+    """Changes of the flags, nearest first: who then reads what, and whether that can be built."""
     processing: list[dict[str, Any]] = [
         {"pre_proj": True},
         {"incoh_processing": True},
@@ -167,9 +168,9 @@ def _read_if(f: Flags, name: str, given: set[str]) -> Iterator[tuple[Mapping[str
     books += [{"codebook": book, "wbits": row.bits[0]} for book, row in CODEBOOKS.items()]
     both = (book | how for book in books for how in processing)
     for change in chain(processing, books, both):
+        readers: dict[str, str] = {}
         try:
-            _, readers = _read(replace(f, **change))
+            _read(replace(f, **change), readers)
+            yield change, readers, True
         except UsageError:
-            continue
-        if given <= readers.keys():
-            yield change, readers[name]
+            yield change, readers, False

@@ -259,7 +259,7 @@ def test_faithful_is_the_algorithm_as_printed():
         ({"qfn": "b"}, r"--qfn b needs --pre_proj: .*add --pre_proj"),
         ({"qfn": "b", "pre_rescale": True}, r"--qfn b needs --pre_proj"),
         ({"qfn": "a", **INCOHERENT}, r"--incoh_processing means --qfn b: leave out --qfn a"),
-        ({"range_": "column"}, r"--range column speaks of grid b: say --incoh_processing"),
+        ({"range_": "column"}, r"--range column speaks of grid b, .*: say --incoh_processing"),
         ({"rho": 2.0}, r"--rho 2\.0 speaks of grid b: say --incoh_processing"),
         ({"rho": 2.0, "pre_proj": True}, r"--rho 2\.0 speaks of grid b"),
         ({"rho": 0.0, **INCOHERENT}, r"--rho 0\.0: a positive number or auto"),
