@@ -74,7 +74,7 @@ class Flags:
     quant: str = of_method(
         f"how weights are rounded (default ldlq): {_listed(METHODS)}",
         default="ldlq",
-        choices=tuple(METHODS),
+        choices=METHODS,
     )
     npasses: int | None = of_method(
         "greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for lattices "
@@ -106,7 +106,7 @@ class Flags:
         "its own --wbits, --rotation hadamard, two greedy passes after feedback (--npasses) and "
         "stacks of q, k and v (--no_fuse)",
         default=INTEGERS,
-        choices=tuple(CODEBOOKS),
+        choices=CODEBOOKS,
     )
     scale: str | None = of_codebook(
         "auto: quantize each matrix with several scales of the lattice, and keep the one with the "
@@ -154,7 +154,7 @@ class Flags:
     rotation: str | None = of_processing(
         "the rotation by name: kronecker (QuIP), blocked (a factor for each block), hadamard "
         "(QuIP#: random signs and a Hadamard matrix; the default for lattices)",
-        choices=tuple(ROTATIONS),
+        choices=ROTATIONS,
     )
     hadamard_block: int | None = of_processing(
         "one Hadamard matrix for every N columns, where none fits them all",

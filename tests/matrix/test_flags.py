@@ -1,25 +1,21 @@
 """The table of flags: each is read by some part of a recipe, and refused where no part reads it."""
 
 import itertools
-import json
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import quip
 from quip.codebooks import CODEBOOKS
-from quip.codebooks.names import INTEGERS, Choice, Entry
+from quip.codebooks.names import INTEGERS
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe, check_flags, flags_read
 from quip.matrix.flags import FLAGS, IGNORED, Flags, as_line
 from quip.matrix.methods import METHODS, RECIPES, ROTATIONS
-from quip.matrix.recipe import Recipe, describe
-from tests.laws import Points
+from quip.matrix.recipe import Recipe
 
 # A value of each flag that asks for something.
 ASKED = {
@@ -161,38 +157,6 @@ def test_flags_become_words_of_a_line_and_back():
         assert parsed(" ".join(line).replace("=", " ")) == recipe.flags
     off = {"incoh_processing": False, "rho": None, "range_": "8", "unbiased": True}
     assert as_line(off) == ["--no-incoh_processing", "--range=8", "--unbiased"]
-
-
-# One file and one line: a codebook that reads a flag of its own
-
-
-def test_a_new_codebook_is_a_file_and_a_line(monkeypatch):
-    def of(take) -> Choice:
-        book = partial(Points.random, 8, 6)
-        return Choice(codebook=book, group=int(take("range_") or 16), stack=not take("no_fuse"))
-
-    file = ModuleType("quip.codebooks.points")
-    file.of = of
-    monkeypatch.setitem(sys.modules, "quip.codebooks.points", file)
-    row = Entry(title="points", bits=(1,), home="points", decoder="JoinedPoints")
-    monkeypatch.setitem(CODEBOOKS, "points", row)
-    choices = FLAGS["codebook"].metadata["said"]
-    object.__setattr__(choices, "choices", (*choices.choices, "points"))
-    try:
-        built = build_recipe(codebook="points", range_="24", quant="gptq")
-        assert isinstance(built.codebook, Points)
-        assert (built.group, built.stack, built.transforms) == (24, True, ())
-        assert json.loads(json.dumps(describe(built)["codebook"], default=str))
-        with pytest.raises(UsageError, match=r"--groupsize 8 speaks of grid a: say --codebook int"):
-            build_recipe(codebook="points", groupsize=8)
-        with pytest.raises(
-            UsageError, match=r"--no_fuse speaks of .* and points: say --codebook E"
-        ):
-            build_recipe(wbits=2, no_fuse=True)
-        with pytest.raises(UsageError, match=r"--wbits 3: points has 1 bits"):
-            build_recipe(codebook="points", wbits=3)
-    finally:
-        object.__setattr__(choices, "choices", choices.choices[:-1])
 
 
 def test_the_name_of_the_integer_grids_is_typed_in_one_file():
