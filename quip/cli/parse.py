@@ -141,5 +141,6 @@ def refuse_small(args: argparse.Namespace, **least: int) -> None:
 
 
 def as_given(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags for the report."""
-    return {name: value for name, value in vars(args).items() if name != "call"}
+    """The flags for the report; that there is no plan is not said, as before there were any."""
+    given = {name: value for name, value in vars(args).items() if name != "call"}
+    return {name: value for name, value in given.items() if name != "plan" or value is not None}
