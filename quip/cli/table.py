@@ -109,10 +109,12 @@ def call(args: argparse.Namespace) -> None:
 
 def _refuse(args: argparse.Namespace, table: "Table") -> None:
     """Raise UsageError for flags that say nothing of this table."""
+    from quip.research.tables.description import TEXTS
+
     if args.dry_run and args.render:
         raise UsageError("--dry_run shows what would be run, --render what was: leave one out")
     for name in ("eval_datasets", "tasks"):
-        if getattr(args, name) is not None and table.kind != "run":
+        if getattr(args, name) is not None and table.kind not in TEXTS:
             raise UsageError(f"--{name}: {table.name} measures neither texts nor tasks")
     for name in ("limit", "storycloze_csv"):
         if getattr(args, name) is not None and not (args.tasks or table.tasks):
@@ -174,6 +176,7 @@ def _listing(name: str | None) -> str:
         "columns": "; ".join(column.label for column in table.columns),
         "measures": ", ".join(measure.label for measure in table.measures),
         "calibration": table.dataset,
+        "cost": table.cost,
     }
     return "\n".join(f"{key:<13}{words}" for key, words in lines.items())
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_rounding import commit
-from method_table import write
+
+from quip.files import replacing
 
 KILLS = 10
 
@@ -47,8 +48,9 @@ def main() -> None:
             "equal": outcome(args.work / str(number)) == expected,
         }
         print(json.dumps(rows[-1]), flush=True)
-    record = {"kills": KILLS, "model": args.model, "flags": flags, "commit": commit()}
-    write(args.out, {**record, "seconds": seconds, "rows": rows})
+    record = {"kind": "kills", "kills": KILLS, "model": args.model, "flags": flags, "commit": commit()}
+    with replacing(args.out) as partial:
+        partial.write_text(json.dumps({**record, "seconds": seconds, "rows": rows}, indent=1) + "\n")
 
 
 def finish(line: list[str], folder: Path, *more: str) -> float:

@@ -30,9 +30,10 @@ columns:
 """
 
 
-# What the paper has not: most of OPT-66b and Llama, Table 3 at 2 bits, what is misprinted of
-# OPT-13b; nor our own measures beside its (incoherence, dense models).
-UNPUBLISHED = {"perplexity": 129, "zeroshot": 165, "processing": 4, "hessians": 8, "throughput": 6}
+# What the paper has not: most of OPT-66b and Llama, Algorithm 5 on models above OPT-1.3b, Table 3
+# at 2 bits, what is misprinted of OPT-13b; nor our own measures beside its (incoherence, dense
+# models).
+UNPUBLISHED = {"perplexity": 363, "zeroshot": 165, "processing": 4, "hessians": 8, "throughput": 6}
 
 
 @pytest.mark.parametrize("name", names())
@@ -50,7 +51,7 @@ def test_every_number_that_a_description_points_to_is_published(name):
         if row.paper
     ]
     assert found.count(None) == UNPUBLISHED.get(name, 0)
-    assert len(found) > found.count(None)
+    assert len(found) > found.count(None) or name in ("sharp", "checkpoints")
 
 
 def test_published_numbers_are_those_of_the_paper():
@@ -85,6 +86,10 @@ def test_a_description_that_means_nothing_is_refused_before_anything_runs(tmp_pa
         ("evaluate: [wikitext2]", "kind: dream", "kind 'dream'"),
         ("evaluate: [wikitext2]", "", "nothing is measured"),
         ("ratio: [Near, QuIP]", "ratio: [Near, Far]", "row 'share': it is made of two rows"),
+        ("quant: nearest", "ft_lr: 1", "ft_lr speaks of fine-tuning: add ft_epochs"),
+        ("quant: nearest", "finetune: {speed: 1}", "unexpected keyword argument 'speed'"),
+        ("wbits: 16", "wbits: 16, finetune: {}", "row 'original': 16 bits make no checkpoint"),
+        ("evaluate:", "kind: saved\nevaluate:", "row 'original': 16 bits make no checkpoint"),
         ("rows:", "rows", "cannot be read as YAML"),
     ):
         path.write_text(OWN.replace(old, new))

@@ -15,10 +15,12 @@ import yaml
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
+from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
-KINDS = ("run", "proxy", "hessians", "speed")
+KINDS = ("run", "saved", "speed", "proxy", "hessians")
+TEXTS = ("run", "saved")  # kinds that are measured on texts and tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class Table:
     measures: tuple[Measure, ...] = ()
     by: str = "columns"  # what runs along the plot: columns, or models
     note: str = ""
+    cost: str = "not run here"  # minutes, on which machine and model
 
     def flags_of(self, row: Line, column: Line) -> dict[str, Any]:
         return {**self.flags, **column.flags, **row.flags}
@@ -108,8 +111,8 @@ class Table:
 
 
 def names() -> tuple[str, ...]:
-    """Of the descriptions in the package."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+    """Those of the descriptions in the package; models.yaml beside them describes no table."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "models"))
 
 
 def read_table(name: str) -> Table:
@@ -203,4 +206,8 @@ def _check(table: Table) -> None:
         if row.parts or table.kind == "hessians":
             continue
         for column in table.columns:
-            recipe_of(table.flags_of(row, column))
+            flags = table.flags_of(row, column)
+            recipe = recipe_of(recipe_flags(flags))
+            if not recipe and (table.kind == "saved" or FINETUNE in flags):
+                raise UsageError(f"row {row.label!r}: 16 bits make no checkpoint")
+            block_tuning(flags), model_tuning(flags)

@@ -6,7 +6,14 @@ from typing import Any
 
 from quip.research.tables.cells import slug
 
-MARKS = {"missed": " missed", "failed": "failed", "not run": "-"}
+FLAGS = {  # of `quip table`, for what a record says of its settings
+    "dataset": "dataset",
+    "eval_datasets": "evaluate",
+    **{name: name for name in ("tasks", "nsamples", "seqlen", "eval_nsamples", "limit", "seed")},
+    "dtype": "dtype",
+}
+USUAL = {"nsamples": 128, "seed": 0, "dtype": "auto"}
+MARKS = {"missed": " missed", "failed": "failed", "not run": "-", "none": ""}
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -15,6 +22,17 @@ def markdown(record: Mapping[str, Any]) -> str:
     for model in dict.fromkeys(entry["model"] for entry in record["entries"]):
         parts.append(_part(model, [e for e in record["entries"] if e["model"] == model]))
     return "\n\n".join([*parts, *_legend(record)]) + "\n"
+
+
+def command(record: Mapping[str, Any]) -> str:
+    """The line that makes the table; files of this machine by their names alone."""
+    models = dict.fromkeys(entry["model"] for entry in record["entries"])
+    words = [f"quip table {record['table']} --models {','.join(models)}"]
+    for flag, key in FLAGS.items():
+        value = record["settings"][key]
+        if value not in (None, [], USUAL.get(key)):
+            words.append(f"--{flag} {','.join(value) if isinstance(value, list) else value}")
+    return " ".join(words)
 
 
 def _part(model: str, found: Sequence[Mapping[str, Any]]) -> str:
@@ -66,18 +84,25 @@ def _legend(record: Mapping[str, Any]) -> list[str]:
         words.append("Missed: more than 5 % worse than the paper's.")
     if "not run" in states:
         words.append("A dash was not run.")
-    words.append(_settings(record["settings"]))
+    words.append(_settings(record))
     return [" ".join(filter(None, [*words, record.get("note")]))]
 
 
-def _settings(s: Mapping[str, Any]) -> str:
+def _settings(record: Mapping[str, Any]) -> str:
+    s = record["settings"]
     length = f" of {s['seqlen']} tokens" if s["seqlen"] else ""
     words = [f"Calibrated on {s['nsamples']} windows{length} of {s['dataset']}"]
+    texts = {
+        text["dataset"]: f" ({text['windows']} windows of {text['seqlen']} tokens, SHA-256 "
+        f"{text['sha256'][:8]})"
+        for text in record.get("evaluation", ())
+    }
     for name, limit, unit in (
         ("evaluate", "eval_nsamples", "windows"),
         ("tasks", "limit", "documents"),
     ):
         if s[name]:
             first = f", the first {s[limit]} {unit}" if s[limit] else ""
-            words.append(f"measured on {', '.join(s[name])}{first}")
+            named = [f"{one}{texts.get(one, '')}" for one in s[name]]
+            words.append(f"measured on {', '.join(named)}{first}")
     return "; ".join([*words, f"seed {s['seed']}."])
