@@ -48,9 +48,17 @@ def main() -> None:
             "equal": outcome(args.work / str(number)) == expected,
         }
         print(json.dumps(rows[-1]), flush=True)
-    record = {"kind": "kills", "kills": KILLS, "model": args.model, "flags": flags, "commit": commit()}
+    record = {
+        "kind": "kills",
+        "kills": KILLS,
+        "model": args.model,
+        "flags": flags,
+        "commit": commit(),
+    }
     with replacing(args.out) as partial:
-        partial.write_text(json.dumps({**record, "seconds": seconds, "rows": rows}, indent=1) + "\n")
+        partial.write_text(
+            json.dumps({**record, "seconds": seconds, "rows": rows}, indent=1) + "\n"
+        )
 
 
 def finish(line: list[str], folder: Path, *more: str) -> float:
