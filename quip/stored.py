@@ -26,7 +26,7 @@ class Stored(Protocol):
 
     @classmethod
     def layout(cls, m: int, n: int, *_: Any, **options: Any) -> dict[str, Tensor]:
-        """The same for an m x n matrix, without content (on the meta device)."""
+        """The tensors of an m x n matrix, without content (on the meta device)."""
         ...
 
     @classmethod

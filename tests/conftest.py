@@ -2,6 +2,8 @@
 
 import logging
 import os
+import shutil
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -69,3 +71,19 @@ def quip(command, capsys):
         return status, out, err.splitlines()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory) -> Path:
+    """The checkpoint of a tiny OPT, with its report."""
+    from tests.support.checkpoints import save_quantized
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "opt"
+    save_quantized(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(packed, tmp_path) -> Path:
+    """A copy of that checkpoint, to damage."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))

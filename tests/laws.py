@@ -1,34 +1,35 @@
-"""The laws of design: what every Transform, Codebook and Recipe owes.
+"""The laws of design: what every Transform, Codebook, Polish and Recipe owes.
 
-A new one is one more line in TRANSFORMS, CODEBOOKS or GRIDS below.
+A new one is one more line in TRANSFORMS, CODEBOOKS, TILED, POLISHES or GRIDS below.
 """
 
 import json
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quip.codebooks import DECODERS, Codebook, Groups, MinMaxGrid, RmsGrid, around
+from quip.codebooks.base import tiles
 from quip.kernels.bits import words
 from quip.matrix.build import build_recipe
-from quip.matrix.linalg import proxy_loss
+from quip.matrix.feedback import ldl
+from quip.matrix.linalg import energy, proxy_loss
+from quip.matrix.polish import Greedy, Polish
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.seeds import rng_for
+from quip.matrix.sweep import sweep
 from quip.packed.matrix import QuantizedMatrix
 from quip.stored import Stored
 from quip.transforms import (
     Chain,
     Draw,
-    Hadamard,
-    Kronecker,
-    Rescale,
-    draw_blocked,
-    draw_blocked_unpermuted,
+    HadamardDraw,
+    KroneckerDraw,
+    RescaleDraw,
 )
 
 # Rounding noise of float64 sums of at most a few hundred terms, relative to their size.
@@ -41,6 +42,8 @@ class Points:
 
     points: Tensor  # [2^index_bits, dim]
     scale: float = 1.0
+
+    rows = 1
 
     @property
     def dim(self) -> int:
@@ -77,9 +80,9 @@ class Points:
 
 @dataclass(frozen=True)
 class JoinedPoints:
-    """The points of each group of a matrix; only their scales are counted as stored."""
+    """The books of each group of a matrix; one number for each is counted as stored."""
 
-    books: tuple[Points, ...]
+    books: tuple[Any, ...]
     groups: Groups
 
     @property
@@ -99,7 +102,7 @@ class JoinedPoints:
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"scale": torch.tensor([book.scale for book in self.books])}
+        return {"scale": torch.tensor([getattr(b, "scale", 1.0) for b in self.books])}
 
     @classmethod
     def layout(cls, m: int, n: int, **options: object) -> dict[str, Tensor]:
@@ -110,16 +113,66 @@ class JoinedPoints:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Steps:
+    """A code over rows, one bit a weight: up or down from the row above.
+
+    w_r = w_{r-1} + step (2 c_r - 1) inside a tile, which starts at 0. `round` is the best of all
+    paths through a tile (dynamic programming over the heights that can be reached).
+    """
+
+    tile: int
+    step: float = 1.0
+
+    dim = index_bits = 1
+
+    @property
+    def rows(self) -> int:
+        return self.tile
+
+    def fit(self, X: Tensor, h: Tensor) -> "Steps":
+        return replace(self, step=float(X.square().mean().sqrt()) or 1.0)
+
+    def seeded(self, rng: torch.Generator) -> "Steps":
+        return self
+
+    def clamp(self, X: Tensor) -> Tensor:
+        return X
+
+    def round(self, x: Tensor, h: Tensor) -> Tensor:
+        parts = x[:, 0].split(tiles(len(x), self.rows))
+        return torch.cat([self._best_path(part.tolist()) for part in parts]).to(torch.uint8)
+
+    def _best_path(self, wanted: list[float]) -> Tensor:
+        costs: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+        for x in wanted:
+            found: dict[int, tuple[float, tuple[int, ...]]] = {}
+            for height, (cost, path) in costs.items():
+                for bit in (0, 1):
+                    at = height + 2 * bit - 1
+                    new = cost + (x - self.step * at) ** 2, (*path, bit)
+                    found[at] = min(found.get(at, new), new)
+            costs = found
+        return torch.tensor(min(costs.values())[1])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        parts = (2.0 * codes.double() - 1).split(tiles(len(codes), self.rows))
+        return self.step * torch.cat([part.cumsum(0) for part in parts])[:, None]
+
+    def joined(self, books: Sequence["Steps"], groups: Groups) -> "JoinedPoints":
+        return JoinedPoints(tuple(books), groups)
+
+
 TRANSFORMS: dict[str, Sequence[Draw]] = {
     "nothing": [],
-    "rescale": [Rescale.draw],
-    "kronecker": [Kronecker.draw],
-    "blocked": [draw_blocked],
-    "blocked, unpermuted": [draw_blocked_unpermuted],
-    "rescale, kronecker": [Rescale.draw, Kronecker.draw],
-    "hadamard": [Hadamard.draw],
-    "hadamard, in blocks": [partial(Hadamard.draw, block=4)],
-    "rescale, hadamard": [Rescale.draw, Hadamard.draw],
+    "rescale": [RescaleDraw()],
+    "kronecker": [KroneckerDraw()],
+    "blocked": [KroneckerDraw(blocked=True)],
+    "blocked, unpermuted": [KroneckerDraw(blocked=True, permute=False)],
+    "rescale, kronecker": [RescaleDraw(), KroneckerDraw()],
+    "hadamard": [HadamardDraw(block=None)],
+    "hadamard, in blocks": [HadamardDraw(block=4)],
+    "rescale, hadamard": [RescaleDraw(), HadamardDraw(block=None)],
 }
 
 CODEBOOKS: dict[str, Codebook] = {
@@ -131,6 +184,11 @@ CODEBOOKS: dict[str, Codebook] = {
     "pairs": Points.random(2, 4),
     "eights": Points.random(8, 6),
 }
+
+# Codes over rows, which are no codebooks of vectors: `check_tiles` and `check_polish` are theirs.
+TILED: dict[str, Codebook] = {"steps, 4 rows": Steps(4), "steps, 7 rows": Steps(7)}
+
+POLISHES: dict[str, Polish] = {"one pass": Greedy(1), "three passes": Greedy(3)}
 
 # The flags of every kind of grid; a row of `METHODS` takes any of them.
 GRIDS: dict[str, dict[str, object]] = {
@@ -208,6 +266,48 @@ def check_codebook(book: Codebook, X: Tensor, h: Tensor) -> None:
     assert_near(book.clamp(clamped), clamped)
     for point in points:
         assert_near(book.clamp(point), point)
+
+
+def check_tiles(book: Codebook, X: Tensor, h: Tensor) -> None:
+    """Tiles are as many and as even as `tiles` says, and no tile feels another."""
+    book, (m, d) = book.fit(X, h), (len(X), book.dim)
+    sizes = tiles(m, book.rows)
+    assert sum(sizes) == m
+    assert max(sizes) - min(sizes) <= 1
+    x = X[:, :d]
+    codes = book.round(x, h[:d])
+    lo = 0
+    for size in sizes:
+        here = slice(lo, lo + size)
+        others = -2 * x
+        others[here] = x[here]
+        assert torch.equal(book.round(others, h[:d])[here], codes[here])
+        flipped = (2**book.index_bits - 1) - codes.long()
+        flipped[here] = codes[here].long()
+        assert torch.equal(book.decode(flipped)[here], book.decode(codes)[here])
+        lo += size
+
+
+def check_polish(polish: Polish, book: Codebook, W: Tensor, H: Tensor, group: int | None) -> None:
+    """tr(E H E^T) never rises, codes stay codes, and nothing that was handed in is changed."""
+    d = book.dim
+    book = book if group else book.fit(W, H.diagonal())
+    K, h = ldl(H, d)
+    codes, books = sweep(W, K, h, book, group=group)
+    given = codes.clone()
+    better, new = polish(W, H, codes, books, group=group)
+    assert torch.equal(codes, given)
+    assert better.shape == codes.shape
+    assert len(new) == len(books)
+    before, after = (decoded(c, b, group) - W for c, b in ((codes, books), (better, new)))
+    assert energy(after, H) <= energy(before, H) * (1 + NOISE)
+
+
+def decoded(codes: Tensor, books: Sequence[Codebook], group: int | None) -> Tensor:
+    """W_hat of the codes of a sweep, in its order."""
+    d = books[0].dim
+    of = (books[k * d // group if group else 0] for k in range(codes.shape[1]))
+    return torch.cat([b.decode(c) for b, c in zip(of, codes.T, strict=True)], dim=1)
 
 
 def every_point(book: Codebook, rows: int) -> Tensor:

@@ -55,7 +55,7 @@ def test_every_flag_in_a_document_exists(path):
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_every_test_and_link_in_a_document_exists(path):
     text = path.read_text()
-    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("*.py"))
     named = re.findall(r"`(test_\w+)`", text)
     assert [name for name in named if f"def {name}(" not in tests] == []
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
@@ -64,6 +64,6 @@ def test_every_test_and_link_in_a_document_exists(path):
 
 @pytest.mark.skipif("<!-- table" not in README.read_text(), reason="no tables in the README")
 def test_the_tables_of_the_documents_are_those_of_the_results():
-    command = [sys.executable, str(ROOT / "scripts" / "render_results.py"), "--check"]
+    command = [sys.executable, str(ROOT / "scripts" / "dev" / "render_results.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -109,7 +109,7 @@ def _recipe_given(args: argparse.Namespace) -> dict[str, object]:
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, object]:
-    """Those of the flags that are not what they are by default."""
+    """The named flags, by name, whose values are not those by default."""
     parser = Parser()
     build(parser)
     values = {name: getattr(args, name) for name in names}

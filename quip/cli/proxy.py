@@ -147,7 +147,7 @@ def _processing(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
-    """Those that say something, by the names of `quip.matrix.flags.Flags`."""
+    """The flags of a recipe that were given, by the names of `quip.matrix.flags.Flags`."""
     given = {name: getattr(args, name) for name in FLAGS} | {"range_": args.range}
     return {name: value for name, value in given.items() if value is not None}
 

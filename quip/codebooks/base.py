@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quip.stored import Stored
 
-FITTED = ("step", "zero", "scale", "rng")  # what a codebook owes to the matrix, not the recipe
+FITTED = {"fitted": True}  # metadata of a field that a codebook owes to the matrix, not the recipe
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,16 @@ class Groups:
         return x.repeat_interleave(self.size, dim=1)[:, : self.blocks]
 
 
+def tiles(m: int, rows: int) -> list[int]:
+    """The sizes of the tiles that m rows are cut into, in order: near to `rows`, and even.
+
+    Equal but for 1, so that no tile is much shorter than the others (256 of 576: 288 and 288).
+    """
+    count = max(1, round(m / rows))
+    size, more = divmod(m, count)
+    return [size + 1] * more + [size] * (count - more)
+
+
 @runtime_checkable
 class Decoder(Stored, Protocol):
     """The fitted codebooks of all groups of one matrix: what turns its codes into weights.
@@ -49,14 +59,21 @@ class Decoder(Stored, Protocol):
 
 @runtime_checkable
 class Codebook(Protocol):
-    """`dim` weights are rounded together to one code of `index_bits` bits.
+    """`dim` weights of a row are rounded together to one code of `index_bits` bits.
+
+    A code may depend on its neighbours in the column: rows are rounded and decoded in the tiles
+    of `tiles(m, rows)`, and a tile depends on nothing outside it. `rows` is 1 where every row
+    stands alone.
 
     Laws (tests/laws.py): decode(round(decode(c))) = decode(c); round is nearest under the
-    weights h, unless the codebook says that it draws at random.
+    weights h, unless the codebook says that it draws at random; tiles do not feel each other.
     """
 
     @property
     def dim(self) -> int: ...
+
+    @property
+    def rows(self) -> int: ...
 
     @property
     def index_bits(self) -> int: ...
@@ -78,5 +95,5 @@ class Codebook(Protocol):
     def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]: ...
 
     def joined(self, books: Sequence["Codebook"], groups: Groups) -> Decoder:
-        """These fitted codebooks of one matrix, one a group, as a file holds them."""
+        """What decodes a matrix whose groups were fitted by `books`, as a file holds it."""
         ...

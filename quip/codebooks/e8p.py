@@ -137,7 +137,10 @@ def _nearest_of_shift(
 def _nearest_pattern(
     z: Float[Tensor, "k 8"],
 ) -> tuple[Int64[Tensor, "k 8"], Tensor, Float[Tensor, " k"]]:
-    """The same among the 29 patterns, whose sum is 9; the gain over |v| = 1/2 everywhere."""
+    """What `_nearest_of_shift` finds, among the 29 patterns alone, whose |v| sum to 9.
+
+    The gain is over |v| = 1/2 everywhere.
+    """
     a, negative = z.abs(), z < 0
     patterns = _on(_patterns, z.device)
     even = negative.sum(-1) % 2 == 0  # then one sign has to change: that of the least a_i |v_i|

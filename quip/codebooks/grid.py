@@ -1,14 +1,14 @@
 """Integer grids: w_hat = step (q - zero) with q = 0 ... 2^bits - 1."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int32, Integer, UInt8
 from torch import Tensor
 
-from quip.codebooks.base import Codebook, Groups
+from quip.codebooks.base import FITTED, Codebook, Groups
 from quip.errors import QuipError
 from quip.kernels.bits import pack, unpack, words
 from quip.stored import Options
@@ -29,11 +29,11 @@ class Grid:
     bits: int
     unbiased: bool = False  # Q(t) = floor(t + u), u uniform on [0, 1), instead of u = 1/2
     step_dtype: torch.dtype = torch.bfloat16
-    step: Tensor = UNFITTED  # [] or [m, 1]
-    zero: Tensor = UNFITTED  # like step
-    rng: torch.Generator | None = None
+    step: Tensor = field(default=UNFITTED, metadata=FITTED)  # [] or [m, 1]
+    zero: Tensor = field(default=UNFITTED, metadata=FITTED)  # like step
+    rng: torch.Generator | None = field(default=None, metadata=FITTED)
 
-    dim = 1
+    dim = rows = 1
 
     @property
     def index_bits(self) -> int:

@@ -9,7 +9,7 @@ and a code is c_0 | c_1 << 16. The scale is RMS(W) / rho. e8p.py and e81b.py are
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.codebooks import e8p, e81b
-from quip.codebooks.base import Codebook, Groups
+from quip.codebooks.base import FITTED, Codebook, Groups
 from quip.errors import QuipError
 from quip.kernels.bits import words
 from quip.kernels.lattice_points import cpu
@@ -62,9 +62,9 @@ class Lattice:
     stages: tuple[str, ...]
     rhos: tuple[float, ...]
     ratio: float | None = None  # None for one stage
-    scale: Tensor = UNFITTED  # []
+    scale: Tensor = field(default=UNFITTED, metadata=FITTED)  # []
 
-    dim = DIM
+    dim, rows = DIM, 1
 
     @classmethod
     def published(cls, name: str) -> "Lattice":
@@ -74,7 +74,7 @@ class Lattice:
 
     @property
     def name(self) -> str:
-        """That of LATTICES."""
+        """The name in LATTICES of the codebook with these stages."""
         return next(name for name, row in LATTICES.items() if row.stages == self.stages)
 
     @property
@@ -226,7 +226,7 @@ def _checked(name: str, ratio: float | None) -> Published:
 
 
 def _groups(n: int, group: int | None) -> Groups:
-    """Of n columns, in blocks of eight."""
+    """The groups of n columns, counted in blocks of eight columns."""
     if n % DIM:
         raise QuipError(f"a lattice needs a multiple of {DIM} inputs, not {n}")
     if group is not None and (group % DIM or group < 1):

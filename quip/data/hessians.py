@@ -90,7 +90,7 @@ class HessianStore:
 
     @property
     def stamp(self) -> dict[str, Any]:
-        """Of the tokens that were seen."""
+        """The stamp of the tokens that were seen (`Tokens.stamp`)."""
         return self.manifest["calibration"]
 
     @property

@@ -37,7 +37,7 @@ class TokenSet:
 
     @property
     def sha256(self) -> str:
-        """Of the ids as little-endian 64-bit integers, row after row."""
+        """The hash, in hex, of the ids as little-endian 64-bit integers, row after row."""
         return hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest()
 
     @property

@@ -209,7 +209,7 @@ def _measure_divergence(
 
 
 def _measure_speed(loaded: LoadedModel, report: Report, watch: Stopwatch) -> None:
-    """Of the model as it is, and with dense matrices in place of its packed ones."""
+    """The speed of the model as it is, and with dense matrices in place of its packed ones."""
     prompt = min(256, loaded.max_length // 2)
     new = min(32, loaded.max_length - prompt)
     packed = bool(quantized_layers(loaded.model))

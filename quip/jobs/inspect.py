@@ -133,7 +133,7 @@ def _header(path: Path) -> tuple[dict[str, int], int]:
 def _bytes_by_kind(
     sizes: Mapping[str, int], layers: Mapping[str, QuantizedLinear], layout: Layout
 ) -> dict[str, int]:
-    """Of codes, step and whatever else a quantized matrix has, their biases, and all other."""
+    """Bytes of codes, step and all else of quantized matrices, of their biases, and of the rest."""
     kinds = {
         f"{name}.{kind}": kind for name, layer in layers.items() for kind in layer.stored()
     } | {f"{name}.bias": "bias" for name in layout.names}

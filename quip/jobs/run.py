@@ -113,7 +113,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
 
 
 def _settled(e: Experiment) -> Experiment:
-    """The same with the data set that its store is of. Raises UsageError unless it has one."""
+    """The experiment with the data set of its store. Raises UsageError unless it has one source."""
     if (e.dataset is None) == (e.hessians is None):
         raise UsageError("give a data set to calibrate on or a store (--hessians), and not both")
     if e.hessians is None:

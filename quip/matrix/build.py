@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
 from typing import Any
 
 from quip.codebooks import LATTICES, Codebook, Lattice, MinMaxGrid, RmsGrid, around
@@ -10,17 +9,15 @@ from quip.errors import UsageError
 from quip.matrix.feedback import none
 from quip.matrix.flags import Flags
 from quip.matrix.methods import METHODS
+from quip.matrix.polish import Greedy
 from quip.matrix.recipe import Recipe
-from quip.transforms import (
-    Draw,
-    Hadamard,
-    Kronecker,
-    Rescale,
-    draw_blocked,
-    draw_blocked_unpermuted,
-)
+from quip.transforms import Draw, HadamardDraw, KroneckerDraw, RescaleDraw
 
-EXTRAS: dict[int, Draw] = {0: draw_blocked, 1: Kronecker.draw, 2: draw_blocked_unpermuted}
+EXTRAS: dict[int, Draw] = {
+    0: KroneckerDraw(blocked=True),
+    1: KroneckerDraw(),
+    2: KroneckerDraw(blocked=True, permute=False),
+}
 KRONECKERS = {"kronecker": EXTRAS[1], "blocked": EXTRAS[0]}
 PAPERS_RHO = 2.4  # of grid b
 SHARP_RHO = 0.9  # of E8P, as the paper of QuIP# has it
@@ -71,6 +68,7 @@ def build_recipe(**flags: Any) -> Recipe:
     f.check()
     method = METHODS[f.quant]
     book, group = _lattice(f) if f.codebook != "int" else _grid(f)
+    passes = f.passes - method.swept_passes
     recipe = Recipe(
         codebook=book,
         trials=_trials(f, book),
@@ -79,7 +77,7 @@ def build_recipe(**flags: Any) -> Recipe:
         feedback=method.feedback,
         group=group,
         damp=f.percdamp,
-        greedy_passes=f.passes - method.swept_passes,
+        polish=(Greedy(passes),) if passes else (),
     )
     if isinstance(book, Lattice):
         return replace(recipe, stack=not f.no_fuse)
@@ -102,19 +100,14 @@ def _trials(f: Flags, book: Lattice | MinMaxGrid | RmsGrid) -> tuple[Codebook, .
 
 
 def _transforms(f: Flags) -> tuple[Draw, ...]:
-    draws: list[Draw] = [Rescale.draw] if f.pre_rescale or f.incoh_processing else []
+    draws: list[Draw] = [RescaleDraw()] if f.pre_rescale or f.incoh_processing else []
     if f.is_hadamard:
-        draws.append(_hadamard(f.hadamard_block))
+        draws.append(HadamardDraw(block=f.hadamard_block))
     elif f.rotation:
         draws.append(KRONECKERS[f.rotation])
     elif f.rotates:
         draws.append(EXTRAS[1 if f.pre_proj_extra is None else f.pre_proj_extra])
     return tuple(draws)
-
-
-@cache
-def _hadamard(block: int | None) -> Draw:
-    return partial(Hadamard.draw, block=block)  # cached, so that equal recipes compare equal
 
 
 def _grid(f: Flags) -> tuple[MinMaxGrid | RmsGrid, int | None]:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook
+from quip.codebooks.base import Codebook, tiles
 from quip.codebooks.grid import MinMaxGrid, RmsGrid
 from quip.kernels.native import library
 
@@ -47,7 +47,8 @@ def round_panel(
     `books` is one for the whole panel or one for each code. With `refit`, the one is fitted to
     the running weights of each code before they are rounded, and the fitted ones come back.
     `kept` = (codes [k, m], metrics [k, d, d]) are codes that stay wherever the new one is no
-    nearer to x in the metric, whose errors e are as large as e^T metric e.
+    nearer to x in the metric, whose errors e are as large as e^T metric e; of a tile of rows all
+    stay or none.
     """
     d = books[0].dim
     codes, used = [], []
@@ -63,9 +64,16 @@ def round_panel(
 
 
 def _nearer(new: Tensor, old: Tensor, x: Tensor, book: Codebook, metric: Tensor) -> Tensor:
-    """Of two codes for each row of x, the one with the smaller error; the old one of equals."""
+    """The code with the smaller error for each row of x; the old one where both are equal.
+
+    Rows of one tile of the codebook are judged by their sum.
+    """
     e_new, e_old = x - book.decode(new), x - book.decode(old)
     gain = ((e_old @ metric) * e_old).sum(1) - ((e_new @ metric) * e_new).sum(1)
+    if book.rows > 1:  # a tile moves as a whole or stays
+        sizes = tiles(len(gain), book.rows)
+        sums = torch.stack([part.sum() for part in gain.split(sizes)])
+        gain = sums.repeat_interleave(torch.tensor(sizes, device=gain.device))
     return torch.where(gain > 0, new, old.to(new.dtype))
 
 

@@ -69,15 +69,12 @@ class Factorisations:
         self, W: Tensor, H: Tensor, recipe: Recipe, rng: torch.Generator, name: str
     ) -> Factored:
         """After a failure with ten times the damping, and at least 0.001."""
-        damp, reason, dim = recipe.damp, "", recipe.codebook.dim
+        damp, reason = recipe.damp, ""
         state = rng.get_state()
         for _ in range(1 + ESCALATIONS):
             rng.set_state(state)
             try:
-                H_t = self._in_basis(W, H, recipe, rng, name, damp).H
-                order = recipe.order(H_t, dim, recipe.group)
-                H_t = H_t[order][:, order]
-                return Factored(order, H_t, *recipe.feedback(H_t, dim), damp)
+                return factored(self._in_basis(W, H, recipe, rng, name, damp).H, recipe, damp)
             except NotPositiveDefinite as error:
                 tried, reason, damp = damp, str(error), max(10 * damp, 1e-3)
         raise NotPositiveDefinite(
@@ -91,11 +88,27 @@ class Factorisations:
         key = keys(name, recipe)[0], damp
         if self._basis is None or self._basis[0] != key:
             self._basis = None  # makes room
-            H = H.clone()
-            H.diagonal().add_(damp * (float(H.diagonal().mean()) or 1.0))
-            drawn = Chain.draw(recipe.transforms, W, H, rng)
+            drawn = Chain.draw(recipe.transforms, W, damped(H, damp), rng)
             self._basis = key, Basis(*drawn, rng.get_state())
         return self._basis[1]
+
+
+def factored(H: Float[Tensor, "n n"], recipe: Recipe, damp: float = 0.0) -> Factored:
+    """H, damped and transformed already, in the recipe's order and with its feedback.
+
+    Raises NotPositiveDefinite.
+    """
+    dim = recipe.codebook.dim
+    order = recipe.order(H, dim, recipe.group)
+    H = H[order][:, order]
+    return Factored(order, H, *recipe.feedback(H, dim), damp)
+
+
+def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
+    """H + damp mean(diag H) I (QuIP, Algorithm 1, line 2); the mean of a zero H counts as 1."""
+    H = H.clone()
+    H.diagonal().add_(damp * (float(H.diagonal().mean()) or 1.0))
+    return H
 
 
 def keys(name: str, recipe: Recipe) -> tuple[Hashable, Hashable]:

@@ -1,17 +1,15 @@
 """One matrix through the house: condition, transform, order, feedback, sweep, polish."""
 
-from collections.abc import Hashable, Iterator, Mapping
-from functools import partial
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import chain, product
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.codebooks.base import Codebook, Decoder, Groups
 from quip.matrix.linalg import energy
-from quip.matrix.polish import greedy
 from quip.matrix.prepare import Factored, Factorisations, keys
 from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
@@ -84,10 +82,15 @@ def _quantize(
 ) -> QuantizedMatrix:
     T, W_t, f = factorisations.of(W, recipe, rng, name)
     W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-    books = recipe.trials or (recipe.codebook,)
-    found = ((book, *_round(W_t, f, book.seeded(rng), recipe)) for book in books)
-    book, codes, decoder = min(found, key=partial(_loss, W_t, f)) if recipe.trials else next(found)
-    return QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=f.damp, book=book)
+    best: tuple[float, QuantizedMatrix] | None = None
+    for book in recipe.trials or (recipe.codebook,):
+        codes, decoder = _round(W_t, f, book.seeded(rng), recipe)
+        found = QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=f.damp, book=book)
+        loss = _loss(W_t, f, found) if recipe.trials else 0.0
+        if best is None or loss < best[0]:
+            best = loss, found
+    assert best is not None
+    return best[1]
 
 
 def _round(W_t: Tensor, f: Factored, book: Codebook, recipe: Recipe) -> tuple[Tensor, Decoder]:
@@ -96,18 +99,31 @@ def _round(W_t: Tensor, f: Factored, book: Codebook, recipe: Recipe) -> tuple[Te
         book = book.fit(W_t, f.h.to(W_t))
     if recipe.clamp_target:
         W_t = book.clamp(W_t)
-    codes, books = sweep(W_t, f.K, f.h, book, group=recipe.group)
-    if recipe.greedy_passes:
-        codes = greedy(W_t, f.H, codes, books, group=recipe.group, passes=recipe.greedy_passes)
-    d = book.dim
-    place = torch.argsort(f.order[::d]).cpu()  # of each column of codes in the sweep
-    groups = Groups(len(place), recipe.group and recipe.group // d)
+    codes, books = sweep_and_polish(W_t, f, book, recipe)
+    groups = Groups(codes.shape[1], recipe.group and recipe.group // book.dim)
+    return codes, book.joined(books, groups)
+
+
+def sweep_and_polish(
+    W: Float[Tensor, "m n"], f: Factored, book: Codebook, recipe: Recipe
+) -> tuple[Integer[Tensor, "m k"], Sequence[Codebook]]:
+    """(codes, books) with columns and groups in natural order, of W with columns as f orders them.
+
+    The recipe says the polish and the group; with a group `book` is refitted to each, without one
+    it must be fitted already. Transforms and trials are not looked at.
+    """
+    codes, found = sweep(W, f.K, f.h, book, group=recipe.group)
+    books: Sequence[Codebook] = found
+    for polish in recipe.polish:
+        codes, books = polish(W, f.H, codes, books, group=recipe.group)
+    place = torch.argsort(f.order[:: book.dim]).cpu()  # of each column of codes in the sweep
     if recipe.group:
-        books = [books[int(p) * d // recipe.group] for p in place[:: groups.size]]
-    return codes[:, place.to(codes.device)], book.joined(books, groups)
+        size = recipe.group // book.dim
+        books = [books[int(p) // size] for p in place[::size]]
+    return codes[:, place.to(codes.device)], books
 
 
-def _loss(W_t: Tensor, f: Factored, found: tuple[Codebook, Tensor, Decoder]) -> float:
+def _loss(W_t: Tensor, f: Factored, found: QuantizedMatrix) -> float:
     """tr(E H E^T) in the basis of the transform."""
-    _, codes, decoder = found
-    return energy(decoder.decode(codes)[:, f.order].double() - W_t.double(), f.H)
+    W_hat = found.decoder.decode(found.codes)[:, f.order]
+    return energy(W_hat.double() - W_t.double(), f.H)

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from quip.codebooks import Codebook
-from quip.codebooks.base import FITTED
 from quip.errors import UsageError
-from quip.kernels import hadamard
 from quip.matrix.feedback import Feedback, ldl
 from quip.matrix.order import Order, natural
-from quip.transforms import Draw, Hadamard
+from quip.matrix.polish import Greedy, Polish
+from quip.transforms import Draw
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,8 @@ class Recipe:
     `group` is the number of columns that share one fit of the codebook, refitted to the
     running weights during the sweep (None: one fit for the matrix, before it). `clamp_target`
     moves weights into the codebook's range before any feedback, so that the error of the clip
-    is lost to it: the paper's Algorithm 1, line 7. `trials` are codebooks that are each tried
+    is lost to it: the paper's Algorithm 1, line 7. `polish` is what is done to the codes after the
+    sweep, one after the other. `trials` are codebooks that are each tried
     instead of `codebook`; the one with the smallest proxy loss is kept. With `stack`, matrices of
     the same inputs are quantized as one.
     """
@@ -32,7 +33,7 @@ class Recipe:
     feedback: Feedback = ldl
     group: int | None = None
     damp: float = 0.01
-    greedy_passes: int = 0
+    polish: tuple[Polish, ...] = ()
     clamp_target: bool = False
     trials: tuple[Codebook, ...] = ()
     stack: bool = False
@@ -45,12 +46,10 @@ class Recipe:
                 "rounds so many weights together; use --codebook int"
             )
         for draw in self.transforms:
-            if isinstance(draw, partial) and draw.func == Hadamard.draw:
-                for size in (m, n):
-                    try:
-                        hadamard.check(size, **draw.keywords)
-                    except UsageError as error:
-                        raise UsageError(f"{name}: {error}") from error
+            try:
+                draw.check(m, n)
+            except UsageError as error:
+                raise UsageError(f"{name}: {error}") from error
 
     def can_do(self, m: int, n: int) -> bool:
         """Whether `check` lets such a matrix pass."""
@@ -62,8 +61,19 @@ class Recipe:
 
 
 def describe(recipe: Recipe) -> dict[str, object]:
-    """The recipe in words and numbers, for a report."""
-    return {field.name: _plain(getattr(recipe, field.name)) for field in fields(recipe)}
+    """The recipe in words and numbers, fit for JSON: for a report, and to tell two runs apart."""
+    words: dict[str, object] = {}
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        words |= _polish(value) if field.name == "polish" else {field.name: _plain(value)}
+    return words
+
+
+def _polish(polish: tuple[Polish, ...]) -> dict[str, object]:
+    """Greedy passes by the name that run folders have always given them; others as they are."""
+    passes = [one.passes for one in polish if isinstance(one, Greedy)]
+    others = [_plain(one) for one in polish if not isinstance(one, Greedy)]
+    return {"greedy_passes": sum(passes), **({"polish": others} if others else {})}
 
 
 def _plain(value: object) -> object:
@@ -72,9 +82,19 @@ def _plain(value: object) -> object:
             return [_plain(item) for item in value]
         case partial():
             return {"name": _plain(value.func), **value.keywords}
+        case Draw():
+            return _draw(value)
         case _ if is_dataclass(value) and not isinstance(value, type):
-            shown = {f.name: getattr(value, f.name) for f in fields(value) if f.name not in FITTED}
+            shown = {f.name: getattr(value, f.name) for f in fields(value) if not f.metadata}
             return {"name": type(value).__name__, **{k: _plain(v) for k, v in shown.items()}}
         case torch.dtype():
             return str(value).removeprefix("torch.")
     return getattr(value, "__qualname__", value)
+
+
+def _draw(draw: Any) -> object:
+    """Its name, with the options that are not as by default."""
+    name = f"{type(draw).__name__.removesuffix('Draw')}.draw"
+    shown = {f.name: getattr(draw, f.name) for f in fields(draw)}
+    options = {f.name: shown[f.name] for f in fields(draw) if shown[f.name] != f.default}
+    return {"name": name, **options} if options else name

@@ -1,4 +1,4 @@
-"""The heart: one sweep that every method runs through, and the greedy passes that polish it.
+"""The heart: one sweep that every method runs through.
 
 Columns go left to right; what a column's rounding leaves behind is carried to later columns:
 
@@ -13,7 +13,7 @@ its running weights. Any choice of spans gives the same codes. Weights are held 
 that a column is contiguous.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 from jaxtyping import Float, Integer
@@ -22,7 +22,6 @@ from torch import Tensor
 from quip.codebooks.base import Codebook
 from quip.matrix.panel import panel_for
 
-Visit = Callable[[int, int], None]
 PANEL = 128  # columns that are rounded in one call
 
 
@@ -33,7 +32,7 @@ def sweep(
     book: Codebook,
     *,
     group: int | None = None,
-    block: int = 128,
+    block: int = PANEL,
 ) -> tuple[Integer[Tensor, "m k"], list[Codebook]]:
     """Round W column by column (book.dim at a time) under the feedback K.
 
@@ -41,30 +40,25 @@ def sweep(
     one book a group comes back; without, `book` must be fitted already and serves all. The
     last group may be short. Codes are [m, n / dim]. W sets the precision and the device.
     """
-    n, d = W.shape[1], book.dim
-    X, h = _transposed(W), h.to(W)
+    n = W.shape[1]
+    own = group == book.dim  # a book for each code: fitted while a panel is rounded, not before
+    refits = group is not None and not own
+    panel, fit = panel_width(book.dim, n, group), fit_width(book.dim, n, group)
+    round_panel = panel_for(book, W, refit=own)
+    X, h = transposed(W), h.to(W)
     eta = X  # each error takes the place of its weight, which nobody needs any more
     codes: list[Tensor] = []
     books: list[Codebook] = [] if group else [book]
-    own = group == d  # a book for each code: fitted while a panel is rounded, not before
-    round_panel = panel_for(book, W, refit=own)
-
-    def refit(lo: int, hi: int) -> None:
-        books.append(book.fit(X[lo:hi].T, h[lo:hi]))
-
-    def round_columns(lo: int, hi: int) -> None:
+    for width, lo, hi in cascade(X, K, eta, {panel, fit}, block=block):
         at = slice(lo, hi)
-        panel_books = [book] if own else books[-1:]
-        K_panel = K[at, at].to(X)
-        panel_codes, fitted = round_panel(X[at], K_panel, eta[at], h[at], panel_books, refit=own)
-        codes.append(panel_codes)
-        if own:
-            books.extend(fitted)
-
-    visits: dict[int, list[Visit]] = {_panel_width(d, n, group): [round_columns]}
-    if group and not own:
-        visits.setdefault(min(group, n), []).insert(0, refit)
-    cascade(X, K, eta, visits, block=block)
+        if width == fit and refits:
+            books.append(book.fit(X[at].T, h[at]))
+        if width == panel:
+            used = [book] if own else books[-1:]
+            rounded, fitted = round_panel(X[at], K[at, at].to(X), eta[at], h[at], used, refit=own)
+            codes.append(rounded)
+            if own:
+                books.extend(fitted)
     return torch.cat(codes).T, books
 
 
@@ -72,47 +66,45 @@ def cascade(
     X: Float[Tensor, "n m"],
     K: Float[Tensor, "n n"],
     eta: Float[Tensor, "n m"],
-    visits: Mapping[int, Sequence[Visit]],
+    widths: Set[int],
     *,
-    block: int = 128,
-) -> None:
-    """Add sum_{j<k} K[j, k] eta_j to each row k of X, calling the visits of each span in order.
+    block: int = PANEL,
+) -> Iterator[tuple[int, int, int]]:
+    """Spans (width, lo, hi) of the rows of X, wider ones before the narrower ones inside them.
 
-    `visits` maps a span's width to what is called with its (lo, hi) once X[lo:hi] is complete
-    up to lo; the narrowest must write eta[lo:hi]. X and eta are changed in place.
+    When a span comes, X[lo:hi] holds sum_{j<lo} K[j, k] eta_j for each of its rows k; before the
+    next one is asked for, the narrowest spans must have their eta[lo:hi] written. All of `widths`
+    come, and one more that is near to `block`. X is changed in place.
     """
-    unit = max((width for width in visits if width <= block), default=min(visits))
-    panel = max(unit, block // unit * unit)  # cuts no narrower span
-    _descend(X, K, eta, visits, sorted({*visits, panel}, reverse=True), 0, len(X))
+    unit = max((width for width in widths if width <= block), default=min(widths))
+    between = max(unit, block // unit * unit)  # cuts no narrower span
+    yield from _descend(X, K, eta, sorted({*widths, between}, reverse=True), 0, len(X))
 
 
 def _descend(
-    X: Tensor,
-    K: Tensor,
-    eta: Tensor,
-    visits: Mapping[int, Sequence[Visit]],
-    widths: Sequence[int],
-    start: int,
-    stop: int,
-) -> None:
-    """No function inside `cascade`: one that calls itself would keep K until gc finds the cycle."""
+    X: Tensor, K: Tensor, eta: Tensor, widths: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[int, int, int]]:
     width, *narrower = widths
     for lo in range(start, stop, width):
         hi = min(lo + width, stop)
         if lo > start:  # half of K is never read, and never cast
             X[lo:hi].addmm_(K[start:lo, lo:hi].T.to(X), eta[start:lo])
-        for visit in visits.get(width, ()):
-            visit(lo, hi)
+        yield width, lo, hi
         if narrower:
-            _descend(X, K, eta, visits, narrower, lo, hi)
+            yield from _descend(X, K, eta, narrower, lo, hi)
 
 
-def _panel_width(dim: int, n: int, group: int | None) -> int:
-    """Whole codes; never across two groups, unless each code is a group of its own."""
+def panel_width(dim: int, n: int, group: int | None) -> int:
+    """Columns of a panel: whole codes, never across two groups unless each code is a group."""
     width = max(dim, PANEL // dim * dim)
     return min(width, group, n) if group and group != dim else width
 
 
-def _transposed(W: Tensor) -> Tensor:
+def fit_width(dim: int, n: int, group: int | None) -> int:
+    """Columns that share a book, where a panel must end; those of a panel if any may share it."""
+    return min(group, n) if group and group != dim else panel_width(dim, n, group)
+
+
+def transposed(W: Float[Tensor, "m n"]) -> Float[Tensor, "n m"]:
     """A copy in which columns of W are contiguous: a plain clone would keep W's order."""
     return W.T.clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,8 @@ Stand-ins answer with NaN. An argument that holds NaN was computed from the outp
 earlier block, so keeping it would be wrong: such a model is refused.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -107,19 +108,29 @@ class _Recorder:
 
     @torch.no_grad()
     def run(self, model: nn.Module, blocks: nn.ModuleList, ids: Int[Tensor, "b seqlen"]) -> None:
-        own = [vars(block).pop("forward", None) for block in blocks]
         try:
-            for index, block in enumerate(blocks):
-                block.forward = partial(self.stand_in, index)
-            model(input_ids=ids, use_cache=False)
+            with forwards(blocks, lambda index, _: partial(self.stand_in, index)):
+                model(input_ids=ids, use_cache=False)
         except _Reached:
             return
-        finally:
-            for block, forward in zip(blocks, own, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
         raise UnsupportedModel(f"only {len(self.calls)} of the {len(blocks)} blocks are called")
+
+
+@contextmanager
+def forwards(
+    blocks: nn.ModuleList, instead: Callable[[int, nn.Module], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside, the forward of each block is instead(index, block), and after it its own again."""
+    own = [vars(block).get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = instead(index, block)
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            vars(block).pop("forward", None)
+            if forward is not None:
+                block.forward = forward
 
 
 def capture(

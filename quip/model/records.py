@@ -52,7 +52,7 @@ class Stopwatch:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages whose behaviour the numbers may depend on."""
+    """The versions of Python and the packages whose behaviour the numbers may depend on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -26,7 +26,7 @@ class Layout:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
-        """Of the quantized matrices of a model. Raises QuipError if they are of two kinds."""
+        """The layout of a model's quantized matrices. Raises QuipError if they are of two kinds."""
         layers, stacked = quantized_layers(model), stacks(model)
         spec = next(iter(layers.values())).spec
         for name, layer in layers.items():
@@ -63,7 +63,7 @@ class Layout:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all matrices, members of stacks one by one."""
+        """The names of all matrices, members of stacks one by one."""
         return (*self.modules, *(name for names in self.stacks for name in names))
 
     def make_room(self, model: nn.Module) -> None:

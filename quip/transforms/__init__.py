@@ -9,9 +9,9 @@ p x q blocks of small random rotations around a permutation: O(m n (p + q)), nev
 from typing import Any
 
 from quip.transforms.base import Chain, Draw, Transform
-from quip.transforms.hadamard import Hadamard
-from quip.transforms.kronecker import Kronecker, draw_blocked, draw_blocked_unpermuted
-from quip.transforms.rescale import Rescale
+from quip.transforms.hadamard import Hadamard, HadamardDraw
+from quip.transforms.kronecker import Kronecker, KroneckerDraw
+from quip.transforms.rescale import Rescale, RescaleDraw
 
 # By the name that a file gives them.
 TRANSFORMS: dict[str, Any] = {"rescale": Rescale, "kronecker": Kronecker, "hadamard": Hadamard}
@@ -21,9 +21,10 @@ __all__ = [
     "Chain",
     "Draw",
     "Hadamard",
+    "HadamardDraw",
     "Kronecker",
+    "KroneckerDraw",
     "Rescale",
+    "RescaleDraw",
     "Transform",
-    "draw_blocked",
-    "draw_blocked_unpermuted",
 ]

@@ -1,6 +1,6 @@
 """What a change of basis is, and several of them one after the other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -30,7 +30,17 @@ class Transform(Stored, Protocol):
         ...
 
 
-Draw = Callable[[Tensor, Tensor, torch.Generator], Transform]
+@runtime_checkable
+class Draw(Protocol):
+    """A frozen rule that makes a transform for W and H; equal rules make equal recipes."""
+
+    def check(self, m: int, n: int) -> None:
+        """Raise UsageError for an m x n matrix that the rule can make no transform for."""
+        ...
+
+    def __call__(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], rng: torch.Generator
+    ) -> Transform: ...
 
 
 @dataclass(frozen=True)

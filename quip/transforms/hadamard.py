@@ -28,18 +28,6 @@ class Hadamard:
     signs_out: Float[Tensor, " m"]
     block: int | None = None  # Omega is block diagonal with blocks of this size; None: one block
 
-    @classmethod
-    def draw(
-        cls, W: Tensor, H: Tensor, rng: torch.Generator, *, block: int | None = None
-    ) -> "Hadamard":
-        """Raises UsageError where no Hadamard matrix fits the size of W."""
-        for size in W.shape:
-            hadamard.check(size, block)
-        m, n = W.shape
-        signs = 2.0 * torch.randint(2, (n + m,), generator=rng) - 1
-        signs = signs.to(W)
-        return cls(signs[:n], signs[n:], block)
-
     def options(self) -> Options:
         return {"block": self.block}
 
@@ -82,3 +70,25 @@ class Hadamard:
         """Omega^T diag(left) A diag(right) Omega."""
         A = hadamard.invert(A, block=self.block, signs=right)
         return hadamard.invert_rows(A, block=self.block, signs=left)
+
+
+@dataclass(frozen=True)
+class HadamardDraw:
+    """Random signs, and a Hadamard matrix for every `block` columns (None: one for all)."""
+
+    block: int | None
+
+    def check(self, m: int, n: int) -> None:
+        """Raise UsageError where no Hadamard matrix fits m rows or n columns."""
+        for size in (m, n):
+            hadamard.check(size, self.block)
+
+    def __call__(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], rng: torch.Generator
+    ) -> Hadamard:
+        """Signs of n inputs, then of m outputs. Raises UsageError as `check` does."""
+        m, n = W.shape
+        self.check(m, n)
+        signs = 2.0 * torch.randint(2, (n + m,), generator=rng) - 1
+        signs = signs.to(W)
+        return Hadamard(signs[:n], signs[n:], self.block)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -20,25 +19,6 @@ class Kronecker:
 
     R_out: Rotation
     R_in: Rotation
-
-    @classmethod
-    def draw(
-        cls,
-        W: Tensor,
-        H: Tensor,
-        rng: torch.Generator,
-        *,
-        blocked: bool = False,
-        permute: bool = True,
-    ) -> "Kronecker":
-        """Two rotations as `Rotation.draw` makes them.
-
-        R_out draws no permutation of its output: that would only shuffle the rows, which are
-        rounded independently.
-        """
-        R_in = Rotation.draw(W.shape[1], rng, blocked=blocked, mix=permute, shuffle=permute)
-        R_out = Rotation.draw(W.shape[0], rng, blocked=blocked, mix=permute, shuffle=False)
-        return cls(R_out, R_in)
 
     def options(self) -> Options:
         haars = [h for R in (self.R_in, self.R_out) for h in (R.left, R.right)]
@@ -86,13 +66,33 @@ class Kronecker:
         return self.R_out.invert(y)
 
 
+@dataclass(frozen=True)
+class KroneckerDraw:
+    """Random rotations: one factor on each side, or `blocked`; with permutations, or without."""
+
+    blocked: bool = False
+    permute: bool = True
+
+    def check(self, m: int, n: int) -> None:
+        """Every size has a rotation, a prime one a single factor."""
+
+    def __call__(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], rng: torch.Generator
+    ) -> Kronecker:
+        """Two rotations as `Rotation.draw` makes them.
+
+        R_out draws no permutation of its output: that would only shuffle the rows, which are
+        rounded independently.
+        """
+        blocked, permute = self.blocked, self.permute
+        R_in = Rotation.draw(W.shape[1], rng, blocked=blocked, mix=permute, shuffle=permute)
+        R_out = Rotation.draw(W.shape[0], rng, blocked=blocked, mix=permute, shuffle=False)
+        return Kronecker(R_out, R_in)
+
+
 def _sizes(m: int, n: int, blocked: bool, permute: bool) -> tuple[tuple[int, int], ...]:
     """The lengths of what R_in and R_out each add to the tensors of ROTATIONS."""
     return (
         Rotation.sizes(n, blocked=blocked, mix=permute, shuffle=permute),
         Rotation.sizes(m, blocked=blocked, mix=permute, shuffle=False),
     )
-
-
-draw_blocked = partial(Kronecker.draw, blocked=True)
-draw_blocked_unpermuted = partial(Kronecker.draw, blocked=True, permute=False)

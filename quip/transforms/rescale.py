@@ -18,16 +18,6 @@ class Rescale:
 
     r: Float[Tensor, " n"]
 
-    @classmethod
-    def draw(cls, W: Tensor, H: Tensor, rng: torch.Generator) -> "Rescale":
-        """r_j = (H_jj / (W^T W)_jj)^(1/4), the minimiser of tr(H) |W|_F^2.
-
-        A column of W that is zero counts as an average one, and so does an input that always is:
-        any positive r would do, but a small one would blow up what undo makes of that column.
-        """
-        r = (_filled(H.diagonal()) / _filled(W.square().sum(0))).pow(0.25)
-        return cls((r / r.mean()).clamp_min(1e-8).to(STORED).to(W.dtype))
-
     def options(self) -> Options:
         return {}
 
@@ -58,6 +48,25 @@ class Rescale:
 
     def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         return y
+
+
+@dataclass(frozen=True)
+class RescaleDraw:
+    """The r that balances W against H; there is one for every matrix."""
+
+    def check(self, m: int, n: int) -> None:
+        """Every size will do."""
+
+    def __call__(
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], rng: torch.Generator
+    ) -> Rescale:
+        """r_j = (H_jj / (W^T W)_jj)^(1/4), the minimiser of tr(H) |W|_F^2; rng is not used.
+
+        A column of W that is zero counts as an average one, and so does an input that always is:
+        any positive r would do, but a small one would blow up what undo makes of that column.
+        """
+        r = (_filled(H.diagonal()) / _filled(W.square().sum(0))).pow(0.25)
+        return Rescale((r / r.mean()).clamp_min(1e-8).to(STORED).to(W.dtype))
 
 
 def _filled(sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

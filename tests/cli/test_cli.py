@@ -18,7 +18,7 @@ from quip.cli import run as run_command
 from quip.cli.parse import Parser
 from quip.data import DATASETS
 from quip.matrix.build import METHODS, build_recipe
-from tests.model.test_load import write_gguf
+from tests.support.gguf_files import write_gguf
 from tests.support.runs import save_model, write_text
 from tests.support.tiny import tiny
 
@@ -28,17 +28,6 @@ pytestmark = pytest.mark.usefixtures("command")
 @pytest.fixture(scope="module")
 def opt(tmp_path_factory) -> str:
     return save_model(tmp_path_factory.mktemp("models") / "opt")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """The working directory, with two texts and a folder in use."""
-    monkeypatch.chdir(tmp_path)
-    write_text(tmp_path / "train.txt")
-    write_text(tmp_path / "test.txt")
-    (tmp_path / "used").mkdir()
-    (tmp_path / "used" / "notes.txt").write_text("mine")
-    return tmp_path
 
 
 @pytest.fixture
@@ -220,20 +209,6 @@ def test_a_folder_is_overwritten_when_asked(quip, folder):
     assert status == 0
     assert (folder / "used" / "run.json").exists()
     assert (folder / "used" / "notes.txt").read_text() == "mine"
-
-
-@pytest.fixture
-def asked(monkeypatch, capsys):
-    """asked([words]) -> the Experiment that the command line asks for, without running it."""
-
-    def call(words: list[str], main=run_command.main):
-        caught = []
-        monkeypatch.setattr("quip.jobs.run.run_experiment", lambda e: caught.append(e) or {})
-        monkeypatch.setattr("quip.jobs.report.text.table", lambda report: "")
-        assert main(words) == 0, capsys.readouterr().err
-        return caught[0]
-
-    return call
 
 
 def test_flags_become_plain_values(asked, tmp_path):

@@ -16,25 +16,13 @@ from quip.errors import NonFinite, Unavailable, UsageError
 from quip.jobs.export import export_dense
 from quip.packed.checkpoint import load
 from quip.packed.linear import QuantizedLinear
-from tests.jobs.test_inspection import save_quantized
+from tests.support.checkpoints import save_quantized
 from tests.support.runs import save_model
 from tests.support.tiny import tokens
 
 pytestmark = pytest.mark.usefixtures("command")
 
 EMBEDDING = "model.decoder.embed_tokens.weight"
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "opt"
-    save_quantized(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(packed, tmp_path) -> Path:
-    return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
 def never(*args: object, **options: object) -> None:

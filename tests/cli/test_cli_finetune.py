@@ -11,7 +11,7 @@ from quip.evaluate.divergence import divergence
 from quip.matrix.build import build_recipe
 from quip.model.load import load_model
 from quip.packed.checkpoint import load
-from tests.jobs.test_inspection import save_quantized
+from tests.support.checkpoints import save_quantized
 from tests.support.runs import write_text
 from tests.support.tiny import tokens
 

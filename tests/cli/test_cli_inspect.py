@@ -6,17 +6,10 @@ import pytest
 
 from quip.cli.inspect import inspection_table
 from quip.jobs.inspect import inspect_checkpoint
-from tests.jobs.test_inspection import save_quantized
+from tests.support.checkpoints import save_quantized
 from tests.support.runs import save_model, write_text
 
 pytestmark = pytest.mark.usefixtures("command")
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints") / "opt"
-    save_quantized(folder)
-    return folder
 
 
 def test_the_table_is_short_and_stands_in_columns(quip, packed):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.test_hessians import observed, written
+from tests.support.hessians import observed, written
 from tests.support.runs import save_model, write_text
 
 pytestmark = pytest.mark.usefixtures("command")

@@ -10,7 +10,6 @@ from quip.cli.sharp import LATTICES as NAMED
 from quip.codebooks import LATTICES
 from quip.matrix.build import RECIPES, as_flags, build_recipe
 from quip.model.tune import BlockTuning
-from tests.cli.test_cli import asked, folder  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("command")
 
@@ -32,13 +31,13 @@ def test_recipes_are_listed_with_their_flags(capsys):
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_named_recipe_is_its_flags(asked, name):  # noqa: F811
+def test_a_named_recipe_is_its_flags(asked, name):
     e = asked(["demo", "pydoc", "--recipe", name])
     assert e.recipe == build_recipe(**RECIPES[name].flags)
     assert e.flags["wbits"] == RECIPES[name].flags["wbits"]
 
 
-def test_flags_on_the_line_win_over_those_of_a_recipe(asked, folder):  # noqa: F811
+def test_flags_on_the_line_win_over_those_of_a_recipe(asked, folder):
     line = ["demo", "pydoc", "--recipe", "quip-sharp-2bit", "--quant", "gptq", "--npasses", "1"]
     assert asked(line).recipe == build_recipe(codebook="E8P12", quant="gptq", npasses=1)
     (folder / "a.yaml").write_text("recipe: quip-sharp-3bit\nrange: tensor\n")
@@ -47,14 +46,14 @@ def test_flags_on_the_line_win_over_those_of_a_recipe(asked, folder):  # noqa: F
 
 
 @pytest.mark.parametrize(("codebook", "bits"), [(name, row.bits) for name, row in LATTICES.items()])
-def test_a_lattice_brings_its_bits(asked, codebook, bits):  # noqa: F811
+def test_a_lattice_brings_its_bits(asked, codebook, bits):
     e = asked(["demo", "pydoc", "--codebook", codebook])
     assert e.flags["wbits"] == bits
     assert e.recipe == build_recipe(codebook=codebook)
     assert e.method == f"ldlq, {codebook} ({bits} bits)"
 
 
-def test_flags_of_lattices_become_plain_values(asked):  # noqa: F811
+def test_flags_of_lattices_become_plain_values(asked):
     line = (
         "demo pydoc --codebook E8P12RVQ4B --rotation hadamard --hadamard_block 128 --range tensor "
         "--scale_override 0.9 --resid_scale_override 3.8 --no_fuse --npasses 3"
@@ -71,7 +70,7 @@ def test_flags_of_lattices_become_plain_values(asked):  # noqa: F811
     )
 
 
-def test_tuning_is_off_unless_asked_for(asked):  # noqa: F811
+def test_tuning_is_off_unless_asked_for(asked):
     line = ["demo", "pydoc", "--codebook", "E8P12"]
     assert asked(line).tuning is None
     e = asked([*line, "--ft_epochs", "3", "--ft_lr", "1e-4", "--ft_held_out", "0.5"])

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,38 +12,9 @@ from quip.data import hessian_files
 from quip.data.hessians import HessianStore, StoreWriter
 from quip.errors import Unavailable, UsageError
 from quip.evaluate import memory
-from quip.matrix.hessian import Hessian
 from quip.model.matrices import widths
-from quip.model.walk import walk
-from tests.support.tiny import tiny, tokens
-
-FACTS = {
-    "model": "tiny",
-    "digest": {},
-    "dtype": "float32",
-    "source": "original",
-    "calibration": {"dataset": "random"},
-}
-
-
-def observed(name: str = "opt") -> list[dict[str, Hessian]]:
-    """The Hessians of each block of a tiny model."""
-    return [block.observe() for block in walk(tiny(name), tokens(), device="cpu")]
-
-
-def written(
-    folder: Path,
-    blocks: list[dict[str, Hessian]],
-    *,
-    close: bool = True,
-    facts: Mapping[str, Any] = FACTS,
-) -> StoreWriter:
-    writer = StoreWriter(folder, facts)
-    for index, hessians in enumerate(blocks):
-        writer.keep(index, hessians)
-    if close:
-        writer.close()
-    return writer
+from tests.support.hessians import FACTS, observed, written
+from tests.support.tiny import tiny
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -254,13 +224,13 @@ def test_sizes_that_differ_and_matrices_too_many_are_refused(opt_store, tmp_path
     words["inputs"][3]["size"] = 7
     name = words["inputs"][3]["name"]
     with pytest.raises(UsageError, match=rf"{name} has 48 inputs, and the store holds 7 inputs"):
-        copied(opt_store, tmp_path, words).check(tiny("opt"))
+        copied(opt_store, tmp_path, words).check(widths(tiny("opt")))
     with pytest.raises(Unavailable, match=rf"damaged \({name} has no 7 inputs\)"):
         HessianStore(tmp_path).read(name)
     words = manifest_of(opt_store)
     words["inputs"][3]["matrices"].append("model.more")
     with pytest.raises(UsageError, match=r"has no model\.more"):
-        copied(opt_store, tmp_path, words).check(tiny("opt"))
+        copied(opt_store, tmp_path, words).check(widths(tiny("opt")))
 
 
 def test_reading_a_name_that_is_not_there_says_so(opt_store):

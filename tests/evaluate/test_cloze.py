@@ -1,6 +1,5 @@
 """The tasks of our own: prose of many documents, made the same way every time; stories by row."""
 
-import csv
 from collections import Counter
 
 import pytest
@@ -9,6 +8,7 @@ from quip.data.pydoc import pydoc_documents
 from quip.errors import QuipError, UsageError
 from quip.evaluate import cloze
 from quip.evaluate.cloze import ANSWER, TEXTS, cloze_items, story_rows
+from tests.support.stories import STORY, write_stories
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +82,6 @@ def test_a_passage_does_not_cross_a_signature():
 def test_too_few_documents_are_refused():
     with pytest.raises(UsageError, match="prose of at least 4 documents"):
         cloze_items([prose("cat"), prose("dog")])
-
-
-def write_stories(path, rows, columns=("InputStoryid", *TEXTS, ANSWER)):
-    with path.open("w", encoding="utf-8-sig", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(rows)
-    return path
-
-
-STORY = ("id", "One.", "Two.", "Three.", "Four.", "So, it ended.", "It went on.", "2")
 
 
 def test_stories_are_read_with_a_byte_order_mark_and_commas(tmp_path):

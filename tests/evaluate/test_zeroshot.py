@@ -15,9 +15,9 @@ from quip.errors import QuipError, Unavailable, UsageError
 from quip.evaluate import zeroshot as module
 from quip.evaluate.cloze import TEXTS, cloze_items, task_config
 from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
-from tests.evaluate.test_cloze import STORY, write_stories
-from tests.model.test_load import save_tokenizer
+from tests.support.stories import STORY, write_stories
 from tests.support.tiny import CONFIGS
+from tests.support.tokenizer import save_tokenizer
 
 pytest.importorskip("lm_eval")
 

@@ -6,6 +6,7 @@ import torch
 from quip import transforms
 from quip.codebooks import MinMaxGrid, RmsGrid
 from quip.matrix import build, feedback, recipe
+from quip.matrix.order import backwards, largest_first, natural
 from quip.matrix.polish import greedy
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.sweep import sweep
@@ -30,7 +31,7 @@ def test_optq_refits_each_group_on_its_running_weights(group):
 def test_rescaling_and_rotation_keep_the_loss_and_are_undone(draw):
     W, H = ref.correlated_problem(24, 60)
     rng = torch.Generator().manual_seed(6)
-    T, X, G = transforms.Chain.draw([transforms.Rescale.draw, draw], W, H, rng)
+    T, X, G = transforms.Chain.draw([transforms.RescaleDraw(), draw], W, H, rng)
     assert float(((X @ G) * X).sum()) == pytest.approx(float(((W @ H) * W).sum()), rel=NOISE)
     torch.testing.assert_close(T.undo(X), W, rtol=0, atol=NOISE)
 
@@ -44,9 +45,9 @@ def exact_storage(monkeypatch):
 ORDERS = pytest.mark.parametrize(
     ("order", "oracle_order"),
     [
-        (recipe.natural, ref.natural),
-        (recipe.backwards, ref.backwards),
-        (recipe.largest_first, ref.largest_first),
+        (natural, ref.natural),
+        (backwards, ref.backwards),
+        (largest_first, ref.largest_first),
     ],
 )
 
@@ -54,7 +55,7 @@ ORDERS = pytest.mark.parametrize(
 def incoherent(order, bits: int, rho: float, **fields) -> recipe.Recipe:
     return recipe.Recipe(
         codebook=RmsGrid(bits=bits, rhos=(rho,), step_dtype=torch.float64),
-        transforms=(transforms.Rescale.draw, transforms.Kronecker.draw),
+        transforms=(transforms.RescaleDraw(), transforms.KroneckerDraw()),
         order=order,
         **fields,
     )

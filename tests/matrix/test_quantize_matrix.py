@@ -1,5 +1,6 @@
+"""quantize_matrix against the papers' algorithms, and every field of its recipe."""
+
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
@@ -10,20 +11,18 @@ from torch import Tensor
 
 from quip import transforms
 from quip.codebooks import Codebook, MinMaxGrid, RmsGrid
-from quip.errors import NonFinite, NotPositiveDefinite
 from quip.kernels.bits import words
-from quip.matrix import feedback, recipe
+from quip.matrix import feedback
 from quip.matrix.build import METHODS, build_recipe
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.polish import greedy
-from quip.matrix.prepare import condition
-from quip.matrix.quantize import quantize_by_many, quantize_matrices, quantize_matrix
+from quip.matrix.order import backwards, largest_first, natural
+from quip.matrix.polish import Greedy, greedy
 from quip.matrix.recipe import Recipe
-from quip.matrix.seeds import rng_for
 from quip.matrix.sweep import sweep
 from quip.packed.matrix import QuantizedMatrix
 from tests import reference as ref
-from tests.laws import GRIDS, Points, assert_near
+from tests.laws import Points, assert_near
+from tests.support.matrices import plain, quantized
 
 QUANTS = pytest.mark.parametrize("quant", METHODS)
 INCOHERENT = {"incoh_processing": True}
@@ -39,14 +38,6 @@ def exact(**flags) -> Recipe:
         codebook=replace(built.codebook, step_dtype=torch.float64),
         feedback=partial(rule, tolerance=0.0) if rule is feedback.admm else rule,
     )
-
-
-def quantized(W: Tensor, H: Tensor, built: Recipe, *, name: str = "w") -> QuantizedMatrix:
-    return quantize_matrix(W, H, built, rng=rng_for(0, name), name=name)
-
-
-def plain(**fields_) -> Recipe:
-    return Recipe(**{"codebook": MinMaxGrid(bits=2), **fields_})
 
 
 # Against the papers' algorithms
@@ -198,16 +189,14 @@ def fitted(built: Recipe, W: Tensor, h: Tensor) -> Codebook:
     return built.codebook if built.group else built.codebook.fit(W, h)
 
 
-@pytest.mark.parametrize(
-    "order", [recipe.natural, recipe.backwards, recipe.largest_first], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("order", [natural, backwards, largest_first], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("group", [None, 8, 24, 32])
 @pytest.mark.parametrize("passes", [0, 2])
 def test_codes_are_kept_in_natural_order_whatever_the_order_of_rounding(
     problem, order, group, passes
 ):
     W, H = problem(9, 72)
-    built = plain(codebook=Points.random(8, 6), order=order, group=group, greedy_passes=passes)
+    built = plain(codebook=Points.random(8, 6), order=order, group=group, polish=(Greedy(passes),))
     q = quantized(W, H, built)
     assert q.codes.shape == (9, 9)
     W_hat = q.dequantize().double()
@@ -252,12 +241,12 @@ def test_double_weights_are_rounded_in_double_precision(problem):
 
 CHANGES: dict[str, Callable[[Recipe], Recipe]] = {
     "codebook": lambda r: replace(r, codebook=RmsGrid(bits=2, rhos=(2.4,))),
-    "transforms": lambda r: replace(r, transforms=(transforms.Rescale.draw,)),
-    "order": lambda r: replace(r, order=recipe.backwards),
+    "transforms": lambda r: replace(r, transforms=(transforms.RescaleDraw(),)),
+    "order": lambda r: replace(r, order=backwards),
     "feedback": lambda r: replace(r, feedback=feedback.none),
     "group": lambda r: replace(r, group=8),
     "damp": lambda r: replace(r, damp=1.0),
-    "greedy_passes": lambda r: replace(r, greedy_passes=1),
+    "polish": lambda r: replace(r, polish=(Greedy(1),)),
     "clamp_target": lambda r: replace(r, clamp_target=True),
     "trials": lambda r: replace(r, trials=(MinMaxGrid(bits=2), RmsGrid(bits=2, rhos=(2.2,)))),
 }
@@ -271,309 +260,6 @@ def test_every_field_of_a_recipe_changes_the_result(problem, field):
     ours = quantized(W, H, built).dequantize()
     assert torch.equal(ours, quantized(W, H, replace(built)).dequantize())
     assert not torch.equal(ours, quantized(W, H, CHANGES[field](built)).dequantize())
-
-
-# Bad input
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("quant", ["nearest", "ldlq"])
-def test_what_is_not_finite_is_named(problem, quant, value):
-    built = build_recipe(quant=quant, wbits=2)
-    W, H = problem(6, 20)
-    W[2, 3] = value
-    with pytest.raises(NonFinite, match=r"block\.7\.fc1: the weights hold NaN or infinity; reload"):
-        quantized(W, H, built, name="block.7.fc1")
-    W, H = problem(6, 20)
-    H[4, 4] = value
-    with pytest.raises(NonFinite, match=r"block\.7\.fc1: the inputs' second moments .*--dtype"):
-        quantized(W, H, built, name="block.7.fc1")
-
-
-def test_a_singular_h_is_damped_and_the_damping_recorded(problem):
-    W, H = problem(6, 20, dead=(3,))
-    built = build_recipe(quant="ldlq", wbits=2, percdamp=0.0)
-    q = quantized(W, H, built)
-    assert q.damp == 1e-3
-    again = quantized(W, H, replace(built, damp=1e-3))
-    assert torch.equal(q.codes, again.codes)
-    assert again.damp == 1e-3
-
-
-def failing(times: int, seen: list[float] | None = None):
-    """LDL feedback that fails the first `times` times."""
-    left = [times]
-
-    def rule(H: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        if seen is not None:
-            seen.append(float(H.diagonal().mean()))
-        left[0] -= 1
-        if left[0] >= 0:
-            raise NotPositiveDefinite("the smallest eigenvalue is -1.00e-09")
-        return feedback.ldl(H, dim)
-
-    return rule
-
-
-@pytest.mark.parametrize("failures", [0, 1, 2, 3])
-def test_damping_grows_tenfold_after_each_failure(problem, failures):
-    W, H = problem(6, 20)
-    seen: list[float] = []
-    q = quantized(W, H, plain(feedback=failing(failures, seen)))
-    assert q.damp == pytest.approx(0.01 * 10**failures)
-    mean = float(H.diagonal().mean())
-    assert seen == pytest.approx([mean * (1 + 0.01 * 10**k) for k in range(failures + 1)])
-
-
-def test_an_escalation_redraws_the_same_rotations_for_more_damping(problem):
-    W, H = problem(6, 20)
-    fields_ = {"transforms": (transforms.Rescale.draw, transforms.Kronecker.draw)}
-    q = quantized(W, H, plain(feedback=failing(1), **fields_))
-    direct = quantized(W, H, plain(damp=0.1, **fields_))
-    assert torch.equal(q.codes, direct.codes)
-    assert torch.equal(q.dequantize(), direct.dequantize())
-
-
-def test_after_three_escalations_the_matrix_and_the_remedy_are_named(problem):
-    W, H = problem(6, 20)
-    message = (
-        r"block\.7\.fc1: the smallest eigenvalue is -1\.00e-09 after damping by 10 of the mean "
-        r"diagonal; add calibration tokens \(--nsamples\) or damp more \(--percdamp\)"
-    )
-    with pytest.raises(NotPositiveDefinite, match=message):
-        quantized(W, H, plain(feedback=failing(4)), name="block.7.fc1")
-
-
-def test_an_indefinite_h_is_hopeless(problem):
-    W, H = problem(6, 20)
-    H = H.diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    H[3, 3] *= -1000
-    with pytest.raises(NotPositiveDefinite, match="fc2: the smallest eigenvalue is -"):
-        quantized(W, H, build_recipe(quant="gptq", wbits=2), name="fc2")
-
-
-# Dead inputs
-
-
-def test_weights_of_dead_inputs_become_zero_and_do_not_count(problem):
-    W, H = problem(6, 20, dead=(3, 9))
-    W_d, H_d = condition(W.float(), H.float())
-    assert W_d.dtype == H_d.dtype == torch.float64
-    assert bool((W_d[:, [3, 9]] == 0).all())
-    assert torch.equal(W_d[:, 4:9], W.float().double()[:, 4:9])
-    louder = W.clone()
-    louder[:, [3, 9]] = 1e6
-    for flags in GRIDS.values():
-        built = build_recipe(quant="ldlq", wbits=2, **flags)
-        assert torch.equal(
-            quantized(W, H, built).dequantize(), quantized(louder, H, built).dequantize()
-        )
-
-
-@QUANTS
-@pytest.mark.parametrize("percdamp", [0.0, 0.01])
-def test_weights_of_dead_inputs_stay_small(problem, quant, percdamp):
-    W, H = problem(16, 20, dead=(3, 9))
-    for flags in ({}, INCOHERENT):
-        built = build_recipe(quant=quant, wbits=2, percdamp=percdamp, **flags)
-        W_hat = quantized(W, H, built).dequantize()
-        assert float(W_hat[:, [3, 9]].abs().max()) < 5 * float(W.abs().max())
-        assert flags or bool((W_hat[:, [3, 9]] == 0).all())
-
-
-# Seeds and company
-
-
-def test_the_generator_of_a_matrix_depends_on_seed_and_name_alone():
-    def draw(seed: int, name: str) -> int:
-        return int(torch.randint(2**60, (), generator=rng_for(seed, name)))
-
-    assert draw(0, "a") == draw(0, "a")
-    assert len({draw(seed, name) for seed in range(3) for name in "abc"}) == 9
-    # Pinned: a run that is resumed by another version must draw the same rotations.
-    assert rng_for(0, "model.layers.0.q_proj").initial_seed() == 6373944502311183807
-
-
-@pytest.mark.parametrize("unbiased", [False, True])
-@pytest.mark.parametrize("flags", [{}, INCOHERENT], ids=["row", "incoherent"])
-def test_a_result_depends_on_its_generator_and_on_no_global_state(problem, flags, unbiased):
-    W, H = problem(6, 20)
-    built = build_recipe(quant="ldlq", wbits=2, unbiased=unbiased, **flags)
-    before = torch.get_rng_state()
-    first = quantized(W, H, built)
-    assert torch.equal(torch.get_rng_state(), before)
-    torch.rand(3)
-    assert torch.equal(first.codes, quantized(W, H, built).codes)
-    if flags or unbiased:
-        assert not torch.equal(first.codes, quantized(W, H, built, name="v").codes)
-
-
-@pytest.mark.parametrize("flags", [{}, {"groupsize": 8}, INCOHERENT], ids=str)
-@pytest.mark.parametrize(
-    ("quant", "unbiased"),
-    [("ldlq", False), ("ldlq", True), ("ldlqRG", False), ("nearest", False)],
-)
-def test_company_does_not_matter(problem, quant, unbiased, flags):
-    _, H = problem(6, 20)
-    passes = 2 if METHODS[quant].passes else None
-    built = build_recipe(quant=quant, wbits=2, npasses=passes, unbiased=unbiased, **flags)
-    weights = {f"{m}": problem(m, 20, seed=m)[0].float() for m in (6, 9, 1)}
-    alone = {
-        name: quantize_matrix(W, H, built, rng=rng_for(3, name)) for name, W in weights.items()
-    }
-    for names in (list(weights), list(weights)[::-1]):
-        together = quantize_matrices({k: weights[k] for k in names}, H, built, seed=3)
-        met = []
-        for name, q in together:
-            met.append(name)
-            assert torch.equal(q.codes, alone[name].codes)
-            assert torch.equal(q.dequantize(), alone[name].dequantize())
-            assert q.damp == alone[name].damp
-        assert met == names
-
-
-def test_company_shares_the_damping_that_the_first_one_needed(problem):
-    W, H = problem(6, 20, dead=(3,))
-    built = build_recipe(quant="ldlq", wbits=2, percdamp=0.0)
-    damps = [q.damp for _, q in quantize_matrices({"a": W, "b": -W}, H, built, seed=0)]
-    assert damps == [1e-3, 1e-3]
-
-
-def test_one_hessian_is_factorised_once_unless_a_transform_stands_between(problem):
-    W, H = problem(6, 20)
-    calls: list[float] = []
-    weights = {"q": W, "k": 2 * W, "v": -W}
-    built = plain(feedback=failing(0, calls))
-    list(quantize_matrices(weights, H, built, seed=0))
-    assert len(calls) == 1
-    rotated = replace(built, transforms=(transforms.Kronecker.draw,))
-    list(quantize_matrices(weights, H, rotated, seed=0))
-    assert len(calls) == 1 + 3
-
-
-def test_matrices_come_one_after_the_other(problem):
-    W, H = problem(6, 20)
-    broken = {"q": W, "k": W * float("nan")}
-    results = quantize_matrices(broken, H, plain(), seed=0)
-    assert next(results)[0] == "q"
-    with pytest.raises(NonFinite, match="k: the weights"):
-        next(results)
-
-
-# By many recipes
-
-
-MANY = {
-    "a": {},
-    "a, 3 bits": {"wbits": 3},
-    "groups": {"groupsize": 8},
-    "nearest": {"quant": "nearest"},
-    "optq": {"quant": "gptq"},
-    "greedy": {"quant": "allbal", "npasses": 2},
-    "bounded": {"quant": "ldlbal_admm"},
-    "more damping": {"percdamp": 0.1},
-    "unbiased": {"unbiased": True},
-    "rescaled": {"pre_rescale": True},
-    "b": INCOHERENT,
-    "b, 4 bits": {**INCOHERENT, "wbits": 4},
-    "b, nearest": {**INCOHERENT, "quant": "nearest"},
-    "b, unbiased": {**INCOHERENT, "unbiased": True},
-    "b, unbiased, 3 bits": {**INCOHERENT, "unbiased": True, "wbits": 3},
-    "b, more damping": {**INCOHERENT, "percdamp": 0.1},
-    "b, auto": {**INCOHERENT, "rho": "auto"},
-    "hadamard": {**INCOHERENT, "rotation": "hadamard"},
-    "lattice": {"codebook": "E8P12", "wbits": None, "npasses": 0},
-    "undamped": {"percdamp": 0.0},
-    "undamped, 3 bits": {"percdamp": 0.0, "wbits": 3},
-    "undamped, nearest": {"percdamp": 0.0, "quant": "nearest"},
-    "b, undamped": {**INCOHERENT, "percdamp": 0.0},
-    "b, undamped, 3 bits": {**INCOHERENT, "percdamp": 0.0, "wbits": 3},
-}
-
-
-@pytest.mark.parametrize("step", [1, -1])
-def test_many_recipes_give_what_each_gives_alone(problem, step):
-    _, H = problem(8, 16, dead=(3,))  # singular: without damping its factorisations fail at first
-    labels = [*MANY][::step]
-    recipes = {label: build_recipe(**{"wbits": 2, **MANY[label]}) for label in labels}
-    weights = {f"{m}": problem(m, 16, seed=m)[0].float() for m in (8, 4)}
-    found = {(name, k): q for name, k, q in quantize_by_many(weights, H, recipes, seed=3)}
-    assert len(found) == len(weights) * len(recipes)
-    for (name, label), q in found.items():
-        alone = quantize_matrix(weights[name], H, recipes[label], rng=rng_for(3, name), name=name)
-        assert torch.equal(q.codes, alone.codes), (name, label)
-        assert torch.equal(q.dequantize(), alone.dequantize())
-        assert (q.damp, q.book) == (alone.damp, alone.book)
-    assert found["8", "undamped"].damp == 1e-3
-    assert found["8", "undamped, nearest"].damp == 0.0
-
-
-def test_a_factorisation_that_needed_more_damping_is_shared_with_its_basis(problem):
-    W, H = problem(6, 20)
-    least, calls = 1.05 * float(H.trace()), [0]
-
-    def rule(H: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        calls[0] += 1
-        if float(H.trace()) < least:
-            raise NotPositiveDefinite("the smallest eigenvalue is -1.00e-09")
-        return feedback.ldl(H, dim)
-
-    rotated = {"transforms": (transforms.Kronecker.draw,), "feedback": rule}
-    recipes = {bits: plain(codebook=MinMaxGrid(bits=bits), **rotated) for bits in (2, 3)}
-    recipes[4] = plain(codebook=MinMaxGrid(bits=4), **rotated | {"feedback": feedback.ldl})
-    found = {bits: q for _, bits, q in quantize_by_many({"w": W}, H, recipes, seed=0)}
-    assert calls == [2]
-    assert {bits: q.damp for bits, q in found.items()} == {2: 0.1, 3: 0.1, 4: 0.01}
-    for bits, q in found.items():
-        assert torch.equal(q.dequantize(), quantized(W, H, recipes[bits]).dequantize())
-
-
-def watched(calls: list[str], name: str, what: Callable) -> Callable:
-    def call(*given):
-        calls.append(name)
-        return what(*given)
-
-    return call
-
-
-def test_recipes_that_differ_in_their_codebooks_share_transforms_and_factorisations(problem):
-    _, H = problem(6, 20)
-    calls: list[str] = []
-    draws = (watched(calls, "draw", transforms.Kronecker.draw),)
-    rules = {name: watched(calls, name, getattr(feedback, name)) for name in ("ldl", "none")}
-    for chosen, expected in (((), (0, 1)), (draws, (3, 3))):
-        recipes = {
-            (rule, bits): plain(codebook=MinMaxGrid(bits=bits), transforms=chosen, feedback=f)
-            for bits in (2, 3, 4)
-            for rule, f in rules.items()
-        }
-        weights = {name: problem(6, 20, seed=i)[0] for i, name in enumerate("qkv")}
-        calls.clear()
-        met = [(name, label) for name, label, _ in quantize_by_many(weights, H, recipes, seed=0)]
-        assert len(set(met)) == len(met) == 18
-        assert (calls.count("draw"), calls.count("ldl")) == expected
-        assert calls.count("none") == calls.count("ldl")
-
-
-def test_no_more_than_one_factorisation_is_held(problem):
-    W, H = problem(6, 20)
-    made: list[weakref.ref] = []
-
-    def rule(H: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        assert not any(K() is not None for K in made)
-        K, h = feedback.ldl(H, dim)
-        made.append(weakref.ref(K))
-        return K, h
-
-    rotated = (transforms.Kronecker.draw,)
-    recipes = {
-        (order, chosen): plain(order=order, transforms=chosen, feedback=rule)
-        for order in (recipe.natural, recipe.backwards)
-        for chosen in ((), rotated)
-    }
-    for _ in quantize_by_many({"q": W, "k": -W}, H, recipes, seed=0):
-        assert sum(K() is not None for K in made) == 1
-    assert len(made) == 2 + 2 * 2
 
 
 def test_the_trial_that_was_kept_is_known(problem):

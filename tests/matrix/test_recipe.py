@@ -9,9 +9,11 @@ import torch
 from quip import transforms
 from quip.codebooks import MinMaxGrid, RmsGrid, around
 from quip.errors import UsageError
-from quip.matrix import feedback, recipe
+from quip.matrix import feedback
 from quip.matrix.build import METHODS, build_recipe
 from quip.matrix.linalg import proxy_loss
+from quip.matrix.order import backwards, largest_first, natural
+from quip.matrix.polish import Greedy
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.recipe import Recipe, describe
 from quip.matrix.seeds import rng_for
@@ -106,24 +108,28 @@ def test_a_layer_without_inputs_obeys_the_laws(problem, quant, grid):
 @pytest.mark.parametrize(
     ("quant", "order", "rule", "passes"),
     [
-        ("nearest", recipe.natural, feedback.none, 0),
-        ("gptq", recipe.natural, feedback.ldl, 0),
-        ("ldlq", recipe.backwards, feedback.ldl, 0),
-        ("ldlqRG", recipe.largest_first, feedback.ldl, 10),
-        ("allbal", recipe.largest_first, feedback.coordinate, 9),  # the sweep is the first of 10
-        ("ldlbal_admm", recipe.largest_first, feedback.admm, 0),
+        ("nearest", natural, feedback.none, 0),
+        ("gptq", natural, feedback.ldl, 0),
+        ("ldlq", backwards, feedback.ldl, 0),
+        ("ldlqRG", largest_first, feedback.ldl, 10),
+        ("allbal", largest_first, feedback.coordinate, 9),  # the sweep is the first of 10
+        ("ldlbal_admm", largest_first, feedback.admm, 0),
     ],
 )
 def test_each_method_is_a_row_of_the_table(quant, order, rule, passes):
     built = build(quant=quant)
-    assert (built.order, built.feedback, built.greedy_passes) == (order, rule, passes)
+    assert (built.order, built.feedback, built.polish) == (
+        order,
+        rule,
+        (Greedy(passes),) if passes else (),
+    )
 
 
 def test_npasses_overrules_the_method():
-    assert build(quant="ldlqRG", npasses=0).greedy_passes == 0
-    assert build(quant="ldlq", npasses=3).greedy_passes == 3
-    assert build(quant="allbal", npasses=1).greedy_passes == 0
-    assert build(quant="allbal", npasses=4).greedy_passes == 3
+    assert build(quant="ldlqRG", npasses=0).polish == ()
+    assert build(quant="ldlq", npasses=3).polish == (Greedy(3),)
+    assert build(quant="allbal", npasses=1).polish == ()
+    assert build(quant="allbal", npasses=4).polish == (Greedy(3),)
 
 
 def test_without_flags_a_row_has_one_asymmetric_range_and_h_is_damped():
@@ -137,7 +143,7 @@ def test_without_flags_a_row_has_one_asymmetric_range_and_h_is_damped():
 
 def test_incoherence_processing_rescales_rotates_and_refits_each_column():
     built = build(**INCOHERENT)
-    assert built.transforms == (transforms.Rescale.draw, transforms.Kronecker.draw)
+    assert built.transforms == (transforms.RescaleDraw(), transforms.KroneckerDraw())
     assert isinstance(built.codebook, RmsGrid)
     assert built.codebook.rhos == around(2)
     assert built.group == 1
@@ -184,8 +190,8 @@ def test_incoherence_processing_is_short_for_its_parts():
 
 
 def test_parts_of_incoherence_processing_can_be_had_alone():
-    assert build(pre_rescale=True).transforms == (transforms.Rescale.draw,)
-    assert build(pre_proj=True).transforms == (transforms.Kronecker.draw,)
+    assert build(pre_rescale=True).transforms == (transforms.RescaleDraw(),)
+    assert build(pre_proj=True).transforms == (transforms.KroneckerDraw(),)
     assert isinstance(build(pre_rescale=True, pre_proj=True).codebook, MinMaxGrid)
     assert isinstance(build(pre_proj=True, qfn="b").codebook, RmsGrid)
 
@@ -193,9 +199,9 @@ def test_parts_of_incoherence_processing_can_be_had_alone():
 @pytest.mark.parametrize(
     ("extra", "draw"),
     [
-        (0, transforms.draw_blocked),
-        (1, transforms.Kronecker.draw),
-        (2, transforms.draw_blocked_unpermuted),
+        (0, transforms.KroneckerDraw(blocked=True)),
+        (1, transforms.KroneckerDraw()),
+        (2, transforms.KroneckerDraw(blocked=True, permute=False)),
     ],
 )
 def test_pre_proj_extra_names_the_rotation(extra, draw):
@@ -281,7 +287,7 @@ def test_what_means_nothing_is_refused_with_the_reason(flags, message):
 def test_a_description_is_json_and_tells_recipes_apart(quant, flags):
     described = describe(build(quant=quant, **flags))
     assert json.loads(json.dumps(described)) == described
-    assert set(described) == set(Recipe.__dataclass_fields__)
+    assert set(described) == set(Recipe.__dataclass_fields__) - {"polish"} | {"greedy_passes"}
     others = (build(quant=q, **f) for q, f in itertools.product(METHODS, GRIDS.values()))
     assert [describe(other) for other in others].count(described) == 1
 
@@ -307,7 +313,7 @@ def test_a_description_names_algorithms_and_their_numbers():
 
 
 ORDERS = pytest.mark.parametrize(
-    "order", [recipe.natural, recipe.backwards, recipe.largest_first], ids=lambda f: f.__name__
+    "order", [natural, backwards, largest_first], ids=lambda f: f.__name__
 )
 
 
@@ -327,7 +333,7 @@ def test_orders_permute_whole_blocks_of_dim(problem, order, dim, group):
 @pytest.mark.parametrize("group", [7, 10, 16, 100])
 def test_largest_first_keeps_groups_together_and_a_short_one_last(problem, group):
     _, H = problem(1, 40)
-    p = recipe.largest_first(H, 1, group)
+    p = largest_first(H, 1, group)
     weight, owners = H.diagonal(), (p // group).tolist()
     met = [g for g, _ in itertools.groupby(owners)]
     assert len(met) == -(-40 // group)
@@ -343,14 +349,14 @@ def test_largest_first_keeps_groups_together_and_a_short_one_last(problem, group
 
 def test_largest_first_ranks_blocks_by_their_mean_and_keeps_equals_in_order():
     H = torch.tensor([1.0, 2, 9, 9, 3, 0, 0, 3, 5, 5]).diag()
-    assert recipe.largest_first(H, 2, None).tolist() == [2, 3, 8, 9, 0, 1, 4, 5, 6, 7]
-    assert recipe.largest_first(torch.eye(5), 1, None).tolist() == [0, 1, 2, 3, 4]
+    assert largest_first(H, 2, None).tolist() == [2, 3, 8, 9, 0, 1, 4, 5, 6, 7]
+    assert largest_first(torch.eye(5), 1, None).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_backwards_reverses_blocks_but_not_the_columns_in_them(problem):
     H = problem(1, 6)[1]
-    assert recipe.backwards(H, 1, None).tolist() == [5, 4, 3, 2, 1, 0]
-    assert recipe.backwards(H, 2, None).tolist() == [4, 5, 2, 3, 0, 1]
+    assert backwards(H, 1, None).tolist() == [5, 4, 3, 2, 1, 0]
+    assert backwards(H, 2, None).tolist() == [4, 5, 2, 3, 0, 1]
 
 
 def test_any_codebook_can_be_described():

@@ -11,7 +11,7 @@ from quip.matrix import feedback
 from quip.matrix.polish import greedy
 from quip.matrix.sweep import cascade, sweep
 from tests import reference as ref
-from tests.laws import Points, assert_near
+from tests.laws import Points, assert_near, decoded
 
 ORDERS = pytest.mark.parametrize("order", [ref.natural, ref.backwards, ref.largest_first])
 BLOCKS = pytest.mark.parametrize("block", [1, 7, 64, 128, 1000])
@@ -34,13 +34,6 @@ def whole_codes(bits: int, **options) -> MinMaxGrid:
 
 def round_all(W: Tensor, K: Tensor, bits: int, **options) -> Tensor:
     return sweep(W, K, ones(len(K)), whole_codes(bits), **options)[0].double()
-
-
-def decoded(codes: Tensor, books, group: int | None) -> Tensor:
-    """W_hat in the order of the sweep."""
-    d = books[0].dim
-    of = (books[k * d // group if group else 0] for k in range(codes.shape[1]))
-    return torch.cat([b.decode(c) for b, c in zip(of, codes.T, strict=True)], dim=1)
 
 
 def clamped(bits: int):
@@ -350,19 +343,11 @@ def test_spans_nested_in_any_way_receive_exactly_what_lies_before_them(n, widths
     rng = torch.Generator().manual_seed(n)
     X0, K = (torch.randn(n, k, generator=rng, dtype=torch.float64) / n for k in (3, n))
     X, eta = X0.clone(), torch.full_like(X0, float("nan"))
-    spans: dict[int, list[tuple[int, int]]] = {w: [] for w in widths}
-
-    def visit(lo: int, hi: int) -> None:
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for width, lo, hi in cascade(X, K, eta, {*widths}, block=block):
         assert_near(X[lo:hi], X0[lo:hi] + K[:lo, lo:hi].T @ eta[:lo])
-
-    def recorder(width: int):
-        return lambda lo, hi: spans[width].append((lo, hi))
-
-    def write(lo: int, hi: int) -> None:
-        eta[lo:hi] = X[lo:hi].sin()
-
-    visits = {w: [visit, recorder(w)] for w in widths}
-    visits[widths[0]].append(write)
-    cascade(X, K, eta, visits, block=block)
+        spans.setdefault(width, []).append((lo, hi))
+        if width == widths[0]:
+            eta[lo:hi] = X[lo:hi].sin()
     for width in widths:
         assert spans[width] == [(lo, min(lo + width, n)) for lo in range(0, n, width)]

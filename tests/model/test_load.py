@@ -5,27 +5,15 @@ import shutil
 import sys
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
 
 from quip.errors import QuipError, UsageError
 from quip.model.load import check_seqlen, load_model
-from tests.support.tiny import VOCAB, tiny, tokens
-
-# The 64 entries of every tiny vocabulary, enough for bytes of plain lower case.
-ENTRIES = ["<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "T", *map(str, range(34))]
-assert len(set(ENTRIES)) == VOCAB
-
-
-def save_tokenizer(folder: Path) -> None:
-    model = models.BPE(vocab={entry: i for i, entry in enumerate(ENTRIES)}, merges=[])
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+from tests.support.gguf_files import write_gguf
+from tests.support.tiny import logits, tiny
+from tests.support.tokenizer import save_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +44,6 @@ def refusal(name: str | Path, **options) -> str:
         load_model(str(name), **options)
     assert "\n" not in str(caught.value)
     return f"{type(caught.value).__name__}: {caught.value}"
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> Tensor:
-    return model(input_ids=tokens(2)).logits
 
 
 def test_a_folder_gives_the_saved_model_ready_for_evaluation(saved):
@@ -170,33 +153,6 @@ def test_models_that_do_not_predict_the_next_token_are_unsupported(tmp_path, cop
 def test_a_quantized_checkpoint_is_unsupported(copy):
     name = edit(copy, quantization_config={"quant_method": "gptq", "bits": 4})
     assert "quantized already (gptq)" in refusal(name)
-
-
-def write_gguf(path: Path, model: torch.nn.Module, *, architecture: str = "llama") -> None:
-    """A Llama as llama.cpp stores it: rows of q and k interleaved, and the tokenizer inside."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(VOCAB)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(ENTRIES)
-    writer.add_token_types([1] * VOCAB)
-    writer.add_token_merges(["2 0"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, x in model.state_dict().items():
-        if "q_proj" in name or "k_proj" in name:
-            x = x.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), x.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_gives_the_model_and_tokenizer_that_were_put_in(tmp_path):

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
-from quip.model import block as walk_block
+from quip.model import observe
 from quip.model.matrices import coverage, find_blocks
 from quip.model.quantize import Stopwatch, quantize_matrix_by_matrix, quantize_model
 from quip.model.records import MatrixRecord
 from quip.packed.linear import QuantizedLinear
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import logits, tiny, tokens
 
 NAMES = ["opt", "opt-350m", "llama"]
 
@@ -30,11 +30,6 @@ def quantized(
     model = tiny(name, **options)
     records = quantize_model(model, tokens(), how, device="cpu", seed=seed, batch_size=batch_size)
     return model, records
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=tokens()).logits
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -137,12 +132,12 @@ def test_a_stopwatch_counts_a_stage_that_fails():
 def test_matrices_that_are_fed_alike_share_one_hessian_and_its_factors(name, monkeypatch):
     made: list[int] = []
 
-    class Counted(walk_block.Hessian):
+    class Counted(observe.Hessian):
         def __init__(self, n: int, **options) -> None:
             made.append(n)
             super().__init__(n, **options)
 
-    monkeypatch.setattr(walk_block, "Hessian", Counted)
+    monkeypatch.setattr(observe, "Hessian", Counted)
     factored: list[int] = []
     plain = recipe(incoherent=False)
 
@@ -186,7 +181,7 @@ def collect_inputs(model: nn.Module, prefix: str) -> dict[str, Tensor]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(prefix)
     ]
-    logits(model)
+    logits(model, len(tokens()))
     for hook in hooks:
         hook.remove()
     return seen

@@ -11,17 +11,16 @@ from quip.errors import UsageError
 from quip.matrix import feedback, recipe
 from quip.matrix.build import METHODS, RECIPES, build_recipe
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.polish import greedy
+from quip.matrix.polish import Greedy, greedy
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.seeds import rng_for
 from quip.matrix.sweep import sweep
 from quip.model.quantize import quantize_model
 from quip.packed.stack import stacks
-from quip.transforms import Hadamard, Kronecker, Rescale
+from quip.transforms import HadamardDraw, KroneckerDraw, RescaleDraw
 from tests import reference as ref
 from tests.laws import NOISE, assert_near, check_stored
-from tests.model.test_quantize_model import logits
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import logits, tiny, tokens
 
 NAMES = pytest.mark.parametrize("codebook", LATTICES)
 QUANTS = [name for name in METHODS if name != "ldlbal_admm"]
@@ -185,7 +184,7 @@ def test_overrides_set_the_scales(problem):
 
 def test_faithful_is_the_papers():
     built = build_recipe(codebook="E8P12", faithful=True)
-    assert (built.group, built.codebook.rhos, built.greedy_passes) == (None, (0.9,), 10)
+    assert (built.group, built.codebook.rhos, built.polish) == (None, (0.9,), (Greedy(10),))
     built = build_recipe(codebook="E8P12RVQ3B", faithful=True)
     assert (built.codebook.rhos, built.codebook.ratio) == ((0.98,), 2.04)
 
@@ -203,8 +202,8 @@ def test_named_recipes_are_the_papers_rows():
         f"{method}-{bits}bit" for method in ("quip", "quip-sharp") for bits in (2, 3, 4)
     }
     quip, sharp = (build_recipe(**RECIPES[f"{name}-2bit"].flags) for name in ("quip", "quip-sharp"))
-    assert quip.transforms == (Rescale.draw, Kronecker.draw)
-    assert [draw.func for draw in sharp.transforms] == [Hadamard.draw]
+    assert quip.transforms == (RescaleDraw(), KroneckerDraw())
+    assert sharp.transforms == (HadamardDraw(block=None),)
     assert sharp.codebook.name == "E8P12"
     assert sharp.stack
 

@@ -1,34 +1,15 @@
 """Folders that are no checkpoints, or damaged ones, are refused in one line that says why."""
 
-import shutil
-from pathlib import Path
-
 import pytest
 import torch
 
 from quip.errors import Unavailable, UnsupportedModel
 from quip.model.load import load_model
 from quip.packed.checkpoint import check_folder, load, refuse_gaps
-from tests.support.checkpoints import damage, edit, quantized, refusal, refusals, save
+from tests.support.checkpoints import damage, edit, refusal, refusals
 from tests.support.tiny import tiny
 
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return quantized("llama", blocks=2)
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory) -> Path:
-    """A folder with that Llama."""
-    return save(model, tmp_path_factory.mktemp("checkpoints") / "llama")
-
-
-@pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 def test_folders_that_are_no_checkpoints_are_refused(tmp_path, copy):

@@ -22,7 +22,6 @@ from quip.packed import checkpoint
 from quip.packed.checkpoint import load, save_checkpoint, to_dense
 from quip.packed.linear import QuantizedLinear, quantized_layers
 from tests.laws import GRIDS
-from tests.model.test_load import logits
 from tests.support.checkpoints import (
     INCOHERENT,
     fresh,
@@ -32,7 +31,7 @@ from tests.support.checkpoints import (
     save,
     tokenizer,
 )
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import logits, tiny, tokens
 
 QUANTS = ["ldlq", "ldlqRG", "nearest", "allbal", "ldlbal_admm", "gptq"]
 WIDTHS = [2, 3, 4, 8]
@@ -41,22 +40,6 @@ Q = "model.layers.0.self_attn.q_proj"
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture(scope="module")
-def model():
-    return quantized("llama", blocks=2)
-
-
-@pytest.fixture(scope="module")
-def saved(model, tmp_path_factory) -> Path:
-    """A folder with that Llama."""
-    return save(model, tmp_path_factory.mktemp("checkpoints") / "llama")
-
-
-@pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("name", ["opt", "opt-350m", "llama", "gemma2"])

@@ -18,9 +18,8 @@ from quip.packed.checkpoint import to_dense
 from quip.packed.hub import FORMAT, QuipConfig, QuipQuantizer
 from quip.packed.linear import QuantizedLinear, quantized_layers
 from tests.laws import assert_near
-from tests.model.test_load import logits
 from tests.support.checkpoints import INCOHERENT, fresh, quantized, save
-from tests.support.tiny import tokens
+from tests.support.tiny import logits, tokens
 
 Q = "model.layers.0.self_attn.q_proj"
 NAMES = ["opt", "opt-350m", "llama", "gemma2"]

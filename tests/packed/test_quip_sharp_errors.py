@@ -13,8 +13,7 @@ from quip.jobs.export import export_quip_sharp
 from quip.packed.checkpoint import save_checkpoint
 from quip.packed.linear import quantized_layers
 from quip.packed.quip_sharp.read import import_quip_sharp
-from tests.jobs.test_inspection import save_quantized
-from tests.support.checkpoints import save, tokenizer
+from tests.support.checkpoints import save, save_quantized, tokenizer
 from tests.support.published import change, reword, save_packed, write_published
 
 pytestmark = pytest.mark.usefixtures("command")

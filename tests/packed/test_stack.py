@@ -19,9 +19,8 @@ from quip.packed.checkpoint import load, to_dense
 from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
 from quip.packed.stack import Stack, StackedLinear, in_order, stacked, stacks
-from tests.model.test_quantize_model import logits
 from tests.support.checkpoints import damage, edit, quantized, refusals, save
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import logits, tiny, tokens
 
 SHARP = {"codebook": "E8P12"}
 Q, K, V = (f"model.layers.0.self_attn.{x}_proj" for x in "qkv")

@@ -22,7 +22,7 @@ from quip.model.load import load_model
 from quip.research.losses import bench
 from quip.research.losses.bench import ProxyBench, measure_losses
 from quip.research.losses.rows import Case, Loss, method_tables, read_losses, summarised
-from tests.data.test_hessians import observed, written
+from tests.support.hessians import observed, written
 from tests.support.runs import save_model
 
 BOTH = ("baseline", "incoherence")

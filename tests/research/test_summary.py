@@ -8,10 +8,10 @@ import torch
 
 from quip.errors import NonFinite, NotPositiveDefinite
 from quip.matrix.build import build_recipe
-from quip.matrix.prepare import Factorisations
+from quip.matrix.prepare import Factorisations, damped
 from quip.matrix.seeds import rng_for
 from quip.research.hessians.rows import EDGES, histogram, table_6
-from quip.research.hessians.spectrum import Spectrum, damped, hessian_numbers, weight_numbers
+from quip.research.hessians.spectrum import Spectrum, hessian_numbers, weight_numbers
 from quip.research.hessians.stages import Stage, processed
 from quip.transforms import Hadamard
 

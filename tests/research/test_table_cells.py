@@ -12,8 +12,8 @@ from quip.research.tables.description import FOLDER, read_table
 from quip.research.tables.entries import entries
 from quip.research.tables.record import record_of
 from quip.research.tables.running import run_missing
-from tests.research.test_tables import OWN
 from tests.support.runs import save_model, write_text
+from tests.support.tables import OWN
 
 
 @pytest.fixture

@@ -12,23 +12,7 @@ from quip.research.tables.entries import state_of
 from quip.research.tables.papers import known_models, lookup, papers_name, published
 from quip.research.tables.record import write_record
 from quip.research.tables.rendering import markdown, number
-
-OWN = """
-title: Two methods
-source: A test
-models: [facebook/opt-125m]
-evaluate: [wikitext2]
-rows:
-  original: {wbits: 16, paper: {method: FP16, processing: none, wbits: 16}}
-  Near: {quant: nearest, paper: {method: Near, processing: baseline}}
-  QuIP: {quant: ldlq, incoh_processing: true, paper: {method: QuIP(LDLQ), processing: IncP}}
-  gain: {difference: [Near, QuIP]}
-  share: {ratio: [Near, QuIP]}
-columns:
-  4 bits: {wbits: 4, paper: {wbits: 4}}
-  2 bits: {wbits: 2, paper: {wbits: 2}}
-"""
-
+from tests.support.tables import OWN
 
 # What the paper has not: most of OPT-66b and Llama, Algorithm 5 on models above OPT-1.3b, Table 3
 # at 2 bits, what is misprinted of OPT-13b; nor our own measures beside its (incoherence, dense

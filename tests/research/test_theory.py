@@ -7,7 +7,7 @@ import torch
 
 from quip.codebooks import MinMaxGrid, RmsGrid
 from quip.codebooks.base import Codebook, Groups
-from quip.matrix.methods import METHODS
+from quip.matrix.build import build_recipe
 from quip.research.theory import GROUPS, Claim, Settings, gaussian, integers, measure, problems
 from quip.research.theory.claims import mean
 from quip.research.theory.plots import plot_bounds, plot_equalities
@@ -59,7 +59,9 @@ def test_methods_in_code_units_are_the_papers(name):
     else:
         expected = ref.ldlq(W, H, lambda t: ref.nearest(t, 2), order)
     expected = ref.greedy(W, expected, H, 2, passes, order)
-    assert torch.equal(integers.round_by(METHODS[name], W, H, integers.grid(2)), expected)
+    assert torch.equal(
+        integers.round_by(build_recipe(quant=name, wbits=2), W, H, integers.grid(2)), expected
+    )
 
 
 def test_the_losses_of_rows_sum_to_the_papers():

@@ -21,13 +21,25 @@ from transformers import (
 
 from quip.errors import QuipError
 from quip.matrix.build import build_recipe
+from quip.matrix.recipe import Recipe
 from quip.model.load import load_model
 from quip.model.quantize import quantize_model
+from quip.model.records import MatrixRecord
 from quip.packed.checkpoint import load, save_checkpoint
-from tests.model.test_load import save_tokenizer
+from tests.support.runs import save_model
 from tests.support.tiny import EAGER_ONLY, tiny, tokens
+from tests.support.tokenizer import save_tokenizer
 
 INCOHERENT = {"quant": "ldlq", "wbits": 2, "incoh_processing": True}
+QUIP = build_recipe(**INCOHERENT)
+RUN = {
+    "model": "demo",
+    "method": "ldlq, 2 bits",
+    "recipe": {"order": "backwards"},
+    "evaluation": {"pydoc": {"dataset": "pydoc", "windows": 3, "seqlen": 16, "sha256": "ab"}},
+    "original_perplexity": {"pydoc": 20.0},
+    "perplexity": {"pydoc": 25.0, "c4": "inf"},
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -64,6 +76,19 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def save(model: PreTrainedModel, folder: Path, **options: object) -> Path:
     save_checkpoint(model, tokenizer(folder.parent / "tokenizer"), folder, **options)
     return folder
+
+
+def save_quantized(
+    folder: Path, name: str = "opt", recipe: Recipe = QUIP, *, run: dict | None = RUN
+) -> list[MatrixRecord]:
+    """A tiny checkpoint with its tokenizer, and run.json with the records unless run is None."""
+    loaded = load_model(save_model(folder.with_name(f"{folder.name}-original"), name))
+    records = quantize_model(loaded.model, tokens(), recipe, device="cpu", seed=0)
+    texts = {}
+    if run is not None:
+        texts["run.json"] = json.dumps({**run, "matrices": [vars(record) for record in records]})
+    save_checkpoint(loaded.model, loaded.tokenizer, folder, texts=texts)
+    return records
 
 
 def edit(folder: Path, **words: object) -> None:

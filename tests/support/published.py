@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quip.codebooks import e8p, e81b
-from quip.kernels import hadamard
+from quip.kernels.hadamard import matrices as hadamard
 from quip.matrix.build import build_recipe
 from quip.model.quantize import quantize_model
-from tests.model.test_load import save_tokenizer
 from tests.support.checkpoints import save
 from tests.support.tiny import VOCAB, tokens
+from tests.support.tokenizer import save_tokenizer
 
 SIZES = {
     "hidden_size": 64,

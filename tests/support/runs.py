@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from tests.model.test_load import save_tokenizer
 from tests.support.tiny import tiny
+from tests.support.tokenizer import save_tokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

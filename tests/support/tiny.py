@@ -72,3 +72,9 @@ def tiny(
 
 def tokens(count: int = 7) -> Tensor:
     return torch.randint(VOCAB, (count, SEQLEN), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, windows: int = 2) -> Tensor:
+    """The logits of the model on so many windows of tokens."""
+    return model(input_ids=tokens(windows)).logits

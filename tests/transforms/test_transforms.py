@@ -6,10 +6,10 @@ from quip.errors import QuipError
 from quip.transforms import (
     Chain,
     Kronecker,
+    KroneckerDraw,
     Rescale,
+    RescaleDraw,
     Transform,
-    draw_blocked,
-    draw_blocked_unpermuted,
 )
 from quip.transforms.rotation import STORED
 from tests import reference as ref
@@ -17,7 +17,9 @@ from tests.laws import TRANSFORMS, assert_near, check_transform, permutation_bit
 
 SHAPES = [(12, 20), (40, 18), (7, 13), (1, 24), (9, 1), (3, 131)]
 KRONECKER = pytest.mark.parametrize(
-    "draw", [Kronecker.draw, draw_blocked, draw_blocked_unpermuted], ids=["1", "0", "2"]
+    "draw",
+    [KroneckerDraw(), KroneckerDraw(blocked=True), KroneckerDraw(blocked=True, permute=False)],
+    ids=["1", "0", "2"],
 )
 
 
@@ -44,7 +46,7 @@ def test_transforms_obey_the_laws_with_weights_that_are_zero(problem, draws):
 
 def test_a_chain_undoes_its_links_last_first(problem, rng):
     W, H = problem(12, 20)
-    T, W_t, _ = Chain.draw([Rescale.draw, Kronecker.draw], W, H, rng)
+    T, W_t, _ = Chain.draw([RescaleDraw(), KroneckerDraw()], W, H, rng)
     rescale, kronecker = T.links
     assert_near(W_t, kronecker.apply(*rescale.apply(W, H))[0])
     assert_near(T.undo(W_t), rescale.undo(kronecker.undo(W_t)))
@@ -60,7 +62,7 @@ def test_each_link_is_drawn_for_what_the_links_before_it_left(problem, rng):
         return Rescale(torch.ones(20).double())
 
     W, H = problem(12, 20)
-    _, W_t, H_t = Chain.draw([Rescale.draw, spy], W, H, rng)
+    _, W_t, H_t = Chain.draw([RescaleDraw(), spy], W, H, rng)
     assert torch.equal(seen[0][0], W_t)
     assert torch.equal(seen[0][1], H_t)
 
@@ -75,7 +77,7 @@ def test_an_empty_chain_changes_and_costs_nothing(problem):
 
 def test_rescaling_balances_h_against_w(problem, rng):
     W, H = problem(12, 20)
-    r = Rescale.draw(W, H, rng).r
+    r = RescaleDraw()(W, H, rng).r
     expected = (H.diagonal() / (W.T @ W).diagonal()) ** 0.25
     # Stored in bfloat16: 8 significant bits. Its mean is 1, since only ratios matter.
     torch.testing.assert_close(r, expected / expected.mean(), rtol=2**-8, atol=0)
@@ -89,7 +91,7 @@ def test_rescaling_minimises_the_product_of_what_rounding_and_range_cost(problem
         W_t, H_t = T.apply(W, H)
         return float(H_t.trace() * W_t.square().sum())
 
-    best = Rescale.draw(W, H, rng)
+    best = RescaleDraw()(W, H, rng)
     for k in range(20):
         for factor in (0.97, 1.03):  # beyond the rounding of r to 8 bits, 0.4 %
             r = best.r.clone()
@@ -100,14 +102,14 @@ def test_rescaling_minimises_the_product_of_what_rounding_and_range_cost(problem
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_rescaling_ignores_the_units_of_w_and_h(problem, rng, scale):
     W, H = problem(12, 20)
-    assert torch.equal(Rescale.draw(W * 2.0**100, H * 2.0**-60, rng).r, Rescale.draw(W, H, rng).r)
-    assert bool(torch.isfinite(Rescale.draw(W * scale, H / scale, rng).r).all())
+    assert torch.equal(RescaleDraw()(W * 2.0**100, H * 2.0**-60, rng).r, RescaleDraw()(W, H, rng).r)
+    assert bool(torch.isfinite(RescaleDraw()(W * scale, H / scale, rng).r).all())
 
 
 def test_rescaling_gives_what_is_zero_an_average_factor(problem, rng):
     W, H = problem(12, 20, dead=(4,))
     W[:, [4, 9]] = 0
-    r = Rescale.draw(W, H, rng).r
+    r = RescaleDraw()(W, H, rng).r
     assert float(r.min()) > 1e-3  # where undo divides by r, nothing blows up
     expected = (H.diagonal().mean() / W.square().sum(0).mean()) ** 0.25
     others = [j for j in range(20) if j not in (4, 9)]
@@ -117,7 +119,7 @@ def test_rescaling_gives_what_is_zero_an_average_factor(problem, rng):
 
 def test_rescaling_nothing_by_nothing_is_no_rescaling(problem, rng):
     W, H = problem(12, 20)
-    assert torch.equal(Rescale.draw(0 * W, 0 * H, rng).r, torch.ones(20, dtype=torch.float64))
+    assert torch.equal(RescaleDraw()(0 * W, 0 * H, rng).r, torch.ones(20, dtype=torch.float64))
 
 
 @KRONECKER
@@ -137,7 +139,11 @@ def test_w_and_h_are_turned_by_dense_orthogonal_matrices(problem, rng, draw):
 
 @pytest.mark.parametrize(
     ("draw", "blocked", "permutations"),
-    [(Kronecker.draw, False, 3), (draw_blocked, True, 3), (draw_blocked_unpermuted, True, 0)],
+    [
+        (KroneckerDraw(), False, 3),
+        (KroneckerDraw(blocked=True), True, 3),
+        (KroneckerDraw(blocked=True, permute=False), True, 0),
+    ],
 )
 def test_a_rotation_stores_its_vectors_signs_and_permutations(
     problem, rng, draw, blocked, permutations
@@ -150,7 +156,7 @@ def test_a_rotation_stores_its_vectors_signs_and_permutations(
 
 
 def test_permutations_that_are_none_are_damage(problem, rng):
-    T = Kronecker.draw(*problem(12, 20), rng)
+    T = KroneckerDraw()(*problem(12, 20), rng)
     tensors = T.tensors()
     tensors["permutations"] = torch.zeros_like(tensors["permutations"])
     with pytest.raises(QuipError, match=r"a permutation of 20 numbers is none: the file is dam"):
@@ -159,7 +165,7 @@ def test_permutations_that_are_none_are_damage(problem, rng):
 
 @pytest.mark.parametrize("value", [float("nan"), 0.5])
 def test_factors_that_are_not_orthogonal_are_damage(problem, rng, value):
-    T = Kronecker.draw(*problem(12, 20), rng)
+    T = KroneckerDraw()(*problem(12, 20), rng)
     tensors = T.tensors()
     tensors["factors"][0] = value  # a sign
     with pytest.raises(QuipError, match=r"no orthogonal matrix: the file is damaged"):
@@ -173,7 +179,7 @@ def test_a_rescaling_that_is_not_positive_is_damage(value):
 
 
 def test_what_a_file_keeps_of_a_transform_is_what_was_used(problem, rng):
-    T = Kronecker.draw(*problem(12, 20), rng)
+    T = KroneckerDraw()(*problem(12, 20), rng)
     for haar in (T.R_in.left, T.R_in.right, T.R_out.left, T.R_out.right):
         assert haar.vectors.dtype == STORED
         assert torch.equal(haar.vectors, haar.vectors.tril(-1))
@@ -182,7 +188,7 @@ def test_what_a_file_keeps_of_a_transform_is_what_was_used(problem, rng):
 
 def test_the_proxy_loss_is_the_same_in_both_bases(problem, rng):
     W, H = problem(12, 20)
-    T, W_t, H_t = Chain.draw([Rescale.draw, Kronecker.draw], W, H, rng)
+    T, W_t, H_t = Chain.draw([RescaleDraw(), KroneckerDraw()], W, H, rng)
     W_hat = W_t.round()
     ours, theirs = ref.trace_loss(W_t, W_hat, H_t), ref.trace_loss(W, T.undo(W_hat), H)
     assert ours == pytest.approx(theirs, rel=1e-10)  # rounding noise times cond of the rescaling

@@ -47,7 +47,7 @@ def model_card(report: Mapping[str, Any], *, folder_name: str, has_plot: bool = 
 
 
 def _without_folders(value: Any) -> Any:
-    """The same with files and folders of this machine by their last name only."""
+    """The value with files and folders of this machine by their last name only."""
     match value:
         case Mapping():
             return {_without_folders(key): _without_folders(x) for key, x in value.items()}

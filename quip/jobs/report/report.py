@@ -28,7 +28,7 @@ class Report:
             self.folder.write_report(self.entries)
 
     def save_matrices(self, status: str, records: Sequence[MatrixRecord]) -> None:
-        """The same with the matrices, their totals, and the files that show them by depth."""
+        """Save the matrices and their totals too, and the files that show losses by depth."""
         if self.folder:
             self.folder.write_layers(records)
         matrices = [asdict(record) for record in records]

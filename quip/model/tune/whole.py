@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from quip.errors import UnsupportedModel, UsageError
 from quip.matrix.seeds import rng_for
+from quip.model.calls import forwards
 from quip.model.device import placed
 from quip.model.matrices import find_blocks
 from quip.model.tune.descent import Tuning, descend
@@ -145,16 +146,8 @@ def _head(model: PreTrainedModel) -> nn.Parameter | None:
 def _recomputed(model: nn.Module) -> Iterator[None]:
     """The model's blocks keep no activations for the backward pass but run again in it."""
     _, blocks = find_blocks(model)
-    own = [vars(block).get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    with forwards(blocks, lambda _, x: partial(checkpoint, x.forward, use_reentrant=False)):
         yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
 
 
 def _losses(

@@ -1,7 +1,8 @@
 """What a folder in the published layout of QuIP# holds: its words, its matrices, their tensors.
 
 config.json has `quip_params`, and each block of a Llama or Mistral four matrices: q, k and v
-stacked, o, up and gate stacked, down. With Omega of quip.hadamard and W~ the decoded weights,
+stacked, o, up and gate stacked, down. With Omega of
+quip.kernels.hadamard and W~ the decoded weights,
 
     W_hat = diag(fuse_scales of its rows) diag(SV) Omega_m Wscale W~ Omega_n^T diag(SU),
 
@@ -67,12 +68,12 @@ class Matrix:
 
     @property
     def prefix(self) -> str:
-        """Of the names of its tensors in our checkpoints."""
+        """What the names of its tensors in our checkpoints start with."""
         return _prefix(self.members)
 
     @property
     def rows(self) -> list[int]:
-        """Of each member."""
+        """The number of rows of each member."""
         layer = self.layer
         return list(layer.sizes) if isinstance(layer, Stack) else [layer.out_features]
 
@@ -99,14 +100,14 @@ def names(blocks: int) -> dict[str, tuple[str, ...]]:
 
 
 def layout(spec: Spec, blocks: int) -> Layout:
-    """The same for `QuipConfig`."""
+    """The layout, for `QuipConfig`, of a model of so many blocks that has all their matrices."""
     found = names(blocks).values()
     alone = sorted(members[0] for members in found if len(members) == 1)
     return Layout(spec, tuple(alone), tuple(sorted(x for x in found if len(x) > 1)))
 
 
 def matrices(model: PreTrainedModel) -> list[Matrix]:
-    """Those of a model that has the layout."""
+    """The packed matrices of a model that has the layout."""
     found = []
     for name, members in names(model.config.num_hidden_layers).items():
         layer: Any = model.get_submodule(_prefix(members))

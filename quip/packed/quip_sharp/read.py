@@ -147,7 +147,7 @@ def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, Held]) -> None:
 
 
 def _tensors(matrix: Matrix, spec: Spec, held: Mapping[str, Held]) -> dict[str, Tensor]:
-    """Those of one matrix, by the names of our checkpoints."""
+    """The tensors of one published matrix, by the names of our checkpoints."""
 
     def read(key: str) -> Tensor:
         return held[f"{matrix.name}.{key}"].read()

@@ -97,7 +97,7 @@ def _checked(model: PreTrainedModel) -> Spec:
 
 
 def _tensors(matrix: Matrix, spec: Spec) -> dict[str, Tensor]:
-    """Those of one matrix, without its name."""
+    """The published tensors of one matrix, by their names without that of the matrix."""
     name, layer = spec.codebook["name"], matrix.layer
     held, m, n = layer.stored(), layer.out_features, layer.in_features
     bits = LATTICES[name].bits

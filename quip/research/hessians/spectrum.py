@@ -27,12 +27,12 @@ class Spectrum:
 
     @classmethod
     def of(cls, H: Float[Tensor, "n n"]) -> "Spectrum":
-        """Of a positive semidefinite H; what rounding made negative is 0."""
+        """The spectrum of a positive semidefinite H; what rounding made negative is 0."""
         values, vectors = torch.linalg.eigh(H.double())
         return cls(values.flip(0).clamp_min(0), vectors.flip(1))
 
     def turned(self, T: Transform) -> "Spectrum":
-        """That of B H B^T for an orthogonal B: the same eigenvalues, and eigenvectors B q."""
+        """The spectrum of B H B^T for the orthogonal B of T: values as here, vectors B q."""
         return replace(self, vectors=T.input(self.vectors.T).T)
 
     @property
@@ -123,8 +123,3 @@ def weight_numbers(W: Float[Tensor, "m n"]) -> WeightNumbers:
         mu_W=float(W.abs().max() * math.sqrt(W.numel()) / W.norm().clamp_min(tiny)),
         kurtosis=float(squares.square().mean() / squares.mean().square().clamp_min(tiny)),
     )
-
-
-def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
-    """H + damp mean(diag H) I (QuIP, Algorithm 1, line 2)."""
-    return H + damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.errors import NotPositiveDefinite
-from quip.matrix.prepare import condition
-from quip.research.hessians.spectrum import HessianNumbers, Spectrum, damped, hessian_numbers
+from quip.matrix.prepare import condition, damped
+from quip.research.hessians.spectrum import HessianNumbers, Spectrum, hessian_numbers
 from quip.transforms import Draw, Rescale, Transform
 
 

@@ -58,7 +58,7 @@ class SummaryRequest:
     pictures: bool = False  # in `out`, too; needs matplotlib
 
     def recipe(self, *, rescale: bool) -> Recipe:
-        """Of the flags that a run would have. Its transforms count, and its damping."""
+        """The recipe of a run with these flags, of which only transforms and damping matter."""
         return build_recipe(
             wbits=4,
             pre_rescale=rescale,

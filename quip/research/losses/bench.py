@@ -58,7 +58,7 @@ class ProxyBench:
     overwrite: bool = False
 
     def recipes(self) -> dict[Case, Recipe]:
-        """Of each combination of what is compared.
+        """The recipe of each combination of what is compared.
 
         Ranges go to the cases that have one, and lattices do without ldlbal_admm where other
         methods are named. Raises UsageError for what means nothing.

@@ -86,7 +86,7 @@ def by_case(losses: Iterable[Loss]) -> dict[Case, list[Loss]]:
 
 
 def geometric_mean(losses: Sequence[Loss]) -> float:
-    """Of the relative losses; 0 if one of them is."""
+    """The geometric mean of the relative losses; 0 if one of them is."""
     values = [loss.proxy_loss for loss in losses]
     return 0.0 if min(values) <= 0 else math.exp(fmean(map(math.log, values)))
 

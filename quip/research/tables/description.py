@@ -111,8 +111,13 @@ class Table:
 
 
 def names() -> tuple[str, ...]:
+<<<<<<< HEAD
     """Those of the descriptions in the package; models.yaml beside them describes no table."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "models"))
+=======
+    """The names of the descriptions in the package."""
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+>>>>>>> main
 
 
 def read_table(name: str) -> Table:

@@ -65,7 +65,7 @@ class Shape:
 
 
 def estimates(cells: Sequence[Cell]) -> list[Estimate | str]:
-    """Of each cell, or in a word why it cannot be told."""
+    """The estimate of each cell, or in a word why it cannot be told."""
     speed: dict[tuple[str, torch.dtype], float] = {}
     found: list[Estimate | str] = []
     for cell in cells:

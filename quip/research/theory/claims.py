@@ -64,7 +64,7 @@ class Settings:
 
 
 class Mean(TypedDict):
-    """Of independent draws, with its standard error, as a claim has them."""
+    """The mean of independent draws and its standard error, as a claim has them."""
 
     measured: float
     std_error: float

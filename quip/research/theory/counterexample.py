@@ -6,9 +6,10 @@ rounding stays at 1/2 a column. From last to first nothing of the kind happens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -17,15 +18,16 @@ from tqdm import tqdm
 
 from quip.jobs.report.plots import save_figure
 from quip.matrix import feedback
+from quip.matrix.build import build_recipe
 from quip.matrix.methods import METHODS
 from quip.research.theory.integers import grid, round_by, row_losses
 
 UNCLAMPED = "unclamped"
-VARIANTS = {
-    "gptq": METHODS["gptq"],
-    UNCLAMPED: METHODS["gptq"],  # on all whole numbers
-    "gptq+greedy": replace(METHODS["gptq"], passes=10),
-    **{name: method for name, method in METHODS.items() if name != "gptq"},
+VARIANTS: dict[str, dict[str, Any]] = {  # flags of their recipes
+    "gptq": {"quant": "gptq"},
+    UNCLAMPED: {"quant": "gptq"},  # on all whole numbers
+    "gptq+greedy": {"quant": "gptq", "npasses": 10},
+    **{name: {"quant": name} for name in METHODS if name != "gptq"},
 }
 
 
@@ -76,7 +78,8 @@ def measure(
             for name in methods:
                 steps.set_description(f"n = {n}, {name}")
                 book = grid(None if name == UNCLAMPED else bits)
-                W_hat = round_by(VARIANTS[name], W, H, book)
+                recipe = build_recipe(**VARIANTS[name], wbits=bits)
+                W_hat = round_by(recipe, W, H, book)
                 losses[name] = float(row_losses(W, W_hat, H).sum())
                 steps.update()
             ratio = float(feedback.ldl(H)[1].sum() / H.trace())

@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from quip.codebooks.base import Codebook
 from quip.jobs.report.plots import save_figure
+from quip.matrix.build import build_recipe
 from quip.matrix.linalg import block_ldl
-from quip.matrix.methods import METHODS
 from quip.matrix.seeds import rng_for
 from quip.research.theory.integers import grid, round_by, row_losses
 from quip.research.theory.problems import correlated_hessian, uniform_weights
 
+OPTQ = build_recipe(quant="gptq", wbits=4)  # of which order, feedback and polish are used
 DECADES = torch.linspace(-18, 1, 191, dtype=torch.float64)  # log10, the edges of bins
 
 
@@ -91,7 +92,7 @@ def compare(
     W = uniform_weights(rows, n, rng).mul(1 if bits is None else 2**bits - 1).to(dtype)
     book = grid(bits)
     (ours, targets), seconds_optq = _timed(lambda: optq(W, H, book))
-    theirs, seconds_ldlq = _timed(lambda: round_by(METHODS["gptq"], W, H, book))
+    theirs, seconds_ldlq = _timed(lambda: round_by(OPTQ, W, H, book))
     differences = (targets - ldlq_targets(W, theirs, H)).abs()
     ties = _tie_distances(targets, bits)
     return Comparison(
@@ -127,7 +128,7 @@ def compare_all(
 
 
 def plot_differences(found: Sequence[Comparison], path: Path) -> None:
-    """Of the largest comparison: how far apart the targets are, and how far from a tie."""
+    """Draw, for the largest comparison, how far apart the targets are and how far from a tie."""
     from matplotlib.figure import Figure
 
     largest = max(found, key=lambda c: c.n * c.rows)

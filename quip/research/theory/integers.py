@@ -13,8 +13,9 @@ from torch import Tensor
 
 from quip.codebooks import MinMaxGrid
 from quip.codebooks.base import Codebook, Decoder, Groups
-from quip.matrix.methods import Method
-from quip.matrix.polish import greedy
+from quip.matrix.prepare import factored
+from quip.matrix.quantize import sweep_and_polish
+from quip.matrix.recipe import Recipe
 from quip.matrix.sweep import sweep
 
 
@@ -24,7 +25,7 @@ class Integers:
 
     rng: torch.Generator | None = None
 
-    dim = 1
+    dim = rows = 1
     index_bits = 64
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "Integers":
@@ -64,16 +65,12 @@ def round_weights(
 
 
 def round_by(
-    method: Method, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], book: Codebook
+    recipe: Recipe, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], book: Codebook
 ) -> Float[Tensor, "m n"]:
-    """W_hat of one of the papers' methods, in its order and with its greedy passes."""
-    order = method.order(H, 1, None)
-    W, H = W[:, order], H[order][:, order]
-    K, h = method.feedback(H, 1)
-    codes, books = sweep(W, K, h, book)
-    if passes := method.passes - method.swept_passes:
-        codes = greedy(W, H, codes, books, passes=passes)
-    return codes.to(W.dtype)[:, order.argsort()]
+    """W_hat by a recipe's order, feedback and polish, on a book that is fitted already."""
+    f = factored(H, recipe)
+    codes, _ = sweep_and_polish(W[:, f.order], f, book, recipe)
+    return codes.to(W.dtype)
 
 
 def row_losses(

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.matrix.hessian import Hessian
-from quip.research.hessians.spectrum import Spectrum, damped
+from quip.matrix.prepare import damped
+from quip.research.hessians.spectrum import Spectrum
 
 
 def uniform_weights(m: int, n: int, rng: torch.Generator) -> Float[Tensor, "m n"]:

@@ -136,7 +136,7 @@ def lemma_2(settings: Settings) -> Iterator[Claim]:
 
 
 def theorem_4(settings: Settings) -> Iterator[Claim]:
-    """Of all H with one spectrum, diagonal ones have the largest tr D, which is tr H."""
+    """Among all H with one spectrum, diagonal ones have the largest tr D, which is tr H."""
     for decay in (0.5, 2.0):
         values, rng = _falling(settings.n, decay), settings.rng(f"one spectrum {decay}")
         drawn = max(_trace_D(with_spectrum(values, rng)) for _ in range(settings.samples))

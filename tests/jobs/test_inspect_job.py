@@ -14,51 +14,12 @@ from quip.evaluate.memory import module_bytes
 from quip.jobs.inspect import inspect_checkpoint, matrix_records
 from quip.jobs.report.report import summary
 from quip.matrix.build import build_recipe
-from quip.matrix.recipe import Recipe
 from quip.model.load import load_model
-from quip.model.quantize import quantize_model
-from quip.model.records import MatrixRecord
 from quip.packed import checkpoint
-from quip.packed.checkpoint import load, save_checkpoint
-from tests.support.runs import save_model
-from tests.support.tiny import tokens
+from quip.packed.checkpoint import load
+from tests.support.checkpoints import QUIP, RUN, save_quantized
 
-QUIP = build_recipe(quant="ldlq", wbits=2, incoh_processing=True)
 GROUPED = build_recipe(quant="gptq", wbits=3, groupsize=16)
-RUN = {
-    "model": "demo",
-    "method": "ldlq, 2 bits",
-    "recipe": {"order": "backwards"},
-    "evaluation": {"pydoc": {"dataset": "pydoc", "windows": 3, "seqlen": 16, "sha256": "ab"}},
-    "original_perplexity": {"pydoc": 20.0},
-    "perplexity": {"pydoc": 25.0, "c4": "inf"},
-}
-
-
-def save_quantized(
-    folder: Path, name: str = "opt", recipe: Recipe = QUIP, *, run: dict | None = RUN
-) -> list[MatrixRecord]:
-    """A tiny checkpoint with its tokenizer, and run.json with the records unless run is None."""
-    loaded = load_model(save_model(folder.with_name(f"{folder.name}-original"), name))
-    records = quantize_model(loaded.model, tokens(), recipe, device="cpu", seed=0)
-    texts = {}
-    if run is not None:
-        texts["run.json"] = json.dumps({**run, "matrices": [vars(record) for record in records]})
-    save_checkpoint(loaded.model, loaded.tokenizer, folder, texts=texts)
-    return records
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints") / "opt"
-    save_quantized(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(packed, tmp_path) -> Path:
-    """A copy of the checkpoint, to damage."""
-    return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
 def edit(path: Path, **changes: object) -> None:

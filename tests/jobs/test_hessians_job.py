@@ -24,9 +24,9 @@ from quip.model.matrices import coverage, find_blocks
 from quip.model.quantize import quantize_from_store, quantize_model
 from quip.model.records import Stopwatch
 from tests.laws import assert_near
-from tests.model.test_load import save_tokenizer
 from tests.support.runs import write_text
 from tests.support.tiny import tiny
+from tests.support.tokenizer import save_tokenizer
 
 DATA = {"nsamples": 6, "seqlen": 24}
 RECIPES = {
