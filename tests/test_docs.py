@@ -3,6 +3,9 @@
 import re
 import subprocess
 import sys
+from contextlib import suppress
+from functools import reduce
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,11 +15,12 @@ from quip.cli.parse import Parser
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-DOCUMENTS = [path for path in [README, *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 FENCES = [
     pytest.param(code, id=f"{path.name}-{number}")
     for path in DOCUMENTS
+    if path.name != "CONTRIBUTING.md"  # whose code is followed in test_contributing.py
     for number, code in enumerate(FENCE.findall(path.read_text()), start=1)
 ]
 
@@ -36,10 +40,11 @@ def flags() -> set[str]:
     return {option for option in found if option.startswith("--")}
 
 
-def test_every_flag_of_the_command_is_in_the_readme():
-    text = README.read_text()
-    missing = {flag for flag in flags() - {"--help"} if not re.search(rf"{flag}\b", text)}
-    assert not missing
+def test_every_command_has_a_section_with_its_flags():
+    text = (ROOT / "docs" / "commands.md").read_text()
+    for name in COMMANDS:
+        assert f"\n## quip {name}\n" in text
+        assert f"<!-- docs command {name} -->\n" in text
 
 
 # Of other programs: pip, and the scripts.
@@ -62,8 +67,32 @@ def test_every_test_and_link_in_a_document_exists(path):
     assert [link for link in links if not (path.parent / link).exists()] == []
 
 
-@pytest.mark.skipif("<!-- table" not in README.read_text(), reason="no tables in the README")
-def test_the_tables_of_the_documents_are_those_of_the_results():
-    command = [sys.executable, str(ROOT / "scripts" / "dev" / "render_results.py"), "--check"]
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_dotted_name_in_a_document_exists(path):
+    for name in re.findall(r"`(quip\.[\w.]*\w)`", path.read_text()):
+        if path.name != "CHANGELOG.md":  # which names what was, too
+            resolve(name)
+
+
+def resolve(name: str) -> object:
+    """What a dotted name stands for: attributes of the longest module that it begins with."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        with suppress(ModuleNotFoundError):
+            return reduce(getattr, parts[length:], import_module(".".join(parts[:length])))
+    raise AssertionError(name)
+
+
+@pytest.mark.parametrize("script", ["render_results.py", "render_docs.py"])
+def test_what_is_rendered_is_up_to_date(script):
+    command = [sys.executable, str(ROOT / "scripts" / "dev" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_readme_is_a_page():
+    text = README.read_text()
+    assert len(text.splitlines()) < 180
+    fenced = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert max(len(line) for block in fenced for line in block.splitlines()) <= 98
+    assert (ROOT / "docs" / "perplexity.svg").stat().st_size < 100_000

@@ -1,0 +1,96 @@
+"""What quantization buys, in one line and in one table: numbers of results/, nothing typed."""
+
+import textwrap
+
+from measured import Point, load, points
+
+from quip.jobs.report.text import table
+
+MODEL = "smollm2"
+
+
+def headline() -> str:
+    """The model in 16 bits, and at 4 and 2 bits on the lattice: megabytes and perplexity."""
+    found = _measured()
+    four, two = found["lattice", "ldlq", 4], found["lattice", "ldlq", 2]
+    tuned = found["fine-tuned", "a", 2]
+    return (
+        f"**SmolLM2-135M: {_size(16)} → {_size(four.stored)} at 4 bits (perplexity "
+        f"{four.original:.2f} → {four.perplexity:.2f}), {_size(two.stored)} at 2 bits "
+        f"({two.perplexity:.2f}, fine-tuned {tuned.perplexity:.2f}).**\n"
+    )
+
+
+def demo() -> str:
+    """What `make demo` prints, in lines that a page shows whole."""
+    record = load("demo_run")
+    assert record
+    lines = [
+        textwrap.fill(
+            line,
+            96,
+            subsequent_indent="      ",
+            replace_whitespace=False,
+            drop_whitespace=len(line) > 96,
+        )
+        for line in table(record).splitlines()
+    ]
+    return "```\n" + "\n".join(lines) + "\n```\n"
+
+
+def glance() -> str:
+    """Methods down, bits across: perplexities, and what the checkpoint takes."""
+    found = _measured()
+    rows = {
+        "nearest": [("baseline", "nearest")],
+        "OPTQ": [("baseline", "gptq")],
+        "QuIP: LDLQ, incoherence processing": [("incoherence", "ldlq")],
+        "QuIP with greedy passes (`ldlqRG`)": [("incoherence", "ldlqRG")],
+        "QuIP#: lattice E8": [("lattice", "ldlq")],
+        "QuIP#, fine-tuned": [("fine-tuned", "ab"), ("fine-tuned", "b")],
+    }
+    lines = ["| SmolLM2-135M | 4 bits | 3 bits | 2 bits |", "|---|---:|---:|---:|"]
+    for name, keys in rows.items():
+        cells = [_first(found, keys, bits) for bits in (4, 3, 2)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    sizes = [_size(found["lattice", "ldlq", bits].stored) for bits in (4, 3, 2)]
+    lines.append(f"| *checkpoint of QuIP#* | {' | '.join(f'*{size}*' for size in sizes)} |")
+    original = next(iter(found.values())).original
+    record = load(f"sharp_{MODEL}")
+    assert record
+    seen, used = record["evaluation"][0], record["calibration"]
+    return "\n".join(lines) + (
+        f"\n\nPerplexity of {record['model']} on WikiText-2 ({seen['windows']} windows of "
+        f"{seen['seqlen']} tokens), calibrated on {used['windows']} windows of its validation "
+        f"text; the original has {original:.2f} and takes {_size(16)}. A dash was not run.\n"
+    )
+
+
+def _measured() -> dict[tuple[str, str, int], Point]:
+    """The points that were measured on the tokens of the record of lattices."""
+    ours = [p for p in points(tables=False) if p.model == MODEL]
+    return {(p.processing, p.method, p.bits): p for p in ours}
+
+
+def _first(found: dict[tuple[str, str, int], Point], keys: list[tuple[str, str]], bits: int) -> str:
+    point = next((found[*key, bits] for key in keys if (*key, bits) in found), None)
+    return "-" if point is None else f"{point.perplexity:.2f}"
+
+
+def _size(bits: float | None) -> str:
+    """Megabytes of the tensors of a checkpoint that stores so many bits per quantized weight.
+
+    What is quantized and what stays follow from the two checkpoints of the record that differ
+    most in bits: bytes are what stays, and bits / 8 for each quantized weight.
+    """
+    record = load(f"checkpoints_{MODEL}")
+    assert record
+    assert bits is not None
+    rows = sorted(record["rows"], key=lambda row: row["bits_per_weight"])
+    low, high = rows[0], rows[-1]
+    if bits == 16:
+        return f"{low['dense_bytes'] / 1e6:.0f} MB"
+    rise = (high["reported_bytes"] - low["reported_bytes"]) / (
+        high["bits_per_weight"] - low["bits_per_weight"]
+    )
+    return f"{(low['reported_bytes'] + rise * (bits - low['bits_per_weight'])) / 1e6:.0f} MB"
