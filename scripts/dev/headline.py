@@ -1,8 +1,9 @@
 """What quantization buys, in one line and in one table: numbers of results/, nothing typed."""
 
 import textwrap
+from collections.abc import Mapping
 
-from measured import Point, load, points
+from measured import Point, load, numbers, points
 
 from quip.jobs.report.text import table
 
@@ -58,9 +59,10 @@ def glance() -> str:
     original = next(iter(found.values())).original
     record = load(f"sharp_{MODEL}")
     assert record
-    seen, used = record["evaluation"][0], record["calibration"]
+    seen, used = record["evaluation"][0], record["calibration"][0]
+    model = record["entries"][0]["model"]
     return "\n".join(lines) + (
-        f"\n\nPerplexity of {record['model']} on WikiText-2 ({seen['windows']} windows of "
+        f"\n\nPerplexity of {model} on WikiText-2 ({seen['windows']} windows of "
         f"{seen['seqlen']} tokens), calibrated on {used['windows']} windows of its validation "
         f"text; the original has {original:.2f} and takes {_size(16)}. A dash was not run.\n"
     )
@@ -86,11 +88,14 @@ def _size(bits: float | None) -> str:
     record = load(f"checkpoints_{MODEL}")
     assert record
     assert bits is not None
-    rows = sorted(record["rows"], key=lambda row: row["bits_per_weight"])
+    rows = sorted(numbers(record).values(), key=lambda row: row["bits as stored"])
     low, high = rows[0], rows[-1]
     if bits == 16:
-        return f"{low['dense_bytes'] / 1e6:.0f} MB"
-    rise = (high["reported_bytes"] - low["reported_bytes"]) / (
-        high["bits_per_weight"] - low["bits_per_weight"]
-    )
-    return f"{(low['reported_bytes'] + rise * (bits - low['bits_per_weight'])) / 1e6:.0f} MB"
+        return f"{low['16 bits']:.0f} MB"
+    rise = (_reported(high) - _reported(low)) / (high["bits as stored"] - low["bits as stored"])
+    return f"{_reported(low) + rise * (bits - low['bits as stored']):.0f} MB"
+
+
+def _reported(row: Mapping[str, float]) -> float:
+    """Megabytes of the tensors: of the file without its header."""
+    return row["file, MB"] / (1 + row["file beyond reported, %"] / 100)

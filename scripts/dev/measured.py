@@ -1,12 +1,12 @@
 """Every perplexity in results/, as points: model, method, bits as stored, what it is above 16 bits.
 
-A point is taken from the first record that has it: those of `quip table perplexity`, then those
-that measure one method or recipe a row. Each is set beside the original on the same text.
+A point is taken from the first record that has it: those of `quip table perplexity`, then those of
+`quip table sharp`. Each is set beside the original on the same text.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,15 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "results"
 MODELS = {"demo": "demo", "smollm2": "SmolLM2-135M-Instruct"}  # by the names of their records
 
-# What rows are called in the records: processing, method.
-TABLE_ROWS = {
-    "OPTQ": ("baseline", "gptq"),
-    "LDLQ-RG": ("baseline", "ldlqRG"),
-    "Greedy": ("baseline", "allbal"),
-    "Near": ("baseline", "nearest"),
-    "QuIP": ("incoherence", "ldlq"),
-    "QuIP as printed": ("as printed", "ldlq"),
-    "QuIP-RG": ("incoherence", "ldlqRG"),
-    "Greedy + IncP": ("incoherence", "allbal"),
-    "Near + IncP": ("incoherence", "nearest"),
+METHODS = {
+    "OPTQ": "gptq",
+    "LDLQ": "ldlq",
+    "LDLQ-RG": "ldlqRG",
+    "QuIP": "ldlq",
+    "QuIP-RG": "ldlqRG",
+    "Greedy": "allbal",
+    "Algorithm 5": "ldlbal_admm",
+    "Near": "nearest",
 }
 SHARP_ROWS = {
     "": ("lattice", "ldlq"),
@@ -59,15 +57,10 @@ def points(*, tables: bool = True) -> list[Point]:
     """
     found: dict[tuple[str, str, str, int], Point] = {}
     for model in MODELS:
-        for read, name in (
-            (_of_table, f"table_perplexity_{model}"),
-            (_of_methods, model),
-            (_of_recipes, f"sharp_{model}"),
-        ):
-            record = load(name) if tables or read is not _of_table else None
-            if record:
-                for p in read(model, record):
-                    found.setdefault((p.model, p.processing, p.method, p.bits), p)
+        names = (f"table_perplexity_{model}", model, f"sharp_{model}")
+        for record in filter(None, map(load, names if tables else names[1:])):
+            for p in _points(model, record):
+                found.setdefault((p.model, p.processing, p.method, p.bits), p)
     return [found[key] for key in sorted(found, key=lambda key: (*key[:3], -key[3]))]
 
 
@@ -83,31 +76,35 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _of_table(model: str, record: dict[str, Any]) -> Iterator[Point]:
-    entries = [e for e in record["entries"] if e["ours"] is not None]
-    original = next(e["ours"] for e in entries if e["row"] == "original")
+def numbers(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of a table of one column: row -> measure -> the number, where there is one."""
+    found: dict[str, dict[str, float]] = {}
+    for e in record["entries"]:
+        if e["ours"] is not None:
+            found.setdefault(e["row"], {})[e["measure"]] = float(e["ours"])
+    return found
+
+
+def _points(model: str, record: Mapping[str, Any]) -> Iterator[Point]:
+    entries = [
+        e
+        for e in record["entries"]
+        if e["ours"] is not None and record["axes"][e["measure"]].startswith("perplexity")
+    ]
+    original = next(float(e["ours"]) for e in entries if e["row"] == "original")
     for e in entries:
-        if e["row"] in TABLE_ROWS:
-            bits, stored = int(e["column"].split()[0]), e["bits_per_weight"]
-            yield Point(model, *TABLE_ROWS[e["row"]], bits, stored, e["ours"], original)
+        if how := _how(e["row"], e["column"]):
+            yield Point(model, *how, e["bits_per_weight"], float(e["ours"]), original)
 
 
-def _of_methods(model: str, record: dict[str, Any]) -> Iterator[Point]:
-    original = next(_perplexity(row) for row in record["rows"] if row["quant"] == "none")
-    for row in record["rows"]:
-        if row["processing"] in ("baseline", "incoherence", "as printed"):
-            how = (row["processing"], row["quant"], row["wbits"], row["bits_per_weight"])
-            yield Point(model, *how, _perplexity(row), original)
-
-
-def _of_recipes(model: str, record: dict[str, Any]) -> Iterator[Point]:
-    original = next(_perplexity(row) for row in record["rows"] if row["bits"] == 16)
-    for row in record["rows"]:
-        codebook, _, variant = row["name"].partition(", Hadamard")
-        if codebook.startswith("E8P") and variant in SHARP_ROWS:
-            how = (*SHARP_ROWS[variant], row["bits"], row.get("bits_per_weight"))
-            yield Point(model, *how, _perplexity(row), original)
-
-
-def _perplexity(row: dict[str, Any]) -> float:
-    return next(iter(row["perplexity"].values()))
+def _how(row: str, column: str) -> tuple[str, str, int] | None:
+    """Processing, method and bits by the labels of a cell; None for what is not drawn."""
+    if row.partition(": ")[2].startswith("E8P"):
+        variant = row.partition(", Hadamard")[2] if ", Hadamard" in row else None
+        return (*SHARP_ROWS[variant], int(row.split()[0])) if variant in SHARP_ROWS else None
+    name = row.removesuffix(" as printed").removesuffix(" + IncP")
+    if name not in METHODS:
+        return None
+    printed, processed = row.endswith("as printed"), "IncP" in row or "QuIP" in row
+    processing = "as printed" if printed else "incoherence" if processed else "baseline"
+    return processing, METHODS[name], int(column.split()[0])

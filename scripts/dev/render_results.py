@@ -82,9 +82,9 @@ def of_table(record: Mapping[str, Any]) -> str:
         words.append(f"{threads} thread" + "s" * (threads != 1))
     if record.get("commit"):
         words.append(f"commit {record['commit']}")
-    where = ", ".join(filter(None, words))
+    where = f" ({', '.join(filter(None, words))})" if any(words) else ""
     made = record.get("command") or command(record)
-    return markdown(record).split("\n\n", 2)[2] + f"\n`{made}`:{minutes} ({where}).\n"
+    return markdown(record).split("\n\n", 2)[2] + f"\n`{made}`:{minutes}{where}.\n"
 
 
 def of_run(record: Mapping[str, Any]) -> str:

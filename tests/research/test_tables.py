@@ -11,7 +11,7 @@ from quip.research.tables.description import Measure, names, read_table, recipe_
 from quip.research.tables.entries import state_of
 from quip.research.tables.papers import known_models, lookup, papers_name, published
 from quip.research.tables.record import write_record
-from quip.research.tables.rendering import markdown, number
+from quip.research.tables.rendering import command, markdown, number
 from tests.support.tables import OWN
 
 # What the paper has not: most of OPT-66b and Llama, Algorithm 5 on models above OPT-1.3b, Table 3
@@ -129,6 +129,30 @@ def test_the_table_shows_ours_beside_the_papers_and_what_is_missed_or_not_run():
     assert "| OPTQ | failed / 12.00 |" in text
     assert "Missed: more than 5 % worse" in text
     assert "Calibrated on 128 windows of c4; measured on wikitext2; seed 0. N." in text
+
+
+def test_a_table_names_the_line_that_makes_it_and_what_it_was_measured_on():
+    made = "quip table mine --models facebook/opt-125m --dataset c4 --eval_datasets wikitext2"
+    assert command(record()) == made
+    settings = {**record()["settings"], "nsamples": 8, "eval_nsamples": 12, "dtype": "bfloat16"}
+    more = record(settings=settings)
+    assert command(more) == f"{made} --nsamples 8 --eval_nsamples 12 --dtype bfloat16"
+    assert "measured on wikitext2, the first 12 windows; seed 0" in markdown(more)
+    text = {"dataset": "wikitext2", "windows": 12, "seqlen": 64, "sha256": "0123456789"}
+    words = "measured on wikitext2 (12 windows of 64 tokens, SHA-256 01234567); seed 0"
+    assert words in markdown({**more, "evaluation": [text]})
+
+
+def test_what_a_complete_cell_cannot_have_is_neither_a_dash_nor_missing():
+    done = {"state": "none", "ours": None, "paper": None}
+    entry = {**record()["entries"][0], **done}
+    assert "| QuIP |  |" in markdown(record(entries=[entry]))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_table_says_what_it_takes(name):
+    cost = read_table(name).cost
+    assert "not run here" in cost or "CPU cores" in cost or "not timed" in cost
 
 
 def test_numbers_have_four_digits_or_so():

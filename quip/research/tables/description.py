@@ -38,7 +38,7 @@ class Measure:
         """What an axis of it is called."""
         match self.path[0]:
             case "perplexity" | "mean_perplexity":
-                return f"perplexity, {self.label}"
+                return "perplexity" if self.label == "perplexity" else f"perplexity, {self.label}"
             case "tasks":
                 return f"accuracy in percent, {self.label}"
         return self.label
@@ -111,13 +111,8 @@ class Table:
 
 
 def names() -> tuple[str, ...]:
-<<<<<<< HEAD
-    """Those of the descriptions in the package; models.yaml beside them describes no table."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "models"))
-=======
     """The names of the descriptions in the package."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
->>>>>>> main
 
 
 def read_table(name: str) -> Table:

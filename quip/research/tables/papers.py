@@ -19,11 +19,7 @@ def published() -> Mapping[tuple[str, ...], float]:
 
     Where a table prints by mistake another model's numbers, those read off a figure count.
     """
-<<<<<<< HEAD
-    with (FOLDER / "papers.csv").open(newline="") as file:
-=======
     with (FOLDER / "cells.csv").open(newline="") as file:
->>>>>>> main
         rows = [row for row in csv.DictReader(file) if not row["note"].startswith(SUSPECT)]
     found = {tuple(row[key] for key in KEYS): float(row["value"]) for row in rows}
     assert len(found) == len(rows), "a cell stands twice"

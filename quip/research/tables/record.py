@@ -71,9 +71,8 @@ def write_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
-<<<<<<< HEAD
 def _versions(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Those that the cells were run with; several of a package are all named."""
+    """The versions that the cells were run with; several of a package are all named."""
     found = [report.get("versions", {}) for report in reports]
     packages = dict.fromkeys(package for versions in found for package in versions)
     return {package: _several(v.get(package) for v in found) for package in packages}
@@ -93,15 +92,6 @@ def _stamps(found: Iterable[Iterable[Mapping[str, Any] | None]]) -> list[dict[st
         if public not in different:
             different.append(public)
     return different
-=======
-def _versions(found: Iterable[Cell]) -> dict[str, str]:
-    """The versions that the cells were run with; several of a package are all named."""
-    seen: dict[str, set[str]] = {}
-    for cell in found:
-        for package, version in cell.report().get("versions", {}).items():
-            seen.setdefault(package, set()).add(version)
-    return {package: ", ".join(sorted(several)) for package, several in seen.items()}
->>>>>>> main
 
 
 def _public(name: str) -> str:

@@ -102,7 +102,11 @@ def _settings(record: Mapping[str, Any]) -> str:
         ("tasks", "limit", "documents"),
     ):
         if s[name]:
-            first = f", the first {s[limit]} {unit}" if s[limit] else ""
+            first = (
+                f", the first {s[limit]} {unit}"
+                if s[limit] and not (texts and name == "evaluate")
+                else ""
+            )
             named = [f"{one}{texts.get(one, '')}" for one in s[name]]
             words.append(f"measured on {', '.join(named)}{first}")
     return "; ".join([*words, f"seed {s['seed']}."])
