@@ -143,6 +143,13 @@ def test_a_table_names_the_line_that_makes_it_and_what_it_was_measured_on():
     assert words in markdown({**more, "evaluation": [text]})
 
 
+def test_a_table_that_is_wider_than_a_page_is_shown_as_two():
+    entry = record()["entries"][0]
+    text = markdown(record(entries=[{**entry, "measure": f"m{i}"} for i in range(10)]))
+    assert "| opt-125m | m0 | m1 | m2 | m3 | m4 |\n" in text
+    assert "| opt-125m | m5 | m6 | m7 | m8 | m9 |\n" in text
+
+
 def test_what_a_complete_cell_cannot_have_is_neither_a_dash_nor_missing():
     done = {"state": "none", "ours": None, "paper": None}
     entry = {**record()["entries"][0], **done}

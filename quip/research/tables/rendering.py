@@ -1,5 +1,6 @@
 """A table as Markdown, for a person, and as rows for a program."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ FLAGS = {  # of `quip table`, for what a record says of its settings
     "dtype": "dtype",
 }
 USUAL = {"nsamples": 128, "seed": 0, "dtype": "auto"}
+WIDE = 9  # numbers in a line of a table, at most: what has more is two tables
 MARKS = {"missed": " missed", "failed": "failed", "not run": "-", "none": ""}
 
 
@@ -40,18 +42,28 @@ def _part(model: str, found: Sequence[Mapping[str, Any]]) -> str:
         list(dict.fromkeys(entry[key] for entry in found)) for key in ("row", "column", "measure")
     )
     by_place = {(e["row"], e["column"], e["measure"]): e for e in found}
-    heads = [
-        " ".join(filter(None, (column if len(columns) > 1 else "", measure)))
-        if len(measures) > 1
-        else column
-        for column in columns
-        for measure in measures
-    ]
-    lines = [f"| {slug(model)} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for row in rows:
-        words = [_words(by_place[row, column, m]) for column in columns for m in measures]
-        lines.append(f"| {row} | {' | '.join(words)} |")
-    return "\n".join(lines)
+    several = len(columns) > 1, len(measures) > 1
+    named = several if any(several) else (True, False)
+    places = [(column, measure) for column in columns for measure in measures]
+    size = math.ceil(len(places) / math.ceil(len(places) / WIDE))
+    parts = [places[lo : lo + size] for lo in range(0, len(places), size)]
+    return "\n\n".join(
+        _grid(slug(model), _heads(part, named), {r: [by_place[r, *p] for p in part] for r in rows})
+        for part in parts
+    )
+
+
+def _heads(places: Sequence[tuple[str, str]], named: tuple[bool, bool]) -> list[str]:
+    """The label of each column and measure, as far as there are several of them."""
+    return [" ".join(itertools.compress(place, named)) for place in places]
+
+
+def _grid(
+    corner: str, heads: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    found = [f"| {corner} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    found += [f"| {row} | {' | '.join(map(_words, line))} |" for row, line in lines.items()]
+    return "\n".join(found)
 
 
 def _words(entry: Mapping[str, Any]) -> str:
