@@ -4,7 +4,7 @@ Claim: compiled, the closed form of `quip.codebooks` is at least 50 times as fas
 of the 1366 reduced vectors in torch, and finds points at the same distances. A row that falls
 short of this is printed as MISSED.
 
-    python scripts/bench_e8p.py --out results/bench_e8p.json
+    python scripts/dev/bench_e8p.py --out results/bench_e8p.json
 
 The search is written here from its published description (QuIP#, arXiv 2402.04396, section 4.2):
 for each shift of the lattice, fold x into the reduced vectors' signs, one product with all of

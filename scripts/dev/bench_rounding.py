@@ -4,7 +4,7 @@ Claim: at the same proxy loss (within 0.1 %) `quip.matrix.sweep.sweep` takes at 
 time of rounding column by column, at 768 x 768, 768 x 3072 and 3072 x 768 (outputs x inputs),
 and no more than OPTQ's loop. A row that falls short of this is printed as MISSED.
 
-    python scripts/bench_rounding.py --out results/bench_rounding.json
+    python scripts/dev/bench_rounding.py --out results/bench_rounding.json
 
 The loops are written here from published descriptions:
 

@@ -1,6 +1,6 @@
 """Kill a run at random moments, take it up again, and compare what it ends with.
 
-    python scripts/kill_and_resume.py demo pydoc --out results/resume_demo.json \\
+    python scripts/dev/kill_and_resume.py demo pydoc --out results/resume_demo.json \\
         --wbits 2 --incoh_processing
 
 Claim: wherever kill -9 strikes, `--resume` ends with the same codes, checkpoint and perplexity, bit
