@@ -81,11 +81,12 @@ def call(args: argparse.Namespace) -> None:
     if args.name is None:
         raise UsageError("name a table, or --list them")
 
-    from quip.research.tables.cells import cells, select, settle
+    from quip.research.tables.cells import cells
     from quip.research.tables.description import read_table
     from quip.research.tables.record import record_of, write_record
     from quip.research.tables.rendering import markdown
     from quip.research.tables.running import run_missing
+    from quip.research.tables.selection import select, settle
 
     table = read_table(args.name)
     table = select(table, rows=_labels(args.rows), columns=_labels(args.columns))

@@ -62,7 +62,7 @@ def _names(action: argparse.Action) -> str:
     if not action.option_strings:
         return f"`{_positional(action)}`"
     takes = action.nargs != 0
-    value = action.metavar or ("X" if action.choices else action.dest.upper())
+    value = action.metavar or ("N" if action.type is int else "NAME")
     return ", ".join(f"`{o} {value}`" if takes else f"`{o}`" for o in action.option_strings)
 
 
@@ -99,7 +99,7 @@ def _spoken(choices: list[object]) -> str:
             run = 1
             found.append(f"`{choices[0]}`" if isinstance(choices[0], str) else str(choices[0]))
         choices = choices[run:]
-    return ", ".join(found)
+    return " or ".join(filter(None, (", ".join(found[:-1]), found[-1])))
 
 
 def _plus(first: object, steps: int) -> object:

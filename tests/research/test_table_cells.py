@@ -7,11 +7,12 @@ import pytest
 
 from quip.errors import Unavailable, UsageError
 from quip.research.tables import quantized, stored
-from quip.research.tables.cells import Settings, cells, select, settle
+from quip.research.tables.cells import Settings, cells
 from quip.research.tables.description import FOLDER, read_table
 from quip.research.tables.entries import entries
 from quip.research.tables.record import record_of
 from quip.research.tables.running import run_missing
+from quip.research.tables.selection import select, settle
 from tests.support.runs import save_model, write_text
 from tests.support.tables import OWN
 

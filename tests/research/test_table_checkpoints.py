@@ -3,10 +3,11 @@
 import pytest
 
 from quip.research.tables import quantized
-from quip.research.tables.cells import Settings, cells, select, settle
+from quip.research.tables.cells import Settings, cells
 from quip.research.tables.description import read_table
 from quip.research.tables.entries import entries
 from quip.research.tables.running import run_missing
+from quip.research.tables.selection import select, settle
 from tests.support.runs import save_model, write_text
 
 TUNED = """
