@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from quip.cli.shared import TUNING, as_given, refuse_small
+from quip.cli.flags import TUNING
+from quip.cli.parse import as_given, refuse_small
 
-SUMMARY = "tune a checkpoint against the model it was quantized from"
+HELP = "tune a checkpoint against the model it was quantized from"
 
 
 def build(parser: argparse.ArgumentParser) -> None:

@@ -5,39 +5,130 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.cli.flags import NAMED, NSAMPLES, PAPER_SETS, add_flags
-from quip.cli.parse import Parser, guarded
-from quip.cli.shared import TUNING, as_given, names, recipe_of, refuse_small, settle_bits, zero_shot
+from quip.cli.flags import (
+    NAMED,
+    TUNING,
+    calibration_flags,
+    check_recipe,
+    has_recipe,
+    machine_flags,
+    model_and_dataset,
+    recipe_flags,
+    recipe_of,
+    refuse_tasks,
+    settle_bits,
+    task_flags,
+    tuning_flags,
+    zero_shot,
+)
+from quip.cli.output import names
+from quip.cli.parse import Arguments, Parser, as_given, guarded, refuse_small
+from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
+    from quip.matrix.recipe import Recipe
+    from quip.model.plan import Plan
     from quip.model.tune import BlockTuning
 
-SUMMARY = "quantize a model, evaluate it, and report"
+HELP = "quantize a model, evaluate it, and report"
+PAPER_SETS = "wikitext2,ptb-new,c4-new"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m quip.run`. Returns the exit status."""
-    parser = Parser(prog="quip.run", description=SUMMARY.capitalize() + ".")
+    parser = Parser(prog="quip.run", description=HELP.capitalize() + ".")
     build(parser)
     return guarded(parser, argv)
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
-    add_flags(parser)
+    # Without nargs="?", which would take nothing where a flag stands before DATASET.
+    model_and_dataset(parser).required = False
+    recipe_flags(parser)
+    tuning_flags(parser.add_argument_group("fine-tuning"))
+    _data_flags(parser.add_argument_group("data and evaluation"))
+    task_flags(parser.add_argument_group("zero-shot tasks"))
+    _machine_flags(parser.add_argument_group("machine and output"))
     parser.set_defaults(call=call)
 
 
-def call(args: argparse.Namespace) -> None:
-    """Turn strings into plain values, run, and print the result."""
+def _data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="recipes by pattern of matrix names, as YAML, the first that matches counts: "
+        "'\"*.v_proj\": {wbits: 4}'; the recipe of this line, if there is one, is for all others",
+    )
+    add(
+        "--hessians",
+        type=Path,
+        metavar="DIR",
+        help="quantize from this store (`quip hessians`), without calibration: leave out DATASET",
+    )
+    calibration_flags(group)
+    add(
+        "--eval_datasets",
+        metavar="A,B,...",
+        help="where perplexity is measured: names as for DATASET, or `none`; by default pydoc "
+        f"if that is DATASET, else {PAPER_SETS}",
+    )
+    add(
+        "--eval_nsamples",
+        type=int,
+        metavar="N",
+        help="evaluate on the first N windows of each data set (default: all)",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="evaluate the original model too, and show the difference",
+    )
+    add(
+        "--proxy_only",
+        action="store_true",
+        help="quantize and report the proxy losses, without perplexities",
+    )
+
+
+def _machine_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder for the packed checkpoint, written before evaluation",
+    )
+    add(
+        "--load",
+        metavar="DIR",
+        help="evaluate this checkpoint of MODEL, which is then only read for --compare",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="take up the run that --out holds, after its last finished block; without one, start",
+    )
+    machine_flags(
+        group,
+        out="a folder for run.json, layers.csv, layers.png and the finished blocks; it must be new "
+        "or empty",
+    )
+
+
+def call(args: Arguments) -> None:
+    """Turn strings into plain values, run, and print the result. Refusals come before imports."""
     settle_bits(args)
     _refuse_source(args)
-    recipe = recipe_of(args)
-    tuning = _tuning(args)
+    check_recipe(args)
+    _refuse_tuning(args)
     evaluations = _evaluations(args)
-    tasks = zero_shot(args)
+    refuse_tasks(args)
     _refuse_values(args)
+    recipe = _plan(args, recipe_of(args))
 
     from quip.jobs.report.text import table
     from quip.jobs.run import Experiment, run_experiment
@@ -47,7 +138,7 @@ def call(args: argparse.Namespace) -> None:
             model=args.model,
             dataset=args.dataset,
             recipe=recipe,
-            tuning=tuning,
+            tuning=_tuning(args),
             hessians=args.hessians,
             load=args.load,
             method=_words(args),
@@ -58,7 +149,7 @@ def call(args: argparse.Namespace) -> None:
             dtype=args.dtype,
             eval_datasets=evaluations,
             eval_nsamples=args.eval_nsamples,
-            tasks=tasks,
+            tasks=zero_shot(args),
             batch_size=args.batch_size,
             compare=args.compare,
             save=args.save,
@@ -71,7 +162,26 @@ def call(args: argparse.Namespace) -> None:
     print(table(report))
 
 
-def _refuse_source(args: argparse.Namespace) -> None:
+def _plan(args: Arguments, recipe: "Recipe | None") -> "Recipe | Plan | None":
+    """The recipe of the line; with --plan, a plan of which it is the default."""
+    if args.plan is None:
+        return recipe
+
+    from quip.jobs.plan import build_plan, read_plan
+
+    path, args.plan = args.plan, read_plan(args.plan)  # a report holds what the file says
+    try:
+        return build_plan(args.plan, default=recipe)
+    except UsageError as error:
+        raise UsageError(f"--plan {path}: {error}") from error
+
+
+def _is_unquantized(args: Arguments) -> bool:
+    """Whether the line leaves all weights as they are."""
+    return not has_recipe(args) and args.plan is None
+
+
+def _refuse_source(args: Arguments) -> None:
     """DATASET or --hessians, and what goes with which."""
     if args.hessians is None:
         if args.dataset is None:
@@ -84,16 +194,16 @@ def _refuse_source(args: argparse.Namespace) -> None:
             f"--hessians {args.hessians} takes the place of calibration: leave out DATASET "
             f"({args.dataset})"
         )
-    if args.wbits == 16:
+    if _is_unquantized(args):
         raise UsageError("--hessians needs weights to quantize: give --wbits or --codebook")
-    if args.nsamples != NSAMPLES:
+    if "nsamples" in args.given:
         raise UsageError(
             f"--nsamples {args.nsamples} speaks of calibration, and --hessians needs none: leave "
             "out one"
         )
 
 
-def _refuse_values(args: argparse.Namespace) -> None:
+def _refuse_values(args: Arguments) -> None:
     refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1)
     if args.overwrite and args.out is None and args.save is None:
         raise UsageError("--overwrite speaks of folders: name one with --out DIR or --save DIR")
@@ -101,7 +211,7 @@ def _refuse_values(args: argparse.Namespace) -> None:
         raise UsageError("--resume takes up the run in --out: name the folder with --out DIR")
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: leave one out")
-    if args.wbits == 16:
+    if _is_unquantized(args):
         for flag in ("save", "resume"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag} needs weights to quantize: give --wbits 2 to 8")
@@ -112,24 +222,28 @@ def _refuse_values(args: argparse.Namespace) -> None:
         )
 
 
-def _tuning(args: argparse.Namespace) -> "BlockTuning | None":
-    given = {name: getattr(args, f"ft_{name}") for name in TUNING}
+def _refuse_tuning(args: Arguments) -> None:
     if not args.ft_epochs:
-        for name, value in given.items():
-            if name != "epochs" and value is not None:
+        for name in TUNING:
+            if name != "epochs" and f"ft_{name}" in args.given:
                 raise UsageError(f"--ft_{name} speaks of fine-tuning: add --ft_epochs N")
-        return None
-    if args.wbits == 16:
+    elif _is_unquantized(args):
         raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
+
+
+def _tuning(args: Arguments) -> "BlockTuning | None":
+    if not args.ft_epochs:
+        return None
 
     from quip.model.tune import BlockTuning
 
-    return BlockTuning(**{name: value for name, value in given.items() if value is not None})
+    given = {name: getattr(args, f"ft_{name}") for name in TUNING if f"ft_{name}" in args.given}
+    return BlockTuning(**given)
 
 
-def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
+def _evaluations(args: Arguments) -> tuple[str, ...]:
     if args.proxy_only:
-        if args.wbits == 16:
+        if _is_unquantized(args):
             raise UsageError("--proxy_only needs weights to quantize: give --wbits 2 to 8")
         if args.compare or args.eval_datasets or args.tasks:
             raise UsageError(
@@ -146,7 +260,7 @@ def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
             )
         wanted = "pydoc" if dataset == "pydoc" else PAPER_SETS
     if wanted == "none":
-        if args.compare or (args.wbits == 16 and not args.tasks):
+        if args.compare or (_is_unquantized(args) and not args.tasks):
             flag = "--compare" if args.compare else "--wbits 16"
             raise UsageError(f"{flag} means to evaluate: leave out --eval_datasets none")
         return ()
@@ -159,12 +273,18 @@ def _dataset_of(store: Path) -> str:
     return HessianStore(store).stamp["dataset"]
 
 
-def _words(args: argparse.Namespace) -> str:
-    if args.wbits == 16:
+def _words(args: Arguments) -> str:
+    if _is_unquantized(args):
         return f"as saved in {args.load}" if args.load else "as it is"
-    faithful = ", as printed" if args.faithful else ""
     tuned = ", fine-tuned" if args.ft_epochs else ""
-    if args.codebook != "int":
-        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}{tuned}"
+    planned = [f"a plan of {len(args.plan)} patterns"] if args.plan else []
+    line = [_recipe_words(args)] if has_recipe(args) else []
+    return ", else ".join([*planned, *line]) + tuned
+
+
+def _recipe_words(args: Arguments) -> str:
+    faithful = ", as printed" if args.faithful else ""
+    if CODEBOOKS[args.codebook].only_bits:
+        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
     processing = "with" if args.incoh_processing else "without"
-    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}{tuned}"
+    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"

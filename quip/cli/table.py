@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.cli.shared import aligned, names, refuse_small
+from quip.cli.output import aligned, names
+from quip.cli.parse import refuse_small
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.research.tables.cells import Cell, Settings
     from quip.research.tables.description import Table
 
-SUMMARY = "a table or figure of the paper: run the missing cells, show them beside the paper's"
+HELP = "a table or figure of the paper: run the missing cells, show them beside the paper's"
 
 
 def build(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,9 @@ from quip.cli import flags
 from quip.cli import run as run_command
 from quip.cli.parse import Parser
 from quip.data import DATASETS
-from quip.matrix.build import METHODS, build_recipe
+from quip.matrix.build import build_recipe
+from quip.matrix.flags import FLAGS
+from quip.matrix.methods import METHODS
 from tests.support.gguf_files import write_gguf
 from tests.support.runs import save_model, write_text
 from tests.support.tiny import tiny
@@ -59,9 +61,9 @@ AT_ONCE = [
     ("demo pydoc --dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ("demo pydoc --wbits 2 --qfn b", "--qfn b needs --pre_proj"),
     ("demo pydoc --wbits 2 --incoh_processing --qfn a", "--incoh_processing means --qfn b"),
-    ("demo pydoc --wbits 2 --incoh_processing --groupsize 8", "--groupsize 8 with --qfn b"),
+    ("demo pydoc --wbits 2 --incoh_processing --groupsize 8", "--groupsize 8 speaks of grid a"),
     ("demo pydoc --wbits 2 --quant ldlqRG --unbiased", "--unbiased with 10 greedy passes"),
-    ("demo pydoc --wbits 2 --range tensor", "--range speaks of the incoherent grid"),
+    ("demo pydoc --wbits 2 --range tensor", "--range tensor speaks of grid b"),
     ("demo pydoc --wbits 2 --incoh_processing --range 0", "--range 0: say tensor, column or"),
     ("demo pydoc --wbits 2 --npasses -1", "--npasses -1: it cannot be negative"),
     ("demo pydoc --wbits 2 --percdamp nan", "--percdamp nan: damping is a finite share"),
@@ -306,6 +308,57 @@ def test_flags_on_the_line_win_over_those_of_a_file_wherever_they_stand(asked, f
 def test_even_the_default_wins_when_it_is_said(asked, folder):
     (folder / "a.yaml").write_text(yaml.safe_dump(CONFIG))
     assert asked(["demo", "pydoc", "--wbits", "16", "--config", "a.yaml"]).recipe is None
+
+
+def test_a_file_switches_off_what_a_recipe_switches_on(asked, folder):
+    (folder / "off.yaml").write_text("incoh_processing: false\n")
+    e = asked(["demo", "pydoc", "--recipe", "quip-2bit", "--config", "off.yaml"])
+    assert e.recipe == build_recipe(wbits=2)
+    assert (e.flags["incoh_processing"], e.method) == (
+        False,
+        "ldlq, 2 bits, without incoherence processing",
+    )
+    line = "demo pydoc --recipe quip-2bit --config off.yaml --incoh_processing"
+    assert asked(line.split()).recipe == build_recipe(wbits=2, incoh_processing=True)
+    line = "demo pydoc --recipe quip-2bit --no-incoh_processing"
+    assert asked(line.split()).recipe == build_recipe(wbits=2)
+
+
+SWITCHES = [name for name, known in FLAGS.items() if known.metadata["said"].kind is bool]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_is_off_where_the_line_or_a_later_file_says_so(asked, folder, name):
+    (folder / "on.yaml").write_text(f"wbits: 2\npre_proj: true\n{name}: true\n")
+    (folder / "off.yaml").write_text(f"{name}: false\n")
+    on = "demo pydoc --config on.yaml"
+    for line in (f"{on} --no-{name}", f"{on} --config off.yaml", f"{on} --{name} --no-{name}"):
+        assert asked(line.split()).flags[name] is False
+    for line in (on, f"--config off.yaml {on}", f"{on} --config off.yaml --{name}"):
+        if name != "no_fuse":  # of lattices alone
+            assert asked(line.split()).flags[name] is True
+
+
+def test_what_is_no_recipes_switch_is_off_where_a_later_file_says_so(asked, folder):
+    (folder / "on.yaml").write_text("compare: true\n")
+    (folder / "off.yaml").write_text("compare: false\n")
+    assert asked(["demo", "pydoc", "--config", "on.yaml"]).compare
+    assert not asked(["demo", "pydoc", "--config", "on.yaml", "--config", "off.yaml"]).compare
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--num_fewshot 0", "--num_fewshot speaks of zero-shot tasks"),
+        ("--ft_lr 5e-5 --wbits 2", "--ft_lr speaks of fine-tuning"),
+        ("--rho wide", "--rho wide: a positive number or auto is needed"),
+        ("--percdamp -1", "--percdamp -1.0: damping is a finite share"),
+    ],
+)
+def test_what_is_said_counts_though_it_is_the_default_or_nothing_is_quantized(quip, line, reason):
+    status, out, err = quip(f"demo pydoc {line}")
+    assert (status, out, len(err)) == (2, "", 1)
+    assert reason in err[0]
 
 
 def test_a_later_file_wins_over_an_earlier_one_in_both_commands(asked, folder):

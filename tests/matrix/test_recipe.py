@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quip import transforms
-from quip.codebooks import MinMaxGrid, RmsGrid, around
+from quip.codebooks import MinMaxGrid, RmsGrid, candidate_rhos
 from quip.errors import UsageError
 from quip.matrix import feedback
 from quip.matrix.build import METHODS, build_recipe
@@ -145,7 +145,7 @@ def test_incoherence_processing_rescales_rotates_and_refits_each_column():
     built = build(**INCOHERENT)
     assert built.transforms == (transforms.RescaleDraw(), transforms.KroneckerDraw())
     assert isinstance(built.codebook, RmsGrid)
-    assert built.codebook.rhos == around(2)
+    assert built.codebook.rhos == candidate_rhos(2)
     assert built.group == 1
     assert not built.clamp_target
 
@@ -243,7 +243,7 @@ def test_faithful_is_the_algorithm_as_printed():
         ({"percdamp": float("nan")}, r"--percdamp nan"),
         ({"percdamp": float("inf")}, r"--percdamp inf"),
         ({"pre_proj": True, "pre_proj_extra": 3}, r"--pre_proj_extra 3: not one of 0, 1, 2"),
-        ({"pre_proj_extra": 0}, r"--pre_proj_extra 0 chooses a rotation: add --pre_proj"),
+        ({"pre_proj_extra": 0}, r"--pre_proj_extra 0 speaks of rotations: say --pre_proj"),
         ({"pre_proj": True, "qfn": "c"}, r"--qfn c: not one of a, b"),
         ({"npasses": -1}, r"--npasses -1: it cannot be negative"),
         ({"quant": "allbal", "npasses": 0}, r"--quant allbal --npasses 0 would round nothing"),
@@ -252,20 +252,23 @@ def test_faithful_is_the_algorithm_as_printed():
         ({"unbiased": True, "npasses": 2}, r"--unbiased with 2 greedy passes: .*--npasses 0"),
         ({"groupsize": 0}, r"--groupsize 0: a group has at least one column"),
         ({"groupsize": 8, "faithful": True}, r"--faithful clips .*leave out --groupsize"),
-        ({"groupsize": 8, **INCOHERENT}, r"--groupsize 8 with --qfn b: .*--range N"),
+        (
+            {"groupsize": 8, **INCOHERENT},
+            r"--groupsize 8 .*: say --no-incoh_processing",
+        ),
         ({"qfn": "b"}, r"--qfn b needs --pre_proj: .*add --pre_proj"),
         ({"qfn": "b", "pre_rescale": True}, r"--qfn b needs --pre_proj"),
         ({"qfn": "a", **INCOHERENT}, r"--incoh_processing means --qfn b: leave out --qfn a"),
-        ({"range_": "column"}, r"--range speaks of the incoherent grid .*add --incoh_processing"),
-        ({"rho": 2.0}, r"--rho speaks of the incoherent grid"),
-        ({"rho": 2.0, "pre_proj": True}, r"--rho speaks of the incoherent grid"),
+        ({"range_": "column"}, r"--range column speaks of grid b, .*: say --incoh_processing"),
+        ({"rho": 2.0}, r"--rho 2\.0 speaks of grid b: say --incoh_processing"),
+        ({"rho": 2.0, "pre_proj": True}, r"--rho 2\.0 speaks of grid b"),
         ({"rho": 0.0, **INCOHERENT}, r"--rho 0\.0: a positive number or auto"),
         ({"rho": -2.0, **INCOHERENT}, r"--rho -2\.0: a positive number or auto"),
         ({"rho": float("nan"), **INCOHERENT}, r"--rho nan: a positive number or auto"),
         ({"faithful": True, "rho": 2.0, **INCOHERENT}, r"--faithful fixes --range tensor and"),
         ({"rho": "wide", **INCOHERENT}, r"--rho wide: a positive number or auto is needed"),
-        ({"rho": "auto"}, r"--rho speaks of the incoherent grid"),
-        ({"rho": "auto", "codebook": "E8P12"}, r"--rho speaks of integer grids"),
+        ({"rho": "auto"}, r"--rho auto speaks of grid b"),
+        ({"rho": "auto", "codebook": "E8P12"}, r"--rho auto speaks of grid b: say --codebook int"),
         ({"faithful": True, "rho": "auto", **INCOHERENT}, r"--faithful fixes --range tensor and"),
         ({"faithful": True, "range_": "tensor", **INCOHERENT}, r"--faithful fixes --range tensor"),
         ({"range_": "row", **INCOHERENT}, r"--range row: say tensor, column or a number"),

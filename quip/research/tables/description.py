@@ -14,6 +14,7 @@ import yaml
 
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe
+from quip.matrix.flags import FLAGS
 from quip.matrix.recipe import Recipe
 from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
 
@@ -141,11 +142,10 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a cell's flags; None for 16 bits, the model as it is."""
     if flags.get("wbits") == 16:
         return None
-    given = {"range_" if name == "range" else name: value for name, value in flags.items()}
-    try:
-        return build_recipe(**given)
-    except TypeError as error:
-        raise UsageError(f"flags {dict(flags)}: {error}; names are those of `quip run`") from error
+    for name in flags:
+        if name not in FLAGS:
+            raise UsageError(f"unknown flag {name!r}; names are those of `quip run`")
+    return build_recipe(**{FLAGS[name].name: value for name, value in flags.items()})
 
 
 def _table(name: str, given: Mapping[str, Any]) -> Table:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quip.codebooks import LATTICES
+from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.jobs.hessians import Collection, collect_hessians
 from quip.research.hessians.summary import SummaryRequest as Statistics
 from quip.research.hessians.summary import summarize
@@ -82,11 +82,11 @@ def _store(cell: Cell) -> Path:
 
 
 def _case(cell: Cell) -> Case:
-    flags, codebook = cell.flags, cell.flags.get("codebook", "int")
+    flags, codebook = cell.flags, cell.flags.get("codebook", INTEGERS)
     return Case(
         quant=flags.get("quant", "ldlq"),
         codebook=codebook,
-        wbits=flags["wbits"] if codebook == "int" else LATTICES[codebook].bits,
+        wbits=CODEBOOKS[codebook].only_bits or flags["wbits"],
         processing="incoherence" if flags.get("incoh_processing") else "baseline",
     )
 
