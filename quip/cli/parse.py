@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 
@@ -15,10 +15,7 @@ from quip.errors import QuipError, UsageError
 from quip.matrix.flags import FLAGS, as_line
 from quip.matrix.methods import RECIPES
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Request = TypeVar("Request", bound="DataclassInstance")
+Request = TypeVar("Request")
 NOT_IN_FILES = ("model", "dataset", "config", "call")
 UNSET: list[object] = []  # a list, since what appends to a value copies it first
 
@@ -150,7 +147,9 @@ def request(kind: type[Request], args: argparse.Namespace, **own: Any) -> Reques
 
     `own` are fields that are no flag as it stands; they win.
     """
-    known = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+    known = {
+        f.name: getattr(args, f.name) for f in fields(cast(Any, kind)) if hasattr(args, f.name)
+    }
     return kind(**{**known, **own})
 
 

@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from quip import cli
-from quip import run as run_command
+from quip import run as door
 from quip.cli import flags
+from quip.cli import run as run_command
 from quip.cli.parse import Parser
 from quip.data import DATASETS
 from quip.matrix.build import build_recipe
@@ -38,7 +39,7 @@ def quip(capsys, folder, opt):
 
     def call(line: str) -> tuple[int, str, list[str]]:
         words = [opt if word == "MODEL" else word.replace("''", "") for word in line.split()]
-        status = run_command.main(words)
+        status = door.main(words)
         out, err = capsys.readouterr()
         return status, out, err.splitlines()
 
@@ -364,7 +365,7 @@ def test_what_is_said_counts_though_it_is_the_default_or_nothing_is_quantized(qu
 def test_a_later_file_wins_over_an_earlier_one_in_both_commands(asked, folder):
     (folder / "a.yaml").write_text("wbits: 2\nseed: 1\n")
     (folder / "b.yaml").write_text("wbits: 3\n")
-    for main, words in ((run_command.main, []), (cli.main, ["run"])):
+    for main, words in ((door.main, []), (cli.main, ["run"])):
         e = asked([*words, *["demo", "pydoc", "--config", "a.yaml", "--config", "b.yaml"]], main)
         assert (e.flags["wbits"], e.seed) == (3, 1)
 
@@ -406,7 +407,7 @@ def test_an_empty_file_of_flags_changes_nothing(asked, folder):
 
 def test_the_help_explains_every_flag_in_groups(capsys):
     with pytest.raises(SystemExit, match="0"):
-        run_command.main(["--help"])
+        door.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for group in ("method:", "incoherence processing:", "data and evaluation:"):
         assert group in text
@@ -440,7 +441,7 @@ def test_the_demo_on_pydoc_loses_little_at_4_bits_and_runs_by_both_names(capsys,
     ]
     words += ["--eval_nsamples", "8"]
     assert cli.main(["run", *words, "--out", str(tmp_path / "a")]) == 0
-    assert run_command.main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert door.main([*words, "--out", str(tmp_path / "b")]) == 0
     reports = [json.loads((tmp_path / name / "run.json").read_text()) for name in "ab"]
     for key in ("perplexity", "original_perplexity", "calibration", "evaluation", "totals"):
         assert reports[0][key] == reports[1][key]

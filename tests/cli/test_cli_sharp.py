@@ -5,7 +5,7 @@ import json
 import pytest
 
 from quip import cli
-from quip.cli import run as run_command
+from quip import run as door
 from quip.codebooks import LATTICES
 from quip.matrix.build import build_recipe
 from quip.matrix.flags import as_line
@@ -92,6 +92,6 @@ def test_tuning_is_off_unless_asked_for(asked):
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, line, reason):
-    assert run_command.main(["demo", "pydoc", *line.split()]) == 2
+    assert door.main(["demo", "pydoc", *line.split()]) == 2
     (found,) = capsys.readouterr().err.splitlines()
     assert reason in found
