@@ -45,8 +45,8 @@ def recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         metavar="NAME",
-        help="the flags of a named recipe (`quip recipes` lists them); flags of files and on the line "
-        "win, and each switch has its opposite, such as --no-incoh_processing",
+        help="the flags of a named recipe (`quip recipes` lists them); flags of files and on the "
+        "line win, and each switch has its opposite, such as --no-incoh_processing",
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, known in FLAGS.items():
