@@ -21,18 +21,22 @@ if TYPE_CHECKING:
     from quip.evaluate.perplexity import perplexity as perplexity
     from quip.jobs.hessians import Collection as Collection
     from quip.jobs.hessians import collect_hessians as collect_hessians
+    from quip.jobs.plan import build_plan as build_plan
     from quip.jobs.run import Experiment as Experiment
     from quip.jobs.run import run_experiment as run_experiment
     from quip.matrix.build import build_recipe as build_recipe
     from quip.matrix.quantize import quantize_matrix as quantize_matrix
     from quip.matrix.recipe import Recipe as Recipe
     from quip.model.load import load_model as load_model
+    from quip.model.plan import Plan as Plan
     from quip.model.quantize import quantize_model as quantize_model
     from quip.model.tune import BlockTuning as BlockTuning
     from quip.model.tune import ModelTuning as ModelTuning
     from quip.model.tune import tune_model as tune_model
     from quip.packed.checkpoint import load as load
     from quip.packed.checkpoint import save_checkpoint as save_checkpoint
+    from quip.serve.generate import generate as generate
+    from quip.serve.sampling import Sampling as Sampling
 
     __version__: str
 
@@ -42,9 +46,13 @@ _HOMES = {
     "Experiment": "quip.jobs.run",
     "HessianStore": "quip.data.hessians",
     "ModelTuning": "quip.model.tune",
+    "Plan": "quip.model.plan",
     "Recipe": "quip.matrix.recipe",
+    "Sampling": "quip.serve.sampling",
+    "build_plan": "quip.jobs.plan",
     "build_recipe": "quip.matrix.build",
     "collect_hessians": "quip.jobs.hessians",
+    "generate": "quip.serve.generate",
     "load": "quip.packed.checkpoint",
     "load_model": "quip.model.load",
     "perplexity": "quip.evaluate.perplexity",

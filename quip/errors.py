@@ -1,6 +1,11 @@
 """The errors that a user meets: one line each, with the value and the remedy."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error of a library says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class QuipError(Exception):
     """Something outside the program is in the way. The command line prints it and exits with 1."""
 

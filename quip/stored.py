@@ -25,7 +25,7 @@ class Stored(Protocol):
         ...
 
     @classmethod
-    def layout(cls, m: int, n: int, *_: Any, **options: Any) -> dict[str, Tensor]:
+    def empty(cls, m: int, n: int, *_: Any, **options: Any) -> dict[str, Tensor]:
         """The tensors of an m x n matrix, without content (on the meta device)."""
         ...
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip.codebooks import DECODERS, Codebook, Groups, MinMaxGrid, RmsGrid, around
+from quip.codebooks import DECODERS, Codebook, Decoder, Groups, MinMaxGrid, RmsGrid, candidate_rhos
 from quip.codebooks.base import tiles
 from quip.kernels.bits import words
 from quip.matrix.build import build_recipe
@@ -37,7 +37,7 @@ NOISE = 1e-11
 
 
 @dataclass(frozen=True)
-class Points:
+class Points(Codebook):
     """Any finite set of points times the RMS of the weights: the plainest codebook with dim > 1."""
 
     points: Tensor  # [2^index_bits, dim]
@@ -79,7 +79,7 @@ class Points:
 
 
 @dataclass(frozen=True)
-class JoinedPoints:
+class JoinedPoints(Decoder):
     """The books of each group of a matrix; one number for each is counted as stored."""
 
     books: tuple[Any, ...]
@@ -94,7 +94,7 @@ class JoinedPoints:
         return self.books[0].index_bits
 
     def decode(self, codes: Tensor) -> Tensor:
-        size = self.groups.size or self.groups.blocks
+        size = self.groups.size or self.groups.columns
         columns = [self.books[k // size].decode(c) for k, c in enumerate(codes.T)]
         return torch.cat(columns, dim=1)
 
@@ -105,7 +105,7 @@ class JoinedPoints:
         return {"scale": torch.tensor([getattr(b, "scale", 1.0) for b in self.books])}
 
     @classmethod
-    def layout(cls, m: int, n: int, **options: object) -> dict[str, Tensor]:
+    def empty(cls, m: int, n: int, **options: object) -> dict[str, Tensor]:
         raise NotImplementedError
 
     @classmethod
@@ -114,7 +114,7 @@ class JoinedPoints:
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Codebook):
     """A code over rows, one bit a weight: up or down from the row above.
 
     w_r = w_{r-1} + step (2 c_r - 1) inside a tile, which starts at 0. `round` is the best of all
@@ -179,7 +179,7 @@ CODEBOOKS: dict[str, Codebook] = {
     "min-max, 2 bits": MinMaxGrid(bits=2),
     "min-max, 8 bits": MinMaxGrid(bits=8),
     "rms, 2 bits": RmsGrid(bits=2, rhos=(2.4,)),
-    "rms, 3 bits, best of ten": RmsGrid(bits=3, rhos=around(3)),
+    "rms, 3 bits, best of ten": RmsGrid(bits=3, rhos=candidate_rhos(3)),
     "rms, 8 bits": RmsGrid(bits=8, rhos=(4.5,)),
     "pairs": Points.random(2, 4),
     "eights": Points.random(8, 6),
@@ -230,7 +230,7 @@ def check_transform(draws: Sequence[Draw], W: Tensor, H: Tensor) -> None:
 def check_stored(part: Stored, m: int, n: int) -> Any:
     """Options fit for JSON; tensors as laid out, which come to something; and the way back."""
     tensors, options = part.tensors(), json.loads(json.dumps(part.options()))
-    layout = type(part).layout(m, n, **options)
+    layout = type(part).empty(m, n, **options)
     codes = layout.pop("codes", None)
     assert (codes is not None) == (type(part) in DECODERS.values())
     assert options == part.options()

@@ -44,6 +44,7 @@ def inspection_table(found: Mapping[str, Any]) -> str:
     parts = [
         _heading(found),
         _sizes(found),
+        _specs_table(found.get("specs", ())),
         aligned([("stored as", "bytes"), *_counts(found["bytes_by_kind"])]),
         _perplexity_table(found["perplexities"]),
         _worst_table(found["worst_matrices"]),
@@ -88,6 +89,24 @@ def _sizes(found: Mapping[str, Any]) -> str:
         ("dense", f"{size['dense']} in 16 bits"),
     ]
     return "\n".join(f"{name:<17}{words}" for name, words in rows)
+
+
+def _specs_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The specifications of the matrices, where there are several."""
+    lines = [
+        (
+            ", ".join(_words(part) for part in (row["codebook"], *row["transforms"])),
+            f"{row['quantized_matrices']}",
+            f"{row['quantized_weights']:,}",
+            f"{row['bits_per_weight']:.3f}",
+        )
+        for row in rows
+    ]
+    return aligned([("quantized as", "matrices", "weights", "bits"), *lines]) if lines else ""
+
+
+def _words(part: Mapping[str, Any]) -> str:
+    return " ".join([part["kind"], *(f"{k}={v}" for k, v in part.items() if k != "kind")])
 
 
 def _counts(sizes: Mapping[str, int]) -> list[tuple[str, str]]:

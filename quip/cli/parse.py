@@ -31,6 +31,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help explains every flag)")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, also an argument that may be left out behind flags that stand before it.
+
+        argparse does so since Python 3.12.7; before, it settles such an argument with the first.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        for action in self._get_positional_actions():
+            missing = action.nargs == "?" and getattr(found, action.dest) is None
+            if missing and len(rest) == 1 and (rest[0] == "-" or not rest[0].startswith("-")):
+                setattr(found, action.dest, rest.pop())
+        return found, rest
+
 
 def guarded(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse and run; what a user can mend becomes one line and an exit status (2: usage)."""
@@ -129,5 +141,6 @@ def refuse_small(args: argparse.Namespace, **least: int) -> None:
 
 
 def as_given(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags for the report."""
-    return {name: value for name, value in vars(args).items() if name != "call"}
+    """The flags for the report; that there is no plan is not said, as before there were any."""
+    given = {name: value for name, value in vars(args).items() if name != "call"}
+    return {name: value for name, value in given.items() if name != "plan" or value is not None}

@@ -27,6 +27,8 @@ from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
+    from quip.matrix.recipe import Recipe
+    from quip.model.plan import Plan
     from quip.model.tune import BlockTuning
 
 HELP = "quantize a model, evaluate it, and report"
@@ -54,6 +56,13 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def _data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
+    add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="recipes by pattern of matrix names, as YAML, the first that matches counts: "
+        "'\"*.v_proj\": {wbits: 4}'; the recipe of this line, if there is one, is for all others",
+    )
     add(
         "--hessians",
         type=Path,
@@ -119,6 +128,7 @@ def call(args: Arguments) -> None:
     evaluations = _evaluations(args)
     refuse_tasks(args)
     _refuse_values(args)
+    recipe = _plan(args, recipe_of(args))
 
     from quip.jobs.report.text import table
     from quip.jobs.run import Experiment, run_experiment
@@ -127,7 +137,7 @@ def call(args: Arguments) -> None:
         Experiment(
             model=args.model,
             dataset=args.dataset,
-            recipe=recipe_of(args),
+            recipe=recipe,
             tuning=_tuning(args),
             hessians=args.hessians,
             load=args.load,
@@ -152,6 +162,25 @@ def call(args: Arguments) -> None:
     print(table(report))
 
 
+def _plan(args: Arguments, recipe: "Recipe | None") -> "Recipe | Plan | None":
+    """The recipe of the line; with --plan, a plan of which it is the default."""
+    if args.plan is None:
+        return recipe
+
+    from quip.jobs.plan import build_plan, read_plan
+
+    path, args.plan = args.plan, read_plan(args.plan)  # a report holds what the file says
+    try:
+        return build_plan(args.plan, default=recipe)
+    except UsageError as error:
+        raise UsageError(f"--plan {path}: {error}") from error
+
+
+def _is_unquantized(args: Arguments) -> bool:
+    """Whether the line leaves all weights as they are."""
+    return not has_recipe(args) and args.plan is None
+
+
 def _refuse_source(args: Arguments) -> None:
     """DATASET or --hessians, and what goes with which."""
     if args.hessians is None:
@@ -165,7 +194,7 @@ def _refuse_source(args: Arguments) -> None:
             f"--hessians {args.hessians} takes the place of calibration: leave out DATASET "
             f"({args.dataset})"
         )
-    if args.wbits == 16:
+    if _is_unquantized(args):
         raise UsageError("--hessians needs weights to quantize: give --wbits or --codebook")
     if "nsamples" in args.given:
         raise UsageError(
@@ -182,7 +211,7 @@ def _refuse_values(args: Arguments) -> None:
         raise UsageError("--resume takes up the run in --out: name the folder with --out DIR")
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: leave one out")
-    if args.wbits == 16:
+    if _is_unquantized(args):
         for flag in ("save", "resume"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag} needs weights to quantize: give --wbits 2 to 8")
@@ -198,7 +227,7 @@ def _refuse_tuning(args: Arguments) -> None:
         for name in TUNING:
             if name != "epochs" and f"ft_{name}" in args.given:
                 raise UsageError(f"--ft_{name} speaks of fine-tuning: add --ft_epochs N")
-    elif not has_recipe(args):
+    elif _is_unquantized(args):
         raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
 
 
@@ -214,7 +243,7 @@ def _tuning(args: Arguments) -> "BlockTuning | None":
 
 def _evaluations(args: Arguments) -> tuple[str, ...]:
     if args.proxy_only:
-        if args.wbits == 16:
+        if _is_unquantized(args):
             raise UsageError("--proxy_only needs weights to quantize: give --wbits 2 to 8")
         if args.compare or args.eval_datasets or args.tasks:
             raise UsageError(
@@ -231,7 +260,7 @@ def _evaluations(args: Arguments) -> tuple[str, ...]:
             )
         wanted = "pydoc" if dataset == "pydoc" else PAPER_SETS
     if wanted == "none":
-        if args.compare or (args.wbits == 16 and not args.tasks):
+        if args.compare or (_is_unquantized(args) and not args.tasks):
             flag = "--compare" if args.compare else "--wbits 16"
             raise UsageError(f"{flag} means to evaluate: leave out --eval_datasets none")
         return ()
@@ -245,11 +274,17 @@ def _dataset_of(store: Path) -> str:
 
 
 def _words(args: Arguments) -> str:
-    if args.wbits == 16:
+    if _is_unquantized(args):
         return f"as saved in {args.load}" if args.load else "as it is"
-    faithful = ", as printed" if args.faithful else ""
     tuned = ", fine-tuned" if args.ft_epochs else ""
+    planned = [f"a plan of {len(args.plan)} patterns"] if args.plan else []
+    line = [_recipe_words(args)] if has_recipe(args) else []
+    return ", else ".join([*planned, *line]) + tuned
+
+
+def _recipe_words(args: Arguments) -> str:
+    faithful = ", as printed" if args.faithful else ""
     if CODEBOOKS[args.codebook].only_bits:
-        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}{tuned}"
+        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
     processing = "with" if args.incoh_processing else "without"
-    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}{tuned}"
+    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"

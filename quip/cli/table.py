@@ -82,11 +82,12 @@ def call(args: argparse.Namespace) -> None:
     if args.name is None:
         raise UsageError("name a table, or --list them")
 
-    from quip.research.tables.cells import cells, select, settle
+    from quip.research.tables.cells import cells
     from quip.research.tables.description import read_table
     from quip.research.tables.record import record_of, write_record
     from quip.research.tables.rendering import markdown
     from quip.research.tables.running import run_missing
+    from quip.research.tables.selection import select, settle
 
     table = read_table(args.name)
     table = select(table, rows=_labels(args.rows), columns=_labels(args.columns))
@@ -110,10 +111,12 @@ def call(args: argparse.Namespace) -> None:
 
 def _refuse(args: argparse.Namespace, table: "Table") -> None:
     """Raise UsageError for flags that say nothing of this table."""
+    from quip.research.tables.description import TEXTS
+
     if args.dry_run and args.render:
         raise UsageError("--dry_run shows what would be run, --render what was: leave one out")
     for name in ("eval_datasets", "tasks"):
-        if getattr(args, name) is not None and table.kind != "run":
+        if getattr(args, name) is not None and table.kind not in TEXTS:
             raise UsageError(f"--{name}: {table.name} measures neither texts nor tasks")
     for name in ("limit", "storycloze_csv"):
         if getattr(args, name) is not None and not (args.tasks or table.tasks):
@@ -175,6 +178,7 @@ def _listing(name: str | None) -> str:
         "columns": "; ".join(column.label for column in table.columns),
         "measures": ", ".join(measure.label for measure in table.measures),
         "calibration": table.dataset,
+        "cost": table.cost,
     }
     return "\n".join(f"{key:<13}{words}" for key, words in lines.items())
 

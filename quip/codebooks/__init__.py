@@ -10,14 +10,14 @@ from quip.codebooks.names import CODEBOOKS, LATTICES
 
 if TYPE_CHECKING:
     from quip.codebooks.base import Codebook, Decoder, Groups
-    from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, around
+    from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, candidate_rhos
     from quip.codebooks.lattice import Lattice, Lattices
 
     DECODERS: dict[str, Any]  # by the name that a file gives them
 
 _HOMES = {
     **dict.fromkeys(("Codebook", "Decoder", "Groups"), "base"),
-    **dict.fromkeys(("Grids", "MinMaxGrid", "RmsGrid", "around"), "grid"),
+    **dict.fromkeys(("Grids", "MinMaxGrid", "RmsGrid", "candidate_rhos"), "grid"),
     **dict.fromkeys(("Lattice", "Lattices"), "lattice"),
 }
 
@@ -33,7 +33,7 @@ __all__ = [
     "Lattices",
     "MinMaxGrid",
     "RmsGrid",
-    "around",
+    "candidate_rhos",
 ]
 
 

@@ -1,34 +1,36 @@
-"""What a codebook is: a finite set of points, fitted to the weights it has to serve."""
+"""What a codebook is: a finite set of points, fitted to the weights it has to serve.
 
-from collections.abc import Sequence
+A codebook inherits from `Codebook`, and what a file holds of it from `Decoder`: both have defaults
+for what only some of them do faster.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Float, Int32, Integer
 from torch import Tensor
+from torch.nn.functional import linear
 
+from quip.kernels.bits import unpack
 from quip.stored import Stored
 
+Kept = tuple[Tensor, Tensor]  # codes, metrics
+Panel = Callable[..., tuple[Tensor, Sequence["Codebook"]]]  # `round_panel` of matrix/panel.py
 FITTED = {"fitted": True}  # metadata of a field that a codebook owes to the matrix, not the recipe
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`blocks` columns of codes in runs of `size` that share a codebook; the last may be short."""
+    """`columns` columns of codes in runs of `size` that share a codebook; the last may be short."""
 
-    blocks: int
+    columns: int
     size: int | None  # None: one run of all
 
     @property
     def count(self) -> int:
-        return -(-self.blocks // self.size) if self.size else 1
-
-    def spread(self, x: Shaped[Tensor, "r groups"]) -> Shaped[Tensor, "r blocks_or_1"]:
-        """What each group has, for each of its columns; one group for all stays one column."""
-        if self.size is None or self.size == 1 or self.count == 1:
-            return x
-        return x.repeat_interleave(self.size, dim=1)[:, : self.blocks]
+        return -(-self.columns // self.size) if self.size else 1
 
 
 def tiles(m: int, rows: int) -> list[int]:
@@ -45,7 +47,7 @@ def tiles(m: int, rows: int) -> list[int]:
 class Decoder(Stored, Protocol):
     """The fitted codebooks of all groups of one matrix: what turns its codes into weights.
 
-    Beside its own tensors, `layout` has the packed codes.
+    Beside its own tensors, `empty` has the packed codes.
     """
 
     @property
@@ -54,7 +56,19 @@ class Decoder(Stored, Protocol):
     @property
     def index_bits(self) -> int: ...
 
-    def decode(self, codes: Integer[Tensor, "m k"]) -> Float[Tensor, "m n"]: ...
+    def decode(self, codes: Integer[Tensor, "m k"]) -> Float[Tensor, "m n"]:
+        """W~, the weights of these codes: a row for each of theirs, n = k dim."""
+        ...
+
+    def multiply(
+        self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
+    ) -> Float[Tensor, "*batch m"]:
+        """x W~^T for packed codes, in the dtype of x; both factors are rounded to `dtype` first.
+
+        A fast form for a few vectors may compute in the dtype of x instead, rounding nothing.
+        """
+        codes = unpack(words, self.index_bits, x.shape[-1] // self.dim)
+        return linear(x.to(dtype), self.decode(codes).to(dtype)).to(x.dtype)
 
 
 @runtime_checkable
@@ -67,6 +81,11 @@ class Codebook(Protocol):
 
     Laws (tests/laws.py): decode(round(decode(c))) = decode(c); round is nearest under the
     weights h, unless the codebook says that it draws at random; tiles do not feel each other.
+
+    A code is one integer from 0 to 2^index_bits - 1, in any integer dtype that holds it. A wide
+    one, of up to 63 bits, holds what several parts of it say side by side, the first one lowest:
+    the two stages of a lattice are c_0 | c_1 << 16, in an int64 from 32 bits on. Files have room
+    for any width (kernels/bits.py); parts of more than 63 bits together are codes of fewer weights.
     """
 
     @property
@@ -90,10 +109,29 @@ class Codebook(Protocol):
         """X moved into the range that the fitted codebook covers."""
         ...
 
-    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, " d"]) -> Integer[Tensor, " m"]: ...
+    def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, " d"]) -> Integer[Tensor, " m"]:
+        """The code of the point nearest to each row of x, in sum_i h_i (x_i - w_hat_i)^2.
 
-    def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]: ...
+        A row is `dim` neighbours of one row of W, and h the weights of the errors of its columns.
+        The codebook must be fitted.
+        """
+        ...
+
+    def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]:
+        """The point of each code, `dim` weights, in the dtype of what the codebook was fitted to.
+
+        Code i may mean another point in each row of W, if the codebook was fitted row by row.
+        """
+        ...
 
     def joined(self, books: Sequence["Codebook"], groups: Groups) -> Decoder:
         """What decodes a matrix whose groups were fitted by `books`, as a file holds it."""
         ...
+
+    def panel(self, W: Float[Tensor, "m n"], *, refit: bool) -> Panel | None:
+        """A faster way to round the columns of W than a column at a time; None: there is none.
+
+        It takes what `round_panel` of matrix/panel.py takes, and returns the same. With `refit`,
+        the codebook is to be fitted to each code of it.
+        """
+        return None

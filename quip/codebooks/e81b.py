@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int8, Int32, Integer, UInt8
 from torch import Tensor
 
+from quip.kernels.lattice_points import E81B, nearest_of, points_of
+
 INDEX_BITS = 8
 DIM = 8
-CHUNK = 2**14  # vectors whose distances to all points are in memory together
 WHOLE, HALF = 113, 128  # rows of either kind
 
 
@@ -42,22 +43,19 @@ def pair_rows() -> UInt8[Tensor, "8 8 2 2"]:
     return rows
 
 
+@cache
+def tables(device: torch.device) -> E81B:
+    """What kernels/lattice_points is to know of the lattice."""
+    return E81B(points=(doubled() / 2).to(device), pairs=pair_rows().to(device))
+
+
 def decode(
     codes: Integer[Tensor, "*k"], dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "*k 8"]:
     """The points, exactly."""
-    return _on(codes.device)[codes.long()].to(dtype) / 2
+    return points_of(codes, tables(codes.device), dtype)
 
 
 def nearest(x: Float[Tensor, "m 8"]) -> Int32[Tensor, " m"]:
-    """The codes of the points nearest to x; half precision counts as float32."""
-    x = x.float() if x.dtype.itemsize < 4 else x
-    points = _on(x.device).to(x) / 2
-    norms = points.square().sum(1) / 2
-    found = [torch.addmm(-norms, y, points.T).argmax(1) for y in x.split(CHUNK)]
-    return torch.cat(found).int() if found else x.new_empty(0, dtype=torch.int32)
-
-
-@cache
-def _on(device: torch.device) -> Int8[Tensor, "256 8"]:
-    return doubled().to(device)
+    """The codes of the points nearest to x, in torch; half precision counts as float32."""
+    return nearest_of(x, tables(x.device))

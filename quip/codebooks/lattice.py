@@ -4,33 +4,35 @@ A second stage, for 3 and 4 bits, rounds what the first one left, magnified by `
 
     w_hat = scale (q_0 + q_1 / ratio),   q_0 = Q_0(w / scale),   q_1 = Q_1((w / scale - q_0) ratio)
 
-and a code is c_0 | c_1 << 16. The scale is RMS(W) / rho. e8p.py and e81b.py are the stages.
+and a code is c_0 | c_1 << 16. The scale is RMS(W) / rho. e8p.py and e81b.py are the stages, and
+kernels/lattice_points finds the nearest points.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from types import ModuleType
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
 from quip.codebooks import e8p, e81b
-from quip.codebooks.base import FITTED, Codebook, Groups
+from quip.codebooks.base import FITTED, Codebook, Decoder, Groups
 from quip.codebooks.names import DIM, LATTICES, Published
 from quip.errors import QuipError
+from quip.kernels import lattice_matvec, lattice_points
 from quip.kernels.bits import words
-from quip.kernels.lattice_points import cpu
+from quip.kernels.lattice_points import Stage
 from quip.stored import Options
 
 STAGES: dict[str, ModuleType] = {"e8p": e8p, "e81b": e81b}
-CHUNK = 2**19  # weights whose error is measured at once
 UNFITTED = torch.empty(0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lattice:
+class Lattice(Codebook):
     """A codebook with the stages of one of LATTICES, and one scale.
 
     Of several rhos, `fit` takes the one with the smallest sum of h_k |x_k - w_hat_k|^2; rounding
@@ -74,19 +76,12 @@ class Lattice:
 
     def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, " d"]) -> Integer[Tensor, " m"]:
         """c_0 | c_1 << 16."""
-        if cpu.serves(x):
-            scale, ratio = float(self.scale), self.ratio or 1.0
-            return cpu.nearest(x, self.stages, scale=scale, ratio=ratio)
-        x = x / self.scale
-        codes = e8p.nearest(x)
-        if self.ratio is None:
-            return codes
-        left = (x - e8p.decode(codes, x.dtype)) * self.ratio
-        second = STAGES[self.stages[1]].nearest(left)
-        return codes | second.to(cpu.code_dtype(self.index_bits)) << 16
+        stages = tables(self.stages, x.device)
+        return lattice_points.nearest(x, stages, scale=self.scale, ratio=self.ratio)
 
     def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]:
-        return _decode(codes[:, None], self.stages, self.ratio, self.scale[None], None)
+        stages, scales = tables(self.stages, codes.device), self.scale[None]
+        return lattice_points.decode(codes[:, None], stages, scales, group=None, ratio=self.ratio)
 
     def joined(self, books: Sequence[Codebook], groups: Groups) -> "Lattices":
         scales = [book.scale for book in books if isinstance(book, Lattice)]
@@ -101,20 +96,12 @@ class Lattice:
 
     def _error(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> float:
         """The weighted squared error of rounding X without feedback."""
-        if cpu.serves(X) and X.stride(0) == 1:  # rows would be read eight numbers at a time
-            known = {"scale": float(self.scale), "ratio": self.ratio or 1.0}
-            spans = zip(X.split(DIM, dim=1), h.split(DIM), strict=True)
-            return sum(cpu.error(x, part, self.stages, **known) for x, part in spans)
-        total = 0.0
-        for rows in X.split(max(1, CHUNK // X.shape[1])):
-            x = rows.reshape(-1, DIM)
-            error = (x - self.decode(self.round(x, h[:DIM]))).reshape(rows.shape)
-            total += float(error.square_().sum(0) @ h)
-        return total
+        stages = tables(self.stages, X.device)
+        return lattice_points.error(X, h, stages, scale=self.scale, ratio=self.ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lattices:
+class Lattices(Decoder):
     """The lattice of a matrix with the scale of each group of its columns."""
 
     name: str
@@ -130,9 +117,26 @@ class Lattices:
 
     def decode(self, codes: Integer[Tensor, "m k"]) -> Float[Tensor, "m n"]:
         """scale (q_0 + q_1 / ratio) in float32."""
-        return _decode(
-            codes, _published(self.name).stages, self.ratio, self.scale, self.groups.size
+        group = self.groups.size
+        return lattice_points.decode(
+            codes, self._stages(codes.device), self.scale, group=group, ratio=self.ratio
         )
+
+    def multiply(
+        self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
+    ) -> Float[Tensor, "*batch m"]:
+        return lattice_matvec.multiply(
+            x,
+            words,
+            self._stages(x.device),
+            self.scale,
+            group=self.groups.size,
+            ratio=self.ratio,
+            dtype=dtype,
+        )
+
+    def _stages(self, device: torch.device) -> tuple[Stage, ...]:
+        return tables(_published(self.name).stages, device)
 
     def options(self) -> Options:
         group = self.groups.size and DIM * self.groups.size
@@ -142,7 +146,7 @@ class Lattices:
         return {"scale": self.scale}
 
     @classmethod
-    def layout(
+    def empty(
         cls, m: int, n: int, *, name: str, ratio: float | None, group: int | None
     ) -> dict[str, Tensor]:
         bits = _checked(name, ratio).index_bits
@@ -170,21 +174,10 @@ class Lattices:
         return cls(name=name, ratio=ratio, scale=scale, groups=_groups(n, group))
 
 
-def _decode(
-    codes: Integer[Tensor, "m k"],
-    stages: tuple[str, ...],
-    ratio: float | None,
-    scale: Float[Tensor, " groups"],
-    group: int | None,
-) -> Float[Tensor, "m n"]:
-    """scale (q_0 + q_1 / ratio), each scale for `group` codes of a row, in its dtype."""
-    if cpu.serves(scale) and codes.device.type == "cpu":
-        return cpu.decode(codes, stages, scales=scale, group=group, ratio=ratio or 1.0)
-    points = e8p.decode(codes & 0xFFFF, scale.dtype)  # [m, k, 8]
-    if ratio is not None:
-        points += STAGES[stages[1]].decode(codes >> 16, scale.dtype).div_(ratio)
-    spread = Groups(codes.shape[1], group).spread(scale[None])  # [1, k or 1]
-    return points.mul_(spread.unsqueeze(-1)).flatten(1)
+@cache
+def tables(names: tuple[str, ...], device: torch.device) -> tuple[Stage, ...]:
+    """What kernels/lattice_points is to know of each stage."""
+    return tuple(STAGES[name].tables(device) for name in names)
 
 
 def _published(name: str) -> Published:

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import xxhash
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from quip.errors import Unavailable
+from quip.packed.files import naming_damage, opened
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -80,10 +80,11 @@ def rows_before(folder: Path, *, strict: bool) -> tuple[list[dict[str, Any]], bo
 
 def is_long_enough(folder: Path, row: Mapping[str, Any]) -> bool:
     """Whether the file has the length that its header tells."""
+    path = file_of(folder, row["name"])
     try:
-        with safe_open(file_of(folder, row["name"]), framework="pt"):
+        with opened(path, f"{path} is damaged", RESUME):
             return True
-    except (SafetensorError, OSError):
+    except Unavailable:
         return False
 
 
@@ -98,10 +99,8 @@ def is_whole(folder: Path, row: Mapping[str, Any]) -> bool:
 def read_tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     """A file's tensors. Raises Unavailable, naming the remedy, unless its hash is the digest."""
     path = file_of(folder, name)
-    try:
+    with naming_damage(f"{path} is damaged", RESUME):
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise Unavailable(f"{path} is damaged ({error}); {RESUME}") from error
     if digest_of(tensors) != digest:
         raise Unavailable(
             f"{path} is damaged (its hash is not the manifest's); remove it, and {RESUME}"

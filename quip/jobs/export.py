@@ -12,6 +12,7 @@ from quip.errors import NonFinite, QuipError, UsageError
 from quip.files import check_new, new_folder
 from quip.model.load import LoadedModel, load_model
 from quip.packed.checkpoint import SHARD, check_folder, to_dense
+from quip.packed.files import weight_bytes
 from quip.packed.quip_sharp.read import GENERATION
 from quip.packed.quip_sharp.write import published_config, published_tensors
 
@@ -35,7 +36,7 @@ def export_dense(
     with new_folder(out, overwrite=overwrite) as partial:
         model.save_pretrained(partial, max_shard_size=SHARD)
         loaded.tokenizer.save_pretrained(partial)
-        return _weight_bytes(partial)
+        return weight_bytes(partial)
 
 
 def export_quip_sharp(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
@@ -60,7 +61,7 @@ def export_quip_sharp(folder: str | Path, out: str | Path, *, overwrite: bool = 
         if (folder / GENERATION).is_file():
             shutil.copy(folder / GENERATION, partial)
         loaded.tokenizer.save_pretrained(partial)
-        return _weight_bytes(partial)
+        return weight_bytes(partial)
 
 
 def _loaded(folder: Path, out: Path, *, dtype: str, overwrite: bool) -> LoadedModel:
@@ -70,10 +71,6 @@ def _loaded(folder: Path, out: Path, *, dtype: str, overwrite: bool) -> LoadedMo
         raise UsageError(f"OUT {out}: the checkpoint is in it, and would be lost; name another")
     check_folder(folder)
     return load_model(os.path.join(".", folder), dtype=dtype)  # ./demo is a folder, demo is not
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def _check_range(model: nn.Module) -> None:

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from quip.data import TokenSet
 from quip.data.hessians import HessianStore
-from quip.matrix.recipe import Recipe, describe
+from quip.matrix.recipe import Recipe
 from quip.model.load import LoadedModel
+from quip.model.plan import Plan, described
 from quip.model.records import versions
 from quip.model.tune import BlockTuning
 
@@ -21,7 +22,7 @@ Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matri
 def fingerprint_of(
     loaded: LoadedModel,
     source: Source,
-    recipe: Recipe | None,
+    how: Recipe | Plan | None,
     tuning: BlockTuning | None = None,
     *,
     seed: int,
@@ -30,7 +31,7 @@ def fingerprint_of(
     """All that the codes of a run depend on, fit for JSON; what is short comes first."""
     found = versions()
     return {
-        "recipe": recipe and describe(recipe),
+        **described(how),
         "tuning": tuning and asdict(tuning),
         "seed": seed,
         "dtype": loaded.dtype_name,

@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ from quip.model.device import choose_device
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights, find_blocks
-from quip.model.quantize import quantize_matrix_by_matrix
-from quip.model.records import Stopwatch, versions
+from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.records import versions
 from quip.model.walk import batch_size_for, walk
 
 log = logging.getLogger(__name__)
@@ -127,21 +128,15 @@ def _collect(
     if asked.recipe is None:
         _observe(loaded, tokens, writer, ledger, device)
         return
-
-    def observed(block: int, hessians: Mapping[str, Hessian]) -> None:
-        _keep(writer, block, hessians)
-
-    for _ in quantize_matrix_by_matrix(
-        loaded.model,
-        tokens.ids,
-        asked.recipe,
-        device=device,
+    run = Run(
+        recipe=asked.recipe,
         seed=asked.seed,
-        watch=Stopwatch(),
+        device=device,
         batch_size=batch_size_for(tokens.seqlen),
         ledger=ledger,
-        observed=observed,
-    ):
+        observed=partial(_keep, writer),
+    )
+    for _ in quantize_matrix_by_matrix(loaded.model, tokens.ids, run):
         pass  # the matrix is in its place, for the blocks after it to feel
 
 

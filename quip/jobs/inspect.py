@@ -10,16 +10,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from quip.errors import QuipError, Unavailable
+from quip.errors import QuipError, Unavailable, one_line
 from quip.evaluate.memory import module_bytes
 from quip.model.records import MatrixRecord
-from quip.packed.checkpoint import check_folder
-from quip.packed.hub import FORMAT, QuipConfig, QuipQuantizer
-from quip.packed.layout import DAMAGED, Layout
+from quip.packed.checkpoint import check_folder, skeleton
+from quip.packed.files import DAMAGED, header, weight_files
+from quip.packed.hub import QuipConfig, QuipQuantizer
+from quip.packed.layout import Layout
 from quip.packed.linear import QuantizedLinear, quantized_layers
 
 WORST = 10  # matrices that are named
@@ -38,11 +38,14 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     check_folder(folder)
-    files = _files(folder)
-    model = _skeleton(folder, files)
+    try:
+        files = weight_files(folder)
+        model = _skeleton(folder, files)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
     layers, layout = quantized_layers(model), Layout.of(model)
-    headers = [_header(path) for path in files]
-    sizes = {name: n for sizes, _ in headers for name, n in sizes.items()}
+    sizes = {name: held.nbytes for path in files for name, held in header(path).items()}
+    file_bytes = sum(path.stat().st_size for path in files)
     kinds = _bytes_by_kind(sizes, layers, layout)
     stored = sum(n for kind, n in kinds.items() if kind not in ("bias", "other"))
     quantized = sum(layer.out_features * layer.in_features for layer in layers.values())
@@ -52,8 +55,8 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "folder": str(folder),
         "architecture": _architecture(model.config),
         **_of_run(folder),
-        "format": FORMAT,
-        **layout.spec.to_json(),
+        "format": layout.format,
+        **_specifications(layout, layers),
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantized_matrices": len(layout.names),
         "quantized_weights": quantized,
@@ -61,8 +64,8 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "bits_per_weight": 8 * stored / quantized,
         "bits_per_weight_of_all": 8 * sum(kinds.values()) / weights,
         "files": len(files),
-        "file_bytes": sum(path.stat().st_size for path in files),
-        "header_bytes": sum(length for _, length in headers),
+        "file_bytes": file_bytes,
+        "header_bytes": file_bytes - sum(sizes.values()),
         "bytes_by_kind": kinds,
         "memory_bytes": module_bytes(body),
         "dense_bytes": 2 * weights,
@@ -81,53 +84,34 @@ def matrix_records(folder: str | Path) -> list[MatrixRecord]:
     return records
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files that from_pretrained reads."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    names = {single.name}
-    if not single.exists() and index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Unavailable(
-                f"{folder}: {index.name} cannot be read ({_line(error)}); {DAMAGED}"
-            ) from error
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise Unavailable(f"{folder}: there is no {name}; {DAMAGED}")
-    return [folder / name for name in sorted(names)]
-
-
 def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     """The model with room for its packed matrices, on the meta device, which the files do fit."""
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype, trust_remote_code=False
-            )
-    except Exception as error:  # the loaders underneath raise no common class
-        raise Unavailable(
-            f"{folder}: its config.json makes no model ({_line(error)}); {DAMAGED}"
-        ) from error
-    try:
-        quantizer = QuipQuantizer(QuipConfig(**config.quantization_config))
-        quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
-    except QuipError as error:
-        raise type(error)(f"{folder}: {error}") from error
+    model = skeleton(folder)
+    quantizer = QuipQuantizer(QuipConfig(**model.config.quantization_config))
+    quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
     if not quantized_layers(model):
-        raise Unavailable(f"{folder}: its config.json names no quantized matrix; {DAMAGED}")
+        raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
     return model
 
 
-def _header(path: Path) -> tuple[dict[str, int], int]:
-    """The bytes of each tensor of a file known to be sound, and of what stands before them all."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    entries.pop("__metadata__", None)
-    offsets = {name: entry["data_offsets"] for name, entry in entries.items()}
-    return {name: end - start for name, (start, end) in offsets.items()}, 8 + length
+def _specifications(layout: Layout, layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
+    """What the matrices are; where they are of several specifications, how many are of each."""
+    if len(layout.specs) == 1:
+        return layout.specs[0].to_json()
+    rows = []
+    for spec in layout.specs:
+        own = [layer for layer in layers.values() if layer.spec == spec]
+        weights = sum(layer.out_features * layer.in_features for layer in own)
+        stored = sum(tensor.nbytes for layer in own for tensor in layer.stored().values())
+        rows.append(
+            {
+                **spec.to_json(),
+                "quantized_matrices": len(layout.only(spec).names),
+                "quantized_weights": weights,
+                "bits_per_weight": 8 * stored / weights,
+            }
+        )
+    return {"specs": rows}
 
 
 def _bytes_by_kind(
@@ -185,7 +169,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], list[MatrixRecord]]:
         run = json.loads(path.read_text(), parse_constant=str)
         return _known(run), [_record(matrix) for matrix in run.get("matrices") or []]
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise Unavailable(f"{path} is damaged ({_line(error)})") from error
+        raise Unavailable(f"{path} is damaged ({one_line(error)})") from error
 
 
 def _known(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +214,3 @@ def _plain(value: Any) -> float | str | None:
     if value is None:
         return None
     return float(value) if math.isfinite(float(value)) else str(float(value))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

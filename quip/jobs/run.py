@@ -19,14 +19,15 @@ from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
-from quip.matrix.recipe import Recipe, describe
+from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device, device_name
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights
-from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
+from quip.model.plan import Plan, described
+from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
-from quip.model.tune import BlockTuning, TuningRecord
+from quip.model.tune import BlockTuning
 from quip.model.walk import batch_size_for
 from quip.packed.checkpoint import check_replaced
 
@@ -39,7 +40,7 @@ class Experiment:
 
     model: str
     dataset: str | None  # None: that of the store
-    recipe: Recipe | None  # None evaluates the model as it is
+    recipe: Recipe | Plan | None  # of all matrices, or of each; None: the model as it is
     tuning: BlockTuning | None = None  # of each block, while it is quantized
     hessians: Path | None = None  # a store of them, instead of calibration
     load: str | None = None  # a checkpoint of the model, evaluated in its place
@@ -72,7 +73,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     folder, device = _check(e)
     with watch("load"):
         loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
-        kept = check_quantizable(loaded.model, loaded.name).kept if e.recipe else ()
+        kept = _kept(e.recipe, loaded) if e.recipe else ()
         check_weights(loaded.model)
     with watch("data"):
         source = _source(e, loaded) if e.recipe else None
@@ -143,6 +144,13 @@ def _check(e: Experiment) -> tuple[RunFolder | None, str]:
     return folder, device
 
 
+def _kept(recipe: Recipe | Plan, loaded: LoadedModel) -> tuple[str, ...]:
+    """The matrices that are not quantized, once it is known that all others have a recipe."""
+    found = check_quantizable(loaded.model, loaded.name)
+    Plan.of(recipe).recipes(found.quantized)
+    return found.kept
+
+
 def _source(e: Experiment, loaded: LoadedModel) -> Source:
     if e.hessians:
         return fitting_store(e.hessians, loaded)
@@ -198,7 +206,7 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
         "hessians": e.hessians and str(e.hessians),
         "method": e.method,
         "flags": dict(e.flags),
-        "recipe": e.recipe and describe(e.recipe),
+        **described(e.recipe),
         "tuning": e.tuning and asdict(e.tuning),
         "seed": e.seed,
         "device": device_name(device),
@@ -209,39 +217,33 @@ def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
 
 def _quantize(
     e: Experiment,
-    recipe: Recipe,
+    recipe: Recipe | Plan,
     source: Source,
     loaded: LoadedModel,
     report: Report,
     watch: Stopwatch,
     ledger: Ledger | None,
 ) -> list[MatrixRecord]:
+    run = Run(
+        recipe=recipe,
+        seed=e.seed,
+        device=report.device,
+        batch_size=1 if isinstance(source, HessianStore) else batch_size_for(source.seqlen),
+        tuning=e.tuning,
+        ledger=ledger,
+        watch=watch,
+    )
     records: list[MatrixRecord] = []
-    tuned: list[TuningRecord] = []
-    common: dict[str, Any] = {
-        "device": report.device,
-        "seed": e.seed,
-        "watch": watch,
-        "ledger": ledger,
-    }
     if isinstance(source, HessianStore):
-        found = quantize_from_store(loaded.model, source, recipe, **common)
+        found = quantize_from_store(loaded.model, source, run)
     else:
-        found = quantize_matrix_by_matrix(
-            loaded.model,
-            source.ids,
-            recipe,
-            batch_size=batch_size_for(source.seqlen),
-            tuning=e.tuning,
-            tuned=tuned,
-            **common,
-        )
+        found = quantize_matrix_by_matrix(loaded.model, source.ids, run)
     try:
         for record in found:
             records.append(record)
     finally:
         if records:
             if e.tuning:
-                report.entries["tuned"] = [asdict(record) for record in tuned]
+                report.entries["tuned"] = [asdict(record) for record in run.tuned]
             report.save_matrices("quantized", records)
     return records

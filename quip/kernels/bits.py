@@ -20,7 +20,7 @@ from torch import Tensor
 from quip.errors import UsageError
 
 WIDTHS = (8, 4, 2, 1)
-LARGEST = 32
+LARGEST = 63  # a code is an int64 at most, and never negative
 
 
 def words(count: int, bits: int) -> int:
@@ -51,7 +51,7 @@ def pack(codes: Integer[Tensor, "*rows count"], bits: int) -> Int32[Tensor, "*ro
 def unpack(
     packed: Int32[Tensor, "*rows words"], bits: int, count: int
 ) -> Integer[Tensor, "*rows count"]:
-    """The codes: uint8 up to 8 bits, int32 up to 31, int64 for 32."""
+    """The codes: uint8 up to 8 bits, int32 up to 31, int64 beyond."""
     row, codes, start = packed.contiguous().view(torch.uint8), None, 0
     for width, low in _planes(bits):
         size = _plane_bytes(count, width)

@@ -142,9 +142,9 @@ def _min_max(**options: Any) -> "MinMaxGrid":
 
 def _rms(*, bits: int, unbiased: bool, rhos: tuple[float, ...]) -> "RmsGrid":
     """Without rhos: of ten the best at each fit."""
-    from quip.codebooks import RmsGrid, around
+    from quip.codebooks import RmsGrid, candidate_rhos
 
-    return RmsGrid(bits=bits, unbiased=unbiased, rhos=rhos or around(bits))
+    return RmsGrid(bits=bits, unbiased=unbiased, rhos=rhos or candidate_rhos(bits))
 
 
 def _lattice(**options: Any) -> "Lattice":

@@ -44,6 +44,12 @@ class Hessian:
         lower = (self._lower.tril() / self.count).float().double()
         return lower + lower.tril(-1).T
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the diagonal of `value` is, as it is where every input was."""
+        diagonal = self._lower.diagonal() / self.count
+        return bool(diagonal.float().isfinite().all())  # rounded, as `value` is
+
     def mean(self) -> Float[Tensor, " n"]:
         """E[x] in float64. At least one token must have been seen."""
         return self._sum / self.count

@@ -1,4 +1,4 @@
-"""The walk itself: blocks in order, each fed by whatever the blocks before it have become."""
+"""A decoder block while it is walked over, and the hidden states that enter it."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from quip.errors import UnsupportedModel
 from quip.matrix.hessian import Hessian
 from quip.model.calls import Call
+from quip.model.matrices import Matrix
 from quip.model.observe import Observer
 
 
@@ -19,13 +20,14 @@ class BlockModule:
     def __init__(self, index: int, name: str, module: nn.Module, *, device: torch.device) -> None:
         self.index, self.name, self.module, self._device = index, name, module, device
 
-    def linears(self) -> dict[str, nn.Linear]:
+    def matrices(self) -> dict[str, Matrix]:
         """Full dotted name -> matrix, for every nn.Linear that has not been replaced."""
-        return {
-            f"{self.name}.{name}": module
+        found = (
+            Matrix(f"{self.name}.{name}", module)
             for name, module in self.module.named_modules()
             if isinstance(module, nn.Linear)
-        }
+        )
+        return {matrix.name: matrix for matrix in found}
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module where the matrix of this full dotted name is."""
@@ -61,10 +63,10 @@ class Block(BlockModule):
         object. Raises NonFinite or UnsupportedModel, naming the matrix, where inputs are NaN
         or infinite, and where a matrix never ran.
         """
-        observer, linears = Observer(), self.linears()
+        observer, matrices = Observer(), self.matrices()
         hooks = [
-            linear.register_forward_pre_hook(partial(observer.see, name), with_kwargs=True)
-            for name, linear in linears.items()
+            matrix.module.register_forward_pre_hook(partial(observer.see, name), with_kwargs=True)
+            for name, matrix in matrices.items()
         ]
         try:
             for _ in self.run():
@@ -72,7 +74,7 @@ class Block(BlockModule):
         finally:
             for hook in hooks:
                 hook.remove()
-        return observer.hessians(linears)
+        return observer.hessians(matrices)
 
     @torch.no_grad()
     def replay(self) -> None:

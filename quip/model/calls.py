@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quip.errors import UnsupportedModel
+from quip.model.device import resident
 from quip.model.matrices import find_blocks
 
 # What can be kept and handed to a block again. Anything else may be state that blocks share.
@@ -166,10 +167,8 @@ def _rest_of_output(
     recorder = _Recorder(stop=0)
     recorder.run(model, blocks, ids)
     (call,), block, host = recorder.calls, blocks[0], recorder.entering.device
-    try:
-        output = call.run(block.to(device), recorder.entering.to(device), call.on(device, {}))
-    finally:
-        block.to(host)
+    with resident(block, device, home=host):
+        output = call.run(block, recorder.entering.to(device), call.on(device, {}))
     if isinstance(output, Tensor):
         return None
     if isinstance(output, tuple) and isinstance(output[0], Tensor):

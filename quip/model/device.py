@@ -30,11 +30,21 @@ def device_name(device: str) -> str:
 
 
 @contextmanager
+def resident(
+    block: nn.Module, device: torch.device | str, *, home: torch.device
+) -> Iterator[nn.Module]:
+    """The block is on the device inside the `with`, and then at home (usually the host).
+
+    The one place that moves blocks: of a model that is walked over, one is on the device at a time.
+    """
+    try:
+        yield block.to(device)
+    finally:
+        block.to(home)
+
+
+@contextmanager
 def placed(model: nn.Module, device: torch.device | str) -> Iterator[None]:
     """The model is on the device inside the block, then back where it was."""
-    home = next(model.parameters()).device
-    try:
-        model.to(device)
+    with resident(model, device, home=next(model.parameters()).device):
         yield
-    finally:
-        model.to(home)

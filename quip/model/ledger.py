@@ -13,22 +13,21 @@ matrices are there, makes up for them.
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quip.errors import Unavailable, UsageError
+from quip.errors import UsageError
 from quip.files import replacing, writing
 from quip.model.block import BlockModule
 from quip.model.records import MatrixRecord
 from quip.model.tune import TuningRecord
+from quip.packed.files import naming_damage, opened
 from quip.packed.layout import Layout
 
 log = logging.getLogger(__name__)
@@ -112,7 +111,7 @@ class Ledger:
         """The last block whose hidden states are known, without reading these."""
         if not self._hidden.exists():
             return 0
-        with _opened(self._hidden) as file:
+        with opened(self._hidden, *_damaged(self._hidden)) as file:
             return int(file.metadata()["block"])
 
     def hidden(self) -> tuple[int, Tensor | None]:
@@ -153,25 +152,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with _opened(path) as file:
+    with opened(path, *_damaged(path)) as file:
         return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with naming_damage(*_damaged(path)):
         return json.loads(path.read_text())
-    except (ValueError, OSError) as error:
-        raise _damaged(path, error) from error
 
 
-def _damaged(path: Path, error: Exception) -> Unavailable:
-    return Unavailable(f"{path} is damaged ({error}); start over with --overwrite")
+def _damaged(path: Path) -> tuple[str, str]:
+    """How a damaged file is called, and what to do about it."""
+    return f"{path} is damaged", "start over with --overwrite"

@@ -17,16 +17,14 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GgufConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
-from quip.packed.checkpoint import refuse_gaps
+from quip.errors import Unavailable, UnsupportedModel, UsageError
+from quip.packed.checkpoint import read_model, read_tokenizer
 from quip.packed.hub import METHOD
 
 DTYPES = {
@@ -206,13 +204,9 @@ def _max_length(config: PretrainedConfig) -> int:
 def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
     remedy = "add the tokenizer's files (tokenizer.json) to the model's"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.where, **source.keywords)
+        return read_tokenizer(source.where, gguf_file=source.gguf)
     except Exception as error:
         raise Unavailable(f"{name}: no usable tokenizer: {_reason(error)}; {remedy}") from error
-    # Where no files are found, transformers may return a tokenizer with an empty vocabulary.
-    if not tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]:
-        raise Unavailable(f"{name}: no usable tokenizer: its vocabulary is empty; {remedy}")
-    return tokenizer
 
 
 def _weights(
@@ -221,20 +215,16 @@ def _weights(
     keywords = source.keywords
     if source.gguf is not None:
         keywords["quantization_config"] = GgufConfig(dequantize=True)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.where, config=config, dtype=dtype, output_loading_info=True, **keywords
-        )
-    except QuipError as error:
-        raise type(error)(f"{name}: {error}") from error
-    except Exception as error:
-        raise Unavailable(
-            f"{name}: its weights cannot be read: {_reason(error)}; "
-            "download it again, or save it anew"
-        ) from error
-    model, info = loaded
-    refuse_gaps(name, info)
-    return model.eval().requires_grad_(False)
+    return read_model(
+        name,
+        source.where,
+        lambda error: (
+            f"its weights cannot be read: {_reason(error)}; download it again, or save it anew"
+        ),
+        config=config,
+        dtype=dtype,
+        **keywords,
+    )
 
 
 def _reason(error: Exception) -> str:

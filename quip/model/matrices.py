@@ -1,8 +1,9 @@
-"""Where a model's blocks are, and whether a walk over them would miss any matrix."""
+"""Where a model's blocks and matrices are, and whether a walk over them would miss any."""
 
 from dataclasses import dataclass
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from quip.errors import NonFinite, UnsupportedModel
 from quip.packed.linear import quantized_layers
@@ -36,6 +37,37 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"({', '.join(sorted(classes))}); only blocks of one class can be walked"
         )
     return longest[0], lists[longest[0]]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a model: of a module or, where that holds several, one of them."""
+
+    name: str  # full and dotted, without `.weight`
+    module: nn.Module  # with a weight, and perhaps a bias
+    index: int | None = None  # along the first axis of these; None: they are one matrix's
+
+    @property
+    def weight(self) -> Float[Tensor, "m n"]:
+        return self._own(self.module.get_parameter("weight"))
+
+    @property
+    def bias(self) -> Float[Tensor, " m"] | None:
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else self._own(bias)
+
+    @property
+    def rows(self) -> int:
+        """The number of outputs."""
+        return self.weight.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """The number of inputs."""
+        return self.weight.shape[1]
+
+    def _own(self, held: Tensor) -> Tensor:
+        return held if self.index is None else held[self.index]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +108,15 @@ def coverage(model: nn.Module) -> Coverage:
     return Coverage(quantized=tuple(quantized), kept=tuple(kept))
 
 
+def covered(model: nn.Module) -> tuple[Matrix, ...]:
+    """The matrices that a walk quantizes, in the order of the model. Raises as `coverage` does."""
+    names = coverage(model).quantized
+    return tuple(Matrix(name, model.get_submodule(name)) for name in names)
+
+
 def widths(model: nn.Module) -> dict[str, int]:
     """The number of inputs of each matrix that a walk quantizes. Raises as `coverage` does."""
-    names = coverage(model).quantized
-    return {name: model.get_parameter(f"{name}.weight").shape[1] for name in names}
+    return {matrix.name: matrix.columns for matrix in covered(model)}
 
 
 def _obstacle(model: nn.Module, name: str, holders: list[str]) -> str | None:

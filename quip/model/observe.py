@@ -55,7 +55,7 @@ class Observer:
                     "ones; only matrices that run once per pass can be walked"
                 )
         for name, hessian in self._sums.items():
-            if not hessian.value().diagonal().isfinite().all():
+            if not hessian.is_finite:
                 raise NonFinite(
                     f"{name}: NaN or infinity among its inputs on the calibration tokens; "
                     "load the model as float32, or check its weights"

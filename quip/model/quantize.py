@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -11,161 +11,153 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip.data.hessians import HessianStore, StoredInput
+from quip.errors import UsageError
 from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
 from quip.model.ledger import Ledger
-from quip.model.matrices import coverage, find_blocks, widths
+from quip.model.matrices import covered, find_blocks, widths
+from quip.model.plan import Plan
 from quip.model.records import MatrixRecord, Stopwatch
-from quip.model.siblings import quantize_group
+from quip.model.siblings import quantize_siblings
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
 from quip.model.walk import standing, walk
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What all blocks of a run have in common."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How the matrices of a model are quantized, and what is told of it on the way.
 
-    recipe: Recipe
+    With a ledger, finished blocks are written down; those that it holds already are taken from it
+    instead of being quantized again, and come out bitwise the same. With `tuning`, what is left of
+    a block is tuned after each group of matrices but the last, and what that comes to is added to
+    `tuned`. `observed` is shown the Hessians of each block before it is touched.
+    """
+
+    recipe: Recipe | Plan  # of all matrices, or of each
     seed: int
-    watch: Stopwatch
+    device: torch.device | str
+    batch_size: int = 1  # windows that pass through a block together
+    tuning: BlockTuning | None = None
+    ledger: Ledger | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    tuned: list[TuningRecord] = field(default_factory=list)
+    observed: Callable[[int, Mapping[str, Hessian]], None] = lambda _block, _hessians: None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A run on a model: the recipe of each matrix, and a bar of those that are done."""
+
+    run: Run
+    recipes: dict[str, Recipe]
     bar: tqdm
-    ledger: Ledger | None
-    tuning: BlockTuning | None
-    tuned: list[TuningRecord]
-    observed: Callable[[int, Mapping[str, Hessian]], None]
 
 
 def quantize_model(
     model: nn.Module,
     tokens: Int[Tensor, "count seqlen"],
-    recipe: Recipe,
+    recipe: Recipe | Plan,
     *,
     device: torch.device | str,
     seed: int,
     batch_size: int = 1,
     tuning: BlockTuning | None = None,
 ) -> list[MatrixRecord]:
-    """Quantize every matrix of the model's blocks in place, first block to last.
+    """Quantize every matrix of the model's blocks in place, by the recipe or as the plan says.
 
-    Each block sees the calibration tokens as the quantized blocks before it pass them on; the
-    second moments of a block come from one pass before any of its own matrices is touched. With
-    `tuning`, what is left of a block is tuned after each group of matrices but the last.
+    First block to last: each block sees the calibration tokens as the quantized blocks before it
+    pass them on; the second moments of a block come from one pass before any of its own matrices is
+    touched. With `tuning`, what is left of a block is tuned after each group of matrices but the
+    last. Raises UsageError, before anything runs, where a recipe cannot do a matrix and where the
+    plan does not fit the model's names.
     """
-    return list(
-        quantize_matrix_by_matrix(
-            model,
-            tokens,
-            recipe,
-            device=device,
-            seed=seed,
-            watch=Stopwatch(),
-            batch_size=batch_size,
-            tuning=tuning,
-        )
-    )
+    run = Run(recipe=recipe, seed=seed, device=device, batch_size=batch_size, tuning=tuning)
+    return list(quantize_matrix_by_matrix(model, tokens, run))
 
 
 def quantize_matrix_by_matrix(
-    model: nn.Module,
-    tokens: Int[Tensor, "count seqlen"],
-    recipe: Recipe,
-    *,
-    device: torch.device | str,
-    seed: int,
-    watch: Stopwatch,
-    batch_size: int = 1,
-    ledger: Ledger | None = None,
-    tuning: BlockTuning | None = None,
-    tuned: list[TuningRecord] | None = None,
-    observed: Callable[[int, Mapping[str, Hessian]], None] = lambda _block, _hessians: None,
+    model: nn.Module, tokens: Int[Tensor, "count seqlen"], run: Run
 ) -> Iterator[MatrixRecord]:
     """`quantize_model`, which yields each record as soon as its matrix is in place.
 
-    With a ledger, finished blocks are written down; those that it holds already are taken
-    from it instead of being quantized again, and come out bitwise the same. What tuning comes to
-    is added to `tuned`. `observed` is shown the Hessians of each block before it is touched.
     Stages counted in `watch`: replay, observe, quantize, tune, keep.
     """
-    matrices, count = _checked(model, recipe), len(find_blocks(model)[1])
+    recipes, count = _recipes(model, run), len(find_blocks(model)[1])
+    ledger, tuning, batch_size = run.ledger, run.tuning, run.batch_size
     if tuning:  # whose steps and held-out windows are made of the walk's batches
         batch_size = min(batch_size, tuning.batch_size, tuning.held(len(tokens)))
-    with _bar(matrices) as bar:
-        tuned = [] if tuned is None else tuned
-        run = _Run(recipe, seed, watch, bar, ledger, tuning, tuned, observed)
+    with _bar(recipes) as bar:
+        work = _Work(run, recipes, bar)
         start, hidden = _take_up(ledger, count)
         for index in range(start):
-            yield from _restore(run, index, model)
+            yield from _restore(index, model, work)
         blocks = walk(
-            model, tokens, device=device, batch_size=batch_size, start=start, hidden=hidden
+            model, tokens, device=run.device, batch_size=batch_size, start=start, hidden=hidden
         )
-        for block in watch.each("replay", blocks if start < count else ()):
+        for block in run.watch.each("replay", blocks if start < count else ()):
             bar.set_description(block.name)
             if ledger and block.index > start:
-                with watch("keep"):
+                with run.watch("keep"):
                     ledger.keep_hidden(block.index, block.hidden)
             if ledger and ledger.has(block.index):
-                yield from _restore(run, block.index, model)
+                yield from _restore(block.index, model, work)
             else:
-                yield from _report_and_keep(block, _quantize_block(block, run), run)
+                yield from _report_and_keep(block, _quantize_block(block, work), work)
     if ledger:
         ledger.forget_hidden()
 
 
-def quantize_from_store(
-    model: nn.Module,
-    store: HessianStore,
-    recipe: Recipe,
-    *,
-    device: torch.device | str,
-    seed: int,
-    watch: Stopwatch,
-    ledger: Ledger | None = None,
-) -> Iterator[MatrixRecord]:
+def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iterator[MatrixRecord]:
     """Quantize every matrix of the model's blocks in place, by second moments from a store.
 
     Nothing passes through the model: blocks do not depend on each other, and each input is read
-    once. One H is in memory at a time. Stages counted in `watch`: read, quantize, keep.
+    once. One H is in memory at a time. Stages counted in `watch`: read, quantize, keep. Raises
+    UsageError for tuning, which needs activations.
     """
+    if run.tuning:
+        raise UsageError("tuning needs activations, of which a store has only the second moments")
     store.check(widths(model))
-    with _bar(_checked(model, recipe)) as bar:
-        run = _Run(recipe, seed, watch, bar, ledger, None, [], lambda _block, _hessians: None)
+    recipes = _recipes(model, run)
+    with _bar(recipes) as bar:
+        work = _Work(run, recipes, bar)
         inputs = {
             index: list(found) for index, found in groupby(store.inputs, lambda one: one.block)
         }
-        for block in standing(model, device=device):
+        for block in standing(model, device=run.device):
             bar.set_description(block.name)
-            if ledger and ledger.has(block.index):
-                yield from _restore(run, block.index, model)
+            if run.ledger and run.ledger.has(block.index):
+                yield from _restore(block.index, model, work)
                 continue
-            found = _quantize_by(store, inputs.get(block.index, []), block, run)
-            yield from _report_and_keep(block, found, run)
+            found = _quantize_by(store, inputs.get(block.index, []), block, work)
+            yield from _report_and_keep(block, found, work)
 
 
 def _quantize_by(
-    store: HessianStore, inputs: list[StoredInput], block: BlockModule, run: _Run
+    store: HessianStore, inputs: list[StoredInput], block: BlockModule, work: _Work
 ) -> Iterator[MatrixRecord]:
+    watch = work.run.watch
     for one in inputs:
-        with run.watch("read"):
+        with watch("read"):
             H = store.read(one.name).H.to(next(block.module.parameters()).device)
-        found = quantize_group(block, one.matrices, H, run.recipe, run.seed)
-        yield from run.watch.each("quantize", found)
+        found = quantize_siblings(block, one.matrices, H, work.recipes, work.run.seed)
+        yield from watch.each("quantize", found)
 
 
-def _checked(model: nn.Module, recipe: Recipe) -> tuple[str, ...]:
-    """The matrices to quantize, all of which the recipe can do."""
-    names = coverage(model).quantized
-    for name in names:
-        m, n = model.get_parameter(f"{name}.weight").shape
-        recipe.check(m, n, name)
-    return names
+def _recipes(model: nn.Module, run: Run) -> dict[str, Recipe]:
+    """The recipe of each matrix to quantize, which it can do."""
+    matrices = covered(model)
+    recipes = Plan.of(run.recipe).recipes(matrix.name for matrix in matrices)
+    for matrix in matrices:
+        recipes[matrix.name].check(matrix.rows, matrix.columns, matrix.name)
+    return recipes
 
 
-def _bar(matrices: tuple[str, ...]) -> tqdm:
+def _bar(recipes: Mapping[str, Recipe]) -> tqdm:
     # disable=None: a bar on a terminal only.
-    return tqdm(total=len(matrices), unit="matrix", dynamic_ncols=True, disable=None)
+    return tqdm(total=len(recipes), unit="matrix", dynamic_ncols=True, disable=None)
 
 
 def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
@@ -177,21 +169,22 @@ def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
     return ledger.hidden()
 
 
-def _restore(run: _Run, index: int, model: nn.Module) -> Iterator[MatrixRecord]:
-    assert run.ledger is not None
-    records, tuned = run.ledger.restore(index, model)
+def _restore(index: int, model: nn.Module, work: _Work) -> Iterator[MatrixRecord]:
+    assert work.run.ledger is not None
+    records, tuned = work.run.ledger.restore(index, model)
     log.info("block %d: %d matrices taken from the run before", index, len(records))
-    run.bar.update(len(records))
-    run.tuned.extend(tuned)
+    work.bar.update(len(records))
+    work.run.tuned.extend(tuned)
     yield from records
 
 
 def _report_and_keep(
-    block: BlockModule, found: Iterator[MatrixRecord], run: _Run
+    block: BlockModule, found: Iterator[MatrixRecord], work: _Work
 ) -> Iterator[MatrixRecord]:
+    run = work.run
     records, known = [], len(run.tuned)
     for record in found:
-        _report(record, run.recipe, run.bar)
+        _report(record, work.recipes[record.name].damp, work.bar)
         records.append(record)
         yield record
     if run.ledger:
@@ -199,8 +192,8 @@ def _report_and_keep(
             run.ledger.keep(block, records, run.tuned[known:])
 
 
-def _quantize_block(block: Block, run: _Run) -> Iterator[MatrixRecord]:
-    watch, tuner = run.watch, None
+def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
+    run, watch, tuner = work.run, work.run.watch, None
     if run.tuning:
         with watch("tune"):
             tuner = BlockTuner(block, run.tuning, seed=run.seed)
@@ -210,20 +203,20 @@ def _quantize_block(block: Block, run: _Run) -> Iterator[MatrixRecord]:
     groups = sharing(hessians)
     for names in groups:
         H = hessians[names[0]].value()
-        found = quantize_group(block, names, H, run.recipe, run.seed)
+        found = quantize_siblings(block, names, H, work.recipes, run.seed)
         yield from watch.each("quantize", found)
         if tuner and names is not groups[-1]:  # after which no matrix is left to tune
             with watch("tune"):
                 run.tuned.append(tuner.tune(names))
-            run.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
+            work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
 
 
-def _report(record: MatrixRecord, recipe: Recipe, bar: tqdm) -> None:
-    if record.damp > recipe.damp:
+def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:
+    if record.damp > damp:
         log.warning(
             "%s: not positive definite with damping %g; used %g",
             record.name,
-            recipe.damp,
+            damp,
             record.damp,
         )
     log.info(

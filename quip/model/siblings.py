@@ -4,41 +4,50 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from quip.matrix.linalg import proxy_loss
 from quip.matrix.quantize import quantize_matrices, quantize_matrix
 from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
 from quip.model.block import BlockModule
+from quip.model.matrices import Matrix
+from quip.model.plan import by_recipe
 from quip.model.records import MatrixRecord
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import Stack, StackedLinear, in_order, stacked
 
 
-def quantize_group(
-    block: BlockModule, names: Sequence[str], H: Float[Tensor, "n n"], recipe: Recipe, seed: int
+def quantize_siblings(
+    block: BlockModule,
+    names: Sequence[str],
+    H: Float[Tensor, "n n"],
+    recipes: Mapping[str, Recipe],
+    seed: int,
 ) -> Iterator[MatrixRecord]:
     """Quantize these matrices of a block, whose inputs have the second moment H, in place.
 
-    Each record comes as soon as its matrix is there; those of a stack come together.
+    Each record comes as soon as its matrix is there; those of a stack come together. Only matrices
+    of one recipe are stacked.
     """
-    linears = block.linears()
-    members = {name: linears[name] for name in names}
-    rows = sum(linear.out_features for linear in members.values())
-    if recipe.stack and len(names) > 1 and recipe.can_do(rows, len(H)):
-        yield from _quantize_stack(block, members, H, recipe, seed)
-    else:
-        yield from _quantize_each(block, members, H, recipe, seed)
+    found = block.matrices()
+    for group in by_recipe(names, recipes):
+        members, recipe = [found[name] for name in group], recipes[group[0]]
+        rows = sum(matrix.rows for matrix in members)
+        if recipe.stack and len(members) > 1 and recipe.can_do(rows, len(H)):
+            yield from _quantize_stack(block, members, H, recipe, seed)
+        else:
+            yield from _quantize_each(block, members, H, recipe, seed)
 
 
 def _quantize_each(
-    block: BlockModule, linears: Mapping[str, nn.Linear], H: Tensor, recipe: Recipe, seed: int
+    block: BlockModule, members: Sequence[Matrix], H: Tensor, recipe: Recipe, seed: int
 ) -> Iterator[MatrixRecord]:
-    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    weights = {matrix.name: matrix.weight.detach() for matrix in members}
+    biases = {matrix.name: matrix.bias for matrix in members}
     start = time.perf_counter()
     for name, quantized in quantize_matrices(weights, H, recipe, seed=seed):
-        block.replace(name, QuantizedLinear.from_matrix(quantized, linears[name].bias))
+        block.replace(name, QuantizedLinear.from_matrix(quantized, biases[name]))
         W, bits = weights[name], quantized.bits_per_weight
         loss = proxy_loss(W, quantized.dequantize(), H)
         seconds = time.perf_counter() - start
@@ -47,20 +56,21 @@ def _quantize_each(
 
 
 def _quantize_stack(
-    block: BlockModule, linears: Mapping[str, nn.Linear], H: Tensor, recipe: Recipe, seed: int
+    block: BlockModule, members: Sequence[Matrix], H: Tensor, recipe: Recipe, seed: int
 ) -> Iterator[MatrixRecord]:
-    start, linears = time.perf_counter(), {name: linears[name] for name in in_order([*linears])}
-    weights = {name: linear.weight.detach() for name, linear in linears.items()}
+    start, by_name = time.perf_counter(), {matrix.name: matrix for matrix in members}
+    members = [by_name[name] for name in in_order([*by_name])]
+    weights = {matrix.name: matrix.weight.detach() for matrix in members}
     W, scales = stacked(weights)
-    key = " ".join(linears)
+    key = " ".join(weights)
     quantized = quantize_matrix(W, H, recipe, rng=rng_for(seed, key), name=key)
     stack = Stack.of(quantized, scales, [len(W) for W in weights.values()])
-    for index, (name, linear) in enumerate(linears.items()):
-        member = StackedLinear(stack, index, linear.bias is not None, device="meta")
-        member.bias = linear.bias
-        block.replace(name, member)
+    for index, matrix in enumerate(members):
+        member = StackedLinear(stack, index, matrix.bias is not None, device="meta")
+        member.bias = matrix.bias
+        block.replace(matrix.name, member)
     parts = stack.dequantize().split(list(stack.sizes))
-    seconds = (time.perf_counter() - start) / len(linears)
+    seconds = (time.perf_counter() - start) / len(members)
     for (name, W), W_hat in zip(weights.items(), parts, strict=True):
         loss, bits = proxy_loss(W, W_hat, H), stack.bits_per_weight
         yield _record(name, block.index, W, loss, quantized.damp, bits, seconds)

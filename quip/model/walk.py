@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from quip.errors import UsageError
 from quip.model.block import Block, BlockModule
 from quip.model.calls import Call, capture
+from quip.model.device import resident
 from quip.model.matrices import coverage, find_blocks
 
 TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
@@ -32,8 +33,8 @@ def walk(
 
         for block in walk(model, tokens, device=device):
             hessians = block.observe()
-            for name, linear in block.linears().items():
-                block.replace(name, quantized(linear, hessians[name]))
+            for name, matrix in block.matrices().items():
+                block.replace(name, quantized(matrix, hessians[name]))
 
     At the end of the body the block, as it then is, turns its inputs into those of the next
     block, and returns to where the model is (usually the host). A walk that was broken off is taken
@@ -49,11 +50,11 @@ def walk(
     if hidden is not None:
         entering.copy_(hidden)
     for index, module in enumerate(blocks[start:], start):
-        try:
+        with resident(module, device, home=host):
             block = Block(
                 index,
                 f"{prefix}.{index}",
-                module.to(device),
+                module,
                 entering,
                 [batch_calls[index] for batch_calls in calls],
                 device=device,
@@ -62,8 +63,6 @@ def walk(
             yield block
             if index + 1 < len(blocks):
                 block.replay()
-        finally:
-            module.to(host)
 
 
 def _enter(
@@ -95,7 +94,5 @@ def standing(model: nn.Module, *, device: torch.device | str) -> Iterator[BlockM
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
     for index, module in enumerate(blocks):
-        try:
-            yield BlockModule(index, f"{prefix}.{index}", module.to(device), device=device)
-        finally:
-            module.to(host)
+        with resident(module, device, home=host):
+            yield BlockModule(index, f"{prefix}.{index}", module, device=device)

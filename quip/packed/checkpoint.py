@@ -6,15 +6,23 @@ whatever the run computed in. config.json says what to compute in and what the t
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line
 from quip.files import new_folder
+from quip.packed.files import DAMAGED
 from quip.packed.hub import METHOD, QuipConfig, narrowed
 from quip.packed.layout import dense
 from quip.packed.linear import quantized_layers
@@ -56,26 +64,62 @@ def load(
     """
     check_folder(folder)
     options = {} if device_map is None else {"device_map": device_map}
+    return read_model(
+        str(folder),
+        folder,
+        lambda error: f"the model cannot be read ({one_line(error)}); save or download it again",
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **options,
+    )
+
+
+def read_model(
+    name: str, where: str | Path, damage: Callable[[Exception], str], **options: Any
+) -> PreTrainedModel:
+    """What from_pretrained gives, in evaluation mode, every tensor of it read from the files.
+
+    Raises QuipError, which starts with the name of the model; `damage` says, after it, what an
+    error of the loaders underneath means, who raise no common class.
+    """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **options,
+            where, output_loading_info=True, **options
         )
     except QuipError as error:
-        raise type(error)(f"{folder}: {error}") from error
+        raise type(error)(f"{name}: {error}") from error
+    except Exception as error:
+        raise Unavailable(f"{name}: {damage(error)}") from error
+    model, info = loaded
+    refuse_gaps(name, info)
+    return model.eval().requires_grad_(False)
+
+
+def skeleton(of: PretrainedConfig | Path) -> PreTrainedModel:
+    """The model of a config, or of a folder's config.json, without content (on the meta device)."""
+    try:
+        config: Any = of
+        if isinstance(of, Path):
+            config = AutoConfig.from_pretrained(of, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=config.dtype, trust_remote_code=False
+            )
     except Exception as error:  # the loaders underneath raise no common class
         raise Unavailable(
-            f"{folder}: the model cannot be read ({' '.join(str(error).split())[:200]}); "
-            "save or download it again"
+            f"its config.json makes no model ({one_line(error)}); {DAMAGED}"
         ) from error
-    model, info = loaded
-    refuse_gaps(str(folder), info)
-    return model.eval().requires_grad_(False)
+
+
+def read_tokenizer(where: str, **options: Any) -> PreTrainedTokenizerBase:
+    """A tokenizer that knows words. Raises whatever the loaders do, and ValueError for another."""
+    tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+    # Where no files are found, transformers may return a tokenizer with an empty vocabulary.
+    if not tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]:
+        raise ValueError("its vocabulary is empty")
+    return tokenizer
 
 
 def refuse_gaps(name: str, info: Mapping[str, Any]) -> None:

@@ -5,13 +5,11 @@ wherever it says so, before the files are read. `import quip` brings this module
 transformers has its quantizers, and not before: importing them takes seconds.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -22,11 +20,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable
-from quip.packed.layout import DAMAGED, Layout, dense
+from quip.packed.files import DAMAGED, Held, header
+from quip.packed.layout import FORMATS, Layout, dense
 from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
-FORMAT = 1  # raised when a file of the new format would be misread by the old code
 DTYPES = {
     torch.int32: "I32",
     torch.float32: "F32",
@@ -41,23 +39,25 @@ class QuipConfig(QuantizationConfigMixin):
     def __init__(self, **words: Any) -> None:
         """Raises QuipError for a format or a kind of matrix that this version cannot read."""
         form = words.get("format")
-        if form != FORMAT:
-            newer = isinstance(form, int) and form > FORMAT
+        if form not in FORMATS:
+            newer = isinstance(form, int) and form > max(FORMATS)
             remedy = "upgrade quip" if newer else "its config.json is damaged; " + DAMAGED
             raise QuipError(
-                f"a checkpoint of format {form!r}, and this version of quip reads format {FORMAT}: "
-                + remedy
+                f"a checkpoint of format {form!r}, and this version of quip reads formats "
+                f"{' and '.join(map(str, FORMATS))}: {remedy}"
             )
         self.layout = Layout.from_json(words)
         self.quant_method: Any = METHOD
 
     @classmethod
     def of(cls, model: nn.Module) -> "QuipConfig":
-        """The config of a model that holds quantized matrices, all of one specification."""
-        return cls(format=FORMAT, **Layout.of(model).to_json())
+        """The config of a model that holds quantized matrices."""
+        layout = Layout.of(model)
+        return cls(format=layout.format, **layout.to_json())
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "format": FORMAT, **self.layout.to_json()}
+        words = self.layout.to_json()
+        return {"quant_method": METHOD, "format": self.layout.format, **words}
 
 
 class QuipQuantizer(HfQuantizer):
@@ -103,39 +103,28 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     transformers itself only warns of what is missing, and fills it at random. Packed matrices must
     be there; other tensors may go by older names in a file, but under their own have their shape.
     """
-    found: dict[str, tuple[list[int] | str, str]] = {}
+    found: dict[str, Held] = {}
     for file in files:
         if file.endswith(".safetensors"):
-            found |= _header(Path(file))
+            found |= header(Path(file))
     if files and not found:
         raise Unavailable(f"no safetensors among its files, and nothing else is read; {DAMAGED}")
     for name, layer in quantized_layers(model).items():
         for key, tensor in layer.stored().items():
             wanted = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"
-            shape, dtype = found.get(f"{name}.{key}", ("", "nothing"))
-            there = f"{dtype} {shape}".strip()
+            held = found.get(f"{name}.{key}")
+            there = f"{held.dtype} {list(held.shape)}" if held else "nothing"
             if there != wanted:
                 raise Unavailable(
                     f"{name}.{key}: config.json asks for {wanted}, and the files hold {there}; "
                     + DAMAGED
                 )
     for name, tensor in model.state_dict().items():
-        shape, _ = found.get(name, (list(tensor.shape), ""))
-        if shape != list(tensor.shape):
+        if name in found and found[name].shape != tuple(tensor.shape):
             raise Unavailable(
                 f"{name}: config.json asks for the shape {list(tensor.shape)}, and the files hold "
-                f"{shape}; {DAMAGED}"
+                f"{list(found[name].shape)}; {DAMAGED}"
             )
-
-
-def _header(path: Path) -> dict[str, tuple[list[int], str]]:
-    """Name -> shape and dtype of each tensor of a file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            return {name: (x.get_shape(), x.get_dtype()) for name, x in slices.items()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise Unavailable(f"{path.name} is damaged or truncated ({error}); {DAMAGED}") from error
 
 
 def narrowed(model: nn.Module) -> dict[str, Tensor]:

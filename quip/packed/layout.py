@@ -1,83 +1,141 @@
 """Which matrices of a model are quantized, and as what: enough to make room for their tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
 from quip.errors import QuipError, Unavailable
+from quip.packed.files import DAMAGED
 from quip.packed.linear import QuantizedLinear, dense_linear, quantized_layers
 from quip.packed.spec import Spec
 from quip.packed.stack import Stack, StackedLinear, stacks
 
-DAMAGED = "download or save it again"
-WORDS = {"codebook": dict, "transforms": list, "modules": list}
+FORMATS = (1, 2)  # of a file: 1 holds matrices of one specification, 2 of several
+WORDS = {"codebook": dict, "transforms": list, "modules": list}  # of each specification
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names of modules, of one specification; a stack is the names of its members."""
+    """Which modules of a model are packed, and as what; a stack is the names of its members."""
 
-    spec: Spec
-    modules: tuple[str, ...]  # quantized alone
-    stacks: tuple[tuple[str, ...], ...] = ()
+    modules: Mapping[str, Spec]  # quantized alone
+    stacks: Mapping[tuple[str, ...], Spec] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
-        """The layout of a model's quantized matrices. Raises QuipError if they are of two kinds."""
-        layers, stacked = quantized_layers(model), stacks(model)
-        spec = next(iter(layers.values())).spec
-        for name, layer in layers.items():
-            if layer.spec != spec:
-                raise QuipError(
-                    f"{name} is quantized as {layer.spec.to_json()}, other matrices as "
-                    f"{spec.to_json()}; one checkpoint holds matrices of one recipe"
-                )
-        alone = sorted(name for name, layer in layers.items() if not isinstance(layer, Stack))
-        return cls(spec, tuple(alone), tuple(sorted(map(tuple, stacked))))
+        """The layout of a model's quantized matrices."""
+        layers = sorted(quantized_layers(model).items())
+        alone = {name: layer.spec for name, layer in layers if not isinstance(layer, Stack)}
+        together = {}
+        for members in sorted(stacks(model), key=list):
+            first, *_ = members.values()
+            together[tuple(members)] = first.whole.spec
+        return cls(alone, together)
 
     @classmethod
     def from_json(cls, words: Mapping[str, Any]) -> "Layout":
-        """Raises QuipError for words that are missing, or that this version does not know."""
-        for name, kind in WORDS.items():
-            if not isinstance(words.get(name), kind):
+        """What `to_json` wrote; a `format` among the words says which of the two.
+
+        Raises QuipError for words that are missing, or that this version does not know.
+        """
+        several = words.get("format", 2 if "specs" in words else 1) == 2
+        modules: dict[str, Spec] = {}
+        stacked: dict[tuple[str, ...], Spec] = {}
+        seen: set[str] = set()
+        for part in _parts(words) if several else [words]:
+            spec, alone, together = _part(part)
+            if several and not (alone or together):
                 raise QuipError(
-                    f"the quantization_config of its config.json lacks {name!r} "
-                    f"(a {kind.__name__}); {DAMAGED}"
+                    f"its config.json has a specification that names no matrix; {DAMAGED}"
                 )
-        spec = Spec.from_json(words["codebook"], words["transforms"])
-        try:
-            stacked = tuple(tuple(map(str, names)) for names in words.get("stacks") or ())
-        except TypeError as error:
-            raise QuipError(
-                f"the 'stacks' of its config.json are {words['stacks']!r}, not lists of names; "
-                + DAMAGED
-            ) from error
-        return cls(spec, tuple(sorted(map(str, words["modules"]))), stacked)
+            modules |= dict.fromkeys(alone, spec)
+            stacked |= dict.fromkeys(together, spec)
+            for name in (*alone, *chain.from_iterable(together)):
+                if name in seen:
+                    raise QuipError(f"its config.json names the matrix {name} twice; {DAMAGED}")
+                seen.add(name)
+        return cls(modules, stacked)
 
     def to_json(self) -> dict[str, Any]:
-        words = {**self.spec.to_json(), "modules": list(self.modules)}
-        return words | ({"stacks": [list(names) for names in self.stacks]} if self.stacks else {})
+        """The words of its one specification, with names; or of several, as a list `specs`."""
+        parts = [self._words(spec) for spec in self.specs]
+        return parts[0] if self.format == 1 else {"specs": parts}
+
+    @property
+    def format(self) -> int:
+        """The format that a file of these words needs; older versions of quip read 1 only."""
+        return 1 if len(self.specs) == 1 else 2
+
+    @property
+    def specs(self) -> tuple[Spec, ...]:
+        """The distinct specifications, each where it is first met."""
+        found: list[Spec] = []
+        for spec in (*self.modules.values(), *self.stacks.values()):
+            found += [] if spec in found else [spec]
+        return tuple(found)
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all matrices, members of stacks one by one."""
-        return (*self.modules, *(name for names in self.stacks for name in names))
+        return (*self.modules, *chain.from_iterable(self.stacks))
+
+    def only(self, spec: Spec) -> "Layout":
+        """The part of it that is of this specification."""
+        return Layout(
+            {name: own for name, own in self.modules.items() if own == spec},
+            {names: own for names, own in self.stacks.items() if own == spec},
+        )
+
+    def _words(self, spec: Spec) -> dict[str, Any]:
+        own = self.only(spec)
+        words = {**spec.to_json(), "modules": list(own.modules)}
+        return words | ({"stacks": [list(names) for names in own.stacks]} if own.stacks else {})
 
     def make_room(self, model: nn.Module) -> None:
         """Put empty packed modules, on the meta device, where the model has its nn.Linear.
 
         Raises Unavailable, naming the module, where it has none.
         """
-        for name in self.modules:
-            old = _linear(model, name)
-            _replace(model, name, empty_like(old, self.spec))
-        for names in self.stacks:
-            old_ones = {name: _linear(model, name) for name in names}
-            for name, new in stack_like(old_ones, self.spec).items():
+        for name, spec in self.modules.items():
+            _replace(model, name, empty_like(_linear(model, name), spec))
+        for names, spec in self.stacks.items():
+            old = {name: _linear(model, name) for name in names}
+            for name, new in stack_like(old, spec).items():
                 _replace(model, name, new)
+
+
+def _parts(words: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The specifications of a file of format 2, each with the names of its matrices."""
+    parts = words.get("specs")
+    if not (isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts)):
+        raise QuipError(
+            "the quantization_config of its config.json lacks 'specs' (a list of "
+            f"specifications); {DAMAGED}"
+        )
+    return parts
+
+
+def _part(words: Mapping[str, Any]) -> tuple[Spec, list[str], list[tuple[str, ...]]]:
+    """A specification, the names of its modules, and those of the members of its stacks."""
+    for name, kind in WORDS.items():
+        if not isinstance(words.get(name), kind):
+            raise QuipError(
+                f"the quantization_config of its config.json lacks {name!r} "
+                f"(a {kind.__name__}); {DAMAGED}"
+            )
+    spec = Spec.from_json(words["codebook"], words["transforms"])
+    try:
+        stacked = [tuple(map(str, names)) for names in words.get("stacks") or ()]
+    except TypeError as error:
+        raise QuipError(
+            f"the 'stacks' of its config.json are {words['stacks']!r}, not lists of names; "
+            + DAMAGED
+        ) from error
+    return spec, sorted(map(str, words["modules"])), stacked
 
 
 def empty_like(old: nn.Linear, spec: Spec) -> QuantizedLinear:

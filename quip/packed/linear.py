@@ -22,7 +22,6 @@ from torch.nn.functional import linear
 
 from quip.codebooks import Decoder
 from quip.kernels.bits import unpack
-from quip.kernels.grid_matvec.cpu import multiply_for
 from quip.packed.matrix import QuantizedMatrix
 from quip.packed.spec import Spec
 from quip.transforms import Chain
@@ -54,7 +53,7 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
-        for name, tensor in spec.layout(out_features, in_features).items():
+        for name, tensor in spec.empty(out_features, in_features).items():
             self.register_buffer(name, torch.empty_like(tensor, device=device or "cpu"))
         empty_bias(self, out_features if bias else None, device, dtype)
         self._held: list[Held] = []  # the buffers that _parts was made of
@@ -90,10 +89,9 @@ class QuantizedLinear(nn.Module):
             W = transform.undo(decoder.decode(self._codes(decoder)).to(wide))
             return linear(x, (W if scales is None else W * scales[:, None]).to(x.dtype))
         x_t = transform.input(x.to(wide))
-        multiply = multiply_for(decoder, x_t)
         # A rotation may gather all of |x| in one number, beyond the range of float16.
         dtype = wide if x.dtype == torch.float16 else x.dtype
-        y = transform.output(multiply(x_t, self.codes, decoder, dtype))
+        y = transform.output(decoder.multiply(self.codes, x_t, dtype))
         return y if scales is None else y * scales
 
     def dequantize(self) -> Float[Tensor, "m n"]:

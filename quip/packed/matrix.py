@@ -31,6 +31,9 @@ class QuantizedMatrix:
 
     @property
     def bits_per_weight(self) -> float:
-        """The bits of all `tensors`, over the number of weights."""
-        stored = 8 * sum(tensor.nbytes for tensor in self.tensors().values())
-        return stored / (self.codes.numel() * self.decoder.dim)
+        """The bits of all `tensors`, whose shapes are known, over the number of weights."""
+        m, n = len(self.codes), self.codes.shape[1] * self.decoder.dim
+        stored = 0
+        for part in (self.decoder, *self.transform.links):
+            stored += sum(x.nbytes for x in type(part).empty(m, n, **part.options()).values())
+        return 8 * stored / (m * n)

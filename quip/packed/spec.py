@@ -40,7 +40,7 @@ class Spec:
                     f"{', '.join(kinds)}; upgrade quip"
                 )
             try:
-                kinds[kind].layout(8, 8, **_options(part))  # a size that all can have
+                kinds[kind].empty(8, 8, **_options(part))  # a size that all can have
             except (TypeError, RuntimeError, QuipError) as error:
                 raise QuipError(
                     f"its matrices have a {what} {dict(part)}, which this version of quip does not "
@@ -51,11 +51,11 @@ class Spec:
     def to_json(self) -> dict[str, Any]:
         return {"codebook": dict(self.codebook), "transforms": [dict(t) for t in self.transforms]}
 
-    def layout(self, m: int, n: int) -> dict[str, Tensor]:
+    def empty(self, m: int, n: int) -> dict[str, Tensor]:
         """Every tensor of an m x n matrix, on the meta device."""
-        tensors = DECODERS[self.codebook["kind"]].layout(m, n, **_options(self.codebook))
+        tensors = DECODERS[self.codebook["kind"]].empty(m, n, **_options(self.codebook))
         for part in self.transforms:
-            tensors |= TRANSFORMS[part["kind"]].layout(m, n, **_options(part))
+            tensors |= TRANSFORMS[part["kind"]].empty(m, n, **_options(part))
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor], m: int, n: int) -> tuple[Decoder, Chain]:

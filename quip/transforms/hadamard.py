@@ -35,7 +35,7 @@ class Hadamard:
         return {"signs_in": self.signs_in.to(SIGNS), "signs_out": self.signs_out.to(SIGNS)}
 
     @classmethod
-    def layout(cls, m: int, n: int, *, block: int | None) -> dict[str, Tensor]:
+    def empty(cls, m: int, n: int, *, block: int | None) -> dict[str, Tensor]:
         sizes = {"signs_in": n, "signs_out": m}
         return {k: torch.empty(size, dtype=SIGNS, device="meta") for k, size in sizes.items()}
 

@@ -8,9 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.stored import Options
-from quip.transforms.rotation import STORED, Rotation
+from quip.transforms.rotation import FILE_DTYPE, Rotation
 
-ROTATIONS = {"factors": STORED, "permutations": torch.int32}
+TENSORS = {"factors": FILE_DTYPE, "permutations": torch.int32}
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Kronecker:
     def tensors(self) -> dict[str, Tensor]:
         pairs = zip(self.R_in.stored(), self.R_out.stored(), strict=True)
         parts = [torch.cat(pair) for pair in pairs]
-        return {name: x for name, x in zip(ROTATIONS, parts, strict=True) if x.numel()}
+        return {name: x for name, x in zip(TENSORS, parts, strict=True) if x.numel()}
 
     @classmethod
-    def layout(cls, m: int, n: int, *, blocked: bool, permute: bool) -> dict[str, Tensor]:
+    def empty(cls, m: int, n: int, *, blocked: bool, permute: bool) -> dict[str, Tensor]:
         pairs = zip(*_sizes(m, n, blocked, permute), strict=True)
         return {
             name: torch.empty(sum(pair), dtype=dtype, device="meta")
-            for (name, dtype), pair in zip(ROTATIONS.items(), pairs, strict=True)
+            for (name, dtype), pair in zip(TENSORS.items(), pairs, strict=True)
             if sum(pair)
         }
 
@@ -44,7 +44,7 @@ class Kronecker:
         cls, tensors: Mapping[str, Tensor], m: int, n: int, *, blocked: bool, permute: bool
     ) -> "Kronecker":
         sizes_in, _ = _sizes(m, n, blocked, permute)
-        parts = [tensors.get(name, torch.empty(0)) for name in ROTATIONS]
+        parts = [tensors.get(name, torch.empty(0)) for name in TENSORS]
         halves = [(x[:size], x[size:]) for x, size in zip(parts, sizes_in, strict=True)]
         of_in, of_out = zip(*halves, strict=True)
         R_in = Rotation.restored(n, of_in, blocked=blocked, mix=permute, shuffle=permute)
@@ -91,7 +91,7 @@ class KroneckerDraw:
 
 
 def _sizes(m: int, n: int, blocked: bool, permute: bool) -> tuple[tuple[int, int], ...]:
-    """The lengths of what R_in and R_out each add to the tensors of ROTATIONS."""
+    """The lengths of what R_in and R_out each add to the tensors of TENSORS."""
     return (
         Rotation.sizes(n, blocked=blocked, mix=permute, shuffle=permute),
         Rotation.sizes(m, blocked=blocked, mix=permute, shuffle=False),

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quip.errors import QuipError
 from quip.stored import Options
-from quip.transforms.rotation import STORED
+from quip.transforms.rotation import FILE_DTYPE
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,11 @@ class Rescale:
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"rescale": self.r.to(STORED)}
+        return {"rescale": self.r.to(FILE_DTYPE)}
 
     @classmethod
-    def layout(cls, m: int, n: int) -> dict[str, Tensor]:
-        return {"rescale": torch.empty(n, dtype=STORED, device="meta")}
+    def empty(cls, m: int, n: int) -> dict[str, Tensor]:
+        return {"rescale": torch.empty(n, dtype=FILE_DTYPE, device="meta")}
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], m: int, n: int) -> "Rescale":
@@ -66,7 +66,7 @@ class RescaleDraw:
         any positive r would do, but a small one would blow up what undo makes of that column.
         """
         r = (_filled(H.diagonal()) / _filled(W.square().sum(0))).pow(0.25)
-        return Rescale((r / r.mean()).clamp_min(1e-8).to(STORED).to(W.dtype))
+        return Rescale((r / r.mean()).clamp_min(1e-8).to(FILE_DTYPE).to(W.dtype))
 
 
 def _filled(sizes: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from quip.errors import QuipError
 from quip.kernels.bits import pack, unpack, words
 
-STORED = torch.bfloat16  # what a file keeps; drawn values are rounded to it
+FILE_DTYPE = torch.bfloat16  # what a file keeps; drawn values are rounded to it
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,14 @@ class Haar:
         gaussian = torch.randn(count, p, p, generator=rng, dtype=torch.float64)
         factored, _ = torch.geqrf(gaussian)
         signs = torch.where(factored.diagonal(dim1=1, dim2=2) < 0, -1.0, 1.0).double()
-        return cls(factored.tril(-1).to(STORED), signs)
+        return cls(factored.tril(-1).to(FILE_DTYPE), signs)
 
     @property
     def stored(self) -> Float[Tensor, " numbers"]:
         """The lower triangle of each matrix of vectors, with the signs on its diagonal."""
         p = self.vectors.shape[-1]
         rows, columns = torch.tril_indices(p, p)
-        triangles = self.vectors + torch.diag_embed(self.signs).to(STORED)
+        triangles = self.vectors + torch.diag_embed(self.signs).to(FILE_DTYPE)
         return triangles[:, rows, columns].flatten()
 
     @classmethod

@@ -4,7 +4,7 @@ Claim: at the same proxy loss (within 0.1 %) `quip.matrix.sweep.sweep` takes at 
 time of rounding column by column, at 768 x 768, 768 x 3072 and 3072 x 768 (outputs x inputs),
 and no more than OPTQ's loop. A row that falls short of this is printed as MISSED.
 
-    python scripts/bench_rounding.py --out results/bench_rounding.json
+    python scripts/dev/bench_rounding.py --out results/bench_rounding.json
 
 The loops are written here from published descriptions:
 
@@ -89,6 +89,7 @@ def main() -> None:
     print(table(rows))
     if args.out:
         record = {
+            "kind": "rounding",
             "claim": "at least 10 times as fast as the column loop, at the same proxy loss",
             "bits": BITS,
             "dtype": "float32",

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, around
+from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, candidate_rhos
 from tests import reference as ref
 from tests.laws import CODEBOOKS, assert_near, check_codebook, every_point
 
@@ -56,7 +56,7 @@ def test_codebooks_say_what_they_are(book):
 def test_grids_of_any_shape_obey_the_laws(m, g, bits, seed):
     X = weights(m, g, seed=seed)
     check_codebook(MinMaxGrid(bits=bits), X, ones(g))
-    check_codebook(RmsGrid(bits=bits, rhos=around(bits)), X, ones(g))
+    check_codebook(RmsGrid(bits=bits, rhos=candidate_rhos(bits)), X, ones(g))
 
 
 @BITS
@@ -85,7 +85,7 @@ def test_the_rms_grid_is_the_papers(bits):
 @BITS
 def test_the_best_of_several_ranges_has_the_least_weighted_error(bits):
     X, h = weights(6, 30), torch.linspace(0.1, 3, 30, dtype=torch.float64)
-    rhos = around(bits)
+    rhos = candidate_rhos(bits)
     book = RmsGrid(bits=bits, rhos=rhos, **DOUBLE).fit(X, h)
 
     def error(rho: float) -> float:
@@ -99,7 +99,7 @@ def test_the_best_of_several_ranges_has_the_least_weighted_error(bits):
 def test_the_best_range_depends_on_the_weights_of_the_errors():
     X = torch.cat([weights(50, 1), 8 * weights(50, 1, seed=1)], dim=1)
     fits = [
-        RmsGrid(bits=2, rhos=around(2)).fit(X, torch.tensor(h, dtype=torch.float64))
+        RmsGrid(bits=2, rhos=candidate_rhos(2)).fit(X, torch.tensor(h, dtype=torch.float64))
         for h in ([1.0, 1e-6], [1e-6, 1.0])
     ]
     assert float(fits[0].step) < float(fits[1].step)
@@ -107,19 +107,18 @@ def test_the_best_range_depends_on_the_weights_of_the_errors():
 
 def test_ranges_are_searched_around_the_best_for_gaussian_weights():
     for bits, best in ((2, 1.494), (3, 2.051), (4, 2.514)):  # specification, section 9.3
-        rhos = around(bits)
+        rhos = candidate_rhos(bits)
         assert len(rhos) == 10
         assert list(rhos) == sorted(rhos)
         assert rhos[0] < 0.8 * best
         assert rhos[-1] > 1.5 * best
 
 
-def test_many_rows_are_measured_in_portions_with_the_same_result(monkeypatch):
+def test_many_rows_are_measured_in_portions_with_the_same_result():
     X, h = weights(40, 6), ones(6)
-    book = RmsGrid(bits=3, rhos=around(3))
+    book = RmsGrid(bits=3, rhos=candidate_rhos(3))
     whole = book.fit(X, h).step
-    monkeypatch.setattr("quip.codebooks.grid.CHUNK", 13)
-    assert torch.equal(book.fit(X, h).step, whole)
+    assert torch.equal(book.fit(X, h, chunk=13).step, whole)
 
 
 @GRIDS

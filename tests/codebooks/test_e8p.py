@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from quip.codebooks import e8p, e81b
-from quip.kernels import native
 from quip.kernels.lattice_points import cpu
 
-needs_compiler = pytest.mark.skipif(native.library(cpu.SOURCE) is None, reason="no C++ compiler")
-NAMES = {e8p: "e8p", e81b: "e81b"}
-STAGES = pytest.mark.parametrize("stage", NAMES, ids=NAMES.values())
+needs_compiler = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler")
+STAGES = pytest.mark.parametrize("stage", [e8p, e81b], ids=["e8p", "e81b"])
+CPU = torch.device("cpu")
 SCALES = pytest.mark.parametrize("scale", [0.3, 0.9, 1.03, 3.0])
 VECTORS = {  # specification, section 12
     0x0000: [0.75] * 8,
@@ -57,8 +56,23 @@ def awkward():
 def searches(stage):
     """nearest in torch and, where there is a compiler, its fast form."""
     yield stage.nearest
-    if native.library(cpu.SOURCE) is not None:
-        yield lambda x: cpu.nearest(x, (NAMES[stage],))
+    if cpu.available():
+        yield lambda x: compiled(x, stage)
+
+
+def compiled(x, *stages, scale=1.0, ratio=None):
+    """The codes of the kernel."""
+    return cpu.nearest(x, tables(stages), scale=torch.tensor(scale), ratio=ratio)
+
+
+def compiled_points(codes, *stages, scale=1.0, ratio=None, out=None):
+    """What the kernel decodes them to."""
+    scales = torch.tensor([scale])
+    return cpu.decode(codes, tables(stages), scales, group=None, ratio=ratio, out=out)
+
+
+def tables(stages):
+    return [stage.tables(CPU) for stage in stages]
 
 
 def test_the_magnitudes_are_the_published_ones():
@@ -169,7 +183,7 @@ def test_the_point_that_e81b_lacks_goes_to_its_neighbours():
 @SCALES
 def test_the_compiled_search_finds_what_torch_finds(stage, scale):
     x, points = gaussian(20000, scale, seed=2, dtype=torch.float32), every_point(stage)
-    ours, expected = cpu.nearest(x, (NAMES[stage],)), stage.nearest(x)
+    ours, expected = compiled(x, stage), stage.nearest(x)
     assert ours.dtype == torch.int32
     assert int((ours != expected).sum()) <= 5  # ties within float noise
     distances = [(x - points[c.long()]).square().sum(1) for c in (ours, expected)]
@@ -181,7 +195,7 @@ def test_the_compiled_search_finds_what_torch_finds(stage, scale):
 @STAGES
 def test_the_compiled_search_finds_awkward_vectors_nearest_points(stage):
     x, points = awkward().float().double(), every_point(stage)
-    codes = cpu.nearest(x.float(), (NAMES[stage],))
+    codes = compiled(x.float(), stage)
     distances = (x - points[codes.long()]).square().sum(1)
     least = least_distances(x, points)
     size = 1 + x.norm(dim=1) * 4.1  # <x, v> is what float noise is relative to
@@ -198,18 +212,18 @@ def test_the_compiled_search_takes_any_strides_and_any_number_of_vectors(stage, 
     wide = torch.full((2 * m, 24), torch.nan)
     wide[::2, 1:24:3] = x
     for view in (x, columns, wide[::2, 1:24:3]):
-        assert torch.equal(cpu.nearest(view, (NAMES[stage],)), expected)
+        assert torch.equal(compiled(view, stage), expected)
 
 
 @needs_compiler
 def test_compiled_decoding_is_torchs_bit_for_bit_whatever_the_strides():
-    for stage, name in NAMES.items():
+    for stage in (e8p, e81b):
         codes = torch.arange(2**stage.INDEX_BITS, dtype=torch.int32)
         points = every_point(stage, torch.float32)
-        assert torch.equal(cpu.nearest(points, (name,)), codes)
-        assert torch.equal(cpu.decode(codes[:, None], (name,)), points)
+        assert torch.equal(compiled(points, stage), codes)
+        assert torch.equal(compiled_points(codes[:, None], stage), points)
         out = torch.empty(8, len(codes)).T
-        assert cpu.decode(codes[:, None], (name,), out=out) is out
+        assert compiled_points(codes[:, None], stage, out=out) is out
         assert torch.equal(out, points)
 
 
@@ -217,12 +231,13 @@ def test_compiled_decoding_is_torchs_bit_for_bit_whatever_the_strides():
 @pytest.mark.parametrize("m", [1, 16, 333])
 def test_the_compiled_error_is_that_of_its_codes(m):
     x, h = 0.7 * gaussian(m, dtype=torch.float32), torch.linspace(0.1, 2, 8)
-    for stages in (("e8p",), ("e81b",), ("e8p", "e81b"), ("e8p", "e8p")):
-        given = {"scale": 0.7, "ratio": 2.5}
-        codes = cpu.nearest(x, stages, **given)[:, None]
-        W_hat = cpu.decode(codes, stages, scales=torch.tensor([0.7]), ratio=2.5)
+    for stages in ((e8p,), (e81b,), (e8p, e81b), (e8p, e8p)):
+        given = {"scale": 0.7, "ratio": 2.5 if len(stages) > 1 else None}
+        W_hat = compiled_points(compiled(x, *stages, **given)[:, None], *stages, **given)
         expected = float((x - W_hat).double().square().sum(0) @ h.double())
-        assert math.isclose(cpu.error(x, h, stages, **given), expected, rel_tol=1e-5)
+        given["scale"] = torch.tensor(0.7)
+        ours = cpu.error(x, h, tables(stages), **given)
+        assert math.isclose(ours, expected, rel_tol=1e-5)
 
 
 @needs_compiler
@@ -231,7 +246,7 @@ def test_what_is_no_number_still_gets_a_code(value):
     x = gaussian(64, dtype=torch.float32)
     x[::3, ::2] = value
     x[1] = value
-    for stages, bits in ((("e8p",), 16), (("e8p", "e81b"), 24), (("e8p", "e8p"), 32)):
-        codes = cpu.nearest(x, stages)
+    for stages, bits in (((e8p,), 16), ((e8p, e81b), 24), ((e8p, e8p), 32)):
+        codes = compiled(x, *stages, ratio=3.0 if len(stages) > 1 else None)
         assert int(codes.min()) >= 0
         assert int(codes.max()) < 2**bits

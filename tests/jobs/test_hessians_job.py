@@ -21,7 +21,7 @@ from quip.model import ledger as resume
 from quip.model.ledger import Ledger
 from quip.model.load import load_model
 from quip.model.matrices import coverage, find_blocks, widths
-from quip.model.quantize import quantize_from_store, quantize_model
+from quip.model.quantize import Run, quantize_from_store, quantize_model
 from quip.model.records import Stopwatch
 from tests.laws import assert_near
 from tests.support.runs import write_text
@@ -105,9 +105,9 @@ def test_codes_from_a_store_of_the_quantized_model_are_bitwise_those_of_the_run(
 
 
 def from_store(model: nn.Module, folder: Path, recipe: Recipe, seed: int = 0) -> Stopwatch:
-    watch, store = Stopwatch(), HessianStore(folder)
-    list(quantize_from_store(model, store, recipe, device="cpu", seed=seed, watch=watch))
-    return watch
+    run = Run(recipe=recipe, device="cpu", seed=seed)
+    list(quantize_from_store(model, HessianStore(folder), run))
+    return run.watch
 
 
 def inputs_of(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:

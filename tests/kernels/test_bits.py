@@ -9,6 +9,12 @@ from quip.errors import UsageError
 from quip.kernels.bits import LARGEST, pack, unpack, words
 
 
+def random_codes(bits, *shape, rng):
+    """Of all 2^bits, though 2^63 itself is beyond what `randint` takes."""
+    high = torch.randint(2 ** (bits - 1), shape, generator=rng)
+    return 2 * high + torch.randint(2, shape, generator=rng)
+
+
 @given(
     st.integers(1, LARGEST),
     st.lists(st.integers(1, 5), max_size=2),
@@ -17,13 +23,36 @@ from quip.kernels.bits import LARGEST, pack, unpack, words
 )
 def test_unpacked_codes_are_those_packed(bits, rows, count, seed):
     rng = torch.Generator().manual_seed(seed)
-    codes = torch.randint(2**bits, (*rows, count), generator=rng)
+    codes = random_codes(bits, *rows, count, rng=rng)
     packed = pack(codes, bits)
     assert packed.shape == (*rows, words(count, bits))
     found = unpack(packed, bits, count)
     wide = torch.int32 if bits < 32 else torch.int64
     assert found.dtype == (torch.uint8 if bits <= 8 else wide)
     assert torch.equal(found.long(), codes)
+
+
+@pytest.mark.parametrize("bits", range(1, LARGEST + 1))
+def test_the_largest_code_of_any_width_survives_in_any_count(bits):
+    for count in range(1, 35):
+        codes = torch.full((2, count), 2**bits - 1)
+        codes[0, ::2] = 2 ** (bits - 1)
+        codes[1, ::3] = 0
+        assert torch.equal(unpack(pack(codes, bits), bits, count).long(), codes)
+
+
+@pytest.mark.parametrize("bits", range(33, LARGEST + 1))
+def test_a_wide_code_is_laid_out_as_its_bytes_and_what_is_left(bits):
+    """The planes of the low bytes are those of narrower codes, in the same order."""
+    rng = torch.Generator().manual_seed(bits)
+    codes = random_codes(bits, 40, rng=rng)
+    row, low, start = pack(codes, bits).view(torch.uint8), bits // 8 * 8, 0
+    for shift in range(0, low, 8):
+        assert torch.equal(row[start : start + 40], (codes >> shift & 255).to(torch.uint8))
+        start += 40
+    if bits > low:
+        rest = pack(codes >> low, bits - low).view(torch.uint8)
+        assert torch.equal(row[start : start + len(rest)], rest)
 
 
 @given(st.integers(1, LARGEST), st.integers(1, 40))
@@ -59,6 +88,8 @@ def test_codes_of_any_integer_type_and_stride_are_packed():
     expected = pack(codes, 3)
     for dtype in (torch.uint8, torch.int16, torch.int32):
         assert torch.equal(pack(codes.to(dtype), 3), expected)
+        for bits in (24, 40, 63):
+            assert torch.equal(pack(codes.to(dtype), bits), pack(codes, bits))
     assert torch.equal(pack(codes.T.contiguous().T, 3), expected)
     assert torch.equal(unpack(pack(codes.to(torch.uint8), 8), 8, 6), codes)
     assert torch.equal(unpack(expected.T.contiguous().T, 3, 6), codes)
@@ -70,7 +101,7 @@ def test_codes_that_do_not_fit_are_refused(codes):
         pack(torch.tensor(codes), 2)
 
 
-@pytest.mark.parametrize("bits", [0, 33])
+@pytest.mark.parametrize("bits", [0, 64])
 def test_widths_that_cannot_be_packed_are_refused(bits):
-    with pytest.raises(UsageError, match=f"codes of {bits} bits cannot be packed; 1 to 32 can"):
+    with pytest.raises(UsageError, match=f"codes of {bits} bits cannot be packed; 1 to 63 can"):
         words(8, bits)

@@ -1,4 +1,4 @@
-"""The packed product by torch and by the kernel: the same numbers, and who is sent where."""
+"""Products with packed grids: the kernel and the decoded matrix agree, and who is sent where."""
 
 import pytest
 import torch
@@ -6,12 +6,27 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quip.codebooks import Grids, Groups
+from quip.kernels import grid_matvec
 from quip.kernels.bits import pack
-from quip.kernels.grid_matvec import cpu
-from quip.kernels.grid_matvec.cpu import FEW, multiply, multiply_for, multiply_native
+from quip.kernels.grid_matvec import cpu, reference
+from quip.kernels.grid_matvec.cpu import FEW
 from tests.laws import JoinedPoints, Points
 
-needs_compiler = pytest.mark.skipif(cpu.library(cpu.SOURCE) is None, reason="no C++ compiler here")
+needs_compiler = pytest.mark.skipif(not cpu.FORM.available(), reason="no C++ compiler here")
+
+
+def multiply(x, words, grids, dtype, form=reference.multiply):
+    """The product by one form; by torch if none is given."""
+    known = {"bits": grids.bits, "group": grids.groups.size, "dtype": dtype}
+    return form(x, words, grids.step, grids.zero, **known)
+
+
+def multiply_native(x, words, grids, dtype):
+    return multiply(x, words, grids, dtype, cpu.multiply)
+
+
+def chosen(x, words, grids):
+    return multiply(x, words, grids, torch.float32, grid_matvec.multiply.chosen)
 
 
 def problem(m: int, n: int, bits: int, group: int | None, symmetric: bool, seed: int = 0):
@@ -57,26 +72,43 @@ def test_strides_of_the_inputs_do_not_matter():
 
 @needs_compiler
 def test_a_few_single_precision_vectors_on_a_cpu_take_the_kernel():
-    _, grids = problem(4, 16, 2, None, symmetric=True)
-    assert multiply_for(grids, torch.zeros(FEW, 16)) is multiply_native
-    assert multiply_for(grids, torch.zeros(16)) is multiply_native
-    points = Points.random(2, 4)
-    for decoder, x in {
-        "many": (grids, torch.zeros(FEW + 1, 16)),
-        "none": (grids, torch.zeros(0, 16)),
-        "double": (grids, torch.zeros(1, 16).double()),
-        "elsewhere": (grids, torch.zeros(1, 16, device="meta")),
-        "gradient": (grids, torch.zeros(1, 16, requires_grad=True)),
-        "no grid": (JoinedPoints((points,), Groups(8, None)), torch.zeros(1, 16)),
+    words, grids = problem(4, 16, 2, None, symmetric=True)
+    assert chosen(torch.zeros(FEW, 16), words, grids) is cpu.multiply
+    assert chosen(torch.zeros(16), words, grids) is cpu.multiply
+    for x in {
+        "many": torch.zeros(FEW + 1, 16),
+        "none": torch.zeros(0, 16),
+        "double": torch.zeros(1, 16).double(),
+        "elsewhere": torch.zeros(1, 16, device="meta"),
+        "gradient": torch.zeros(1, 16, requires_grad=True),
     }.values():
-        assert multiply_for(decoder, x) is multiply
+        assert chosen(x, words, grids) is reference.multiply
+    with torch.no_grad():
+        assert chosen(torch.zeros(1, 16, requires_grad=True), words, grids) is cpu.multiply
+
+
+@pytest.mark.parametrize("tokens", [1, FEW + 1])
+def test_grids_multiply_by_the_form_that_is_chosen(tokens):
+    words, grids = problem(4, 16, 2, 4, symmetric=False)
+    x = torch.randn(tokens, 16)
+    expected = multiply(x, words, grids, torch.float32, grid_matvec.multiply)
+    assert torch.equal(grids.multiply(words, x, torch.float32), expected)
+
+
+def test_a_decoder_without_a_form_of_its_own_decodes_and_multiplies():
+    rng = torch.Generator().manual_seed(0)
+    points = JoinedPoints((Points.random(2, 9),), Groups(8, None))
+    codes = torch.randint(2**9, (5, 8), generator=rng)
+    x = torch.randn(3, 16, generator=rng)
+    ours = points.multiply(pack(codes, 9), x, torch.float32)
+    assert torch.equal(ours, x @ points.decode(codes).float().T)
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda source: None)
     words, grids = problem(4, 16, 2, None, symmetric=True)
-    assert multiply_for(grids, torch.zeros(1, 16)) is multiply
     x = torch.randn(1, 16)
+    assert chosen(x, words, grids) is reference.multiply
     torch.testing.assert_close(
         multiply(x, words, grids, torch.float32),
         multiply(x.double(), words, grids, torch.float64).float(),

@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from quip.errors import UsageError
-from quip.kernels.hadamard import matrices
-from quip.kernels.hadamard import rotations as hadamard
-from quip.kernels.hadamard.rotations import check, factors, invert, matrix, rotate
+from quip.kernels.hadamard import check, cpu, invert, matrices, reference, rotate
+from quip.kernels.hadamard.matrices import factors, matrix
 from tests import reference as ref
 from tests.laws import assert_near
 
@@ -99,7 +98,7 @@ PUBLISHED = {
 def form(request, monkeypatch):
     """The rotation with a compiler, if there is one here, and without."""
     if request.param == "torch":
-        monkeypatch.setattr(hadamard, "_kernels", dict)
+        monkeypatch.setattr(cpu, "library", lambda source: None)
 
 
 def dense(n: int) -> torch.Tensor:
@@ -244,7 +243,7 @@ def test_a_rotation_is_the_dense_product(form, rng, n):
 @pytest.fixture
 def orders_up_to_100(monkeypatch):
     """The choice of orders is cached under the other limit, before and after."""
-    cached = (matrices._factors, hadamard._passes, hadamard._plan)
+    cached = (matrices._factors, reference._passes, cpu._plan)
     for cache in cached:
         cache.cache_clear()
     monkeypatch.setattr(matrices, "LARGEST", 100)
@@ -315,7 +314,7 @@ def test_every_dtype_is_kept_up_to_its_noise(form, rng, dtype, noise, n):
 
 def test_half_precision_overflows_nowhere_between_the_passes():
     ones = torch.full((4096,), 1000.0, dtype=torch.float16)
-    for y in (rotate(ones), hadamard._by_products(ones, hadamard._How(None, False, False))):
+    for y in (rotate(ones), reference.turn(ones, None, None, rows=False, transpose=False)):
         assert y[0] == 64_000  # 1000 sqrt(n), below the largest float16, 65504
         assert not y[1:].any()
 
@@ -331,7 +330,7 @@ def test_gradients_are_rotated_back(form, rng, block):
 
 
 def test_what_inference_has_cached_still_lets_gradients_pass(form, rng):
-    for cached in (matrix, hadamard._scaled, hadamard._codes, hadamard._plan):
+    for cached in (matrix, reference._scaled, cpu._codes, cpu._plan):
         cached.cache_clear()
     with torch.inference_mode():
         rotate(torch.randn(2, 48, generator=rng))

@@ -7,18 +7,11 @@ import torch
 from torch import Tensor
 
 from quip.errors import UsageError
-from quip.kernels.hadamard import rotations as hadamard
-from quip.kernels.hadamard.rotations import (
-    factors,
-    invert,
-    invert_rows,
-    matrix,
-    rotate,
-    rotate_rows,
-)
+from quip.kernels.hadamard import cpu, invert, invert_rows, rotate, rotate_rows
+from quip.kernels.hadamard.matrices import factors, matrix
 from tests.laws import assert_near
 
-pytestmark = pytest.mark.skipif(not hadamard._kernels(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not cpu.FORM.available(), reason="no C++ compiler")
 
 # Of the largest entry: sums of up to 11008 numbers, made in some 10 to 60 steps.
 NOISE = {torch.float32: 3e-6, torch.float64: 1e-14}
@@ -156,7 +149,7 @@ def test_without_gradients_the_result_is_the_same_and_carries_none(rng):
 def test_a_compiler_changes_nothing_but_noise(rng, monkeypatch, turn, dtype):
     x, signs = randn(96, 96, rng=rng, dtype=dtype), randn(96, rng=rng)
     ours = turn(x, signs=signs)
-    monkeypatch.setattr(hadamard, "_kernels", dict)
+    monkeypatch.setattr(cpu, "library", lambda source: None)
     theirs = turn(x, signs=signs)
     assert ours.dtype == theirs.dtype == dtype
     rounding = torch.finfo(dtype).eps  # both round the same number but for the noise of float32
@@ -178,7 +171,7 @@ def test_the_default_dtype_plays_no_part(rng):
     y = rotate(x, signs=signs)
     torch.set_default_dtype(torch.float64)
     try:
-        for cached in (matrix, hadamard._codes, hadamard._plan):
+        for cached in (matrix, cpu._codes, cpu._plan):
             cached.cache_clear()
         assert torch.equal(rotate(x, signs=signs), y)
     finally:

@@ -1,23 +1,22 @@
 """Products with packed lattice codes: the kernel, the parts and the decoded matrix agree."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import quip.kernels.grid_matvec.cpu as grid_matvec
-import quip.kernels.lattice_matvec.cpu as lattice_matvec
 from quip.codebooks import LATTICES, Groups, Lattices
+from quip.kernels import lattice_matvec
 from quip.kernels.bits import pack, unpack
-from quip.kernels.grid_matvec.cpu import multiply, multiply_for
-from quip.kernels.lattice_matvec.cpu import FEW, multiply_by_parts, multiply_native
+from quip.kernels.lattice_matvec import cpu, reference
+from quip.kernels.lattice_matvec.cpu import FEW
 from quip.packed.linear import QuantizedLinear
 from quip.packed.matrix import QuantizedMatrix
 from quip.transforms import Chain
 
-needs_compiler = pytest.mark.skipif(
-    grid_matvec.library(lattice_matvec.SOURCE) is None, reason="no C++ compiler here"
-)
+needs_compiler = pytest.mark.skipif(not cpu.FORM.available(), reason="no C++ compiler here")
 NAMES = pytest.mark.parametrize("name", LATTICES)
 
 
@@ -29,6 +28,25 @@ def problem(m: int, blocks: int, name: str, group: int | None = None, seed: int 
     scale = torch.rand(groups.count, generator=rng) + 0.1
     decoder = Lattices(name=name, ratio=book.ratio, scale=scale, groups=groups)
     return pack(codes, book.index_bits), decoder
+
+
+def multiply(x, words, decoder, dtype, form=reference.multiply, **options):
+    """The product by one form; by torch, all at once, if none is given."""
+    known = {"group": decoder.groups.size, "ratio": decoder.ratio, "dtype": dtype}
+    stages = decoder._stages(x.device)
+    return form(x, words, stages, decoder.scale, **known, **options)
+
+
+def multiply_native(x, words, decoder, dtype):
+    return multiply(x, words, decoder, dtype, cpu.multiply)
+
+
+def multiply_by_parts(x, words, decoder, dtype, **options):
+    return multiply(x, words, decoder, dtype, reference.multiply_by_parts, **options)
+
+
+def chosen(x, words, decoder):
+    return multiply(x, words, decoder, torch.float32, lattice_matvec.multiply.chosen)
 
 
 def check(x, words, decoder, form=multiply_native):
@@ -93,11 +111,10 @@ def test_the_inputs_stay_as_they_are(name):
 
 @NAMES
 @pytest.mark.parametrize("part", [1, 100, 2**20])
-def test_parts_make_the_whole_product(name, part, monkeypatch):
-    monkeypatch.setattr(lattice_matvec, "PART", part)
+def test_parts_make_the_whole_product(name, part):
     words, decoder = problem(7, 5, name, group=2)
     for batch in ((), (4,), (2, 20), (0,), (2, 0)):
-        check(torch.randn(*batch, 40), words, decoder, multiply_by_parts)
+        check(torch.randn(*batch, 40), words, decoder, partial(multiply_by_parts, part=part))
 
 
 def test_parts_are_computed_in_the_dtype_asked_for():
@@ -112,26 +129,35 @@ def test_parts_are_computed_in_the_dtype_asked_for():
 
 @needs_compiler
 def test_a_few_single_precision_vectors_on_a_cpu_take_the_kernel():
-    _, decoder = problem(4, 2, "E8P12")
-    assert multiply_for(decoder, torch.zeros(FEW, 16)) is multiply_native
-    assert multiply_for(decoder, torch.zeros(16)) is multiply_native
+    words, decoder = problem(4, 2, "E8P12")
+    assert chosen(torch.zeros(FEW, 16), words, decoder) is cpu.multiply
+    assert chosen(torch.zeros(16), words, decoder) is cpu.multiply
     for x in (
         torch.zeros(FEW + 1, 16),
         torch.zeros(0, 16),
         torch.zeros(1, 16).double(),
         torch.zeros(1, 16, requires_grad=True),
     ):
-        assert multiply_for(decoder, x) is multiply_by_parts
+        assert chosen(x, words, decoder) is reference.multiply_by_parts
     with torch.no_grad():
-        assert multiply_for(decoder, torch.zeros(1, 16, requires_grad=True)) is multiply_native
-    assert multiply_for(decoder, torch.zeros(1, 16, device="meta")) is multiply
+        assert chosen(torch.zeros(1, 16, requires_grad=True), words, decoder) is cpu.multiply
+    assert chosen(torch.zeros(1, 16, device="meta"), words, decoder) is reference.multiply
+
+
+@NAMES
+@pytest.mark.parametrize("tokens", [1, FEW + 1])
+def test_lattices_multiply_by_the_form_that_is_chosen(name, tokens):
+    words, decoder = problem(4, 5, name, group=2)
+    x = torch.randn(tokens, 40)
+    expected = multiply(x, words, decoder, torch.float32, lattice_matvec.multiply)
+    assert torch.equal(decoder.multiply(words, x, torch.float32), expected)
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch):
-    monkeypatch.setattr(grid_matvec, "library", lambda source: None)
+    monkeypatch.setattr(cpu, "library", lambda source: None)
     words, decoder = problem(4, 2, "E8P12RVQ3B")
     x = torch.randn(1, 16)
-    assert multiply_for(decoder, x) is multiply_by_parts
+    assert chosen(x, words, decoder) is reference.multiply_by_parts
     check(x, words, decoder, multiply_by_parts)
 
 

@@ -1,4 +1,4 @@
-"""The compiled panel against torch, and what happens where it cannot be compiled."""
+"""The panel of grids against the loop over any codebook, and where it cannot be compiled."""
 
 import logging
 import multiprocessing
@@ -7,15 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quip.codebooks import MinMaxGrid, RmsGrid, around
+from quip.codebooks import Lattice, MinMaxGrid, RmsGrid, candidate_rhos
 from quip.kernels import native
-from quip.matrix import feedback, panel, sweep
+from quip.kernels.panel import cpu, fit_and_round_columns, reference, round_columns
+from quip.matrix import feedback, panel, polish, sweep
 from quip.matrix.linalg import proxy_loss
 
 SHAPES = [(1, 5), (3, 4), (17, 33), (64, 7), (65, 130), (200, 32), (4100, 6)]  # m, n
 GROUPS = [None, 1, 7, 50, 1000]
 
-needs_compiler = pytest.mark.skipif(native.library(panel.SOURCE) is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not cpu.ROUND.available(), reason="no C++ compiler")
 
 
 def problem(m, n, *, seed=0):
@@ -29,7 +30,7 @@ def problem(m, n, *, seed=0):
 def grid(kind, bits, dtype=torch.bfloat16):
     if kind == "rows":
         return MinMaxGrid(bits=bits, step_dtype=dtype)
-    rhos = around(bits) if kind == "rhos" else (0.5 * bits + 1,)
+    rhos = candidate_rhos(bits) if kind == "rhos" else (0.5 * bits + 1,)
     return RmsGrid(bits=bits, rhos=rhos, step_dtype=dtype)
 
 
@@ -40,7 +41,7 @@ def both(m, n, books, *, refit=False, base=False, K_T=False):
     K = K.T.contiguous().T if K_T else K
     X, h = W.T.contiguous(), torch.ones(n)
     target = {"base": X + 0.1} if base else {}
-    for form in (panel.round_panel, panel.round_panel_native):
+    for form in (panel.round_panel, books[0].panel(W, refit=refit)):
         eta = torch.full_like(X, torch.nan)
         codes, used = form(X.clone(), K, eta, h, books, refit=refit, **target)
         yield X, codes, eta, used
@@ -111,7 +112,8 @@ def test_the_kernel_fits_the_steps_that_torch_fits(m, n, kind, dtype):
 @needs_compiler
 def test_a_column_of_zeros_gets_the_smallest_step():
     book, X = grid("rhos", 2), torch.zeros(3, 20)
-    codes, books = panel.round_panel_native(
+    round_panel = book.panel(X.T, refit=True)
+    codes, books = round_panel(
         X, torch.zeros(3, 3), torch.empty_like(X), torch.ones(3), [book], refit=True
     )
     expected = book.fit(X.T, torch.ones(3))
@@ -120,22 +122,54 @@ def test_a_column_of_zeros_gets_the_smallest_step():
 
 
 def test_only_what_the_kernel_can_do_is_sent_to_it():
-    W = torch.ones(2, 3)
-    torch_form, kernel = panel.round_panel, panel.round_panel_native
-    fast = kernel if native.library(panel.SOURCE) else torch_form
-    assert panel.panel_for(grid("rhos", 2), W, refit=True) is fast
-    assert panel.panel_for(grid("rows", 2), W) is fast
-    assert panel.panel_for(grid("rows", 2), W, refit=True) is torch_form
-    assert panel.panel_for(grid("rms", 2), W.double()) is torch_form
-    assert panel.panel_for(grid("rms", 2, torch.float16), W) is torch_form
-    assert panel.panel_for(replace(grid("rms", 2), unbiased=True), W) is torch_form
+    X, K, one = torch.ones(3, 2), torch.zeros(3, 3), torch.ones(1, 1)
+    round_form, fit_form = reference.round_columns, reference.fit_and_round_columns
+    if cpu.ROUND.available():
+        round_form, fit_form = cpu.round_columns, cpu.fit_and_round_columns
+    assert round_columns.chosen(X, K, X, one, one, top=3) is round_form
+    double = (t.double() for t in (X, K, X, one, one))
+    assert round_columns.chosen(*double, top=3) is reference.round_columns
+    for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64):
+        chosen = fit_and_round_columns.chosen(X, K, X, one[0], top=3, step_dtype=dtype)
+        small = dtype in (torch.bfloat16, torch.float32)
+        assert chosen is (fit_form if small else reference.fit_and_round_columns)
+
+
+def test_only_books_that_round_as_the_kernel_does_offer_it():
+    class Other(MinMaxGrid):
+        pass
+
+    W, every = torch.ones(2, 3), panel.round_panel
+    for kind in ("rows", "rms", "rhos"):
+        assert panel.panel_for(grid(kind, 2), W) is not every
+        assert panel.panel_for(replace(grid(kind, 2), unbiased=True), W) is every
+    assert panel.panel_for(grid("rhos", 2), W, refit=True) is not every
+    assert panel.panel_for(grid("rows", 2), W, refit=True) is every
+    assert panel.panel_for(Other(bits=2), W) is every
+    assert panel.panel_for(Lattice.published("E8P12"), W) is every
+
+
+@pytest.mark.parametrize("kind", ["rms", "rhos", "rows"])
+@pytest.mark.parametrize("own", [False, True])
+def test_in_double_precision_the_tensors_round_as_the_books_do_bit_for_bit(kind, own):
+    if kind == "rows" and own:
+        return  # fitted to a column it would hold every weight
+    W, _ = problem(70, 20, seed=1)
+    book = grid(kind, 2).fit(W.double(), torch.ones(20).double())
+    X, K = W.T.double().contiguous(), 0.1 * torch.randn(20, 20).double()
+    found = []
+    for form in (panel.round_panel, book.panel(W, refit=own)):
+        eta = X.clone()  # as in the sweep: errors take the place of weights
+        codes, books = form(eta, K, eta, torch.ones(20).double(), [book], refit=own)
+        found.append((codes, eta, torch.stack([b.step for b in books])))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def rounded(W, H, book, group, passes):
     K, h = feedback.ldl(H)
     codes, books = sweep.sweep(W, K, h, book.fit(W, h.float()), group=group)
     if passes:
-        codes = sweep.greedy(W, H, codes, books, group=group, passes=passes)
+        codes = polish.greedy(W, H, codes, books, group=group, passes=passes)
     width = group or W.shape[1]
     columns = [books[k // width].decode(c) for k, c in enumerate(codes.T)]
     return codes, torch.cat(columns, dim=1), books
@@ -148,7 +182,8 @@ def rounded(W, H, book, group, passes):
 def test_sweep_and_greedy_lose_as_much_with_the_kernel_as_without(kind, group, passes, monkeypatch):
     W, H = problem(90, 150)
     codes, W_hat, books = rounded(W, H, grid(kind, 2), group, passes)
-    monkeypatch.setattr(sweep, "panel_for", lambda *_, **__: panel.round_panel)
+    for module in (sweep, polish):
+        monkeypatch.setattr(module, "panel_for", lambda *_, **__: panel.round_panel)
     torch_codes, torch_W_hat, torch_books = rounded(W, H, grid(kind, 2), group, passes)
     assert codes.shape == torch_codes.shape
     assert len(books) == len(torch_books)

@@ -123,3 +123,12 @@ def test_matrices_with_one_hessian_are_named_together():
     shared, alone = Hessian(2), Hessian(2)
     found = sharing({"q": shared, "out": alone, "k": shared})
     assert found == [["q", "k"], ["out"]]
+
+
+@pytest.mark.parametrize(("value", "finite"), [(1e30, False), (torch.nan, False), (1e18, True)])
+def test_it_is_finite_where_the_diagonal_of_its_value_is(rng, value, finite):
+    x = torch.randn(6, 3, generator=rng)
+    x[2, 1] = value  # the square of 1e30 is finite in float64, and not in float32
+    hessian = Hessian(3)
+    hessian.update(x.double())
+    assert hessian.is_finite == bool(hessian.value().diagonal().isfinite().all()) == finite

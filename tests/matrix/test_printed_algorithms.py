@@ -39,7 +39,7 @@ def test_rescaling_and_rotation_keep_the_loss_and_are_undone(draw):
 @pytest.fixture
 def exact_storage(monkeypatch):
     """Rescalings as drawn, not rounded to what a file would hold."""
-    monkeypatch.setattr("quip.transforms.rescale.STORED", torch.float64)
+    monkeypatch.setattr("quip.transforms.rescale.FILE_DTYPE", torch.float64)
 
 
 ORDERS = pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quip import transforms
-from quip.codebooks import MinMaxGrid, RmsGrid, around
+from quip.codebooks import MinMaxGrid, RmsGrid, candidate_rhos
 from quip.errors import UsageError
 from quip.matrix import feedback
 from quip.matrix.build import METHODS, build_recipe
@@ -145,7 +145,7 @@ def test_incoherence_processing_rescales_rotates_and_refits_each_column():
     built = build(**INCOHERENT)
     assert built.transforms == (transforms.RescaleDraw(), transforms.KroneckerDraw())
     assert isinstance(built.codebook, RmsGrid)
-    assert built.codebook.rhos == around(2)
+    assert built.codebook.rhos == candidate_rhos(2)
     assert built.group == 1
     assert not built.clamp_target
 

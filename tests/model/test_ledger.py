@@ -24,8 +24,7 @@ from quip.matrix.build import build_recipe
 from quip.model import ledger as resume
 from quip.model import quantize, siblings
 from quip.model.ledger import Ledger, differences
-from quip.model.quantize import quantize_matrix_by_matrix
-from quip.model.records import Stopwatch
+from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.packed import checkpoint
 from quip.packed.checkpoint import load
 from quip.packed.linear import QuantizedLinear
@@ -53,10 +52,8 @@ def kill(*args: object, **options: object) -> None:
 
 def quantized(ledger: Ledger | None, name: str = "llama") -> tuple[nn.Module, list]:
     model = tiny(name)
-    records = quantize_matrix_by_matrix(
-        model, tokens(), RECIPE, device="cpu", seed=0, watch=Stopwatch(), ledger=ledger
-    )
-    return model, list(records)
+    run = Run(recipe=RECIPE, device="cpu", seed=0, ledger=ledger)
+    return model, list(quantize_matrix_by_matrix(model, tokens(), run))
 
 
 def stored(model: nn.Module) -> dict[str, Tensor]:

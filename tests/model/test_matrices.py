@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quip.errors import NonFinite, UnsupportedModel
-from quip.model.matrices import check_weights, coverage, find_blocks
+from quip.model.matrices import Matrix, check_weights, coverage, covered, find_blocks, widths
 from quip.model.walk import walk
 from tests.support.tiny import CONFIGS, GQA, VOCAB, tiny, tokens
 
@@ -26,7 +26,7 @@ def test_every_matrix_is_quantized_or_kept(name):
     assert all(name.startswith(f"{prefix}.") for name in found.quantized)
     linears = [m for m in blocks.modules() if isinstance(m, nn.Linear)]
     assert [model.get_submodule(name) for name in found.quantized] == linears
-    walked = [name for block in walk(model, tokens(1), device="cpu") for name in block.linears()]
+    walked = [name for block in walk(model, tokens(1), device="cpu") for name in block.matrices()]
     assert walked == list(found.quantized)
 
 
@@ -113,3 +113,32 @@ def test_weights_that_are_not_finite_are_named():
         model.model.decoder.layers[2].fc1.weight.data[3, 5] = value
         with pytest.raises(NonFinite, match=r"layers\.2\.fc1\.weight"):
             check_weights(model)
+
+
+class Experts(nn.Module):
+    """Three matrices of 4 x 5 and their biases, as fused experts hold them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 5))
+        self.bias = nn.Parameter(torch.randn(3, 4))
+
+
+def test_a_matrix_is_a_module_or_one_of_those_that_a_module_holds():
+    linear, experts = nn.Linear(5, 4, bias=False), Experts()
+    alone, third = Matrix("proj", linear), Matrix("experts.2", experts, 2)
+    assert alone.weight is linear.weight  # not a view of it: a parameter stays one
+    assert alone.bias is None
+    assert torch.equal(third.weight, experts.weight[2])
+    assert torch.equal(third.bias, experts.bias[2])
+    assert [(x.rows, x.columns) for x in (alone, third)] == [(4, 5), (4, 5)]
+
+
+def test_the_matrices_of_a_block_are_those_that_are_covered():
+    model = tiny("llama")
+    block = next(walk(model, tokens(1), device="cpu"))
+    found = block.matrices()
+    assert [(x.name, x.module) for x in covered(model)[: len(found)]] == [
+        (name, model.get_submodule(name)) for name in found
+    ]
+    assert widths(model) == {x.name: x.module.in_features for x in covered(model)}

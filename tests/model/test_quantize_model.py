@@ -12,7 +12,7 @@ from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
 from quip.model import observe
 from quip.model.matrices import coverage, find_blocks
-from quip.model.quantize import Stopwatch, quantize_matrix_by_matrix, quantize_model
+from quip.model.quantize import Run, Stopwatch, quantize_matrix_by_matrix, quantize_model
 from quip.model.records import MatrixRecord
 from quip.packed.linear import QuantizedLinear
 from tests.support.tiny import logits, tiny, tokens
@@ -113,9 +113,8 @@ def test_one_seed_gives_the_same_weights_bitwise_and_another_seed_others():
 
 def test_the_stages_are_timed():
     watch = Stopwatch()
-    records = quantize_matrix_by_matrix(
-        tiny("opt"), tokens(), recipe(), device="cpu", seed=0, watch=watch
-    )
+    run = Run(recipe=recipe(), device="cpu", seed=0, watch=watch)
+    records = quantize_matrix_by_matrix(tiny("opt"), tokens(), run)
     total = sum(record.seconds for record in records)
     assert list(watch.seconds) == ["replay", "observe", "quantize"]
     assert 0 < total < watch.seconds["quantize"]
@@ -189,9 +188,8 @@ def collect_inputs(model: nn.Module, prefix: str) -> dict[str, Tensor]:
 
 def test_each_record_comes_when_its_matrix_is_in_place():
     model, before = tiny("opt"), tiny("opt").state_dict()
-    records = quantize_matrix_by_matrix(
-        model, tokens(), recipe(), device="cpu", seed=0, watch=Stopwatch()
-    )
+    run = Run(recipe=recipe(), device="cpu", seed=0)
+    records = quantize_matrix_by_matrix(model, tokens(), run)
     first = next(records)
     assert before.keys() - model.state_dict().keys() == {f"{first.name}.weight"}
 

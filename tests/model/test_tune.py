@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate.divergence import divergence
 from quip.kernels.bits import unpack
-from quip.kernels.hadamard.rotations import rotate
+from quip.kernels.hadamard import rotate
 from quip.matrix.build import build_recipe
 from quip.matrix.quantize import quantize_matrix
 from quip.model.ledger import Ledger
 from quip.model.matrices import coverage
-from quip.model.quantize import quantize_matrix_by_matrix
+from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.model.records import Stopwatch
 from quip.model.tune import BlockTuning, ModelTuning, tune_model, whole
 from quip.model.tune.tunable import Masters
@@ -47,10 +47,10 @@ def short(name: str = "llama", **options) -> nn.Module:
 
 def quantized(name: str = "llama", recipe=LATTICE, *, dtype=torch.float32, **options):
     """A tiny model, and the records of its matrices and of its tunings."""
-    model, tuned = short(name, dtype=dtype), []
-    options = {"device": "cpu", "seed": 0, "watch": Stopwatch(), "batch_size": 8} | options
-    records = list(quantize_matrix_by_matrix(model, DRAWN, recipe, tuned=tuned, **options))
-    return model, records, tuned
+    model = short(name, dtype=dtype)
+    run = Run(recipe=recipe, **{"device": "cpu", "seed": 0, "batch_size": 8, **options})
+    records = list(quantize_matrix_by_matrix(model, DRAWN, run))
+    return model, records, run.tuned
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

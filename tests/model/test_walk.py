@@ -8,7 +8,7 @@ from quip.errors import NonFinite, UsageError
 from quip.model.block import Block
 from quip.model.calls import capture
 from quip.model.matrices import check_weights, find_blocks
-from quip.model.walk import walk
+from quip.model.walk import standing, walk
 from tests.support.tiny import CONFIGS, EAGER_ONLY, SEQLEN, tiny, tokens
 
 CASES = [(name, "eager") for name in CONFIGS]
@@ -81,7 +81,7 @@ def test_hessians_are_the_mean_of_x_xT_per_token(name):
     expected = second_moments(model, ids)
     for block in walk(model, ids, device="cpu", batch_size=3):
         hessians = block.observe()
-        assert set(hessians) == set(block.linears())
+        assert set(hessians) == set(block.matrices())
         for matrix, hessian in hessians.items():
             assert hessian.count == ids.numel()
             # Products and sums of 84 tokens in float32, relative to the largest entry.
@@ -138,7 +138,7 @@ def test_replaced_matrices_are_no_longer_listed_or_observed():
     name = "model.layers.0.self_attn.q_proj"
     block.replace(name, nn.Sequential(nn.Identity()))
     assert not block.module.self_attn.q_proj.training
-    assert name not in block.linears()
+    assert name not in block.matrices()
     with pytest.raises(AttributeError):
         block.replace("model.layers.0.self_attn.z_proj", nn.Identity())
 
@@ -189,6 +189,28 @@ def test_activations_that_are_not_finite_are_named():
     second = next(blocks)
     with pytest.raises(NonFinite, match=r"layers\.1\.mlp\.down_proj.*inputs"):
         second.observe()
+
+
+@pytest.mark.parametrize("passing", [True, False])
+def test_each_block_is_moved_to_the_device_and_back_also_when_its_turn_fails(monkeypatch, passing):
+    model, moves = tiny("llama"), []
+
+    def to(module: nn.Module, device: torch.device) -> nn.Module:
+        moves.append((module, str(device)))
+        return module
+
+    blocks = list(model.model.layers)
+    monkeypatch.setattr(type(blocks[0]), "to", to)
+    device = torch.device("cpu", 0)  # another than the host by name
+    walked = walk(model, tokens(), device=device) if passing else standing(model, device=device)
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+        for block in walked:
+            assert moves[-1] == (block.module, "cpu:0")
+            if block.index == 1:
+                raise ZeroDivisionError
+    walked.close()
+    expected = [(block, device) for block in blocks[:2] for device in ("cpu:0", "cpu")]
+    assert moves[2 * passing :] == expected  # a walk asks block 0 first what it returns
 
 
 @pytest.mark.gpu

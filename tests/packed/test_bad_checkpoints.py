@@ -44,11 +44,27 @@ GRID = {"kind": "grid", "bits": 2, "group": 1, "symmetric": True}
     ("words", "reason"),
     [
         (
-            {"format": 2},
-            "a checkpoint of format 2, and this version of quip reads format 1: upgrad",
+            {"format": 3},
+            "a checkpoint of format 3, and this version of quip reads formats 1 and 2: upgrad",
         ),
-        ({"format": None}, "a checkpoint of format None, and this version of quip reads format 1"),
-        ({"format": "x"}, "reads format 1: its config.json is damaged; download or save it again"),
+        ({"format": None}, "a checkpoint of format None, and this version of quip reads formats 1"),
+        ({"format": "x"}, "reads formats 1 and 2: its config.json is damaged; download or save it"),
+        ({"format": 2}, "its config.json lacks 'specs' (a list of specifications); download or"),
+        ({"format": 2, "specs": {}}, "its config.json lacks 'specs' (a list of specifications)"),
+        ({"format": 2, "specs": ["grid"]}, "its config.json lacks 'specs' (a list of specific"),
+        ({"format": 2, "specs": [{"codebook": GRID}]}, "its config.json lacks 'transforms' (a"),
+        (
+            {"format": 2, "specs": 2 * [{"codebook": GRID, "transforms": [], "modules": [Q]}]},
+            f"its config.json names the matrix {Q} twice; download or save it again",
+        ),
+        (
+            {"format": 2, "specs": [{"codebook": GRID, "transforms": [], "modules": []}]},
+            "its config.json has a specification that names no matrix; download or save it",
+        ),
+        (
+            {"format": 2, "specs": [{"codebook": GRID, "transforms": [{}], "modules": [Q]}]},
+            "its matrices have a transform of kind None",
+        ),
         ({"codebook": {**GRID, "kind": "e8p"}}, "have a codebook of kind 'e8p'"),
         ({"codebook": {"kind": "grid"}}, "have a codebook {'kind': 'grid'}, which this version"),
         ({"transforms": [{"kind": "fft"}]}, "have a transform of kind 'fft'"),

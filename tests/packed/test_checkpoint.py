@@ -230,15 +230,6 @@ def test_a_model_without_packed_matrices_is_not_saved(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_matrices_of_two_recipes_do_not_go_into_one_checkpoint(tmp_path):
-    model = quantized("llama", blocks=1)
-    other = quantized("llama", {**INCOHERENT, "wbits": 3}, blocks=1)
-    model.set_submodule(Q, other.get_submodule(Q))
-    with pytest.raises(QuipError, match="one checkpoint holds matrices of one recipe"):
-        save(model, tmp_path / "model")
-    assert not (tmp_path / "model").exists()
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("existing", [False, True])
 @pytest.mark.parametrize("where", ["transformers.modeling_utils.safe_save_file", "json.dumps"])

@@ -11,7 +11,7 @@ from quip.transforms import (
     RescaleDraw,
     Transform,
 )
-from quip.transforms.rotation import STORED
+from quip.transforms.rotation import FILE_DTYPE
 from tests import reference as ref
 from tests.laws import TRANSFORMS, assert_near, check_transform, permutation_bits, rotation_bits
 
@@ -81,7 +81,7 @@ def test_rescaling_balances_h_against_w(problem, rng):
     expected = (H.diagonal() / (W.T @ W).diagonal()) ** 0.25
     # Stored in bfloat16: 8 significant bits. Its mean is 1, since only ratios matter.
     torch.testing.assert_close(r, expected / expected.mean(), rtol=2**-8, atol=0)
-    assert torch.equal(r, r.to(STORED).double())
+    assert torch.equal(r, r.to(FILE_DTYPE).double())
 
 
 def test_rescaling_minimises_the_product_of_what_rounding_and_range_cost(problem, rng):
@@ -181,7 +181,7 @@ def test_a_rescaling_that_is_not_positive_is_damage(value):
 def test_what_a_file_keeps_of_a_transform_is_what_was_used(problem, rng):
     T = KroneckerDraw()(*problem(12, 20), rng)
     for haar in (T.R_in.left, T.R_in.right, T.R_out.left, T.R_out.right):
-        assert haar.vectors.dtype == STORED
+        assert haar.vectors.dtype == FILE_DTYPE
         assert torch.equal(haar.vectors, haar.vectors.tril(-1))
         assert set(haar.signs.flatten().tolist()) <= {-1.0, 1.0}
 

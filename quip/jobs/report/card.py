@@ -18,6 +18,7 @@ UNSAID = (
     *("out", "save", "load", "overwrite", "resume", "storycloze_csv"),
 )
 OF_TASKS = ("num_fewshot", "batch_size", "limit")  # of no effect without --tasks
+PLAN = "plan.yaml"  # what the file is called here; the card holds what it says
 MISSING = "-"
 
 
@@ -83,7 +84,9 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _bits(report: Mapping[str, Any]) -> int | None:
-    """Bits of a code."""
+    """Bits of a code; None where matrices differ in them."""
+    if report.get("plan"):
+        return None
     codebook = (report.get("recipe") or {}).get("codebook") or {}
     return codebook.get("bits") or (report.get("flags") or {}).get("wbits")
 
@@ -180,7 +183,8 @@ def _tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _method(report: Mapping[str, Any]) -> str:
     lines = []
-    if report.get("recipe") and (method := report.get("method")):
+    flags = report.get("flags") or {}
+    if (report.get("recipe") or report.get("plan")) and (method := report.get("method")):
         seed = report.get("seed")
         lines.append(f"Method: {method}" + (f"; seed {seed}." if seed is not None else "."))
     if stamp := report.get("calibration"):
@@ -198,6 +202,9 @@ def _method(report: Mapping[str, Any]) -> str:
         )
     if line := _command(report):
         lines.append(f"Made with\n\n```\n{line}\n```")
+    if plan := flags.get("plan"):
+        text = yaml.safe_dump(dict(plan), sort_keys=False, allow_unicode=True)
+        lines.append(f"where {PLAN} says\n\n```yaml\n{text}```")
     return "## Method\n\n" + "\n\n".join(lines) if lines else ""
 
 
@@ -217,7 +224,9 @@ def _flags(flags: Mapping[str, Any]) -> Iterator[str]:
         if name in unsaid or value is None or value is False:
             continue
         yield f"--{name}"
-        if value is not True:
+        if name == "plan":
+            yield PLAN
+        elif value is not True:
             yield ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

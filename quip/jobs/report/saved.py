@@ -16,6 +16,7 @@ from quip.jobs.report.text import size_words
 from quip.model.load import LoadedModel
 from quip.model.records import MatrixRecord
 from quip.packed.checkpoint import save_checkpoint
+from quip.packed.files import weight_bytes
 from quip.packed.hub import check_files
 from quip.packed.linear import quantized_layers
 
@@ -76,5 +77,4 @@ def _sizes(folder: Path, model: nn.Module) -> dict[str, int]:
     layers = quantized_layers(model).values()
     rest = sum(parameter.numel() for parameter in model.parameters())  # tied ones once
     weights = rest + sum(layer.in_features * layer.out_features for layer in layers)
-    files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"bytes": files, "dense_bytes": 2 * weights}
+    return {"bytes": weight_bytes(folder), "dense_bytes": 2 * weights}

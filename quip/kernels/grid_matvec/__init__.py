@@ -1,1 +1,6 @@
-"""Multiply a few vectors by a matrix of packed codes of integer grids."""
+"""Multiply vectors by a matrix of packed codes of integer grids."""
+
+from quip.kernels.grid_matvec import cpu, reference
+from quip.kernels.operation import Operation
+
+multiply = Operation(reference.multiply, cpu=cpu.FORM)

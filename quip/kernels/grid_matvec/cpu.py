@@ -1,53 +1,22 @@
-"""Multiply a few vectors by a packed matrix: y = x W~^T, where W~ are the decoded weights.
+"""Multiply a few vectors by a packed matrix of integer grids: the ctypes side of cpu.cpp.
 
-`multiply` is the operation, for any codebook; `multiply_native` is its fast form for uniform
-grids in float32 on a CPU, which never has W~ in memory and rounds nothing further. Both agree up
-to the noise of the dtype that `multiply` computes in. lattice_matvec.py has the fast forms for
-lattices.
+It never has W~ in memory, and rounds nothing to the dtype that the reference computes in.
 """
 
 import ctypes
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, Integer
 from torch import Tensor
-from torch.nn.functional import linear
 
-from quip.codebooks import Decoder, Grids, Lattices
-from quip.kernels.bits import unpack
-from quip.kernels.lattice_matvec import cpu
+from quip.kernels.groups import spread
 from quip.kernels.native import library
+from quip.kernels.operation import Form
 
-Multiply = Callable[[Tensor, Tensor, Decoder, torch.dtype], Tensor]
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 8  # vectors: for more, the matrix product of a decoded matrix is faster
-
-
-def multiply(
-    x: Float[Tensor, "*batch n"],
-    words: Int32[Tensor, "m words"],
-    decoder: Decoder,
-    dtype: torch.dtype,
-) -> Float[Tensor, "*batch m"]:
-    """x W~^T, in the dtype of x; both are rounded to `dtype`, in which the product is computed."""
-    codes = unpack(words, decoder.index_bits, x.shape[-1] // decoder.dim)
-    return linear(x.to(dtype), decoder.decode(codes).to(dtype)).to(x.dtype)
-
-
-def multiply_for(decoder: Decoder, x: Float[Tensor, "*batch n"]) -> Multiply:
-    """The fastest form for these vectors."""
-    tokens = x.numel() // x.shape[-1]
-    plain = (x.dtype, x.device.type) == (torch.float32, "cpu")
-    plain = plain and tokens > 0 and not (torch.is_grad_enabled() and x.requires_grad)
-    if isinstance(decoder, Grids) and plain and tokens <= FEW and library(SOURCE) is not None:
-        return multiply_native
-    if isinstance(decoder, Lattices) and x.device.type == "cpu":
-        few = plain and tokens <= cpu.FEW and library(cpu.SOURCE) is not None
-        return cpu.multiply_native if few else cpu.multiply_by_parts
-    return multiply
 
 
 class _Matvec(ctypes.Structure):
@@ -62,41 +31,53 @@ class _Matvec(ctypes.Structure):
     )
 
 
-def multiply_native(
+def multiply(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
-    decoder: Decoder,
+    step: Float[Tensor, "m_or_1 groups"],
+    zero: Integer[Tensor, "m groups"] | None,
+    *,
+    bits: int,
+    group: int | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch m"]:
-    """`multiply` for `Grids`, float32 on a CPU and no gradient; nothing is rounded further."""
-    assert isinstance(decoder, Grids)
-    (m, _), n, groups = words.shape, x.shape[-1], decoder.groups
-    X, words = x.detach().reshape(-1, n).contiguous(), words.contiguous()
-    step, group = decoder.step.float(), groups.size or n
-    if decoder.zero is None:  # one row of steps: as well applied to x, whatever the groups
-        X = X * groups.spread(step)
-        step, zero, group = step.new_ones(1, 1), step.new_full((1, 1), (2**decoder.bits - 1) / 2), n
+    """x W~^T in float32, without a gradient; `dtype` plays no part."""
+    (m, _), n = words.shape, x.shape[-1]
+    X, words, step = x.detach().reshape(-1, n).contiguous(), words.contiguous(), step.float()
+    if zero is None:  # one row of steps: as well applied to x, whatever the groups
+        X, group = X * spread(step, group, n), None
+        step, zeros = step.new_ones(1, 1), step.new_full((1, 1), (2**bits - 1) / 2)
     else:
-        zero = decoder.zero.float()
-    sums = torch.stack([part.sum(1) for part in X.split(group, dim=1)], dim=1)
+        zeros = zero.float()
+    sums = torch.stack([part.sum(1) for part in X.split(group or n, dim=1)], dim=1)
     y = X.new_empty(len(X), m)
     call = _Matvec(
         m=m,
         n=n,
         tokens=len(X),
         row_bytes=4 * words.shape[1],
-        group=group,
+        group=group or n,
         words=words.data_ptr(),
         x=X.data_ptr(),
         sums=sums.data_ptr(),
         step=step.data_ptr(),
-        zero=zero.data_ptr(),
+        zero=zeros.data_ptr(),
         step_row=step.shape[1] if len(step) > 1 else 0,
-        zero_row=zero.shape[1] if len(zero) > 1 else 0,
+        zero_row=zeros.shape[1] if len(zeros) > 1 else 0,
         y=y.data_ptr(),
-        bits=decoder.bits,
+        bits=bits,
     )
     native = library(SOURCE)
     assert native is not None
     native.multiply(ctypes.byref(call))
     return y.view(*x.shape[:-1], m)
+
+
+def _serves(x: Tensor, *_: object, **__: object) -> bool:
+    if (x.dtype, x.device.type) != (torch.float32, "cpu"):
+        return False
+    learns = torch.is_grad_enabled() and x.requires_grad
+    return 0 < x.numel() <= FEW * x.shape[-1] and not learns
+
+
+FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)

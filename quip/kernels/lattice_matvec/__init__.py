@@ -1,1 +1,6 @@
-"""Multiply a few vectors by a matrix of packed lattice codes."""
+"""Multiply vectors by a matrix of packed lattice codes."""
+
+from quip.kernels.lattice_matvec import cpu, reference
+from quip.kernels.operation import Operation
+
+multiply = Operation(reference.multiply, cpu=cpu.FORM, parts=reference.PARTS)

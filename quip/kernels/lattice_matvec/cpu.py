@@ -1,28 +1,24 @@
-"""Multiply by a matrix of packed lattice codes on a CPU: the fast forms of `multiply`.
+"""Multiply a few vectors by a matrix of packed lattice codes: the ctypes side of cpu.cpp.
 
-`multiply_native` multiplies a few vectors by the packed codes as they are. `multiply_by_parts` is
-for more, and for gradients: it decodes some rows of W~ at a time, because memory for all of a
-large one comes from the system anew, which takes longer than to decode it.
+It never has W~ in memory, and rounds nothing to the dtype that the reference computes in.
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
-from torch.nn.functional import linear
 
-from quip.codebooks import LATTICES, Decoder, Lattices
-from quip.kernels.bits import unpack
-from quip.kernels.lattice_points import cpu
+from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage
 from quip.kernels.native import library
+from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 16  # vectors: for more, products with decoded rows are as fast, and use all cores
-PART = 2**20  # weights that are decoded together
-DIM = 8
+NUMBERS = {E8P: 1, E81B: 2}  # the enum Stage
 
 
 class _LatticeMatvec(ctypes.Structure):
@@ -36,32 +32,36 @@ class _LatticeMatvec(ctypes.Structure):
     )
 
 
-def multiply_native(
+def multiply(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
-    decoder: Decoder,
+    stages: Sequence[Stage],
+    scales: Float[Tensor, " groups"],
+    *,
+    group: int | None,
+    ratio: float | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch m"]:
-    """`multiply` for `Lattices`, float32 on a CPU and no gradient; nothing is rounded further."""
-    assert isinstance(decoder, Lattices)
+    """x W~^T in float32, without a gradient; the first stage is E8P, and `dtype` plays no part."""
     n, X, words = x.shape[-1], x.detach().contiguous(), words.contiguous()
     y = X.new_empty(*x.shape[:-1], len(words))
-    scales = decoder.scale.float().contiguous()
-    tables, stages = cpu.tables(), LATTICES[decoder.name].stages
+    scales, (first, *others) = scales.float().contiguous(), stages
+    second = others[0] if others else None
+    assert isinstance(first, E8P)
     call = _LatticeMatvec(
         m=len(words),
         blocks=n // DIM,
         tokens=X.numel() // n,
         row_bytes=4 * words.shape[1],
-        group=decoder.groups.size or n // DIM,
+        group=group or n // DIM,
         words=words.data_ptr(),
         x=X.data_ptr(),
         scales=scales.data_ptr(),
-        magnitudes=tables["magnitudes"].data_ptr(),
-        points=tables["points"].data_ptr(),
+        magnitudes=first.magnitudes.data_ptr(),
+        points=second.points.data_ptr() if isinstance(second, E81B) else None,
         y=y.data_ptr(),
-        ratio=decoder.ratio or 1.0,
-        second=cpu.STAGES[stages[1]] if len(stages) > 1 else 0,
+        ratio=ratio or 1.0,
+        second=NUMBERS[type(second)] if second else 0,
     )
     native = library(SOURCE)
     assert native is not None
@@ -69,14 +69,11 @@ def multiply_native(
     return y
 
 
-def multiply_by_parts(
-    x: Float[Tensor, "*batch n"],
-    words: Int32[Tensor, "m words"],
-    decoder: Decoder,
-    dtype: torch.dtype,
-) -> Float[Tensor, "*batch m"]:
-    """`multiply` for `Lattices` on a CPU: the products with some rows of W~ after the other."""
-    n, bits, rounded = x.shape[-1], decoder.index_bits, x.to(dtype)
-    codes = (unpack(part, bits, n // DIM) for part in words.split(max(1, PART // n)))
-    products = [linear(rounded, decoder.decode(part).to(dtype)) for part in codes]
-    return torch.cat(products, dim=-1).to(x.dtype)
+def _serves(x: Tensor, *_: object, **__: object) -> bool:
+    if (x.dtype, x.device.type) != (torch.float32, "cpu"):
+        return False
+    learns = torch.is_grad_enabled() and x.requires_grad
+    return 0 < x.numel() <= FEW * x.shape[-1] and not learns
+
+
+FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)

@@ -1,4 +1,4 @@
-// Nearest points of E8P and E81B, and the way back: the fast form of e8p.py and e81b.py.
+// Nearest points of E8P and E81B, and the way back: the fast form of reference.py.
 //
 // A lane is a vector of eight weights; each coordinate of LANES vectors is one register. |z_i|
 // carries i in its three lowest bits, so that sorting eight keys needs nothing else and no two

@@ -1,8 +1,7 @@
-"""Lattice codes in C++: the ctypes side of cpu.cpp, for float32 on a CPU.
+"""Points of the lattices E8P and E81B in C++: the ctypes side of cpu.cpp, for float32.
 
-`nearest` and `decode` do what e8p.py, e81b.py and the two stages of lattice.py do in torch. The
-decoded weights are the same bit for bit, the codes up to ties: of two points whose distances
-differ by less than 1 part in 2^20, either is taken.
+The decoded weights are those of reference.py bit for bit, the codes up to ties: of two points
+whose distances differ by less than 1 part in 2^20, either is taken.
 """
 
 import ctypes
@@ -15,18 +14,13 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks import e8p, e81b
+from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage, code_bits, code_dtype
 from quip.kernels.native import library
+from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-STAGES = {"e8p": 1, "e81b": 2}  # the enum Stage
-WIDE = 31  # bits: a wider code takes an int64
-
-
-def serves(x: Tensor) -> bool:
-    """Whether x is float32 on a CPU, needs no gradient, and there is a compiler."""
-    fast = (x.dtype, x.device.type) == (torch.float32, "cpu") and not x.requires_grad
-    return fast and library(SOURCE) is not None
+NUMBERS = {E8P: 1, E81B: 2}  # the enum Stage
+PATTERNS = 32  # columns of the table in cpu.cpp, which repeats the last one
 
 
 class _Tables(ctypes.Structure):
@@ -34,6 +28,7 @@ class _Tables(ctypes.Structure):
 
     NAMES = ("magnitudes", "signs", "shifts", "code_of", "patterns", "points", "pairs")
     _fields_ = tuple((name, c_void_p) for name in NAMES)
+    kept: dict[str, Tensor]  # what it points to
 
 
 class _Nearest(ctypes.Structure):
@@ -58,35 +53,39 @@ class _Decode(ctypes.Structure):
     )
 
 
-def code_dtype(index_bits: int) -> torch.dtype:
-    return torch.int64 if index_bits > WIDE else torch.int32
-
-
 def nearest(
-    x: Float[Tensor, "m 8"], stages: Sequence[str], *, scale: float = 1.0, ratio: float = 1.0
+    x: Float[Tensor, "m 8"],
+    stages: Sequence[Stage],
+    *,
+    scale: Float[Tensor, ""],
+    ratio: float | None,
 ) -> Integer[Tensor, " m"]:
-    """c_0 | c_1 << 16: the code of x / scale, and that of what is left of it times ratio."""
-    return _nearest(x, stages, scale, ratio, None)[0]
+    """`nearest` of reference.py."""
+    return _nearest(x, stages, float(scale), ratio, None)[0]
 
 
 def error(
-    x: Float[Tensor, "m 8"],
-    h: Float[Tensor, " 8"],
-    stages: Sequence[str],
+    X: Float[Tensor, "m n"],
+    h: Float[Tensor, " n"],
+    stages: Sequence[Stage],
     *,
-    scale: float = 1.0,
-    ratio: float = 1.0,
+    scale: Float[Tensor, ""],
+    ratio: float | None,
 ) -> float:
-    """The sum of h_i (x_i - w_hat_i)^2 over all vectors, each rounded to the nearest w_hat."""
-    return scale**2 * _nearest(x, stages, scale, ratio, h.contiguous())[1]
+    """The sum of h_k |x_k - w_hat_k|^2 over all columns, where w_hat is what X is rounded to."""
+    unit = float(scale)
+    spans = zip(X.split(DIM, dim=1), h.split(DIM), strict=True)
+    return sum(unit**2 * _nearest(x, stages, unit, ratio, part)[1] for x, part in spans)
 
 
 def _nearest(
-    x: Tensor, stages: Sequence[str], scale: float, ratio: float, h: Tensor | None
+    x: Tensor, stages: Sequence[Stage], scale: float, ratio: float | None, h: Tensor | None
 ) -> tuple[Tensor, float]:
-    first, second, bits = _stages(stages)
+    """(codes, the squared error in units of the scale, weighted by h)."""
+    first, second = _numbers(stages)
     squares = ctypes.c_double(0)
-    codes = torch.empty(len(x), dtype=code_dtype(bits))
+    h = None if h is None else h.contiguous()
+    codes = torch.empty(len(x), dtype=code_dtype(code_bits(stages)))
     call = _Nearest(
         m=len(x),
         row=x.stride(0),
@@ -96,82 +95,96 @@ def _nearest(
         codes=codes.data_ptr(),
         error=ctypes.addressof(squares),
         scale=scale,
-        ratio=ratio,
+        ratio=ratio or 1.0,
         first=first,
         second=second,
         wide=codes.dtype == torch.int64,
     )
-    _library().nearest(ctypes.byref(_pointers()), ctypes.byref(call))
+    _native().nearest(ctypes.byref(pointers(*stages)), ctypes.byref(call))
     return codes, squares.value
 
 
 def decode(
     codes: Integer[Tensor, "m k"],
-    stages: Sequence[str],
+    stages: Sequence[Stage],
+    scales: Float[Tensor, " groups"],
     *,
-    scales: Float[Tensor, " groups"] | None = None,
-    group: int | None = None,
-    ratio: float = 1.0,
+    group: int | None,
+    ratio: float | None,
     out: Float[Tensor, "m n"] | None = None,
 ) -> Float[Tensor, "m n"]:
-    """scale (q_0 + q_1 / ratio), 8 columns a code; each scale serves `group` codes of a row.
-
-    `out`, of any strides, takes the place of a new tensor.
-    """
-    first, second, bits = _stages(stages)
-    (m, k), codes = codes.shape, codes.to(code_dtype(bits)).contiguous()
-    scales = torch.ones(1) if scales is None else scales.contiguous()
+    """`decode` of reference.py. `out`, of any strides, takes the place of a new tensor."""
+    first, second = _numbers(stages)
+    (m, k), codes = codes.shape, codes.to(code_dtype(code_bits(stages))).contiguous()
+    scales = scales.contiguous()
     assert k <= len(scales) * (group or k), f"{len(scales)} scales are too few for {k} codes a row"
-    out = torch.empty(m, 8 * k) if out is None else out
+    out = torch.empty(m, DIM * k) if out is None else out
     call = _Decode(
         m=m,
         blocks=k,
         group=group or max(k, 1),
         row=out.stride(0),
-        block=8 * out.stride(1),
+        block=DIM * out.stride(1),
         column=out.stride(1),
         codes=codes.data_ptr(),
         scales=scales.data_ptr(),
         w=out.data_ptr(),
-        ratio=ratio,
+        ratio=ratio or 1.0,
         first=first,
         second=second,
         wide=codes.dtype == torch.int64,
     )
-    _library().decode(ctypes.byref(_pointers()), ctypes.byref(call))
+    _native().decode(ctypes.byref(pointers(*stages)), ctypes.byref(call))
     return out
 
 
-def _stages(stages: Sequence[str]) -> tuple[int, int, int]:
-    """One or two stages as cpu.cpp numbers them, and the bits of a code."""
-    first, second = (*(STAGES[stage] for stage in stages), 0)[:2]
-    bits = 16 * (len(stages) - 1) + (8 if stages[-1] == "e81b" else 16)
-    return first, second, bits
+def _plain(x: Tensor) -> bool:
+    return (x.dtype, x.device.type) == (torch.float32, "cpu") and not x.requires_grad
 
 
-def _library() -> ctypes.CDLL:
+def _serves(x: Tensor, *_: object, **__: object) -> bool:
+    return _plain(x)
+
+
+def _serves_codes(codes: Tensor, stages: object, scales: Tensor, **_: object) -> bool:
+    return _plain(scales) and codes.device.type == "cpu"
+
+
+def _serves_columns(X: Tensor, *_: object, **__: object) -> bool:
+    return _plain(X) and X.stride(0) == 1  # rows would be read eight numbers at a time
+
+
+def available() -> bool:
+    """Whether there is a compiler."""
+    return library(SOURCE) is not None
+
+
+NEAREST = Form(nearest, _serves, available)
+DECODE = Form(decode, _serves_codes, available)
+ERROR = Form(error, _serves_columns, available)
+
+
+def _native() -> ctypes.CDLL:
     native = library(SOURCE)
     assert native is not None
     return native
 
 
-@cache
-def tables() -> dict[str, Tensor]:
-    """What the struct Tables points to."""
-    signs = e8p.signs().float()
-    patterns = e8p.magnitudes()[[*range(227, 256), 255, 255, 255]].T / 2  # [8, 32]
-    return {
-        "magnitudes": e8p.even_magnitudes() / 2,
-        "signs": signs[:, :8].contiguous(),
-        "shifts": signs[:, 8] / 4,
-        "code_of": e8p.code_of(),
-        "patterns": patterns.contiguous(),
-        "points": e81b.doubled() / 2,
-        "pairs": e81b.pair_rows(),
-    }
+def _numbers(stages: Sequence[Stage]) -> tuple[int, int]:
+    """One or two stages as cpu.cpp numbers them."""
+    first, second = (*(NUMBERS[type(stage)] for stage in stages), 0)[:2]
+    return first, second
 
 
 @cache
-def _pointers() -> _Tables:
-    """The tensors live as long: `tables` is cached too."""
-    return _Tables(**{name: tensor.data_ptr() for name, tensor in tables().items()})
+def pointers(*stages: Stage) -> _Tables:
+    """All that these stages have; two of one kind share it."""
+    named = {name: x for stage in stages for name, x in vars(stage).items()}
+    if "patterns" in named:
+        magnitudes = named["patterns"].T + 0.5
+        last = magnitudes[:, -1:].expand(-1, PATTERNS - magnitudes.shape[1])
+        named["patterns"] = torch.cat([magnitudes, last], dim=1).float()
+    kept = {name: named[name].contiguous() for name in _Tables.NAMES if name in named}
+    tables = _Tables(**{name: tensor.data_ptr() for name, tensor in kept.items()})
+    tables.kept = kept
+    return tables

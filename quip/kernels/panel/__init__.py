@@ -1,1 +1,7 @@
-"""Round the columns of a panel in order, each with the errors of those before it."""
+"""Round the columns of a panel to uniform grids, each with the errors of those before it."""
+
+from quip.kernels.operation import Operation
+from quip.kernels.panel import cpu, reference
+
+round_columns = Operation(reference.round_columns, cpu=cpu.ROUND)
+fit_and_round_columns = Operation(reference.fit_and_round_columns, cpu=cpu.FIT_AND_ROUND)

@@ -1,4 +1,4 @@
-// Round the columns of a panel in order, with feedback inside it: the fast form of panel.py.
+// Round the columns of a panel in order, with feedback inside it: the fast form of reference.py.
 //
 // A tile is ROWS rows of a column of W, held in VECTORS registers. COLUMNS columns are brought
 // up to date together, so that every load of eta serves COLUMNS products.
@@ -28,7 +28,7 @@ typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_a
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
-struct Panel {  // as in panel.py
+struct Panel {  // as in cpu.py
     int64_t width, m;
     const float *X, *K, *base;  // [width, m], [width, width], [width, m] or null
     int64_t K_row, K_column;    // strides

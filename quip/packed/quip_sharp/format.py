@@ -99,11 +99,12 @@ def names(blocks: int) -> dict[str, tuple[str, ...]]:
     }
 
 
-def layout(spec: Spec, blocks: int) -> Layout:
+def expected_layout(spec: Spec, blocks: int) -> Layout:
     """The layout, for `QuipConfig`, of a model of so many blocks that has all their matrices."""
-    found = names(blocks).values()
-    alone = sorted(members[0] for members in found if len(members) == 1)
-    return Layout(spec, tuple(alone), tuple(sorted(x for x in found if len(x) > 1)))
+    found = sorted(names(blocks).values())
+    alone = [members[0] for members in found if len(members) == 1]
+    together = [members for members in found if len(members) > 1]
+    return Layout(dict.fromkeys(alone, spec), dict.fromkeys(together, spec))
 
 
 def matrices(model: PreTrainedModel) -> list[Matrix]:

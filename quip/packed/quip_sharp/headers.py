@@ -2,33 +2,16 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from quip.errors import Unavailable, UnsupportedModel
-from quip.packed.layout import DAMAGED
+from quip.errors import Unavailable, UnsupportedModel, one_line
+from quip.packed.files import DAMAGED, INDEX, SINGLE, Held, header, weight_files
 from quip.packed.quip_sharp.format import ARCHITECTURES, Slot, spec_of
 from quip.packed.spec import Spec
 
 DERIVED = "rotary_emb.inv_freq"  # older files hold what config.json says already
-
-
-@dataclass(frozen=True)
-class Held:
-    """A tensor of a file, not yet read."""
-
-    name: str
-    path: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.name)
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Spec]:
@@ -59,42 +42,24 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Spec]:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the loaders underneath raise no common class
-        raise Unavailable(f"its config.json cannot be read ({line(error)}); {DAMAGED}") from error
+        raise Unavailable(
+            f"its config.json cannot be read ({one_line(error)}); {DAMAGED}"
+        ) from error
     del config.quip_params
     return config, spec
 
 
-def _files(folder: Path) -> list[Path]:
-    """The safetensors files, all of which are there."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    names = {single.name}
-    if not single.exists() and index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Unavailable(f"{index.name} cannot be read ({line(error)}); {DAMAGED}") from error
-    elif not single.exists() and (pickled := sorted(folder.glob("*.bin"))):
+def headers(folder: Path) -> dict[str, Held]:
+    """Every tensor of its files, by name."""
+    known = any((folder / name).exists() for name in (SINGLE, INDEX))
+    if not known and (pickled := sorted(folder.glob("*.bin"))):
         raise Unavailable(
             f"{pickled[0].name} is a pickle, which may run code when it is read; "
             "download the model's safetensors files"
         )
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise Unavailable(f"there is no {name}; {DAMAGED}")
-    return [folder / name for name in sorted(names)]
-
-
-def headers(folder: Path) -> dict[str, Held]:
-    """Every tensor of its files, by name."""
-    held = {}
-    for path in _files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    x = file.get_slice(name)
-                    held[name] = Held(name, path, tuple(x.get_shape()), x.get_dtype())
-        except (SafetensorError, OSError, ValueError) as error:
-            raise Unavailable(f"{path.name} is damaged ({line(error)}); {DAMAGED}") from error
+    held: dict[str, Held] = {}
+    for path in weight_files(folder):
+        held |= header(path, damage="is damaged")
     return {name: x for name, x in held.items() if not name.endswith(DERIVED)}
 
 
@@ -123,7 +88,3 @@ def check(held: Mapping[str, Held], wanted: Mapping[str, Slot]) -> None:
         raise UnsupportedModel(
             f"{name} is in the files, and in no model of this config.json; name another folder"
         )
-
-
-def line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

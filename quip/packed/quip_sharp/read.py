@@ -9,20 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from quip.codebooks import LATTICES
-from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line
 from quip.files import check_new
 from quip.kernels.bits import pack
-from quip.packed.checkpoint import save_checkpoint
-from quip.packed.layout import DAMAGED
+from quip.packed.checkpoint import read_tokenizer, save_checkpoint, skeleton
+from quip.packed.files import DAMAGED, Held, weight_bytes
 from quip.packed.quip_sharp.codes import unpack_codes
 from quip.packed.quip_sharp.format import (
     FLOAT,
@@ -31,11 +25,11 @@ from quip.packed.quip_sharp.format import (
     Matrix,
     Slot,
     exactly,
-    layout,
+    expected_layout,
     matrices,
     rescales,
 )
-from quip.packed.quip_sharp.headers import Held, check, headers, line, read_config
+from quip.packed.quip_sharp.headers import check, headers, read_config
 from quip.packed.spec import Spec
 
 GENERATION = "generation_config.json"
@@ -84,7 +78,7 @@ def import_quip_sharp(
         codebook=name,
         bits=LATTICES[name].bits,
         matrices=sum(len(matrix.members) for matrix in matrices(model)),
-        file_bytes=sum(path.stat().st_size for path in out.glob("*.safetensors")),
+        file_bytes=weight_bytes(out),
     )
 
 
@@ -92,14 +86,8 @@ def _skeleton(config: PretrainedConfig, spec: Spec, *, tied: bool) -> PreTrained
     """The model with room for its packed matrices, on the meta device."""
     # What the files have is used: an lm_head of its own is one, whatever config.json says.
     config.tie_word_embeddings = tied and config.tie_word_embeddings
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=config.dtype, trust_remote_code=False
-            )
-    except Exception as error:  # the loaders underneath raise no common class
-        raise Unavailable(f"its config.json makes no model ({line(error)}); {DAMAGED}") from error
-    layout(spec, config.num_hidden_layers).make_room(model)
+    model = skeleton(config)
+    expected_layout(spec, config.num_hidden_layers).make_room(model)
     return model.eval().requires_grad_(False)
 
 
@@ -121,13 +109,9 @@ def _wanted(model: PreTrainedModel, spec: Spec) -> dict[str, Slot]:
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     remedy = "give --tokenizer NAME, the hub id or folder of the original model"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return read_tokenizer(name)
     except Exception as error:  # the loaders underneath raise no common class
-        raise Unavailable(f"no usable tokenizer in {name} ({line(error)}); {remedy}") from error
-    # Where no files are found, transformers may return a tokenizer with an empty vocabulary.
-    if not tokenizer("The quick brown fox", add_special_tokens=False)["input_ids"]:
-        raise Unavailable(f"no usable tokenizer in {name} (its vocabulary is empty); {remedy}")
-    return tokenizer
+        raise Unavailable(f"no usable tokenizer in {name} ({one_line(error)}); {remedy}") from error
 
 
 def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, Held]) -> None:

@@ -5,6 +5,7 @@ Only norms, embeddings and lm_head are rounded, as published ones are.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from quip.packed.quip_sharp.format import (
     Matrix,
     check_spec,
     exactly,
-    layout,
+    expected_layout,
     matrices,
     params,
     rescales,
@@ -74,8 +75,9 @@ def _checked(model: PreTrainedModel) -> Spec:
             "export it with --dense"
         )
     found = Layout.of(model)
-    check_spec(found.spec)
-    wanted = layout(found.spec, model.config.num_hidden_layers)
+    spec = _one_of(found.specs)
+    check_spec(spec)
+    wanted = expected_layout(spec, model.config.num_hidden_layers)
     for members in wanted.stacks:
         if members not in found.stacks:
             raise UsageError(
@@ -90,10 +92,20 @@ def _checked(model: PreTrainedModel) -> Spec:
         raise UsageError(f"{', '.join(other)} have no place in the published layout")
     for matrix in matrices(model):
         try:
-            matrix.slots(found.spec)
+            matrix.slots(spec)
         except UsageError as error:
             raise UsageError(f"{matrix.name}: {error}") from error
-    return found.spec
+    return spec
+
+
+def _one_of(specs: Sequence[Spec]) -> Spec:
+    if len(specs) > 1:
+        kinds = ", ".join(str(dict(spec.codebook)) for spec in specs)
+        raise UsageError(
+            f"its matrices are of {len(specs)} specifications (codebooks {kinds}), in the "
+            "published layout all of one; quantize without --plan, or export it with --dense"
+        )
+    return specs[0]
 
 
 def _tensors(matrix: Matrix, spec: Spec) -> dict[str, Tensor]:

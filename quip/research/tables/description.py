@@ -16,10 +16,12 @@ from quip.errors import UsageError
 from quip.matrix.build import build_recipe
 from quip.matrix.flags import FLAGS
 from quip.matrix.recipe import Recipe
+from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
-KINDS = ("run", "proxy", "hessians", "speed")
+KINDS = ("run", "saved", "speed", "proxy", "hessians")
+TEXTS = ("run", "saved")  # kinds that are measured on texts and tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Measure:
         """What an axis of it is called."""
         match self.path[0]:
             case "perplexity" | "mean_perplexity":
-                return f"perplexity, {self.label}"
+                return "perplexity" if self.label == "perplexity" else f"perplexity, {self.label}"
             case "tasks":
                 return f"accuracy in percent, {self.label}"
         return self.label
@@ -100,6 +102,7 @@ class Table:
     measures: tuple[Measure, ...] = ()
     by: str = "columns"  # what runs along the plot: columns, or models
     note: str = ""
+    cost: str = "not run here"  # minutes, on which machine and model
 
     def flags_of(self, row: Line, column: Line) -> dict[str, Any]:
         return {**self.flags, **column.flags, **row.flags}
@@ -203,4 +206,8 @@ def _check(table: Table) -> None:
         if row.parts or table.kind == "hessians":
             continue
         for column in table.columns:
-            recipe_of(table.flags_of(row, column))
+            flags = table.flags_of(row, column)
+            recipe = recipe_of(recipe_flags(flags))
+            if not recipe and (table.kind == "saved" or FINETUNE in flags):
+                raise UsageError(f"row {row.label!r}: 16 bits make no checkpoint")
+            block_tuning(flags), model_tuning(flags)

@@ -20,7 +20,7 @@ from quip.matrix.sweep import sweep
 
 
 @dataclass(frozen=True)
-class Integers:
+class Integers(Codebook):
     """All whole numbers: Q(t) = floor(t + 1/2), or floor(t + u) if there is an rng."""
 
     rng: torch.Generator | None = None

@@ -1,0 +1,87 @@
+"""A plan from a file: patterns of matrix names, and the flags of each one's recipe, in YAML.
+
+    "*.v_proj": {wbits: 4, incoh_processing: true}
+    "model.layers.0.*": {recipe: quip-3bit}
+
+The first pattern that matches a matrix counts. Flags are those of `quip run`, and each recipe is
+complete: what it does not name is as by default, whatever the line says of all other matrices.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from quip.errors import UsageError
+from quip.matrix.build import build_recipe
+from quip.matrix.flags import Flags
+from quip.matrix.methods import RECIPES
+from quip.matrix.recipe import Recipe
+from quip.model.plan import Plan, Rule
+
+KINDS = {field.name.rstrip("_"): field.type for field in fields(Flags)}  # of each flag's value
+
+
+def read_plan(path: Path) -> dict[Any, Any]:
+    """What a file says: pattern -> flags. Raises UsageError for one that is no such mapping."""
+    try:
+        text = path.read_text()
+        node, words = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--plan {path}: cannot be read as YAML: {error}") from error
+    if node is None or not (isinstance(words, dict) and words):
+        raise UsageError(f"--plan {path}: a mapping of patterns of matrix names to flags is needed")
+    for name, count in Counter(key.value for key, _ in node.value).items():
+        if count > 1:  # of which YAML would keep the last
+            raise UsageError(f"--plan {path}: the pattern {name!r} stands there {count} times")
+    return words
+
+
+def build_plan(words: Mapping[Any, Any], *, default: Recipe | None = None) -> Plan:
+    """The plan of these patterns and flags; `default` is for matrices that no pattern matches.
+
+    Raises UsageError, naming the pattern, for flags that mean nothing.
+    """
+    rules = []
+    for pattern, flags in words.items():
+        try:
+            rules.append(Rule(_pattern(pattern), _recipe(flags)))
+        except UsageError as error:
+            raise UsageError(f"the plan's {pattern!r}: {error}") from error
+    return Plan(rules=tuple(rules), default=default)
+
+
+def _pattern(pattern: Any) -> str:
+    if not isinstance(pattern, str):
+        raise UsageError('a pattern of matrix names is needed, in quotes: "*.v_proj"')
+    return pattern
+
+
+def _recipe(flags: Any) -> Recipe:
+    if not (isinstance(flags, Mapping) and flags):
+        raise UsageError("a mapping of flags is needed, as in {wbits: 4} or {recipe: quip-4bit}")
+    named = flags.get("recipe")
+    if "recipe" in flags and not (isinstance(named, str) and named in RECIPES):
+        raise UsageError(f"recipe {named!r}: not one of {', '.join(RECIPES)}")
+    own = {name: _value(name, value) for name, value in flags.items() if name != "recipe"}
+    if own.get("wbits") == 16:
+        raise UsageError("wbits 16: a plan leaves no matrix as it is; give 2 to 8 bits")
+    every = {**(RECIPES[named].flags if named else {}), **own}
+    return build_recipe(**{"range_" if k == "range" else k: x for k, x in every.items()})
+
+
+def _value(name: Any, value: Any) -> Any:
+    """A flag's value as its type; YAML has 1 for 1.0 and 8 for "8"."""
+    if name not in KINDS:
+        raise UsageError(f"unknown flag {name!r}; a recipe has {', '.join(KINDS)}")
+    kinds = get_args(KINDS[name]) or (KINDS[name],)
+    wider = next((kind for kind in (float, str) if kind in kinds), None)
+    if type(value) in kinds:
+        return value
+    if type(value) is int and wider:
+        return wider(value)
+    wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+    raise UsageError(f"{name} is {value!r}, and {wanted} is needed")

@@ -1,0 +1,218 @@
+"""Every form of every operation against its reference: one test for all, by cases.
+
+A new form is tested by being named in its `Operation`; a new operation gives its cases here.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import quip.kernels
+from quip.codebooks import e8p, e81b
+from quip.kernels import grid_matvec, lattice_matvec, lattice_points, panel
+from quip.kernels.bits import pack
+from quip.kernels.hadamard import rotations
+from quip.kernels.lattice_points import operations
+from quip.kernels.lattice_points.tables import code_bits
+from quip.kernels.operation import Form, Operation
+
+CPU = torch.device("cpu")
+STAGES = [(e8p.tables(CPU),), tuple(s.tables(CPU) for s in (e8p, e81b)), 2 * (e8p.tables(CPU),)]
+
+
+@dataclass
+class Case:
+    """The arguments of one call, fresh for each, since some are written to."""
+
+    args: tuple[Any, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    written: tuple[int, ...] = ()  # which args count as results
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def integers(bits: int, *shape: int) -> Tensor:
+    return torch.randint(2**bits, shape, generator=torch.Generator().manual_seed(1))
+
+
+def rotated() -> Iterator[Case]:
+    for n, block in ((96, None), (96, 12), (44 * 12, None), (1, None)):
+        for rows in (False, True):
+            for transpose in (False, True):
+                x = randn(n, 5) if rows else randn(2, 3, n)
+                for signs in (None, randn(n, seed=1)):
+                    options = {"rows": rows, "transpose": transpose}
+                    yield Case((x, signs, block), options)
+                    double = None if signs is None else signs.double()
+                    yield Case((x.double(), double, block), options)
+
+
+def panels() -> Iterator[Case]:
+    for (n, m), (steps, rows) in zip(
+        ((1, 5), (9, 33), (40, 70)), ((1, 1), (9, 1), (1, 70)), strict=True
+    ):
+        X, K = randn(n, m), 0.1 * randn(n, n, seed=1)
+        step = 0.5 + integers(2, steps, rows) / 4
+        zero = integers(3, steps, rows) / 2
+        for base in (None, X + 0.1):
+            eta = torch.full_like(X, torch.nan)
+            yield Case((X, K, eta, step, zero), {"top": 7, "base": base}, (2,))
+
+
+def fitted_panels() -> Iterator[Case]:
+    for rhos in ([2.0], [1.0, 1.5, 2.0, 2.5]):
+        for dtype in (torch.bfloat16, torch.float32):
+            X, K = randn(20, 33), 0.1 * randn(20, 20, seed=1)
+            eta = torch.full_like(X, torch.nan)
+            yield Case((X, K, eta, torch.tensor(rhos)), {"top": 3, "step_dtype": dtype}, (2,))
+
+
+def grid_products() -> Iterator[Case]:
+    for bits, group in ((2, None), (3, 16), (8, 7)):
+        words, n = pack(integers(bits, 6, 50), bits), 50
+        groups = -(-n // (group or n))
+        for x in (randn(n), randn(1, n), randn(2, 4, n)):
+            options = {"bits": bits, "group": group, "dtype": torch.float32}
+            zero = integers(bits, 6, groups).to(torch.uint8)
+            yield Case((x, words, randn(6, groups).abs(), zero), options)
+            yield Case((x, words, randn(1, groups).abs(), None), options)
+
+
+def lattice_products() -> Iterator[Case]:
+    for stages in STAGES:
+        bits = code_bits(stages)
+        for group, groups in ((None, 1), (2, 3)):
+            words = pack(integers(bits, 7, 5), bits)
+            options = {"group": group, "ratio": 2.5 if len(stages) > 1 else None}
+            for x in (randn(40), randn(3, 40), randn(2, 20, 40)):
+                args = (x, words, stages, randn(groups).abs())
+                yield Case(args, {**options, "dtype": torch.float32})
+
+
+def roundings() -> Iterator[Case]:
+    for stages in STAGES:
+        ratio = 2.5 if len(stages) > 1 else None
+        for x in (randn(333, 8), randn(8, 21).T, randn(0, 8)):
+            yield Case((x, stages), {"scale": torch.tensor(0.8), "ratio": ratio})
+
+
+def decodings() -> Iterator[Case]:
+    for stages in STAGES:
+        codes = integers(code_bits(stages), 7, 5).to(lattice_points.code_dtype(code_bits(stages)))
+        ratio = 2.5 if len(stages) > 1 else None
+        for group, groups in ((None, 1), (2, 3), (1, 5)):
+            yield Case((codes, stages, randn(groups).abs()), {"group": group, "ratio": ratio})
+
+
+def errors() -> Iterator[Case]:
+    for stages in STAGES:
+        ratio = 2.5 if len(stages) > 1 else None
+        X, h = randn(24, 50).T, randn(24, seed=1).abs()
+        yield Case((X, h, stages), {"scale": torch.tensor(0.8), "ratio": ratio})
+
+
+def near(ours: Tensor, expected: Tensor) -> None:
+    """The noise of float32 in sums of some 50 numbers, or of 528 in a rotation."""
+    size = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * size)
+
+
+def equal_but_for_ties(ours: Tensor, expected: Tensor) -> None:
+    """Codes of vectors that lie between two points may be either."""
+    assert (ours.dtype, ours.shape) == (expected.dtype, expected.shape)
+    assert int((ours != expected).sum()) <= len(expected) // 100
+
+
+@dataclass
+class Check:
+    cases: Callable[[], Iterator[Case]]
+    compare: Callable[[Tensor, Tensor], None] = near
+
+
+OPERATIONS: dict[Operation[Any, Any], Check] = {
+    rotations.turn: Check(rotated),
+    panel.round_columns: Check(panels),
+    panel.fit_and_round_columns: Check(fitted_panels),
+    grid_matvec.multiply: Check(grid_products),
+    lattice_matvec.multiply: Check(lattice_products),
+    lattice_points.nearest: Check(roundings, equal_but_for_ties),
+    lattice_points.decode: Check(decodings, torch.testing.assert_close),
+    lattice_points.error: Check(errors),
+}
+
+
+def name(operation: Operation[Any, Any]) -> str:
+    home = operation.reference.__module__.removeprefix("quip.kernels.")
+    return f"{home}.{operation.reference.__name__}"
+
+
+FORMS = [
+    pytest.param(operation, form, id=f"{name(operation)} {label}")
+    for operation in OPERATIONS
+    for label, form in operation.forms.items()
+]
+
+
+@pytest.mark.parametrize(("operation", "form"), FORMS)
+def test_every_form_computes_what_the_reference_does(operation, form, request):
+    if not form.available():
+        pytest.skip(f"{request.node.callspec.id} is not available on this machine")
+    tested, served = OPERATIONS[operation], 0
+    for ours, expected in zip(tested.cases(), tested.cases(), strict=True):
+        if not form.serves(*ours.args, **ours.options):
+            continue
+        served += 1
+        for one, other in zip(
+            results(form.compute, ours), results(operation.reference, expected), strict=True
+        ):
+            tested.compare(one, other)
+    assert served, "no case is one that this form serves"
+
+
+def results(compute: Callable[..., Any], case: Case) -> list[Tensor]:
+    """What comes back, and what was written."""
+    given = [x.clone() if isinstance(x, Tensor) else x for x in case.args]
+    found = compute(*case.args, **case.options)
+    for i, (before, now) in enumerate(zip(given, case.args, strict=True)):
+        if isinstance(now, Tensor) and i not in case.written:
+            assert torch.equal(now, before), f"argument {i} was changed"
+    found = found if isinstance(found, tuple) else (found,)
+    return [torch.as_tensor(x) for x in (*found, *(case.args[i] for i in case.written))]
+
+
+def test_every_operation_of_the_package_has_cases_here():
+    modules = pkgutil.walk_packages(quip.kernels.__path__, "quip.kernels.")
+    found = {
+        value
+        for module in modules
+        for value in vars(importlib.import_module(module.name)).values()
+        if isinstance(value, Operation)
+    }
+    assert found == set(OPERATIONS)
+
+
+def test_the_first_form_that_serves_and_is_available_is_taken():
+    def form(least: int, available: bool = True) -> Form[int]:
+        return Form(lambda x: x + least, lambda x: x >= least, lambda: available)
+
+    operation = Operation(lambda x: -x, best=form(30, False), large=form(20), small=form(10))
+    assert [operation(x) for x in (0, 10, 20, 30)] == [0, 20, 40, 50]
+    assert operation.chosen(5) is operation.reference
+
+
+@pytest.mark.parametrize("chunk", [1, 100, 2**20])
+def test_an_error_is_summed_in_portions(chunk):
+    for case in errors():
+        X, *others = case.args
+        expected = operations.error_by_rounding(*case.args, **case.options)
+        for view in (X, X.contiguous()):
+            ours = operations.error_by_rounding(view, *others, **case.options, chunk=chunk)
+            assert ours == pytest.approx(expected, rel=1e-5)
