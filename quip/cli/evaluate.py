@@ -4,7 +4,7 @@ import argparse
 
 from quip.cli.flags import machine_flags, refuse_tasks, task_flags, zero_shot
 from quip.cli.output import names
-from quip.cli.parse import Arguments, as_given, refuse_small
+from quip.cli.parse import Arguments, as_given, refuse_small, request
 from quip.errors import UsageError
 
 HELP = "measure a checkpoint or a model as it is"
@@ -64,20 +64,6 @@ def call(args: Arguments) -> None:
     from quip.jobs.report.text import table
 
     report = run_evaluation(
-        Evaluation(
-            model=args.model,
-            datasets=datasets,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            tasks=zero_shot(args),
-            batch_size=args.batch_size,
-            reference=args.reference,
-            speed=args.speed,
-            device=args.device,
-            dtype=args.dtype,
-            out=args.out,
-            overwrite=args.overwrite,
-            flags=as_given(args),
-        )
+        request(Evaluation, args, datasets=datasets, tasks=zero_shot(args), flags=as_given(args))
     )
     print(table(report))

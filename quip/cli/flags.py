@@ -14,6 +14,7 @@ from quip.matrix.flags import FLAGS, Flags
 if TYPE_CHECKING:
     from quip.evaluate.zeroshot import ZeroShot
     from quip.matrix.recipe import Recipe
+    from quip.model.tune import BlockTuning
 
 NAMED = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "pydoc")
 NSAMPLES = 128  # as in the papers
@@ -84,6 +85,15 @@ def has_recipe(args: Arguments) -> bool:
 def _recipe_given(args: Arguments) -> dict[str, Any]:
     given = args.given | {"wbits"}
     return {known.name: getattr(args, name) for name, known in FLAGS.items() if name in given}
+
+
+def recipe_words(args: Arguments) -> str:
+    """The recipe of these flags, once bits are settled, for a person."""
+    faithful = ", as printed" if args.faithful else ""
+    if CODEBOOKS[args.codebook].only_bits:
+        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
+    processing = "with" if args.incoh_processing else "without"
+    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"
 
 
 def model_and_dataset(parser: argparse.ArgumentParser) -> argparse.Action:
@@ -215,3 +225,14 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="the share of calibration windows that tuning is judged on (default 0.25)",
     )
+
+
+def tuning_of(args: Arguments) -> "BlockTuning | None":
+    """What the flags of `tuning_flags` say; None: no tuning."""
+    if not args.ft_epochs:
+        return None
+
+    from quip.model.tune import BlockTuning
+
+    given = {name: getattr(args, f"ft_{name}") for name in TUNING if f"ft_{name}" in args.given}
+    return BlockTuning(**given)

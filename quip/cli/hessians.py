@@ -13,7 +13,7 @@ from quip.cli.flags import (
     recipe_of,
     settle_bits,
 )
-from quip.cli.parse import Arguments, refuse_small
+from quip.cli.parse import Arguments, refuse_small, request
 from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
 from quip.matrix.flags import FLAGS, IGNORED
@@ -58,21 +58,8 @@ def call(args: Arguments) -> None:
     from quip.jobs.hessians import Collection, collect_hessians
     from quip.jobs.report.text import size_words
 
-    found = collect_hessians(
-        Collection(
-            model=args.model,
-            dataset=args.dataset,
-            save=args.save,
-            recipe=None if getattr(args, "from") == "original" else recipe_of(args),
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            seed=args.seed,
-            device=args.device,
-            dtype=args.dtype,
-            resume=args.resume,
-            overwrite=args.overwrite,
-        )
-    )
+    recipe = None if getattr(args, "from") == "original" else recipe_of(args)
+    found = collect_hessians(request(Collection, args, recipe=recipe))
     print(
         f"{args.save}: {found.inputs} inputs of {found.matrices} matrices, {found.tokens:,} "
         f"tokens, {size_words(found.nbytes)}, {found.seconds:.1f} s; quantize from it with: "

@@ -5,8 +5,9 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import yaml
 
@@ -14,6 +15,10 @@ from quip.errors import QuipError, UsageError
 from quip.matrix.flags import FLAGS, as_line
 from quip.matrix.methods import RECIPES
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Request = TypeVar("Request", bound="DataclassInstance")
 NOT_IN_FILES = ("model", "dataset", "config", "call")
 UNSET: list[object] = []  # a list, since what appends to a value copies it first
 
@@ -138,6 +143,15 @@ def refuse_small(args: argparse.Namespace, **least: int) -> None:
         value = getattr(args, name)
         if value is not None and value < low:
             raise UsageError(f"--{name} {value}: at least {low} is needed")
+
+
+def request(kind: type[Request], args: argparse.Namespace, **own: Any) -> Request:
+    """A request of this kind (a dataclass): values of flags by the names of its fields, and `own`.
+
+    `own` are fields that are no flag as it stands; they win.
+    """
+    known = {f.name: getattr(args, f.name) for f in fields(kind) if hasattr(args, f.name)}
+    return kind(**{**known, **own})
 
 
 def as_given(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quip.cli.flags import add_flag, machine_flags
 from quip.cli.output import aligned, names
-from quip.cli.parse import Arguments
+from quip.cli.parse import Arguments, request
 from quip.codebooks.names import INTEGERS
 from quip.errors import UsageError
 from quip.matrix.flags import FLAGS
@@ -98,21 +98,15 @@ def asked(args: Arguments) -> "ProxyBench":
 
     from quip.research.losses.bench import ProxyBench
 
-    return ProxyBench(
-        model=args.model,
-        store=args.store,
+    return request(
+        ProxyBench,
+        args,
         quants=tuple(METHODS) if args.quant == "all" else names(args.quant, "--quant"),
         wbits=_numbers(args.wbits or "2,3,4", "--wbits"),
         processing=_processing(args),
         codebooks=names(args.codebook, "--codebook"),
         flags=_flags(args),
         layers=names(args.layers, "--layers") if args.layers else (),
-        seed=args.seed,
-        device=args.device,
-        dtype=args.dtype,
-        out=args.out,
-        resume=args.resume,
-        overwrite=args.overwrite,
     )
 
 

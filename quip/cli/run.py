@@ -1,7 +1,6 @@
 """`quip run MODEL DATASET`: quantize a model and measure what that cost."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,31 +14,24 @@ from quip.cli.flags import (
     model_and_dataset,
     recipe_flags,
     recipe_of,
+    recipe_words,
     refuse_tasks,
     settle_bits,
     task_flags,
     tuning_flags,
+    tuning_of,
     zero_shot,
 )
 from quip.cli.output import names
-from quip.cli.parse import Arguments, Parser, as_given, guarded, refuse_small
-from quip.codebooks.names import CODEBOOKS
+from quip.cli.parse import Arguments, as_given, refuse_small, request
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.matrix.recipe import Recipe
     from quip.model.plan import Plan
-    from quip.model.tune import BlockTuning
 
 HELP = "quantize a model, evaluate it, and report"
 PAPER_SETS = "wikitext2,ptb-new,c4-new"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m quip.run`. Returns the exit status."""
-    parser = Parser(prog="quip.run", description=HELP.capitalize() + ".")
-    build(parser)
-    return guarded(parser, argv)
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -134,28 +126,14 @@ def call(args: Arguments) -> None:
     from quip.jobs.run import Experiment, run_experiment
 
     report = run_experiment(
-        Experiment(
-            model=args.model,
-            dataset=args.dataset,
+        request(
+            Experiment,
+            args,
             recipe=recipe,
-            tuning=_tuning(args),
-            hessians=args.hessians,
-            load=args.load,
+            tuning=tuning_of(args),
             method=_words(args),
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            seed=args.seed,
-            device=args.device,
-            dtype=args.dtype,
             eval_datasets=evaluations,
-            eval_nsamples=args.eval_nsamples,
             tasks=zero_shot(args),
-            batch_size=args.batch_size,
-            compare=args.compare,
-            save=args.save,
-            out=args.out,
-            resume=args.resume,
-            overwrite=args.overwrite,
             flags=as_given(args),
         )
     )
@@ -231,16 +209,6 @@ def _refuse_tuning(args: Arguments) -> None:
         raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
 
 
-def _tuning(args: Arguments) -> "BlockTuning | None":
-    if not args.ft_epochs:
-        return None
-
-    from quip.model.tune import BlockTuning
-
-    given = {name: getattr(args, f"ft_{name}") for name in TUNING if f"ft_{name}" in args.given}
-    return BlockTuning(**given)
-
-
 def _evaluations(args: Arguments) -> tuple[str, ...]:
     if args.proxy_only:
         if _is_unquantized(args):
@@ -278,13 +246,5 @@ def _words(args: Arguments) -> str:
         return f"as saved in {args.load}" if args.load else "as it is"
     tuned = ", fine-tuned" if args.ft_epochs else ""
     planned = [f"a plan of {len(args.plan)} patterns"] if args.plan else []
-    line = [_recipe_words(args)] if has_recipe(args) else []
+    line = [recipe_words(args)] if has_recipe(args) else []
     return ", else ".join([*planned, *line]) + tuned
-
-
-def _recipe_words(args: Arguments) -> str:
-    faithful = ", as printed" if args.faithful else ""
-    if CODEBOOKS[args.codebook].only_bits:
-        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
-    processing = "with" if args.incoh_processing else "without"
-    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from quip.cli.flags import add_flag
 from quip.cli.output import aligned
+from quip.cli.parse import request
 from quip.errors import UsageError
 
 HELP = "statistics of stored Hessians, before and after incoherence processing"
@@ -67,17 +68,10 @@ def call(args: argparse.Namespace) -> None:
     from quip.research.hessians.summary import SummaryRequest, summarize
 
     summary = summarize(
-        SummaryRequest(
-            store=args.store,
-            model=args.model,
-            rotation=args.rotation,
+        request(
+            SummaryRequest,
+            args,
             rescale=not args.no_rescale,
-            percdamp=args.percdamp,
-            seed=args.seed,
-            layer=args.layer,
-            device=args.device,
-            out=args.out,
-            overwrite=args.overwrite,
             pictures=args.out is not None and can_plot(),
         )
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quip.cli.output import aligned, names
-from quip.cli.parse import refuse_small
+from quip.cli.parse import refuse_small, request
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
@@ -146,19 +146,12 @@ def _settings(args: argparse.Namespace, table: "Table") -> "Settings":
 
     has_stories = args.storycloze_csv is not None  # a task of the table's, if its file is there
     tasks = tuple(name for name in table.tasks if has_stories or name != "storycloze")
-    return Settings(
+    return request(
+        Settings,
+        args,
         dataset=args.dataset or table.dataset,
         evaluate=chosen(args.eval_datasets, "--eval_datasets", table.evaluate),
         tasks=chosen(args.tasks, "--tasks", tasks),
-        nsamples=args.nsamples,
-        seqlen=args.seqlen,
-        eval_nsamples=args.eval_nsamples,
-        limit=args.limit,
-        storycloze_csv=args.storycloze_csv,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        device=args.device,
-        dtype=args.dtype,
     )
 
 

@@ -40,12 +40,12 @@ class Take:
         return getattr(self.flags, name)
 
     def part(self, name: str) -> "Take":
-        """The same for a part of this name, which a refusal may speak of."""
+        """The values of the same flags for a part of this name, which a refusal may speak of."""
         return replace(self, name=name)
 
 
 def grid(take: Take) -> Choice:
-    """Grid a or b. `--rho auto` tries what is best without trials, and seven fixed ranges."""
+    """Grid a or b."""
     take = take.part("integer grids")
     incoherent, qfn = take("incoh_processing"), take("qfn")
     if incoherent and qfn == "a":
@@ -64,9 +64,9 @@ def _grid_a(take: Take, *, bits: int, unbiased: bool) -> Choice:
 
 
 def _grid_b(take: Take, *, bits: int, unbiased: bool) -> Choice:
-    """Of grid b those from 0.9 to 1.6 times (bits + 1) / 2 are tried, nearly the best for Gaussian
-    weights, which feedback spreads; and first the best of ten at each fit, the default with
-    feedback, so that no matrix then loses more than by default.
+    """Grid b. `--rho auto` tries ranges from 0.9 to 1.6 times (bits + 1) / 2, which is nearly the
+    best for Gaussian weights, and feedback spreads them; and first the best of ten at each fit, the
+    default with feedback, so that no matrix then loses more than by default.
     """
     if not (take("pre_proj") or take("incoh_processing")):
         raise UsageError(

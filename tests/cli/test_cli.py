@@ -478,7 +478,7 @@ except AttributeError as error:
 def test_a_command_line_that_is_refused_never_waits_for_torch():
     code = """
 import sys
-from quip.cli.run import main
+from quip.run import main
 assert main(["demo", "pydoc", "--wbits", "9"]) == 2
 assert "torch" not in sys.modules
 """

@@ -21,6 +21,7 @@ from quip.codebooks.names import INTEGERS
 from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError
 from quip.jobs.calibration import fitting_store
+from quip.jobs.requests import Machine, Place
 from quip.matrix.build import build_recipe, flags_read
 from quip.matrix.flags import Flags
 from quip.matrix.linalg import energy
@@ -40,7 +41,7 @@ PROCESSING: dict[str, dict[str, Any]] = {"baseline": {}, "incoherence": {"incoh_
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyBench:
+class ProxyBench(Machine, Place):
     """Everything that one bench depends on."""
 
     model: str
@@ -52,11 +53,7 @@ class ProxyBench:
     flags: Mapping[str, Any] = field(default_factory=dict)  # of all recipes, as `Flags` names them
     layers: tuple[str, ...] = ()  # patterns; none: all matrices
     seed: int = 0
-    device: str | None = None  # None: cuda if there is one
-    dtype: str = "auto"
-    out: Path | None = None
     resume: bool = False
-    overwrite: bool = False
 
     def recipes(self) -> dict[Case, Recipe]:
         """The recipe of each combination of what is compared.

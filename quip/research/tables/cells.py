@@ -20,6 +20,7 @@ from quip.data import DATASETS
 from quip.evaluate.zeroshot import ZeroShot
 from quip.files import replacing
 from quip.jobs.report.folder import as_json, read_json, read_report
+from quip.jobs.requests import Machine, Text
 from quip.model.records import versions
 from quip.research.tables.description import Line, Measure, Table
 from quip.research.tables.tuning import FINETUNE
@@ -31,21 +32,16 @@ MEASURING = ("evaluate", "tasks", "speed")  # stages that make nothing of a mode
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Text, Machine):
     """How cells are run: what a user may set beside what a table says."""
 
     dataset: str
     evaluate: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
-    nsamples: int = 128
-    seqlen: int | None = None
     eval_nsamples: int | None = None
     limit: int | None = None  # documents of each task
     storycloze_csv: Path | None = None
     batch_size: int = 8  # of tasks
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
 
     def zero_shot(self) -> ZeroShot | None:
         if not self.tasks:

@@ -87,7 +87,7 @@ def run_speed(cell: Cell, cells: Sequence[Cell]) -> None:
     s = cell.settings
     run_evaluation(
         Evaluation(
-            model=str(checkpoint_of(cell)) if recipe_of(cell.flags) else cell.model,
+            model=str(checkpoint_of(cell)) if recipe_of(recipe_flags(cell.flags)) else cell.model,
             speed=True,
             device=s.device,
             dtype=s.dtype,
