@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from quip import cli
+from quip import run as run_command
 from quip.cli import flags
-from quip.cli import run as run_command
 from quip.cli.parse import Parser
 from quip.data import DATASETS
 from quip.matrix.build import build_recipe
