@@ -239,7 +239,10 @@ def test_flags_become_plain_values(asked, tmp_path):
 def test_every_flag_is_in_the_report(asked):
     parser = Parser()
     run_command.build(parser)
-    names = {action.dest for action in parser._actions} - {"help"}
+    names = {action.dest for action in parser._actions} - {
+        "help",
+        "plan",
+    }  # said where there is one
     assert asked(["demo", "pydoc"]).flags.keys() == names
 
 
