@@ -21,6 +21,7 @@ def call(args) -> None:
         if named not in ("--wbits 16", "--codebook int") and not (args.load or args.hessians):
             raise UsageError(f"--nsamples 0 with {named}: calibration needs windows; leave it out")
         args.nsamples = NSAMPLES  # as if it were not given: nothing is calibrated
+        args.given.discard("nsamples")
     args.eval_datasets = args.eval_datasets or "none"
     tasks = vars(args).pop("task").split(",")
     args.tasks = ",".join("lambada_quip" if name == "lambada" else name for name in tasks)

@@ -16,7 +16,9 @@ import quip.matrix.methods
 import quip.matrix.order
 import quip.matrix.polish
 import quip.transforms
-from quip.codebooks import Codebook, Decoder
+from quip.codebooks import CODEBOOKS, Codebook, Decoder
+from quip.codebooks.names import Entry
+from quip.errors import UsageError
 from quip.matrix.build import build_recipe
 from quip.matrix.linalg import proxy_loss
 from quip.matrix.polish import Polish
@@ -57,9 +59,11 @@ def module(path: str, text: str, folder: Path, monkeypatch) -> ModuleType:
 def signs(tmp_path, monkeypatch) -> Codebook:
     (path, text), lines = code("A codebook")
     made = module(path, text, tmp_path, monkeypatch)
-    for registry in (quip.codebooks.DECODERS, laws.CODEBOOKS):
+    for registry in (CODEBOOKS, laws.CODEBOOKS):
         monkeypatch.setitem(registry, "signs", None)  # taken out again at the end
-    exec(lines, vars(made) | {"DECODERS": quip.codebooks.DECODERS, "CODEBOOKS": laws.CODEBOOKS})
+    exec(lines, vars(made) | {"Entry": Entry, "CODEBOOKS": CODEBOOKS, "LAWS": laws.CODEBOOKS})
+    row = CODEBOOKS["signs"]  # of which DECODERS is made when it is first used
+    monkeypatch.setitem(quip.codebooks.DECODERS, row.home, getattr(made, row.decoder))
     return laws.CODEBOOKS["signs"]
 
 
@@ -100,6 +104,13 @@ def test_the_codebook_quantizes_a_matrix_that_a_checkpoint_can_hold(signs, probl
     x = torch.randn(3, 40)
     layer = QuantizedLinear.from_matrix(q, bias=None)
     assert torch.allclose(layer(x), x @ q.dequantize().T, atol=1e-4)  # float32 sums of 40 terms
+
+
+def test_the_codebook_can_be_named_and_refuses_flags_that_it_does_not_read(signs):
+    recipe = build_recipe(codebook="signs", quant="gptq", range_="16")
+    assert (type(recipe.codebook), recipe.group) == (type(signs), 16)
+    with pytest.raises(UsageError, match=r"--groupsize 8 speaks of grid a: say --codebook int"):
+        build_recipe(codebook="signs", groupsize=8)
 
 
 def test_the_transform_obeys_the_laws(flip, problem):

@@ -1,5 +1,6 @@
 """What the documents say is so: code runs, flags, tests and links exist, tables match."""
 
+import json
 import re
 import subprocess
 import sys
@@ -48,7 +49,7 @@ def test_every_command_has_a_section_with_its_flags():
 
 
 # Of other programs: pip, and the scripts.
-FOREIGN = {"--editable", "--constraint", "--quiet", "--check"}
+FOREIGN = {"--editable", "--constraint", "--quiet", "--check", "--add"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -88,6 +89,13 @@ def test_what_is_rendered_is_up_to_date(script):
     command = [sys.executable, str(ROOT / "scripts" / "dev" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_record_says_of_which_kind_it_is_and_no_path_of_a_machine():
+    kinds = {"table", "run", "rounding", "search", "kills"}
+    for path in (ROOT / "results").glob("*.json"):
+        assert json.loads(path.read_text())["kind"] in kinds, path.name
+        assert not re.search(r'"/\w', path.read_text()), path.name
 
 
 def test_the_readme_is_a_page():

@@ -1,5 +1,6 @@
 """The command line: `quip COMMAND ...`, one command a file."""
 
+import sys
 from collections.abc import Sequence
 
 from quip.cli import (
@@ -40,10 +41,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The `quip` command. Returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and (command := COMMANDS.get(words[0])):
+        parser = Parser(prog=f"quip {words[0]}")
+        command.build(parser)
+        return guarded(parser, words[1:])
     parser = Parser(
         prog="quip", description="Compress language models to 2, 3 and 4 bits per weight."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.build(commands.add_parser(name, help=command.SUMMARY))
-    return guarded(parser, argv, commands=1)
+        command.build(commands.add_parser(name, help=command.HELP))
+    return guarded(parser, words)

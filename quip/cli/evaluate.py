@@ -2,10 +2,12 @@
 
 import argparse
 
-from quip.cli.shared import as_given, machine_flags, names, refuse_small, task_flags, zero_shot
+from quip.cli.flags import machine_flags, refuse_tasks, task_flags, zero_shot
+from quip.cli.output import names
+from quip.cli.parse import Arguments, as_given, refuse_small, request
 from quip.errors import UsageError
 
-SUMMARY = "measure a checkpoint or a model as it is"
+HELP = "measure a checkpoint or a model as it is"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -50,32 +52,18 @@ def build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(call=call)
 
 
-def call(args: argparse.Namespace) -> None:
+def call(args: Arguments) -> None:
     """Turn strings into plain values, measure, and print the result."""
     refuse_small(args, seqlen=2, nsamples=1)
     if args.overwrite and args.out is None:
         raise UsageError("--overwrite speaks of --out: name the folder with --out DIR")
     datasets = None if args.datasets is None else names(args.datasets, "--datasets")
-    tasks = zero_shot(args)
+    refuse_tasks(args)
 
     from quip.jobs.evaluate import Evaluation, run_evaluation
     from quip.jobs.report.text import table
 
     report = run_evaluation(
-        Evaluation(
-            model=args.model,
-            datasets=datasets,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            tasks=tasks,
-            batch_size=args.batch_size,
-            reference=args.reference,
-            speed=args.speed,
-            device=args.device,
-            dtype=args.dtype,
-            out=args.out,
-            overwrite=args.overwrite,
-            flags=as_given(args),
-        )
+        request(Evaluation, args, datasets=datasets, tasks=zero_shot(args), flags=as_given(args))
     )
     print(table(report))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from quip.errors import UsageError
 
-SUMMARY = "write a saved checkpoint in a form for other tools"
+HELP = "write a saved checkpoint in a form for other tools"
 
 
 def build(parser: argparse.ArgumentParser) -> None:

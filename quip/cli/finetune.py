@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from quip.cli.shared import TUNING, as_given, refuse_small
+from quip.cli.flags import TUNING
+from quip.cli.parse import as_given, refuse_small, request
 
-SUMMARY = "tune a checkpoint against the model it was quantized from"
+HELP = "tune a checkpoint against the model it was quantized from"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -84,22 +85,8 @@ def call(args: argparse.Namespace) -> None:
     from quip.model.tune import ModelTuning
 
     given = {name: getattr(args, name) for name in TUNING}
-    record = finetune_checkpoint(
-        FineTuning(
-            checkpoint=args.checkpoint,
-            dataset=args.dataset,
-            save=args.save,
-            tuning=ModelTuning(**{name: x for name, x in given.items() if x is not None}),
-            teacher=args.teacher,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            seed=args.seed,
-            device=args.device,
-            dtype=args.dtype,
-            overwrite=args.overwrite,
-            flags=as_given(args),
-        )
-    )
+    tuning = ModelTuning(**{name: x for name, x in given.items() if x is not None})
+    record = finetune_checkpoint(request(FineTuning, args, tuning=tuning, flags=as_given(args)))
     found = (
         f"KL divergence on {record.windows_held_out} windows held out: {record.kl_before:.4g} -> "
         f"{record.kl_after:.4g} after {record.epochs} epochs"

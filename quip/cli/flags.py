@@ -1,25 +1,99 @@
-"""The flags of `quip run`, in the groups of its help."""
+"""Fields of `quip.matrix.flags.Flags` as flags of a command, and those that are of no recipe."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from quip.cli.shared import machine_flags, number_or_auto, task_flags
-from quip.cli.sharp import codebook_flags, rotation_flags, tuning_flags
+from quip.cli.output import names
+from quip.cli.parse import Arguments
+from quip.codebooks.names import CODEBOOKS
+from quip.errors import UsageError
+from quip.matrix.build import build_recipe, check_flags
+from quip.matrix.flags import FLAGS, Flags
+
+if TYPE_CHECKING:
+    from quip.evaluate.zeroshot import ZeroShot
+    from quip.matrix.recipe import Recipe
+    from quip.model.tune import BlockTuning
 
 NAMED = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "pydoc")
 NSAMPLES = 128  # as in the papers
-PAPER_SETS = "wikitext2,ptb-new,c4-new"
+TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")  # what tuning takes
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """MODEL, DATASET and every flag."""
-    # Without nargs="?", which would take nothing where a flag stands before DATASET.
-    model_and_dataset(parser).required = False
-    recipe_flags(parser)
-    tuning_flags(parser.add_argument_group("fine-tuning"))
-    _data_flags(parser.add_argument_group("data and evaluation"))
-    task_flags(parser.add_argument_group("zero-shot tasks"))
-    _machine_flags(parser.add_argument_group("machine and output"))
+def add_flag(group: argparse._ActionsContainer, name: str, **changes: Any) -> None:
+    """A flag of recipes, but for the changes as everywhere; a switch also as --no-NAME."""
+    known, said = FLAGS[name], FLAGS[name].metadata["said"]
+    options = {"default": known.default, "help": said.help}
+    if said.kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        choices = said.choices and list(said.choices)
+        options |= {"type": said.kind, "choices": choices, "metavar": said.metavar}
+    options |= changes
+    group.add_argument(f"--{name}", **options).help = options["help"]  # without (default: False)
+
+
+def recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """All that says how weights are rounded."""
+    parser.add_argument(
+        "--config",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="a YAML file of flag names and values; flags on the line win, wherever they stand",
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help="the flags of a named recipe (`quip recipes` lists them); flags of files and on the "
+        "line win, and each switch has its opposite, such as --no-incoh_processing",
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for name, known in FLAGS.items():
+        title = known.metadata["said"].group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        add_flag(groups[title], name)
+
+
+def settle_bits(args: Arguments) -> None:
+    """A lattice has its own bits; where neither is named, the model is evaluated as it is."""
+    if args.wbits is None:
+        args.wbits = CODEBOOKS[args.codebook].only_bits or 16
+
+
+def check_recipe(args: Arguments) -> None:
+    """Raise UsageError for flags of `recipe_flags` that mean nothing, once bits are settled."""
+    given = _recipe_given(args)
+    if has_recipe(args):
+        check_flags(**given)
+    else:
+        Flags(**given).check()
+
+
+def recipe_of(args: Arguments) -> "Recipe | None":
+    """What the flags of `recipe_flags` say, once bits are settled; None: weights as they are."""
+    return build_recipe(**_recipe_given(args)) if has_recipe(args) else None
+
+
+def has_recipe(args: Arguments) -> bool:
+    """Whether weights are quantized."""
+    return args.wbits != 16 or CODEBOOKS[args.codebook].only_bits is not None
+
+
+def _recipe_given(args: Arguments) -> dict[str, Any]:
+    given = args.given | {"wbits"}
+    return {known.name: getattr(args, name) for name, known in FLAGS.items() if name in given}
+
+
+def recipe_words(args: Arguments) -> str:
+    """The recipe of these flags, once bits are settled, for a person."""
+    faithful = ", as printed" if args.faithful else ""
+    if CODEBOOKS[args.codebook].only_bits:
+        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
+    processing = "with" if args.incoh_processing else "without"
+    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"
 
 
 def model_and_dataset(parser: argparse.ArgumentParser) -> argparse.Action:
@@ -36,134 +110,8 @@ def model_and_dataset(parser: argparse.ArgumentParser) -> argparse.Action:
     )
 
 
-def recipe_flags(parser: argparse.ArgumentParser) -> None:
-    """All that says how weights are rounded."""
-    parser.add_argument(
-        "--config",
-        action="append",
-        type=Path,
-        metavar="FILE",
-        help="a YAML file of flag names and values; flags on the line win, wherever they stand",
-    )
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME",
-        help="the flags of a named recipe (`quip recipes` lists them); flags on the line win",
-    )
-    _method_flags(parser.add_argument_group("method"))
-    codebook_flags(parser.add_argument_group("codebook"))
-    _incoherence_flags(parser.add_argument_group("incoherence processing"))
-
-
-def _method_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--wbits",
-        type=int,
-        choices=[*range(2, 9), 16],
-        help="bits per weight; 16, the default, evaluates the model as it is (a lattice has its "
-        "own: leave it out)",
-    )
-    add(
-        "--quant",
-        default="ldlq",
-        choices=["nearest", "gptq", "ldlq", "ldlqRG", "allbal", "ldlbal_admm"],
-        help="how weights are rounded: nearest; gptq (OPTQ); ldlq (QuIP, the default); ldlqRG "
-        "(LDLQ by diag(H), then greedy passes); allbal (greedy passes alone); ldlbal_admm "
-        "(QuIP's Algorithm 5)",
-    )
-    add(
-        "--npasses",
-        type=int,
-        metavar="N",
-        help="greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for "
-        "lattices after feedback (10 with --faithful) and 0 for grids",
-    )
-    add("--unbiased", action="store_true", help="round at random, so that the mean is exact")
-    add(
-        "--groupsize",
-        type=int,
-        metavar="N",
-        help="columns of a row that share one range in grid a (by default the whole row)",
-    )
-    _damping_flags(group)
-
-
-def _damping_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--percdamp",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="what is added to the diagonal of H, as a share of its mean (default 0.01); ten "
-        "times more after each failed factorisation, three times at most",
-    )
-    add(
-        "--lazy_batch",
-        action="store_true",
-        help="accepted and ignored: updates are always blocked, with the same codes",
-    )
-
-
-def _incoherence_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--incoh_processing",
-        action="store_true",
-        help="QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b",
-    )
-    add(
-        "--pre_gptqH",
-        action="store_true",
-        help="accepted and ignored: H is always damped by --percdamp (0 turns it off)",
-    )
-    add("--pre_rescale", action="store_true", help="rescale the inputs, to balance W against H")
-    add("--pre_proj", action="store_true", help="rotate W and H by random orthogonal matrices")
-    add(
-        "--pre_proj_extra",
-        type=int,
-        choices=[0, 1, 2],
-        help="the rotation: 1, the default, a Kronecker product of two factors; 0 a factor for "
-        "each block; 2 as 0, without permutations",
-    )
-    rotation_flags(group)
-    _grid_flags(group)
-
-
-def _grid_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--qfn",
-        choices=["a", "b"],
-        help="the grid: a, from the smallest to the largest weight of each row; b, symmetric "
-        "about 0 with a range of rho RMS (for rotated weights)",
-    )
-    add(
-        "--range",
-        metavar="{tensor,column,N}",
-        help="what the range of grid b or the scale of a lattice is fitted to: the whole matrix "
-        "once, or the running weights of each column (the default; a lattice: of 8) or of every N "
-        "columns as the rounding reaches them",
-    )
-    add(
-        "--rho",
-        type=number_or_auto,
-        metavar="{X,auto}",
-        help="grid b reaches X times the RMS of the weights (default: of ten values around the "
-        "Gaussian optimum, the one with the smallest squared error at each fit; 2.4 for nearest); "
-        "auto: quantize each matrix with the default and with each of seven fixed values, and keep "
-        "the result with the smallest proxy loss",
-    )
-    add(
-        "--faithful",
-        action="store_true",
-        help="the paper's algorithm as printed: weights clipped before feedback, and for grid b "
-        "one range of 2.4 RMS for the matrix; for lattices one published scale for the matrix",
-    )
-
-
 def calibration_flags(group: argparse._ArgumentGroup) -> None:
+    """How much text, and the seed."""
     add = group.add_argument
     add(
         "--nsamples",
@@ -181,66 +129,110 @@ def calibration_flags(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of sampling and rotations (default 0)")
 
 
-def _data_flags(group: argparse._ArgumentGroup) -> None:
+def task_flags(group: argparse._ArgumentGroup) -> None:
+    """Zero-shot tasks, which `zero_shot` reads."""
     add = group.add_argument
     add(
-        "--plan",
+        "--tasks",
+        metavar="A,B,...",
+        help="zero-shot tasks: any name of lm-eval (arc_easy, piqa ...), or our own: lambada_quip, "
+        "prompted as in QuIP; storycloze, from --storycloze_csv; quip_demo_cloze, no download",
+    )
+    add("--num_fewshot", type=int, default=0, metavar="N", help="examples shown (default 0)")
+    add("--batch_size", type=int, default=8, metavar="N", help="of zero-shot tasks (default 8)")
+    add("--limit", type=int, metavar="N", help="the first N documents of each task (default: all)")
+    add(
+        "--storycloze_csv",
         type=Path,
         metavar="FILE",
-        help='recipes by pattern of matrix names, as YAML: "*.v_proj": {wbits: 4} and so on; the '
-        "first that matches counts, and the recipe of this line is for all other matrices",
-    )
-    add(
-        "--hessians",
-        type=Path,
-        metavar="DIR",
-        help="quantize from this store (`quip hessians`), without calibration: leave out DATASET",
-    )
-    calibration_flags(group)
-    add(
-        "--eval_datasets",
-        metavar="A,B,...",
-        help="where perplexity is measured: names as for DATASET, or `none`; by default pydoc "
-        f"if that is DATASET, else {PAPER_SETS}",
-    )
-    add(
-        "--eval_nsamples",
-        type=int,
-        metavar="N",
-        help="evaluate on the first N windows of each data set (default: all)",
-    )
-    add(
-        "--compare",
-        action="store_true",
-        help="evaluate the original model too, and show the difference",
-    )
-    add(
-        "--proxy_only",
-        action="store_true",
-        help="quantize and report the proxy losses, without perplexities",
+        help="the StoryCloze file; its licence form is yours to sign",
     )
 
 
-def _machine_flags(group: argparse._ArgumentGroup) -> None:
+def refuse_tasks(args: Arguments) -> None:
+    """Raise UsageError for flags that speak of tasks where there are none."""
+    if args.batch_size < 1:
+        raise UsageError(f"--batch_size {args.batch_size}: at least 1 is needed")
+    for name in ("num_fewshot", "limit", "storycloze_csv"):
+        if args.tasks is None and name in args.given:
+            raise UsageError(f"--{name} speaks of zero-shot tasks: name some with --tasks A,B")
+
+
+def zero_shot(args: Arguments) -> "ZeroShot | None":
+    """The tasks asked for."""
+    if args.tasks is None:
+        return None
+
+    from quip.evaluate.zeroshot import ZeroShot
+
+    return ZeroShot(
+        tasks=names(args.tasks, "--tasks"),
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+        storycloze_csv=args.storycloze_csv,
+    )
+
+
+def device_flags(group: argparse._ArgumentGroup) -> None:
+    """What computes, and in what."""
+    add = group.add_argument
+    add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="what the model computes in; auto, the default, is float32, and for a checkpoint of "
+        "quip what the run computed in that saved it",
+    )
+
+
+def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
+    """What computes, and where results go."""
+    device_flags(group)
+    add = group.add_argument
+    add("--out", type=Path, metavar="DIR", help=out)
+    add(
+        "--overwrite",
+        action="store_true",
+        help="write where files are: --out loses those of the run before, a "
+        "checkpoint is replaced whole",
+    )
+
+
+def tuning_flags(group: argparse._ArgumentGroup) -> None:
+    """Fine-tuning of blocks: TUNING, each behind --ft_."""
     add = group.add_argument
     add(
-        "--save",
-        type=Path,
-        metavar="DIR",
-        help="a new or empty folder for the packed checkpoint, written before evaluation",
+        "--ft_epochs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after each group of matrices tune what is left of the block, its norms and signs, "
+        "to give the original outputs, for at most N passes (default 0: no tuning)",
+    )
+    add("--ft_lr", type=float, metavar="X", help="rate of weights and norms (default 5e-5)")
+    add("--ft_signs_lr", type=float, metavar="X", help="rate of sign vectors (default 5e-4)")
+    add("--ft_batch_size", type=int, metavar="N", help="windows in a step (default 8)")
+    add(
+        "--ft_patience",
+        type=int,
+        metavar="N",
+        help="stop after N passes without a smaller held-out loss (default 3)",
     )
     add(
-        "--load",
-        metavar="DIR",
-        help="evaluate this checkpoint of MODEL, which is then only read for --compare",
+        "--ft_held_out",
+        type=float,
+        metavar="X",
+        help="the share of calibration windows that tuning is judged on (default 0.25)",
     )
-    add(
-        "--resume",
-        action="store_true",
-        help="take up the run that --out holds, after its last finished block; without one, start",
-    )
-    machine_flags(
-        group,
-        out="a folder for run.json, layers.csv, layers.png and the finished blocks; it must be new "
-        "or empty",
-    )
+
+
+def tuning_of(args: Arguments) -> "BlockTuning | None":
+    """What the flags of `tuning_flags` say; None: no tuning."""
+    if not args.ft_epochs:
+        return None
+
+    from quip.model.tune import BlockTuning
+
+    given = {name: getattr(args, f"ft_{name}") for name in TUNING if f"ft_{name}" in args.given}
+    return BlockTuning(**given)

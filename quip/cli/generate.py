@@ -8,7 +8,8 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from quip.cli.shared import device_flags, refuse_small
+from quip.cli.flags import device_flags
+from quip.cli.parse import Arguments, refuse_small
 from quip.errors import UsageError
 from quip.serve.sampling import Sampling
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     Message = dict[str, str]
     Ask = Callable[[str | list[Message]], Answer]
 
-SUMMARY = "write text with a model or checkpoint, or talk with it"
+HELP = "write text with a model or checkpoint, or talk with it"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,7 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
     add("--seed", type=int, metavar="N", help="of drawing (default 0)")
 
 
-def call(args: argparse.Namespace) -> None:
+def call(args: Arguments) -> None:
     """Check what can be checked, load the model, and answer one prompt or line after line."""
     refuse_small(args, max_new_tokens=1)
     sampling = _sampling(args)
@@ -112,7 +113,7 @@ def call(args: argparse.Namespace) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _sampling(args: argparse.Namespace) -> Sampling:
+def _sampling(args: Arguments) -> Sampling:
     try:
         sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     except UsageError as error:

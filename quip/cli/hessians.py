@@ -2,17 +2,23 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from quip.cli.flags import calibration_flags, model_and_dataset, recipe_flags
-from quip.cli.parse import Parser
-from quip.cli.shared import RECIPE_FLAGS, device_flags, recipe_of, refuse_small, settle_bits
+from quip.cli.flags import (
+    calibration_flags,
+    check_recipe,
+    device_flags,
+    has_recipe,
+    model_and_dataset,
+    recipe_flags,
+    recipe_of,
+    settle_bits,
+)
+from quip.cli.parse import Arguments, refuse_small, request
+from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
+from quip.matrix.flags import FLAGS, IGNORED
 
-if TYPE_CHECKING:
-    from quip.matrix.recipe import Recipe
-
-SUMMARY = "collect the second moments of all inputs in a store"
+HELP = "collect the second moments of all inputs in a store"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -42,9 +48,9 @@ def build(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(call=call)
 
 
-def call(args: argparse.Namespace) -> None:
+def call(args: Arguments) -> None:
     """Collect, and say what came of it."""
-    recipe = _recipe(args)
+    _refuse_recipe(args)
     refuse_small(args, nsamples=1, seqlen=2)
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: leave one out")
@@ -52,21 +58,8 @@ def call(args: argparse.Namespace) -> None:
     from quip.jobs.hessians import Collection, collect_hessians
     from quip.jobs.report.text import size_words
 
-    found = collect_hessians(
-        Collection(
-            model=args.model,
-            dataset=args.dataset,
-            save=args.save,
-            recipe=recipe,
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            seed=args.seed,
-            device=args.device,
-            dtype=args.dtype,
-            resume=args.resume,
-            overwrite=args.overwrite,
-        )
-    )
+    recipe = None if getattr(args, "from") == "original" else recipe_of(args)
+    found = collect_hessians(request(Collection, args, recipe=recipe))
     print(
         f"{args.save}: {found.inputs} inputs of {found.matrices} matrices, {found.tokens:,} "
         f"tokens, {size_words(found.nbytes)}, {found.seconds:.1f} s; quantize from it with: "
@@ -74,43 +67,34 @@ def call(args: argparse.Namespace) -> None:
     )
 
 
-def _recipe(args: argparse.Namespace) -> "Recipe | None":
-    """What the blocks are quantized with, if they are."""
-    if getattr(args, "from") == "original":
-        _refuse_recipe(args)
-        return None
-    settle_bits(args)
-    recipe = recipe_of(args)
-    if recipe is None:
-        raise UsageError("--from quantized needs weights to quantize: give --wbits or --codebook")
-    return recipe
+def _refuse_recipe(args: Arguments) -> None:
+    """Raise UsageError for flags that would be ignored, and for a recipe that is missing."""
+    if getattr(args, "from") == "quantized":
+        settle_bits(args)
+        check_recipe(args)
+        if not has_recipe(args):
+            raise UsageError(
+                "--from quantized needs weights to quantize: give --wbits or --codebook"
+            )
+        return
+    for name in FLAGS:
+        if name in args.given and name not in IGNORED:
+            raise UsageError(
+                f"--{name} says how to quantize, and --from original does not: add --from "
+                f"quantized, or leave out --{name}"
+            )
 
 
-def _of_a_run(args: argparse.Namespace) -> list[str]:
+def _of_a_run(args: Arguments) -> list[str]:
     """The flags of a run from the store: of its own recipe, seed and dtype, where it has them."""
-    known = {"wbits": 2} if getattr(args, "from") == "original" else _recipe_given(args)
-    if args.codebook != "int":
-        del known["wbits"]  # a lattice has its own
-    given = known | _given(args, "seed", "dtype")
-    return [f"--{name}" if value is True else f"--{name} {value}" for name, value in given.items()]
-
-
-def _refuse_recipe(args: argparse.Namespace) -> None:
-    """Raise UsageError for flags that would be ignored."""
-    for name in _recipe_given(args):
-        raise UsageError(
-            f"--{name} says how to quantize, and --from original does not: add --from "
-            f"quantized, or leave out --{name}"
-        )
-
-
-def _recipe_given(args: argparse.Namespace) -> dict[str, object]:
-    return _given(args, "wbits", "quant", "range", *RECIPE_FLAGS)
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, object]:
-    """The named flags, by name, whose values are not those by default."""
-    parser = Parser()
-    build(parser)
-    values = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in values.items() if value != parser.get_default(name)}
+    defaults = {name: known.default for name, known in FLAGS.items() if name not in IGNORED}
+    defaults |= {"seed": 0, "dtype": "auto"}
+    given = {name: getattr(args, name) for name in defaults}
+    if getattr(args, "from") == "original":
+        given["wbits"] = 2
+    elif CODEBOOKS[args.codebook].only_bits:
+        given["wbits"] = None
+    changed = {name: value for name, value in given.items() if value != defaults[name]}
+    return [
+        f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items()
+    ]

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-SUMMARY = "make a checkpoint of a model published in the layout of QuIP#"
+HELP = "make a checkpoint of a model published in the layout of QuIP#"
 
 
 def build(parser: argparse.ArgumentParser) -> None:

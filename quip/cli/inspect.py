@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quip.cli.shared import aligned
+from quip.cli.output import aligned
 from quip.jobs.report.text import size_words
 
-SUMMARY = "show what a saved checkpoint holds and takes"
+HELP = "show what a saved checkpoint holds and takes"
 
 
 def build(parser: argparse.ArgumentParser) -> None:

@@ -1,16 +1,30 @@
-"""What every command shares: options from a file, and errors as one line with a status."""
+"""A line, a --config file and a --recipe become one namespace; errors one line with a status."""
 
 import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 import yaml
 
 from quip.errors import QuipError, UsageError
+from quip.matrix.flags import FLAGS, as_line
+from quip.matrix.methods import RECIPES
+
+Request = TypeVar("Request")
+NOT_IN_FILES = ("model", "dataset", "config", "call")
+UNSET: list[object] = []  # a list, since what appends to a value copies it first
+
+
+class Arguments(argparse.Namespace):
+    """The values of all flags; `given` are the names of those that were said, wherever."""
+
+    __slots__ = ("given",)  # and so not among the values, which go into reports
+    given: set[str]
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,14 +46,11 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
-def guarded(parser: Parser, argv: Sequence[str] | None, *, commands: int = 0) -> int:
-    """Parse and run; what a user can mend becomes one line and an exit status (2: usage).
-
-    The first `commands` words of the line name a command; flags from a file go behind them.
-    """
+def guarded(parser: Parser, argv: Sequence[str] | None) -> int:
+    """Parse and run; what a user can mend becomes one line and an exit status (2: usage)."""
     _set_up_logging()
     try:
-        args = _parse(parser, list(sys.argv[1:] if argv is None else argv), commands)
+        args = parse(parser, list(sys.argv[1:] if argv is None else argv))
         args.call(args)
     except QuipError as error:
         print(f"quip: {' '.join(str(error).split())}", file=sys.stderr)
@@ -66,56 +77,83 @@ def _set_up_logging() -> None:
     log.setLevel(logging.WARNING if terminal else logging.INFO)
 
 
-def _parse(parser: Parser, argv: list[str], commands: int) -> argparse.Namespace:
+def parse(parser: Parser, line: list[str]) -> Arguments:
     """The line, with what its --recipe and its --config files stand for before its own flags.
 
-    So its own win, and those of a file over those of a recipe.
+    So its own win over those of files, a later file over an earlier one, and files over a recipe.
     """
-    args = parser.parse_args(argv)
-    files = getattr(args, "config", None) or []
-    flags: list[str] = []
-    for path in files:
-        flags += _flags(path, vars(args))
+    args = parser.parse_args(line)
+    found: dict[str, bool | str] = {}
+    for path in getattr(args, "config", None) or []:
+        found |= _of_file(path, parser, vars(args).keys() - set(NOT_IN_FILES))
         try:
-            args = parser.parse_args([*argv[:commands], *flags, *argv[commands:]])
+            args = parser.parse_args([*_words(found), *line])
         except UsageError as error:
             raise UsageError(f"--config {path}: {error}") from error
-    if getattr(args, "recipe", None):
-        flags = [*_of_recipe(args.recipe), *flags]
-        args = parser.parse_args([*argv[:commands], *flags, *argv[commands:]])
+    words = [*_of_recipe(getattr(args, "recipe", None)), *_words(found), *line]
+    unset = Arguments(**dict.fromkeys(vars(args), UNSET))
+    said = parser.parse_args(words, unset)
+    args = parser.parse_args(words, Arguments())
+    args.given = {name for name, value in vars(said).items() if value is not UNSET}
     return args
 
 
-def _of_recipe(name: str) -> list[str]:
-    from quip.matrix.build import RECIPES, as_flags
-
+def _of_recipe(name: str | None) -> list[str]:
+    if name is None:
+        return []
     if name not in RECIPES:
         raise UsageError(f"--recipe {name}: not one of {', '.join(RECIPES)}")
-    return as_flags(RECIPES[name].flags)
+    return as_line(RECIPES[name].flags)
 
 
-def _flags(path: Path, known: dict[str, object]) -> list[str]:
-    """The file's values as they would stand on the line."""
+def _of_file(path: Path, parser: Parser, known: set[str]) -> dict[str, bool | str]:
+    """What the file says: of switches true or false, of other flags the word on a line."""
     try:
         loaded = yaml.safe_load(path.read_text()) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path}: cannot be read as YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise UsageError(f"--config {path}: a mapping of flag names to values is expected")
-    flags = []
+    found: dict[str, bool | str] = {}
     for name, value in loaded.items():
-        if name not in known or name in NOT_IN_FILES:
+        if name not in known:
             raise UsageError(f"--config {path}: unknown name {name!r}; names are those of flags")
-        if isinstance(known[name], bool):
+        if isinstance(parser.get_default(name), bool):
             if not isinstance(value, bool):
                 raise UsageError(
                     f"--config {path}: {name} is a switch: say true or false, not {value!r}"
                 )
-            flags += [f"--{name}"] if value else []
+            found[name] = value
         elif value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            flags.append(f"--{name}={text}")
-    return flags
+            found[name] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return found
 
 
-NOT_IN_FILES = ("model", "dataset", "config", "call")
+def _words(found: Mapping[str, bool | str]) -> list[str]:
+    """As on a line, where only what a recipe may have switched on can be switched off."""
+    return as_line({k: v for k, v in found.items() if v is not False or k in FLAGS})
+
+
+def refuse_small(args: argparse.Namespace, **least: int) -> None:
+    """Raise UsageError for a number below what is needed at least."""
+    for name, low in least.items():
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name} {value}: at least {low} is needed")
+
+
+def request(kind: type[Request], args: argparse.Namespace, **own: Any) -> Request:
+    """A request of this kind (a dataclass): values of flags by the names of its fields, and `own`.
+
+    `own` are fields that are no flag as it stands; they win.
+    """
+    known = {
+        f.name: getattr(args, f.name) for f in fields(cast(Any, kind)) if hasattr(args, f.name)
+    }
+    return kind(**{**known, **own})
+
+
+def as_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags for the report; that there is no plan is not said, as before there were any."""
+    given = {name: value for name, value in vars(args).items() if name != "call"}
+    return {name: value for name, value in given.items() if name != "plan" or value is not None}

@@ -4,14 +4,19 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quip.cli.shared import aligned, machine_flags, names, number_or_auto
+from quip.cli.flags import add_flag, machine_flags
+from quip.cli.output import aligned, names
+from quip.cli.parse import Arguments, request
+from quip.codebooks.names import INTEGERS
 from quip.errors import UsageError
+from quip.matrix.flags import FLAGS
+from quip.matrix.methods import METHODS
 
 if TYPE_CHECKING:
     from quip.research.losses.bench import ProxyBench
 
-SUMMARY = "compare methods by their proxy losses, matrix by matrix"
-FLAGS = ("npasses", "percdamp", "rho", "faithful")  # of recipes, with --range
+HELP = "compare methods by their proxy losses, matrix by matrix"
+OF_ALL = ("npasses", "percdamp", "rho", "faithful", "range")  # of each recipe
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +31,10 @@ def build(parser: argparse.ArgumentParser) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """All but MODEL and STORE."""
     _case_flags(parser.add_argument_group("what is compared"))
-    _recipe_flags(parser.add_argument_group("method, of all that are compared"))
+    group = parser.add_argument_group("method, of all that are compared")
+    for name in OF_ALL:
+        add_flag(group, name)
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of rotations (default 0)")
     group = parser.add_argument_group("machine and output")
     group.add_argument(
         "--resume",
@@ -56,7 +64,7 @@ def _case_flags(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--codebook",
-        default="int",
+        default=INTEGERS,
         metavar="A,B,...",
         help="int (the default) and lattices, which have their own bits; q, k and v are not fused",
     )
@@ -68,31 +76,14 @@ def _case_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _recipe_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--npasses", type=int, metavar="N", help="greedy passes (default: as for `quip run`)")
-    add("--percdamp", type=float, default=0.01, metavar="X", help="damping of H (default 0.01)")
-    add(
-        "--range",
-        metavar="{tensor,column,N}",
-        help="what the range of grid b or the scale of a lattice is fitted to; not of the baseline",
-    )
-    add(
-        "--rho",
-        type=number_or_auto,
-        metavar="{X,auto}",
-        help="the range of grid b in RMS, or auto; not of the baseline",
-    )
-    add("--faithful", action="store_true", help="the papers' algorithms as printed")
-    add("--seed", type=int, default=0, metavar="N", help="of rotations (default 0)")
-
-
-def call(args: argparse.Namespace) -> None:
+def call(args: Arguments) -> None:
     """Measure, and print the means."""
+    bench = asked(args)
+
     from quip.research.losses.bench import measure_losses
     from quip.research.losses.rows import method_tables
 
-    losses = measure_losses(asked(args))
+    losses = measure_losses(bench)
     measures = {"mean_proxy_loss": "mean proxy loss", "mean_absolute_loss": "mean tr(E H E^T)"}
     for measure, title in measures.items():
         for lines in method_tables(losses, measure, title):
@@ -101,42 +92,35 @@ def call(args: argparse.Namespace) -> None:
     print(f"over {count} matrices" + (f"; each of them in {args.out}" if args.out else ""))
 
 
-def asked(args: argparse.Namespace) -> "ProxyBench":
+def asked(args: Arguments) -> "ProxyBench":
     """What the strings mean. Raises UsageError for what means nothing."""
     _refuse(args)
 
-    from quip.matrix.methods import METHODS
     from quip.research.losses.bench import ProxyBench
 
-    return ProxyBench(
-        model=args.model,
-        store=args.store,
+    return request(
+        ProxyBench,
+        args,
         quants=tuple(METHODS) if args.quant == "all" else names(args.quant, "--quant"),
         wbits=_numbers(args.wbits or "2,3,4", "--wbits"),
         processing=_processing(args),
         codebooks=names(args.codebook, "--codebook"),
         flags=_flags(args),
         layers=names(args.layers, "--layers") if args.layers else (),
-        seed=args.seed,
-        device=args.device,
-        dtype=args.dtype,
-        out=args.out,
-        resume=args.resume,
-        overwrite=args.overwrite,
     )
 
 
-def _refuse(args: argparse.Namespace) -> None:
+def _refuse(args: Arguments) -> None:
     for flag in ("resume", "overwrite"):
         if getattr(args, flag) and args.out is None:
             raise UsageError(f"--{flag} speaks of a folder: name it with --out DIR")
     if args.resume and args.overwrite:
         raise UsageError("--resume goes on and --overwrite starts over: leave one out")
-    if args.wbits and "int" not in args.codebook.split(","):
+    if args.wbits and INTEGERS not in args.codebook.split(","):
         raise UsageError(f"--wbits {args.wbits}: lattices have their own bits; leave it out")
 
 
-def _processing(args: argparse.Namespace) -> tuple[str, ...]:
+def _processing(args: Arguments) -> tuple[str, ...]:
     if args.incoh_processing and args.processing:
         raise UsageError(
             "--incoh_processing is short for --processing incoherence: leave one of them out"
@@ -146,9 +130,9 @@ def _processing(args: argparse.Namespace) -> tuple[str, ...]:
     return names(args.processing or "baseline", "--processing")
 
 
-def _flags(args: argparse.Namespace) -> dict[str, Any]:
+def _flags(args: Arguments) -> dict[str, Any]:
     """The flags of a recipe that were given, by the names of `quip.matrix.flags.Flags`."""
-    given = {name: getattr(args, name) for name in FLAGS} | {"range_": args.range}
+    given = {FLAGS[name].name: getattr(args, name) for name in OF_ALL}
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -1,9 +1,12 @@
-"""`quip recipes`: the named recipes, and the flags that each stands for."""
+"""`quip recipes`: the named recipes and the methods, and the flags that each stands for."""
 
 import argparse
 import json
 
-SUMMARY = "list the recipes that --recipe knows"
+from quip.matrix.flags import as_line
+from quip.matrix.methods import METHODS, RECIPES, Named
+
+HELP = "list the recipes that --recipe knows, and the methods of --quant"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -14,13 +17,18 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Print the list."""
-    from quip.matrix.build import RECIPES, as_flags
-
+    methods = {
+        name: Named(title=method.title, flags={"quant": name}) for name, method in METHODS.items()
+    }
+    known = {**RECIPES, **methods}
     if args.json:
-        rows = {name: {"title": r.title, "flags": r.flags} for name, r in RECIPES.items()}
+        rows = {name: {"title": r.title, "flags": r.flags} for name, r in known.items()}
         print(json.dumps(rows, indent=2))
         return
-    width = max(map(len, RECIPES))
-    for name, recipe in RECIPES.items():
-        print(f"{name:{width}}  {recipe.title}")
-        print(f"{'':{width}}  {' '.join(as_flags(recipe.flags))}")
+    width = max(map(len, known))
+    titles = {"recipes (--recipe NAME)": RECIPES, "methods (--quant NAME)": methods}
+    for title, listed in titles.items():
+        print(title)
+        for name, row in listed.items():
+            print(f"  {name:{width}}  {row.title}")
+            print(f"  {'':{width}}  {' '.join(as_line(row.flags))}")

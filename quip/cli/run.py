@@ -1,79 +1,146 @@
 """`quip run MODEL DATASET`: quantize a model and measure what that cost."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.cli.flags import NAMED, NSAMPLES, PAPER_SETS, add_flags
-from quip.cli.parse import Parser, guarded
-from quip.cli.shared import TUNING, as_given, names, recipe_of, refuse_small, settle_bits, zero_shot
+from quip.cli.flags import (
+    NAMED,
+    TUNING,
+    calibration_flags,
+    check_recipe,
+    has_recipe,
+    machine_flags,
+    model_and_dataset,
+    recipe_flags,
+    recipe_of,
+    recipe_words,
+    refuse_tasks,
+    settle_bits,
+    task_flags,
+    tuning_flags,
+    tuning_of,
+    zero_shot,
+)
+from quip.cli.output import names
+from quip.cli.parse import Arguments, as_given, refuse_small, request
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.matrix.recipe import Recipe
     from quip.model.plan import Plan
-    from quip.model.tune import BlockTuning
 
-SUMMARY = "quantize a model, evaluate it, and report"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m quip.run`. Returns the exit status."""
-    parser = Parser(prog="quip.run", description=SUMMARY.capitalize() + ".")
-    build(parser)
-    return guarded(parser, argv)
+HELP = "quantize a model, evaluate it, and report"
+PAPER_SETS = "wikitext2,ptb-new,c4-new"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
-    add_flags(parser)
+    # Without nargs="?", which would take nothing where a flag stands before DATASET.
+    model_and_dataset(parser).required = False
+    recipe_flags(parser)
+    tuning_flags(parser.add_argument_group("fine-tuning"))
+    _data_flags(parser.add_argument_group("data and evaluation"))
+    task_flags(parser.add_argument_group("zero-shot tasks"))
+    _machine_flags(parser.add_argument_group("machine and output"))
     parser.set_defaults(call=call)
 
 
-def call(args: argparse.Namespace) -> None:
-    """Turn strings into plain values, run, and print the result."""
+def _data_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help='recipes by pattern of matrix names, as YAML: "*.v_proj": {wbits: 4} and so on; the '
+        "first that matches counts, and the recipe of this line is for all other matrices",
+    )
+    add(
+        "--hessians",
+        type=Path,
+        metavar="DIR",
+        help="quantize from this store (`quip hessians`), without calibration: leave out DATASET",
+    )
+    calibration_flags(group)
+    add(
+        "--eval_datasets",
+        metavar="A,B,...",
+        help="where perplexity is measured: names as for DATASET, or `none`; by default pydoc "
+        f"if that is DATASET, else {PAPER_SETS}",
+    )
+    add(
+        "--eval_nsamples",
+        type=int,
+        metavar="N",
+        help="evaluate on the first N windows of each data set (default: all)",
+    )
+    add(
+        "--compare",
+        action="store_true",
+        help="evaluate the original model too, and show the difference",
+    )
+    add(
+        "--proxy_only",
+        action="store_true",
+        help="quantize and report the proxy losses, without perplexities",
+    )
+
+
+def _machine_flags(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="a new or empty folder for the packed checkpoint, written before evaluation",
+    )
+    add(
+        "--load",
+        metavar="DIR",
+        help="evaluate this checkpoint of MODEL, which is then only read for --compare",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="take up the run that --out holds, after its last finished block; without one, start",
+    )
+    machine_flags(
+        group,
+        out="a folder for run.json, layers.csv, layers.png and the finished blocks; it must be new "
+        "or empty",
+    )
+
+
+def call(args: Arguments) -> None:
+    """Turn strings into plain values, run, and print the result. Refusals come before imports."""
     settle_bits(args)
     _refuse_source(args)
-    recipe = _plan(args, recipe_of(args))
-    tuning = _tuning(args)
+    check_recipe(args)
+    _refuse_tuning(args)
     evaluations = _evaluations(args)
-    tasks = zero_shot(args)
+    refuse_tasks(args)
     _refuse_values(args)
+    recipe = _plan(args, recipe_of(args))
 
     from quip.jobs.report.text import table
     from quip.jobs.run import Experiment, run_experiment
 
     report = run_experiment(
-        Experiment(
-            model=args.model,
-            dataset=args.dataset,
+        request(
+            Experiment,
+            args,
             recipe=recipe,
-            tuning=tuning,
-            hessians=args.hessians,
-            load=args.load,
+            tuning=tuning_of(args),
             method=_words(args),
-            nsamples=args.nsamples,
-            seqlen=args.seqlen,
-            seed=args.seed,
-            device=args.device,
-            dtype=args.dtype,
             eval_datasets=evaluations,
-            eval_nsamples=args.eval_nsamples,
-            tasks=tasks,
-            batch_size=args.batch_size,
-            compare=args.compare,
-            save=args.save,
-            out=args.out,
-            resume=args.resume,
-            overwrite=args.overwrite,
+            tasks=zero_shot(args),
             flags=as_given(args),
         )
     )
     print(table(report))
 
 
-def _plan(args: argparse.Namespace, recipe: "Recipe | None") -> "Recipe | Plan | None":
+def _plan(args: Arguments, recipe: "Recipe | None") -> "Recipe | Plan | None":
     """The recipe of the line; with --plan, a plan of which it is the default."""
     if args.plan is None:
         return recipe
@@ -87,12 +154,12 @@ def _plan(args: argparse.Namespace, recipe: "Recipe | None") -> "Recipe | Plan |
         raise UsageError(f"--plan {path}: {error}") from error
 
 
-def _is_unquantized(args: argparse.Namespace) -> bool:
+def _is_unquantized(args: Arguments) -> bool:
     """Whether the line leaves all weights as they are."""
-    return args.wbits == 16 and args.plan is None
+    return not has_recipe(args) and args.plan is None
 
 
-def _refuse_source(args: argparse.Namespace) -> None:
+def _refuse_source(args: Arguments) -> None:
     """DATASET or --hessians, and what goes with which."""
     if args.hessians is None:
         if args.dataset is None:
@@ -107,14 +174,14 @@ def _refuse_source(args: argparse.Namespace) -> None:
         )
     if _is_unquantized(args):
         raise UsageError("--hessians needs weights to quantize: give --wbits or --codebook")
-    if args.nsamples != NSAMPLES:
+    if "nsamples" in args.given:
         raise UsageError(
             f"--nsamples {args.nsamples} speaks of calibration, and --hessians needs none: leave "
             "out one"
         )
 
 
-def _refuse_values(args: argparse.Namespace) -> None:
+def _refuse_values(args: Arguments) -> None:
     refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1)
     if args.overwrite and args.out is None and args.save is None:
         raise UsageError("--overwrite speaks of folders: name one with --out DIR or --save DIR")
@@ -133,22 +200,16 @@ def _refuse_values(args: argparse.Namespace) -> None:
         )
 
 
-def _tuning(args: argparse.Namespace) -> "BlockTuning | None":
-    given = {name: getattr(args, f"ft_{name}") for name in TUNING}
+def _refuse_tuning(args: Arguments) -> None:
     if not args.ft_epochs:
-        for name, value in given.items():
-            if name != "epochs" and value is not None:
+        for name in TUNING:
+            if name != "epochs" and f"ft_{name}" in args.given:
                 raise UsageError(f"--ft_{name} speaks of fine-tuning: add --ft_epochs N")
-        return None
-    if _is_unquantized(args):
+    elif _is_unquantized(args):
         raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
 
-    from quip.model.tune import BlockTuning
 
-    return BlockTuning(**{name: value for name, value in given.items() if value is not None})
-
-
-def _evaluations(args: argparse.Namespace) -> tuple[str, ...]:
+def _evaluations(args: Arguments) -> tuple[str, ...]:
     if args.proxy_only:
         if _is_unquantized(args):
             raise UsageError("--proxy_only needs weights to quantize: give --wbits 2 to 8")
@@ -180,18 +241,10 @@ def _dataset_of(store: Path) -> str:
     return HessianStore(store).stamp["dataset"]
 
 
-def _words(args: argparse.Namespace) -> str:
+def _words(args: Arguments) -> str:
     if _is_unquantized(args):
         return f"as saved in {args.load}" if args.load else "as it is"
     tuned = ", fine-tuned" if args.ft_epochs else ""
     planned = [f"a plan of {len(args.plan)} patterns"] if args.plan else []
-    line = [] if args.wbits == 16 else [_recipe_words(args)]
+    line = [recipe_words(args)] if has_recipe(args) else []
     return ", else ".join([*planned, *line]) + tuned
-
-
-def _recipe_words(args: argparse.Namespace) -> str:
-    faithful = ", as printed" if args.faithful else ""
-    if args.codebook != "int":
-        return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
-    processing = "with" if args.incoh_processing else "without"
-    return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quip.cli.shared import aligned
+from quip.cli.flags import add_flag
+from quip.cli.output import aligned
+from quip.cli.parse import request
 from quip.errors import UsageError
 
-SUMMARY = "statistics of stored Hessians, before and after incoherence processing"
+HELP = "statistics of stored Hessians, before and after incoherence processing"
 COLUMNS = {
     "rank": "rank",
     "above_1_percent": "> 1 %",
@@ -33,18 +35,11 @@ def build(parser: argparse.ArgumentParser) -> None:
         help="the model of the store: its weights are rescaled and rotated with the Hessians, and "
         "summarized too (without it Hessians are only rotated)",
     )
-    add(
-        "--rotation",
-        default="kronecker",
-        choices=["kronecker", "blocked", "hadamard"],
-        help="as for `quip run` (default kronecker)",
-    )
+    add_flag(parser, "rotation", default="kronecker", help="as for `quip run` (default kronecker)")
     add("--no_rescale", action="store_true", help="rotate only")
-    add(
-        "--percdamp",
-        type=float,
-        default=0.01,
-        metavar="X",
+    add_flag(
+        parser,
+        "percdamp",
         help="damping before tr(D) and rescaling, as a share of the mean diagonal (default 0.01)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of rotations, as for a run (default 0)")
@@ -73,17 +68,10 @@ def call(args: argparse.Namespace) -> None:
     from quip.research.hessians.summary import SummaryRequest, summarize
 
     summary = summarize(
-        SummaryRequest(
-            store=args.store,
-            model=args.model,
-            rotation=args.rotation,
+        request(
+            SummaryRequest,
+            args,
             rescale=not args.no_rescale,
-            percdamp=args.percdamp,
-            seed=args.seed,
-            layer=args.layer,
-            device=args.device,
-            out=args.out,
-            overwrite=args.overwrite,
             pictures=args.out is not None and can_plot(),
         )
     )

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.cli.shared import aligned, names, refuse_small
+from quip.cli.output import aligned, names
+from quip.cli.parse import refuse_small, request
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.research.tables.cells import Cell, Settings
     from quip.research.tables.description import Table
 
-SUMMARY = "a table or figure of the paper: run the missing cells, show them beside the paper's"
+HELP = "a table or figure of the paper: run the missing cells, show them beside the paper's"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -81,11 +82,12 @@ def call(args: argparse.Namespace) -> None:
     if args.name is None:
         raise UsageError("name a table, or --list them")
 
-    from quip.research.tables.cells import cells, select, settle
+    from quip.research.tables.cells import cells
     from quip.research.tables.description import read_table
     from quip.research.tables.record import record_of, write_record
     from quip.research.tables.rendering import markdown
     from quip.research.tables.running import run_missing
+    from quip.research.tables.selection import select, settle
 
     table = read_table(args.name)
     table = select(table, rows=_labels(args.rows), columns=_labels(args.columns))
@@ -109,10 +111,12 @@ def call(args: argparse.Namespace) -> None:
 
 def _refuse(args: argparse.Namespace, table: "Table") -> None:
     """Raise UsageError for flags that say nothing of this table."""
+    from quip.research.tables.description import TEXTS
+
     if args.dry_run and args.render:
         raise UsageError("--dry_run shows what would be run, --render what was: leave one out")
     for name in ("eval_datasets", "tasks"):
-        if getattr(args, name) is not None and table.kind != "run":
+        if getattr(args, name) is not None and table.kind not in TEXTS:
             raise UsageError(f"--{name}: {table.name} measures neither texts nor tasks")
     for name in ("limit", "storycloze_csv"):
         if getattr(args, name) is not None and not (args.tasks or table.tasks):
@@ -142,19 +146,12 @@ def _settings(args: argparse.Namespace, table: "Table") -> "Settings":
 
     has_stories = args.storycloze_csv is not None  # a task of the table's, if its file is there
     tasks = tuple(name for name in table.tasks if has_stories or name != "storycloze")
-    return Settings(
+    return request(
+        Settings,
+        args,
         dataset=args.dataset or table.dataset,
         evaluate=chosen(args.eval_datasets, "--eval_datasets", table.evaluate),
         tasks=chosen(args.tasks, "--tasks", tasks),
-        nsamples=args.nsamples,
-        seqlen=args.seqlen,
-        eval_nsamples=args.eval_nsamples,
-        limit=args.limit,
-        storycloze_csv=args.storycloze_csv,
-        batch_size=args.batch_size,
-        seed=args.seed,
-        device=args.device,
-        dtype=args.dtype,
     )
 
 
@@ -174,6 +171,7 @@ def _listing(name: str | None) -> str:
         "columns": "; ".join(column.label for column in table.columns),
         "measures": ", ".join(measure.label for measure in table.measures),
         "calibration": table.dataset,
+        "cost": table.cost,
     }
     return "\n".join(f"{key:<13}{words}" for key, words in lines.items())
 

@@ -1,17 +1,28 @@
-"""Codebooks: the sets of values that weights are rounded to."""
+"""Codebooks: the sets of values that weights are rounded to.
 
-from typing import Any
+All but their names is imported when it is first used, so that a list of names needs no torch.
+"""
 
-from quip.codebooks.base import Codebook, Decoder, Groups
-from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, candidate_rhos
-from quip.codebooks.lattice import LATTICES, Lattice, Lattices
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-DECODERS: dict[str, Any] = {
-    "grid": Grids,
-    "lattice": Lattices,
-}  # by the name that a file gives them
+from quip.codebooks.names import CODEBOOKS, LATTICES
+
+if TYPE_CHECKING:
+    from quip.codebooks.base import Codebook, Decoder, Groups
+    from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, candidate_rhos
+    from quip.codebooks.lattice import Lattice, Lattices
+
+    DECODERS: dict[str, Any]  # by the name that a file gives them
+
+_HOMES = {
+    **dict.fromkeys(("Codebook", "Decoder", "Groups"), "base"),
+    **dict.fromkeys(("Grids", "MinMaxGrid", "RmsGrid", "candidate_rhos"), "grid"),
+    **dict.fromkeys(("Lattice", "Lattices"), "lattice"),
+}
 
 __all__ = [
+    "CODEBOOKS",
     "DECODERS",
     "LATTICES",
     "Codebook",
@@ -24,3 +35,16 @@ __all__ = [
     "RmsGrid",
     "candidate_rhos",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "DECODERS":
+        globals()[name] = {row.home: _of(row.home, row.decoder) for row in CODEBOOKS.values()}
+        return globals()[name]
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _of(_HOMES[name], name)
+
+
+def _of(home: str, name: str) -> Any:
+    return getattr(import_module(f"{__name__}.{home}"), name)

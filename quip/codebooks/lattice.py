@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quip.codebooks import e8p, e81b
 from quip.codebooks.base import FITTED, Codebook, Decoder, Groups
+from quip.codebooks.names import DIM, LATTICES, Published
 from quip.errors import QuipError
 from quip.kernels import lattice_matvec, lattice_points
 from quip.kernels.bits import words
@@ -27,29 +28,7 @@ from quip.kernels.lattice_points import Stage
 from quip.stored import Options
 
 STAGES: dict[str, ModuleType] = {"e8p": e8p, "e81b": e81b}
-DIM = 8
 UNFITTED = torch.empty(0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Published:
-    """A codebook of QuIP#, and the rho and ratio that it was published with."""
-
-    stages: tuple[str, ...]
-    bits: int  # per weight
-    rho: float
-    ratio: float | None = None
-
-    @property
-    def index_bits(self) -> int:
-        return DIM * self.bits
-
-
-LATTICES = {
-    "E8P12": Published(stages=("e8p",), bits=2, rho=1.03),
-    "E8P12RVQ3B": Published(stages=("e8p", "e81b"), bits=3, rho=0.98, ratio=2.04),
-    "E8P12RVQ4B": Published(stages=("e8p", "e8p"), bits=4, rho=1.03, ratio=3.45),
-}
 
 
 @dataclass(frozen=True, kw_only=True)

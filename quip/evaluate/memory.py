@@ -73,6 +73,11 @@ def process_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def resident_bytes() -> int:
+    """Resident bytes of this process now; where the system has no /proc, their peak."""
+    return _host_bytes()["VmRSS"]
+
+
 def _host_bytes() -> dict[str, int]:
     """VmRSS, the resident bytes now, and VmHWM, their peak; without /proc the peak is both."""
     peak = process_peak()

@@ -20,6 +20,7 @@ from quip.evaluate.speed import speed
 from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
+from quip.jobs.requests import Machine, Place
 from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
 from quip.model.records import Stopwatch, versions
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Machine, Place):
     """Everything that one evaluation depends on."""
 
     model: str
@@ -41,10 +42,6 @@ class Evaluation:
     batch_size: int = 8  # of tasks
     reference: str | None = None  # the original, which predictions are compared with
     speed: bool = False
-    device: str | None = None  # None: cuda if there is one
-    dtype: str = "auto"
-    out: Path | None = None
-    overwrite: bool = False
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 
 

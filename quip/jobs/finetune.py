@@ -15,6 +15,7 @@ from quip.jobs.inspect import matrix_records
 from quip.jobs.report.folder import read_report
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
+from quip.jobs.requests import Machine, Text
 from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
 from quip.model.records import Stopwatch, versions
@@ -30,7 +31,7 @@ OF_THE_RUN = ("fingerprint", "tasks_asked", "tasks_terms", "error")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FineTuning:
+class FineTuning(Text, Machine):
     """Everything that one fine-tuning depends on."""
 
     checkpoint: Path
@@ -38,11 +39,6 @@ class FineTuning:
     save: Path
     tuning: ModelTuning = field(default_factory=ModelTuning)
     teacher: str | None = None  # None: the model that run.json says it was quantized from
-    nsamples: int = 128
-    seqlen: int | None = None  # None: the model's positions, at most 2048
-    seed: int = 0
-    device: str | None = None  # None: cuda if there is one
-    dtype: str = "auto"
     overwrite: bool = False
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 

@@ -24,6 +24,7 @@ from quip.data.hessians import StoreWriter
 from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.report.folder import RunFolder
+from quip.jobs.requests import Machine, Text
 from quip.matrix.hessian import Hessian
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device
@@ -38,18 +39,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collection:
+class Collection(Text, Machine):
     """Everything that a store depends on."""
 
     model: str
     dataset: str
     save: Path
     recipe: Recipe | None = None  # what blocks are quantized with; None: not at all
-    nsamples: int = 128
-    seqlen: int | None = None  # None: the model's positions, at most 2048
-    seed: int = 0
-    device: str | None = None  # None: cuda if there is one
-    dtype: str = "auto"
     resume: bool = False
     overwrite: bool = False
 

@@ -16,8 +16,9 @@ from typing import Any, get_args
 import yaml
 
 from quip.errors import UsageError
-from quip.matrix.build import RECIPES, build_recipe
+from quip.matrix.build import build_recipe
 from quip.matrix.flags import Flags
+from quip.matrix.methods import RECIPES
 from quip.matrix.recipe import Recipe
 from quip.model.plan import Plan, Rule
 

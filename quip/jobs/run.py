@@ -19,6 +19,7 @@ from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
+from quip.jobs.requests import Machine, Place, Text
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device, device_name
 from quip.model.ledger import Ledger
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Text, Machine, Place):
     """Everything that one run depends on."""
 
     model: str
@@ -45,20 +46,13 @@ class Experiment:
     hessians: Path | None = None  # a store of them, instead of calibration
     load: str | None = None  # a checkpoint of the model, evaluated in its place
     method: str = "unquantized"  # the recipe in a person's words
-    nsamples: int = 128
-    seqlen: int | None = None  # None: the model's positions, at most 2048
-    seed: int = 0
-    device: str | None = None  # None: cuda if there is one
-    dtype: str = "auto"
     eval_datasets: tuple[str, ...] = ()
     eval_nsamples: int | None = None
     tasks: ZeroShot | None = None
     batch_size: int = 8  # of tasks
     compare: bool = False
     save: Path | None = None  # the checkpoint
-    out: Path | None = None  # the report and, for `resume`, the finished blocks
-    resume: bool = False
-    overwrite: bool = False
+    resume: bool = False  # the run in `out`, which holds the report and the finished blocks
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 
 

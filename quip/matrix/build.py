@@ -1,149 +1,176 @@
-"""Which recipes there are: by name, and by the flags of a command line."""
+"""Flags become a Recipe; those that no part of it reads are refused.
 
-from collections.abc import Mapping
+No part of the recipe is imported before all flags are known to mean something: a command line that
+is refused does not wait for torch.
+"""
+
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from importlib import import_module
+from itertools import chain, combinations
+from typing import TYPE_CHECKING, Any
 
-from quip.codebooks import LATTICES, Codebook, Lattice, MinMaxGrid, RmsGrid, candidate_rhos
+from quip.codebooks.names import CODEBOOKS, Choice
 from quip.errors import UsageError
-from quip.matrix.feedback import none
-from quip.matrix.flags import Flags
-from quip.matrix.methods import METHODS
-from quip.matrix.polish import Greedy
-from quip.matrix.recipe import Recipe
-from quip.transforms import Draw, HadamardDraw, KroneckerDraw, RescaleDraw
+from quip.matrix.books import READERS, Take
+from quip.matrix.flags import IGNORED, Flags, as_line
+from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, Method
 
-EXTRAS: dict[int, Draw] = {
-    0: KroneckerDraw(blocked=True),
-    1: KroneckerDraw(),
-    2: KroneckerDraw(blocked=True, permute=False),
-}
-KRONECKERS = {"kronecker": EXTRAS[1], "blocked": EXTRAS[0]}
-PAPERS_RHO = 2.4  # of grid b
-SHARP_RHO = 0.9  # of E8P, as the paper of QuIP# has it
-RHO_SHARES = (0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6)
-LATTICE_RANGE = "8"
-# (rho, ratio) around which a fit looks, best for proxy losses of rotated weights; and how far.
-CENTRES = {"E8P12": (1.0, None), "E8P12RVQ3B": (0.98, 2.1), "E8P12RVQ4B": (0.9, 3.8)}
-SHARES = (0.8, 0.87, 0.93, 1.0, 1.07, 1.15)
+if TYPE_CHECKING:
+    from quip.matrix.recipe import Recipe
+
+
+def build_recipe(**flags: Any) -> "Recipe":
+    """The recipe of a command line, by the names of `Flags`.
+
+    Raises UsageError for a combination that means nothing.
+    """
+    parts = check_flags(**flags)
+
+    from quip import transforms
+    from quip.matrix import feedback, order
+    from quip.matrix.polish import Greedy
+    from quip.matrix.recipe import Recipe
+
+    choice, book = parts.choice, parts.choice.codebook()
+    passes = parts.passes - parts.method.swept_passes
+    return Recipe(
+        codebook=book,
+        trials=tuple(replace(book, **change) for change in choice.trials),
+        transforms=tuple(getattr(transforms, name)(**own) for name, own in parts.draws),
+        order=getattr(order, parts.method.order),
+        feedback=getattr(feedback, parts.method.feedback),
+        group=choice.group,
+        damp=parts.damp,
+        polish=(Greedy(passes),) if passes else (),
+        clamp_target=choice.clamp_target,
+        stack=choice.stack,
+    )
+
+
+def check_flags(**flags: Any) -> "Parts":
+    """The parts of a recipe, in words. Raises UsageError for a combination that means nothing."""
+    f = Flags(**flags)
+    f.check()
+    readers: dict[str, str] = {}
+    parts = _read(f, readers)
+    given = {name for name, value in flags.items() if value is not None and value is not False}
+    for name in flags:
+        if name in given and name not in readers:
+            raise UsageError(_unread(f, name, given))
+    return parts
+
+
+def flags_read(**flags: Any) -> set[str]:
+    """The names of the flags that some part of this recipe reads, given or not."""
+    readers: dict[str, str] = {}
+    _read(Flags(**flags), readers)
+    return set(readers)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Named:
-    """A recipe by name: the flags that it stands for."""
+class Parts:
+    """What a recipe is made of, in words."""
 
-    title: str
-    flags: dict[str, Any]
-
-
-RECIPES = {
-    **{
-        f"quip-{bits}bit": Named(
-            title=f"QuIP: LDLQ with incoherence processing, {bits} bits",
-            flags={"wbits": bits, "quant": "ldlq", "incoh_processing": True},
-        )
-        for bits in (2, 3, 4)
-    },
-    **{
-        f"quip-sharp-{row.bits}bit": Named(
-            title=f"QuIP#: block LDLQ with {name} after a Hadamard transform, {row.bits} bits",
-            flags={"wbits": row.bits, "quant": "ldlq", "codebook": name},
-        )
-        for name, row in LATTICES.items()
-    },
-}
+    method: Method
+    choice: Choice
+    draws: tuple[tuple[str, Mapping[str, Any]], ...]  # of quip.transforms, and their options
+    damp: float
+    passes: int
 
 
-def as_flags(flags: Mapping[str, Any]) -> list[str]:
-    """The flags as they would stand on a command line."""
-    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in flags.items()]
-
-
-def build_recipe(**flags: Any) -> Recipe:
-    """The recipe of a command line, by the names of `Flags`.
-
-    Raises UsageError where a combination means nothing.
-    """
-    f = Flags(**flags)
-    f.check()
-    method = METHODS[f.quant]
-    book, group = _lattice(f) if f.codebook != "int" else _grid(f)
-    passes = f.passes - method.swept_passes
-    recipe = Recipe(
-        codebook=book,
-        trials=_trials(f, book),
-        transforms=_transforms(f),
-        order=method.order,
-        feedback=method.feedback,
-        group=group,
-        damp=f.percdamp,
-        polish=(Greedy(passes),) if passes else (),
+def _read(f: Flags, readers: dict[str, str]) -> Parts:
+    """The parts; `readers` is told who read each flag that was read."""
+    take = Take(replace(f, wbits=_bits(f)), "every recipe", readers)
+    for name in ("wbits", *IGNORED):
+        take(name)
+    method, entry = METHODS[take("quant")], CODEBOOKS[take("codebook")]
+    read = READERS.get(entry.home) or import_module(f"quip.codebooks.{entry.home}").of
+    choice: Choice = read(take.part(f.codebook))
+    incoherent, rescales, rotates = map(take, ("incoh_processing", "pre_rescale", "pre_proj"))
+    draws: list[tuple[str, Mapping[str, Any]]] = []
+    if rescales or incoherent:
+        draws.append(("RescaleDraw", {}))
+    if rotates or incoherent or choice.rotation:
+        draws.append(_rotation(take, choice.rotation))
+    return Parts(
+        method=method,
+        choice=choice,
+        draws=tuple(draws),
+        damp=take("percdamp"),
+        passes=_passes(take, method, choice),
     )
-    if isinstance(book, Lattice):
-        return replace(recipe, stack=not f.no_fuse)
-    return replace(recipe, clamp_target=f.faithful)
 
 
-def _trials(f: Flags, book: Lattice | MinMaxGrid | RmsGrid) -> tuple[Codebook, ...]:
-    """What `--scale auto` and `--rho auto` try: each rho for the whole matrix.
-
-    Of grid b those from 0.9 to 1.6 times (bits + 1) / 2, nearly the best for Gaussian weights,
-    which feedback spreads; and first the best of ten at each fit, the default with feedback, so
-    that no matrix then loses more than by default.
-    """
-    if isinstance(book, Lattice) and f.scale == "auto":
-        return tuple(replace(book, rhos=(rho,)) for rho in book.rhos)
-    if isinstance(book, RmsGrid) and f.rho == "auto":
-        rhos = (round(share * (book.bits + 1) / 2, 4) for share in RHO_SHARES)
-        return (book, *(replace(book, rhos=(rho,)) for rho in rhos))
-    return ()
-
-
-def _transforms(f: Flags) -> tuple[Draw, ...]:
-    draws: list[Draw] = [RescaleDraw()] if f.pre_rescale or f.incoh_processing else []
-    if f.is_hadamard:
-        draws.append(HadamardDraw(block=f.hadamard_block))
-    elif f.rotation:
-        draws.append(KRONECKERS[f.rotation])
-    elif f.rotates:
-        draws.append(EXTRAS[1 if f.pre_proj_extra is None else f.pre_proj_extra])
-    return tuple(draws)
+def _bits(f: Flags) -> int:
+    """Bits per weight: those said, or the only ones of the codebook."""
+    only, bits = CODEBOOKS[f.codebook].only_bits, CODEBOOKS[f.codebook].bits
+    if only is not None and f.wbits not in (None, only):
+        raise UsageError(
+            f"--wbits {f.wbits}: {f.codebook} has {only} bits; leave out --wbits, or name another "
+            "--codebook"
+        )
+    found = f.wbits if only is None else only
+    if found is None or found not in bits:
+        raise UsageError(
+            f"--wbits {found}: {bits[0]} to {bits[-1]} bits can be quantized to (16 evaluates only)"
+        )
+    return found
 
 
-def _grid(f: Flags) -> tuple[MinMaxGrid | RmsGrid, int | None]:
-    """The integer grid, and the columns that share one."""
-    assert f.wbits is not None
-    if f.grid == "a":
-        return MinMaxGrid(bits=f.wbits, unbiased=f.unbiased), f.groupsize
-    # A range of the least squared error shrinks weights on the whole. Feedback makes up for that;
-    # without it perplexity suffers.
-    fixed = f.faithful or (METHODS[f.quant].feedback is none and f.rho is None)
-    given = () if f.rho in (None, "auto") else (float(f.rho),)
-    rhos = given or ((PAPERS_RHO,) if fixed else candidate_rhos(f.wbits))
-    group = None if f.faithful else _group(f.range_ or "column", least=1)
-    return RmsGrid(bits=f.wbits, unbiased=f.unbiased, rhos=rhos), group
+def _rotation(take: Take, default: str | None) -> tuple[str, Mapping[str, Any]]:
+    one = take.part("rotations")
+    name, extra = one("rotation"), one("pre_proj_extra")
+    if name is not None and extra is not None:
+        raise UsageError("--rotation and --pre_proj_extra both choose a rotation: leave one out")
+    name = name or default or "kronecker"
+    row = ROTATIONS[name] if extra is None else EXTRAS[extra]
+    own = take.part(f"--rotation {name}")
+    return row.draw, {**row.options, **{key: own(flag) for key, flag in row.takes.items()}}
 
 
-def _lattice(f: Flags) -> tuple[Lattice, int | None]:
-    """The lattice, and the columns that share a scale."""
-    row = LATTICES[f.codebook]
-    rho, ratio = CENTRES[f.codebook]
-    rhos = tuple(round(rho * share, 4) for share in SHARES)
-    if f.faithful:
-        rhos, ratio = (SHARP_RHO if row.ratio is None else row.rho,), row.ratio
-    if f.scale_override:
-        rhos = (f.scale_override,)
-    book = Lattice(stages=row.stages, ratio=f.resid_scale_override or ratio, rhos=rhos)
-    return book, None if f.faithful else _group(f.range_ or LATTICE_RANGE, least=8)
+def _passes(take: Take, method: Method, choice: Choice) -> int:
+    """Greedy passes: those said, or those of the method, or with feedback of the codebook."""
+    said, usual = take("npasses"), 0 if method.feedback == "none" else choice.passes
+    passes: int = (method.passes or usual) if said is None else said
+    if method.swept_passes > passes:
+        raise UsageError(f"--quant {take('quant')} --npasses 0 would round nothing: say 1 or more")
+    if passes and "unbiased" in take.readers and take("unbiased"):
+        raise UsageError(
+            f"--unbiased with {passes} greedy passes: a pass rounds to nearest and undoes it; "
+            "say --npasses 0 with ldlqRG, or leave out --unbiased"
+        )
+    return passes
 
 
-def _group(range_: str, *, least: int) -> int | None:
-    if range_ == "tensor":
-        return None
-    if range_ == "column" and least == 1:
-        return 1
-    if range_.isdecimal() and int(range_) > 0 and int(range_) % least == 0:
-        return int(range_)
-    if least > 1:
-        raise UsageError(f"--range {range_}: say tensor, or a multiple of {least} columns")
-    raise UsageError(f"--range {range_}: say tensor, column or a number of columns")
+def _unread(f: Flags, name: str, given: set[str]) -> str:
+    """The refusal of a flag that nothing read: who reads it, and what would make all be read."""
+    value = {name: getattr(f, name)}
+    parts = (readers[name] for _, readers, _ in _near(Flags(wbits=2, **value)) if name in readers)
+    *first, last = dict.fromkeys(parts)
+    owners = f"{', '.join(first)} and {last}" if first else last
+    works = (how for how, readers, sound in _near(f) if sound and given <= readers.keys())
+    shown, remedy = (" ".join(as_line(x)).replace("=", " ") for x in (value, next(works, {})))
+    return f"{shown} speaks of {owners}: {f'say {remedy}, or ' if remedy else ''}leave it out"
+
+
+def _near(f: Flags) -> Iterator[tuple[Mapping[str, Any], Mapping[str, str], bool]]:
+    """Changes of the flags, nearest first: who then reads what, and whether that can be built."""
+    processing: list[dict[str, Any]] = [
+        {"pre_proj": True},
+        {"incoh_processing": True},
+        *({"rotation": rotation} for rotation in ROTATIONS),
+        *({"qfn": grid} for grid in "ab"),
+        {"incoh_processing": False},
+    ]
+    processing += [a | b for a, b in combinations(processing, 2)]
+    books: list[dict[str, Any]] = [{"codebook": book} for book in CODEBOOKS]
+    books += [{"codebook": book, "wbits": row.bits[0]} for book, row in CODEBOOKS.items()]
+    both = (book | how for book in books for how in processing)
+    for change in chain(processing, books, both):
+        readers: dict[str, str] = {}
+        try:
+            _read(replace(f, **change), readers)
+            yield change, readers, True
+        except UsageError:
+            yield change, readers, False

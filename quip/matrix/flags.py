@@ -1,202 +1,218 @@
-"""What may be said of a recipe on a command line, and what of it means nothing together."""
+"""What may be said of a recipe on a command line: every flag once, with its help. No torch.
+
+The command line, `build_recipe`, the descriptions of tables and the documents read this table.
+Which flags a part of a recipe reads is said by the part (quip.matrix.books, quip.matrix.build).
+"""
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import partial
+from typing import Any
 
-from quip.codebooks import LATTICES
+from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.errors import UsageError
-from quip.matrix.feedback import none
-from quip.matrix.methods import METHODS
+from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS
 
-EXTRAS = (0, 1, 2)  # of --pre_proj_extra
-ROTATIONS = ("kronecker", "blocked", "hadamard")
-CODEBOOKS = ("int", *LATTICES)
-SHARP_PASSES = 10  # of the published code of QuIP#
-LATTICE_PASSES = 2  # nine tenths of what any number of passes gains
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What is known of a flag beside its name and default."""
+
+    help: str
+    group: str  # of the help
+    kind: Callable[[str], Any] = str  # makes its value of a word; bool: a switch, without one
+    metavar: str | None = None
+    choices: Collection[Any] | None = None
+    refuse: Callable[[Any], str | bool] | None = None  # what is wrong with a value, if anything
+
+
+def flag(group: str, words: str, *, default: Any = None, **more: Any) -> Any:
+    """A field of `Flags`; `more` is of `Said`. A switch is off unless it is said."""
+    said = Said(help=words, group=group, **more)
+    return field(default=False if said.kind is bool else default, metadata={"said": said})
+
+
+of_method = partial(flag, "method")
+of_codebook = partial(flag, "codebook")
+of_processing = partial(flag, "incoherence processing")
+
+
+def _listed(rows: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}, {row.title}" for name, row in rows.items())
+
+
+def number_or_auto(word: str) -> float | str:
+    """A number, where the word is one; what else is no good is refused with all other values."""
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def _bad_rho(x: float | str) -> str | bool:
+    good = x == "auto" if isinstance(x, str) else 0 < x < math.inf
+    return not good and "a positive number or auto is needed"
+
+
+def _bad_scale(x: float) -> str | bool:
+    if isinstance(x, str) or not 0 < x < math.inf:
+        return "a positive number is needed"
+    return not 0.01 <= x <= 100 and "scales of lattices lie between 0.01 and 100"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """What may be said of a recipe on a command line; the names are those of the flags."""
 
-    quant: str = "ldlq"
-    wbits: int | None = None  # of a lattice: those it has
-    codebook: str = "int"
-    incoh_processing: bool = False
-    pre_rescale: bool = False
-    pre_proj: bool = False
-    pre_proj_extra: int | None = None
-    rotation: str | None = None
-    hadamard_block: int | None = None
-    qfn: str | None = None
-    npasses: int | None = None
-    unbiased: bool = False
-    groupsize: int | None = None
-    percdamp: float = 0.01
-    range_: str | None = None
-    rho: float | str | None = None  # a number, or auto
-    scale: str | None = None
-    scale_override: float | None = None
-    resid_scale_override: float | None = None
-    no_fuse: bool = False
-    faithful: bool = False
+    wbits: int | None = of_method(
+        "bits per weight; 16, the default, evaluates the model as it is (a lattice has its own: "
+        "leave it out)",
+        kind=int,
+        choices=(*range(2, 9), 16),
+    )
+    quant: str = of_method(
+        f"how weights are rounded (default ldlq): {_listed(METHODS)}",
+        default="ldlq",
+        choices=METHODS,
+    )
+    npasses: int | None = of_method(
+        "greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for lattices "
+        "after feedback (10 with --faithful) and 0 for grids",
+        kind=int,
+        metavar="N",
+        refuse=lambda n: n < 0 and "it cannot be negative",
+    )
+    unbiased: bool = of_method("round at random, so that the mean is exact", kind=bool)
+    groupsize: int | None = of_method(
+        "columns of a row that share one range in grid a (by default the whole row)",
+        kind=int,
+        metavar="N",
+        refuse=lambda n: n < 1 and "a group has at least one column",
+    )
+    percdamp: float = of_method(
+        "what is added to the diagonal of H, as a share of its mean (default 0.01); ten times more "
+        "after each failed factorisation, three times at most",
+        default=0.01,
+        kind=float,
+        metavar="X",
+        refuse=lambda x: not 0 <= x < math.inf and "damping is a finite share, 0 or more",
+    )
+    lazy_batch: bool = of_method(
+        "accepted and ignored: updates are always blocked, with the same codes", kind=bool
+    )
+    codebook: str = of_codebook(
+        f"what weights are rounded to (default {INTEGERS}): {_listed(CODEBOOKS)}. A lattice brings "
+        "its own --wbits, --rotation hadamard, two greedy passes after feedback (--npasses) and "
+        "stacks of q, k and v (--no_fuse)",
+        default=INTEGERS,
+        choices=CODEBOOKS,
+    )
+    scale: str | None = of_codebook(
+        "auto: quantize each matrix with several scales of the lattice, and keep the one with the "
+        "smallest proxy loss",
+        choices=("auto",),
+    )
+    scale_override: float | None = of_codebook(
+        "the RMS that weights have when they meet the lattice (default: of six values around the "
+        "Gaussian optimum, the one with the smallest squared error at each fit; with --faithful "
+        "the published one)",
+        kind=float,
+        metavar="X",
+        refuse=_bad_scale,
+    )
+    resid_scale_override: float | None = of_codebook(
+        "by how much the second stage of a lattice magnifies what the first one left (default: 2.1 "
+        "at 3 bits, 3.8 at 4; with --faithful the published 2.04 and 3.45)",
+        kind=float,
+        metavar="X",
+        refuse=_bad_scale,
+    )
+    no_fuse: bool = of_codebook(
+        "quantize q, k and v, and up and gate, one by one instead of stacked (lattices only)",
+        kind=bool,
+    )
+    incoh_processing: bool = of_processing(
+        "QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b", kind=bool
+    )
+    pre_gptqH: bool = of_processing(
+        "accepted and ignored: H is always damped by --percdamp (0 turns it off)", kind=bool
+    )
+    pre_rescale: bool = of_processing(
+        "rescale the inputs, to balance W against H (--incoh_processing does)", kind=bool
+    )
+    pre_proj: bool = of_processing(
+        "rotate W and H by random orthogonal matrices (--incoh_processing and lattices do)",
+        kind=bool,
+    )
+    pre_proj_extra: int | None = of_processing(
+        "the rotation: 1, the default, a Kronecker product of two factors; 0 a factor for each "
+        "block; 2 as 0, without permutations",
+        kind=int,
+        choices=tuple(range(len(EXTRAS))),
+    )
+    rotation: str | None = of_processing(
+        "the rotation by name: kronecker (QuIP), blocked (a factor for each block), hadamard "
+        "(QuIP#: random signs and a Hadamard matrix; the default for lattices)",
+        choices=ROTATIONS,
+    )
+    hadamard_block: int | None = of_processing(
+        "one Hadamard matrix for every N columns, where none fits them all",
+        kind=int,
+        metavar="N",
+        refuse=lambda n: n < 2 and "a block has at least 2 columns",
+    )
+    qfn: str | None = of_processing(
+        "the grid: a, from the smallest to the largest weight of each row; b, symmetric about 0 "
+        "with a range of rho RMS (for rotated weights; the default with --incoh_processing)",
+        choices=("a", "b"),
+    )
+    range_: str | None = of_processing(
+        "what the range of grid b or the scale of a lattice is fitted to: the whole matrix once "
+        "(the default with --faithful), or the running weights of each column (the default; a "
+        "lattice: of 8) or of every N columns as the rounding reaches them",
+        metavar="{tensor,column,N}",
+    )
+    rho: float | str | None = of_processing(
+        "grid b reaches X times the RMS of the weights (default: of ten values around the Gaussian "
+        "optimum, the one with the smallest squared error at each fit; 2.4 for nearest and with "
+        "--faithful); auto: quantize each matrix with the default and with each of seven fixed "
+        "values, and keep the result with the smallest proxy loss",
+        kind=number_or_auto,
+        metavar="{X,auto}",
+        refuse=_bad_rho,
+    )
+    faithful: bool = of_processing(
+        "the paper's algorithm as printed: weights clipped before feedback, and for grid b one "
+        "range of 2.4 RMS for the matrix; for lattices one published scale for the matrix",
+        kind=bool,
+    )
 
     def check(self) -> None:
-        """Raise UsageError for values that are none, and for combinations that mean nothing."""
-        _refuse_values(self)
-        if self.codebook != "int":
-            _refuse_lattice(self)
-        _refuse_passes(self)
-        _refuse_rotations(self)
-        if self.codebook != "int":
-            return
-        _refuse_flags_of_lattices(self)
-        if self.grid == "a":
-            _refuse_grid_a(self)
-        else:
-            _refuse_grid_b(self)
-
-    @property
-    def grid(self) -> str:
-        """The integer grid: a or b."""
-        return self.qfn or ("b" if self.incoh_processing else "a")
-
-    @property
-    def rotates(self) -> bool:
-        return self.pre_proj or self.incoh_processing or self.codebook != "int"
-
-    @property
-    def is_hadamard(self) -> bool:
-        named = self.codebook != "int" and self.pre_proj_extra is None
-        return self.rotation == "hadamard" or (named and self.rotation is None)
-
-    @property
-    def passes(self) -> int:
-        """Greedy passes; the search for the nearest point of a lattice leaves much to them."""
-        method = METHODS[self.quant]
-        if self.npasses is not None:
-            return self.npasses
-        if self.codebook == "int" or method.feedback is none or method.passes:
-            return method.passes
-        return SHARP_PASSES if self.faithful else LATTICE_PASSES
+        """Raise UsageError for a value that is none, alone."""
+        for name, one in FLAGS.items():
+            value, said = getattr(self, one.name), one.metadata["said"]
+            if value is None or name == "wbits":  # bits: those that the codebook has
+                continue
+            if said.choices is not None and value not in said.choices:
+                raise UsageError(
+                    f"--{name} {value}: not one of {', '.join(map(str, said.choices))}"
+                )
+            if said.refuse is not None and (wrong := said.refuse(value)):
+                raise UsageError(f"--{name} {value}: {wrong}")
 
 
-def _refuse_values(f: Flags) -> None:
-    if f.quant not in METHODS:
-        raise UsageError(f"--quant {f.quant}: not one of {', '.join(METHODS)}")
-    if f.codebook not in CODEBOOKS:
-        raise UsageError(f"--codebook {f.codebook}: not one of {', '.join(CODEBOOKS)}")
-    if f.codebook == "int":
-        if f.wbits is None or not 2 <= f.wbits <= 8:
-            raise UsageError(
-                f"--wbits {f.wbits}: 2 to 8 bits can be quantized to (16 evaluates only)"
-            )
-    elif f.wbits not in (None, LATTICES[f.codebook].bits):
-        bits = LATTICES[f.codebook].bits
-        raise UsageError(
-            f"--wbits {f.wbits}: {f.codebook} has {bits} bits; leave out --wbits, or name another "
-            "--codebook"
-        )
-    if not 0 <= f.percdamp < math.inf:
-        raise UsageError(f"--percdamp {f.percdamp}: damping is a finite share, 0 or more")
-    choices: dict[str, Collection[object]] = {
-        "pre_proj_extra": EXTRAS,
-        "rotation": ROTATIONS,
-        "qfn": ("a", "b"),
-        "scale": ("auto",),
-    }
-    for name, allowed in choices.items():
-        value = getattr(f, name)
-        if value is not None and value not in allowed:
-            raise UsageError(f"--{name} {value}: not one of {', '.join(map(str, allowed))}")
-    for name in ("rho", "scale_override", "resid_scale_override"):
-        value = getattr(f, name)
-        if name == "rho" and value == "auto":
-            continue
-        if value is not None and (isinstance(value, str) or not 0 < value < math.inf):
-            auto = " or auto" if name == "rho" else ""
-            raise UsageError(f"--{name} {value}: a positive number{auto} is needed")
-        if value is not None and name != "rho" and not 0.01 <= value <= 100:
-            raise UsageError(f"--{name} {value}: scales of lattices lie between 0.01 and 100")
-    if f.hadamard_block is not None and f.hadamard_block < 2:
-        raise UsageError(f"--hadamard_block {f.hadamard_block}: a block has at least 2 columns")
+FLAGS: dict[str, Field[Any]] = {one.name.rstrip("_"): one for one in fields(Flags)}  # as one types
+IGNORED = ("lazy_batch", "pre_gptqH")  # so that the command lines of the papers' code run
 
 
-def _refuse_passes(f: Flags) -> None:
-    if f.passes < 0:
-        raise UsageError(f"--npasses {f.passes}: it cannot be negative")
-    if f.quant == "allbal" and f.passes == 0:
-        raise UsageError("--quant allbal --npasses 0 would round nothing: say 1 or more")
-    if f.unbiased and f.passes:
-        raise UsageError(
-            f"--unbiased with {f.passes} greedy passes: a pass rounds to nearest and undoes it; "
-            "say --npasses 0 with ldlqRG, or leave out --unbiased"
-        )
-
-
-def _refuse_rotations(f: Flags) -> None:
-    for name, value in (("pre_proj_extra", f.pre_proj_extra), ("rotation", f.rotation)):
-        if value is not None and not f.rotates:
-            raise UsageError(
-                f"--{name} {value} chooses a rotation: add --pre_proj or --incoh_processing"
-            )
-    if f.rotation is not None and f.pre_proj_extra is not None:
-        raise UsageError("--rotation and --pre_proj_extra both choose a rotation: leave one out")
-    if f.hadamard_block is not None and not f.is_hadamard:
-        raise UsageError(
-            f"--hadamard_block {f.hadamard_block} speaks of --rotation hadamard: add it"
-        )
-
-
-def _refuse_flags_of_lattices(f: Flags) -> None:
-    for flag in ("scale", "scale_override", "resid_scale_override"):
-        if getattr(f, flag) is not None:
-            raise UsageError(f"--{flag} speaks of a lattice: name one with --codebook E8P12")
-    if f.no_fuse:
-        raise UsageError("--no_fuse speaks of a lattice: matrices are fused for --codebook E8P12")
-
-
-def _refuse_grid_a(f: Flags) -> None:
-    if f.incoh_processing:
-        raise UsageError("--incoh_processing means --qfn b: leave out --qfn a")
-    for flag, given in (("--range", f.range_), ("--rho", f.rho)):
-        if given:
-            raise UsageError(
-                f"{flag} speaks of the incoherent grid (--qfn b): add --incoh_processing"
-            )
-    if f.groupsize is not None and f.groupsize < 1:
-        raise UsageError(f"--groupsize {f.groupsize}: a group has at least one column")
-    if f.groupsize and f.faithful:
-        raise UsageError("--faithful clips to one range before the sweep: leave out --groupsize")
-
-
-def _refuse_grid_b(f: Flags) -> None:
-    if not f.rotates:
-        raise UsageError(
-            "--qfn b needs --pre_proj: one range for the whole matrix serves only weights that "
-            "a rotation has made alike; add --pre_proj (or --incoh_processing), or use --qfn a"
-        )
-    if f.groupsize is not None:
-        raise UsageError(
-            f"--groupsize {f.groupsize} with --qfn b: groups of a row share a range in grid a; "
-            "say --range N for the incoherent grid"
-        )
-    if f.faithful and (f.range_ or f.rho):
-        raise UsageError("--faithful fixes --range tensor and --rho 2.4: leave them out")
-
-
-def _refuse_lattice(f: Flags) -> None:
-    given = {"--qfn": f.qfn, "--rho": f.rho, "--groupsize": f.groupsize}
-    given |= {"--unbiased": f.unbiased or None}
-    for flag, value in given.items():
-        if value is not None:
-            raise UsageError(f"{flag} speaks of integer grids: leave it out with {f.codebook}")
-    if f.quant == "ldlbal_admm":
-        raise UsageError("--quant ldlbal_admm bounds the feedback of single columns: use ldlq")
-    if f.resid_scale_override is not None and LATTICES[f.codebook].ratio is None:
-        raise UsageError(f"--resid_scale_override: {f.codebook} has no second stage")
-    if f.faithful and f.range_:
-        raise UsageError("--faithful fixes --range tensor: leave it out")
-    if f.scale == "auto" and (f.scale_override or f.faithful):
-        raise UsageError("--scale auto tries several scales: leave out what fixes one")
+def as_line(flags: Mapping[str, Any]) -> list[str]:
+    """The flags as they would stand on a command line, by the names of `Flags`."""
+    words = []
+    for name, value in flags.items():
+        shown = name.rstrip("_")
+        if isinstance(value, bool):
+            words.append(f"--{shown}" if value else f"--no-{shown}")
+        elif value is not None:
+            words.append(f"--{shown}={value}")
+    return words

@@ -1,27 +1,75 @@
-"""The papers' table of methods: order, feedback, passes."""
+"""The papers' tables in words: methods, rotations, and recipes by name. No torch.
 
-from dataclasses import dataclass
+`build` turns the words into functions.
+"""
 
-from quip.matrix.feedback import Feedback, admm, coordinate, ldl, none
-from quip.matrix.order import Order, backwards, largest_first, natural
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quip.codebooks.names import LATTICES
 
 
 @dataclass(frozen=True)
 class Method:
     """One row of the papers' method table."""
 
-    order: Order
-    feedback: Feedback
+    order: str  # a function of quip.matrix.order
+    feedback: str  # a function of quip.matrix.feedback
     passes: int  # greedy passes by default
     swept_passes: int  # passes that the sweep itself already is
     title: str
 
 
 METHODS = {
-    "nearest": Method(natural, none, 0, 0, "each weight to its nearest level"),
-    "gptq": Method(natural, ldl, 0, 0, "OPTQ (GPTQ): LDLQ from first column to last"),
-    "ldlq": Method(backwards, ldl, 0, 0, "QuIP: optimal linear feedback"),
-    "ldlqRG": Method(largest_first, ldl, 10, 0, "QuIP-RG: LDLQ by diag(H), then greedy"),
-    "allbal": Method(largest_first, coordinate, 10, 1, "greedy updates alone"),
-    "ldlbal_admm": Method(largest_first, admm, 0, 0, "QuIP Algorithm 5, bounded feedback"),
+    "nearest": Method("natural", "none", 0, 0, "each weight to its nearest level"),
+    "gptq": Method("natural", "ldl", 0, 0, "OPTQ (GPTQ): LDLQ from first column to last"),
+    "ldlq": Method("backwards", "ldl", 0, 0, "QuIP: optimal linear feedback"),
+    "ldlqRG": Method("largest_first", "ldl", 10, 0, "QuIP-RG: LDLQ by diag(H), then greedy"),
+    "allbal": Method("largest_first", "coordinate", 10, 1, "greedy updates alone"),
+    "ldlbal_admm": Method("largest_first", "admm", 0, 0, "QuIP Algorithm 5, bounded feedback"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """A rotation by name: the draw in quip.transforms, its options, and the flags it takes."""
+
+    draw: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    takes: Mapping[str, str] = field(default_factory=dict)  # options that are flags: by name
+
+
+ROTATIONS = {
+    "kronecker": Rotation(draw="KroneckerDraw"),
+    "blocked": Rotation(draw="KroneckerDraw", options={"blocked": True}),
+    "hadamard": Rotation(draw="HadamardDraw", takes={"block": "hadamard_block"}),
+}
+UNPERMUTED = Rotation(draw="KroneckerDraw", options={"blocked": True, "permute": False})
+EXTRAS = (ROTATIONS["blocked"], ROTATIONS["kronecker"], UNPERMUTED)  # by --pre_proj_extra
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """A recipe by name: the flags that it stands for."""
+
+    title: str
+    flags: dict[str, Any]
+
+
+RECIPES = {
+    **{
+        f"quip-{bits}bit": Named(
+            title=f"QuIP: LDLQ with incoherence processing, {bits} bits",
+            flags={"wbits": bits, "quant": "ldlq", "incoh_processing": True},
+        )
+        for bits in (2, 3, 4)
+    },
+    **{
+        f"quip-sharp-{row.bits}bit": Named(
+            title=f"QuIP#: block LDLQ with {name} after a Hadamard transform, {row.bits} bits",
+            flags={"wbits": row.bits, "quant": "ldlq", "codebook": name},
+        )
+        for name, row in LATTICES.items()
+    },
 }

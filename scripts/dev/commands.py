@@ -12,7 +12,7 @@ def commands() -> str:
     """Every command with its line of help."""
     lines = ["| command | what it does |", "|---|---|"]
     lines += [
-        f"| [`quip {name}`](#quip-{name}) | {_quoted(c.SUMMARY)} |" for name, c in COMMANDS.items()
+        f"| [`quip {name}`](#quip-{name}) | {_quoted(c.HELP)} |" for name, c in COMMANDS.items()
     ]
     return "\n".join(lines) + "\n"
 

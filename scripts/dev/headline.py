@@ -1,9 +1,9 @@
 """What quantization buys, in one line and in one table: numbers of results/, nothing typed."""
 
 import textwrap
-from typing import Any
+from collections.abc import Mapping
 
-from measured import MODELS, Point, load, points
+from measured import Point, load, numbers, points
 
 from quip.jobs.report.text import table
 
@@ -59,16 +59,13 @@ def glance() -> str:
     original = next(iter(found.values())).original
     record = load(f"sharp_{MODEL}")
     assert record
-    seen, used = (_one(record[key]) for key in ("evaluation", "calibration"))
+    seen, used = record["evaluation"][0], record["calibration"][0]
+    model = record["entries"][0]["model"]
     return "\n".join(lines) + (
-        f"\n\nPerplexity of {MODELS[MODEL]} on WikiText-2 ({seen['windows']} windows of "
+        f"\n\nPerplexity of {model} on WikiText-2 ({seen['windows']} windows of "
         f"{seen['seqlen']} tokens), calibrated on {used['windows']} windows of its validation "
         f"text; the original has {original:.2f} and takes {_size(16)}. A dash was not run.\n"
     )
-
-
-def _one(stamps: Any) -> dict[str, Any]:
-    return stamps[0] if isinstance(stamps, list) else stamps
 
 
 def _measured() -> dict[tuple[str, str, int], Point]:
@@ -88,28 +85,17 @@ def _size(bits: float | None) -> str:
     What is quantized and what stays follow from the two checkpoints of the record that differ
     most in bits: bytes are what stays, and bits / 8 for each quantized weight.
     """
-    sizes, dense = _checkpoints()
-    assert bits is not None
-    if bits == 16:
-        return f"{dense:.0f} MB"
-    low, high = min(sizes), max(sizes)
-    rise = (sizes[high] - sizes[low]) / (high - low)
-    return f"{sizes[low] + rise * (bits - low):.0f} MB"
-
-
-def _checkpoints() -> tuple[dict[float, float], float]:
-    """MB of the tensors of each checkpoint, by bits per weight; and of the model in 16 bits."""
     record = load(f"checkpoints_{MODEL}")
     assert record
-    if "rows" in record:
-        rows = record["rows"]
-        sizes = {row["bits_per_weight"]: row["reported_bytes"] / 1e6 for row in rows}
-        return sizes, rows[0]["dense_bytes"] / 1e6
-    rows: dict[float, dict[str, float]] = {}
-    for e in record["entries"]:
-        rows.setdefault(e["bits_per_weight"], {})[e["measure"]] = e["ours"]
-    sizes = {
-        bits: row["file, MB"] / (1 + row["file beyond reported, %"] / 100)
-        for bits, row in rows.items()
-    }
-    return sizes, next(iter(rows.values()))["16 bits"]
+    assert bits is not None
+    rows = sorted(numbers(record).values(), key=lambda row: row["bits as stored"])
+    low, high = rows[0], rows[-1]
+    if bits == 16:
+        return f"{low['16 bits']:.0f} MB"
+    rise = (_reported(high) - _reported(low)) / (high["bits as stored"] - low["bits as stored"])
+    return f"{_reported(low) + rise * (bits - low['bits as stored']):.0f} MB"
+
+
+def _reported(row: Mapping[str, float]) -> float:
+    """Megabytes of the tensors: of the file without its header."""
+    return row["file, MB"] / (1 + row["file beyond reported, %"] / 100)

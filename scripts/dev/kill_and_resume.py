@@ -1,6 +1,6 @@
 """Kill a run at random moments, take it up again, and compare what it ends with.
 
-    python scripts/kill_and_resume.py demo pydoc --out results/resume_demo.json \\
+    python scripts/dev/kill_and_resume.py demo pydoc --out results/resume_demo.json \\
         --wbits 2 --incoh_processing
 
 Claim: wherever kill -9 strikes, `--resume` ends with the same codes, checkpoint and perplexity, bit
@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_rounding import commit
-from method_table import write
+
+from quip.files import replacing
 
 KILLS = 10
 
@@ -47,8 +48,17 @@ def main() -> None:
             "equal": outcome(args.work / str(number)) == expected,
         }
         print(json.dumps(rows[-1]), flush=True)
-    record = {"kills": KILLS, "model": args.model, "flags": flags, "commit": commit()}
-    write(args.out, {**record, "seconds": seconds, "rows": rows})
+    record = {
+        "kind": "kills",
+        "kills": KILLS,
+        "model": args.model,
+        "flags": flags,
+        "commit": commit(),
+    }
+    with replacing(args.out) as partial:
+        partial.write_text(
+            json.dumps({**record, "seconds": seconds, "rows": rows}, indent=1) + "\n"
+        )
 
 
 def finish(line: list[str], folder: Path, *more: str) -> float:

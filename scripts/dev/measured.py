@@ -1,13 +1,12 @@
 """Every perplexity in results/, as points: model, method, bits as stored, what it is above 16 bits.
 
-A point is taken from the first record that has it: those of `quip table perplexity`, then those
-that measure one method or recipe a row. Each is set beside the original on the same text.
+A point is taken from the first record that has it: those of `quip table perplexity`, then those of
+`quip table sharp`. Each is set beside the original on the same text.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,21 @@ from typing import Any
 RESULTS = Path(__file__).parents[2] / "results"
 MODELS = {"demo": "demo", "smollm2": "SmolLM2-135M-Instruct"}  # by the names of their records
 
-# What rows are called in the records: processing, method.
-ROWS = {
-    "Near": ("baseline", "nearest"),
-    "OPTQ": ("baseline", "gptq"),
-    "LDLQ": ("baseline", "ldlq"),
-    "LDLQ-RG": ("baseline", "ldlqRG"),
-    "Greedy": ("baseline", "allbal"),
-    "Algorithm 5": ("baseline", "ldlbal_admm"),
-    "Near + IncP": ("incoherence", "nearest"),
-    "OPTQ + IncP": ("incoherence", "gptq"),
-    "QuIP": ("incoherence", "ldlq"),
-    "QuIP-RG": ("incoherence", "ldlqRG"),
-    "Greedy + IncP": ("incoherence", "allbal"),
-    "Algorithm 5 + IncP": ("incoherence", "ldlbal_admm"),
-    "QuIP as printed": ("as printed", "ldlq"),
-    "Hadamard": ("lattice", "ldlq"),
-    "Hadamard, (a)": ("fine-tuned", "a"),
-    "Hadamard, (b)": ("fine-tuned", "b"),
-    "Hadamard, (a) and (b)": ("fine-tuned", "ab"),
+METHODS = {
+    "OPTQ": "gptq",
+    "LDLQ": "ldlq",
+    "LDLQ-RG": "ldlqRG",
+    "QuIP": "ldlq",
+    "QuIP-RG": "ldlqRG",
+    "Greedy": "allbal",
+    "Algorithm 5": "ldlbal_admm",
+    "Near": "nearest",
+}
+SHARP_ROWS = {
+    "": ("lattice", "ldlq"),
+    ", (a)": ("fine-tuned", "a"),
+    ", (b)": ("fine-tuned", "b"),
+    ", (a) and (b)": ("fine-tuned", "ab"),
 }
 
 
@@ -62,15 +57,10 @@ def points(*, tables: bool = True) -> list[Point]:
     """
     found: dict[tuple[str, str, str, int], Point] = {}
     for model in MODELS:
-        for read, name in (
-            (_of_table, f"table_perplexity_{model}"),
-            (_of_methods, model),
-            (_of_recipes, f"sharp_{model}"),
-        ):
-            record = load(name) if tables or not name.startswith("table_") else None
-            if record:
-                for p in (_of_table if "entries" in record else read)(model, record):
-                    found.setdefault((p.model, p.processing, p.method, p.bits), p)
+        names = (f"table_perplexity_{model}", model, f"sharp_{model}")
+        for record in filter(None, map(load, names if tables else names[1:])):
+            for p in _points(model, record):
+                found.setdefault((p.model, p.processing, p.method, p.bits), p)
     return [found[key] for key in sorted(found, key=lambda key: (*key[:3], -key[3]))]
 
 
@@ -86,36 +76,35 @@ def load(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _of_table(model: str, record: dict[str, Any]) -> Iterator[Point]:
-    """The perplexities of a record of `quip table`; its rows or its columns say the bits."""
-    names = {axis for axis, words in record["axes"].items() if words.startswith("perplexity")}
-    entries = [e for e in record["entries"] if e["measure"] in names and e["ours"] is not None]
-    original = next(e["ours"] for e in entries if e["row"] == "original")
+def numbers(record: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of a table of one column: row -> measure -> the number, where there is one."""
+    found: dict[str, dict[str, float]] = {}
+    for e in record["entries"]:
+        if e["ours"] is not None:
+            found.setdefault(e["row"], {})[e["measure"]] = float(e["ours"])
+    return found
+
+
+def _points(model: str, record: Mapping[str, Any]) -> Iterator[Point]:
+    entries = [
+        e
+        for e in record["entries"]
+        if e["ours"] is not None and record["axes"][e["measure"]].startswith("perplexity")
+    ]
+    original = next(float(e["ours"]) for e in entries if e["row"] == "original")
     for e in entries:
-        found = re.fullmatch(r"(?:(\d) bits: E8P.*, (?=Hadamard))?(.*)", e["row"])
-        bits = found and (found[1] or e["column"].split()[0])
-        if found and bits and bits.isdecimal() and found[2] in ROWS:
-            yield Point(
-                model, *ROWS[found[2]], int(bits), e["bits_per_weight"], e["ours"], original
-            )
+        if how := _how(e["row"], e["column"]):
+            yield Point(model, *how, e["bits_per_weight"], float(e["ours"]), original)
 
 
-def _of_methods(model: str, record: dict[str, Any]) -> Iterator[Point]:
-    original = next(_perplexity(row) for row in record["rows"] if row["quant"] == "none")
-    for row in record["rows"]:
-        if row["processing"] in ("baseline", "incoherence", "as printed"):
-            how = (row["processing"], row["quant"], row["wbits"], row["bits_per_weight"])
-            yield Point(model, *how, _perplexity(row), original)
-
-
-def _of_recipes(model: str, record: dict[str, Any]) -> Iterator[Point]:
-    original = next(_perplexity(row) for row in record["rows"] if row["bits"] == 16)
-    for row in record["rows"]:
-        codebook, _, variant = row["name"].partition(", ")
-        if codebook.startswith("E8P") and variant in ROWS:
-            how = (*ROWS[variant], row["bits"], row.get("bits_per_weight"))
-            yield Point(model, *how, _perplexity(row), original)
-
-
-def _perplexity(row: dict[str, Any]) -> float:
-    return next(iter(row["perplexity"].values()))
+def _how(row: str, column: str) -> tuple[str, str, int] | None:
+    """Processing, method and bits by the labels of a cell; None for what is not drawn."""
+    if row.partition(": ")[2].startswith("E8P"):
+        variant = row.partition(", Hadamard")[2] if ", Hadamard" in row else None
+        return (*SHARP_ROWS[variant], int(row.split()[0])) if variant in SHARP_ROWS else None
+    name = row.removesuffix(" as printed").removesuffix(" + IncP")
+    if name not in METHODS:
+        return None
+    printed, processed = row.endswith("as printed"), "IncP" in row or "QuIP" in row
+    processing = "as printed" if printed else "incoherence" if processed else "baseline"
+    return processing, METHODS[name], int(column.split()[0])

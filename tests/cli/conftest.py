@@ -2,7 +2,7 @@
 
 import pytest
 
-from quip.cli import run as run_command
+from quip import run as door
 from tests.support.runs import write_text
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path, monkeypatch):
 def asked(monkeypatch, capsys):
     """asked([words]) -> the Experiment that the command line asks for, without running it."""
 
-    def call(words: list[str], main=run_command.main):
+    def call(words: list[str], main=door.main):
         caught = []
         monkeypatch.setattr("quip.jobs.run.run_experiment", lambda e: caught.append(e) or {})
         monkeypatch.setattr("quip.jobs.report.text.table", lambda report: "")

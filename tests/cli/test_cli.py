@@ -13,11 +13,14 @@ import torch
 import yaml
 
 from quip import cli
+from quip import run as door
 from quip.cli import flags
 from quip.cli import run as run_command
 from quip.cli.parse import Parser
 from quip.data import DATASETS
-from quip.matrix.build import METHODS, build_recipe
+from quip.matrix.build import build_recipe
+from quip.matrix.flags import FLAGS
+from quip.matrix.methods import METHODS
 from tests.support.gguf_files import write_gguf
 from tests.support.runs import save_model, write_text
 from tests.support.tiny import tiny
@@ -36,7 +39,7 @@ def quip(capsys, folder, opt):
 
     def call(line: str) -> tuple[int, str, list[str]]:
         words = [opt if word == "MODEL" else word.replace("''", "") for word in line.split()]
-        status = run_command.main(words)
+        status = door.main(words)
         out, err = capsys.readouterr()
         return status, out, err.splitlines()
 
@@ -59,9 +62,9 @@ AT_ONCE = [
     ("demo pydoc --dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ("demo pydoc --wbits 2 --qfn b", "--qfn b needs --pre_proj"),
     ("demo pydoc --wbits 2 --incoh_processing --qfn a", "--incoh_processing means --qfn b"),
-    ("demo pydoc --wbits 2 --incoh_processing --groupsize 8", "--groupsize 8 with --qfn b"),
+    ("demo pydoc --wbits 2 --incoh_processing --groupsize 8", "--groupsize 8 speaks of grid a"),
     ("demo pydoc --wbits 2 --quant ldlqRG --unbiased", "--unbiased with 10 greedy passes"),
-    ("demo pydoc --wbits 2 --range tensor", "--range speaks of the incoherent grid"),
+    ("demo pydoc --wbits 2 --range tensor", "--range tensor speaks of grid b"),
     ("demo pydoc --wbits 2 --incoh_processing --range 0", "--range 0: say tensor, column or"),
     ("demo pydoc --wbits 2 --npasses -1", "--npasses -1: it cannot be negative"),
     ("demo pydoc --wbits 2 --percdamp nan", "--percdamp nan: damping is a finite share"),
@@ -236,7 +239,10 @@ def test_flags_become_plain_values(asked, tmp_path):
 def test_every_flag_is_in_the_report(asked):
     parser = Parser()
     run_command.build(parser)
-    names = {action.dest for action in parser._actions} - {"help"}
+    names = {action.dest for action in parser._actions} - {
+        "help",
+        "plan",
+    }  # said where there is one
     assert asked(["demo", "pydoc"]).flags.keys() == names
 
 
@@ -308,10 +314,61 @@ def test_even_the_default_wins_when_it_is_said(asked, folder):
     assert asked(["demo", "pydoc", "--wbits", "16", "--config", "a.yaml"]).recipe is None
 
 
+def test_a_file_switches_off_what_a_recipe_switches_on(asked, folder):
+    (folder / "off.yaml").write_text("incoh_processing: false\n")
+    e = asked(["demo", "pydoc", "--recipe", "quip-2bit", "--config", "off.yaml"])
+    assert e.recipe == build_recipe(wbits=2)
+    assert (e.flags["incoh_processing"], e.method) == (
+        False,
+        "ldlq, 2 bits, without incoherence processing",
+    )
+    line = "demo pydoc --recipe quip-2bit --config off.yaml --incoh_processing"
+    assert asked(line.split()).recipe == build_recipe(wbits=2, incoh_processing=True)
+    line = "demo pydoc --recipe quip-2bit --no-incoh_processing"
+    assert asked(line.split()).recipe == build_recipe(wbits=2)
+
+
+SWITCHES = [name for name, known in FLAGS.items() if known.metadata["said"].kind is bool]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_every_switch_is_off_where_the_line_or_a_later_file_says_so(asked, folder, name):
+    (folder / "on.yaml").write_text(f"wbits: 2\npre_proj: true\n{name}: true\n")
+    (folder / "off.yaml").write_text(f"{name}: false\n")
+    on = "demo pydoc --config on.yaml"
+    for line in (f"{on} --no-{name}", f"{on} --config off.yaml", f"{on} --{name} --no-{name}"):
+        assert asked(line.split()).flags[name] is False
+    for line in (on, f"--config off.yaml {on}", f"{on} --config off.yaml --{name}"):
+        if name != "no_fuse":  # of lattices alone
+            assert asked(line.split()).flags[name] is True
+
+
+def test_what_is_no_recipes_switch_is_off_where_a_later_file_says_so(asked, folder):
+    (folder / "on.yaml").write_text("compare: true\n")
+    (folder / "off.yaml").write_text("compare: false\n")
+    assert asked(["demo", "pydoc", "--config", "on.yaml"]).compare
+    assert not asked(["demo", "pydoc", "--config", "on.yaml", "--config", "off.yaml"]).compare
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("--num_fewshot 0", "--num_fewshot speaks of zero-shot tasks"),
+        ("--ft_lr 5e-5 --wbits 2", "--ft_lr speaks of fine-tuning"),
+        ("--rho wide", "--rho wide: a positive number or auto is needed"),
+        ("--percdamp -1", "--percdamp -1.0: damping is a finite share"),
+    ],
+)
+def test_what_is_said_counts_though_it_is_the_default_or_nothing_is_quantized(quip, line, reason):
+    status, out, err = quip(f"demo pydoc {line}")
+    assert (status, out, len(err)) == (2, "", 1)
+    assert reason in err[0]
+
+
 def test_a_later_file_wins_over_an_earlier_one_in_both_commands(asked, folder):
     (folder / "a.yaml").write_text("wbits: 2\nseed: 1\n")
     (folder / "b.yaml").write_text("wbits: 3\n")
-    for main, words in ((run_command.main, []), (cli.main, ["run"])):
+    for main, words in ((door.main, []), (cli.main, ["run"])):
         e = asked([*words, *["demo", "pydoc", "--config", "a.yaml", "--config", "b.yaml"]], main)
         assert (e.flags["wbits"], e.seed) == (3, 1)
 
@@ -353,7 +410,7 @@ def test_an_empty_file_of_flags_changes_nothing(asked, folder):
 
 def test_the_help_explains_every_flag_in_groups(capsys):
     with pytest.raises(SystemExit, match="0"):
-        run_command.main(["--help"])
+        door.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for group in ("method:", "incoherence processing:", "data and evaluation:"):
         assert group in text
@@ -387,7 +444,7 @@ def test_the_demo_on_pydoc_loses_little_at_4_bits_and_runs_by_both_names(capsys,
     ]
     words += ["--eval_nsamples", "8"]
     assert cli.main(["run", *words, "--out", str(tmp_path / "a")]) == 0
-    assert run_command.main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert door.main([*words, "--out", str(tmp_path / "b")]) == 0
     reports = [json.loads((tmp_path / name / "run.json").read_text()) for name in "ab"]
     for key in ("perplexity", "original_perplexity", "calibration", "evaluation", "totals"):
         assert reports[0][key] == reports[1][key]
@@ -425,7 +482,7 @@ except AttributeError as error:
 def test_a_command_line_that_is_refused_never_waits_for_torch():
     code = """
 import sys
-from quip.cli.run import main
+from quip.run import main
 assert main(["demo", "pydoc", "--wbits", "9"]) == 2
 assert "torch" not in sys.modules
 """

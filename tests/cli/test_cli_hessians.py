@@ -108,7 +108,7 @@ def test_a_damaged_manifest_is_one_line_with_the_remedy(quip, model, text, tmp_p
         (("--wbits", "2"), "--wbits says how to quantize, and --from original does not"),
         (("--incoh_processing",), "--incoh_processing says how to quantize"),
         (("--from", "quantized"), "--from quantized needs weights to quantize: give --wbits"),
-        (("--from", "quantized", "--wbits", "2", "--rho", "1"), "--rho speaks of"),
+        (("--from", "quantized", "--wbits", "2", "--rho", "1"), "--rho 1.0 speaks of"),
         (("--resume", "--overwrite"), "leave one out"),
         (("--nsamples", "0"), "--nsamples 0: at least 1"),
     ],

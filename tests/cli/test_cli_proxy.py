@@ -58,7 +58,7 @@ def test_incoh_processing_is_the_papers_word_for_incoherence_alone(quip, here):
         (["--wbits", "2,x"], "--wbits 2,x: whole numbers are needed, as in --wbits 2,3"),
         (["--wbits", "2", "--codebook", "E8P12"], "lattices have their own bits; leave it out"),
         (["--quant", "all,ldlq"], "--quant all: not one of nearest"),
-        (["--rho", "wide"], "argument --rho: wide: a number or auto is needed"),
+        (["--rho", "wide"], "--rho wide: a positive number or auto is needed"),
         (["--rho", "-1", "--incoh_processing"], "--rho -1.0: a positive number or auto is needed"),
         (["--resume"], "--resume speaks of a folder: name it with --out DIR"),
         (["--overwrite"], "--overwrite speaks of a folder: name it with --out DIR"),

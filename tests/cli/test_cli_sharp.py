@@ -5,29 +5,29 @@ import json
 import pytest
 
 from quip import cli
-from quip.cli import run as run_command
-from quip.cli.sharp import LATTICES as NAMED
+from quip import run as door
 from quip.codebooks import LATTICES
-from quip.matrix.build import RECIPES, as_flags, build_recipe
+from quip.matrix.build import build_recipe
+from quip.matrix.flags import as_line
+from quip.matrix.methods import METHODS, RECIPES
 from quip.model.tune import BlockTuning
 
 pytestmark = pytest.mark.usefixtures("command")
 
 
-def test_the_command_knows_the_lattices_there_are():
-    assert tuple(LATTICES) == NAMED
-
-
-def test_recipes_are_listed_with_their_flags(capsys):
+def test_recipes_and_methods_are_listed_with_their_flags(capsys):
     assert cli.main(["recipes"]) == 0
     out = capsys.readouterr().out
     for name, recipe in RECIPES.items():
         assert name in out
         assert recipe.title in out
-        assert " ".join(as_flags(recipe.flags)) in out
+        assert " ".join(as_line(recipe.flags)) in out
     assert cli.main(["recipes", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == {n: {"title": r.title, "flags": r.flags} for n, r in RECIPES.items()}
+    recipes = {n: {"title": r.title, "flags": r.flags} for n, r in RECIPES.items()}
+    methods = {n: {"title": m.title, "flags": {"quant": n}} for n, m in METHODS.items()}
+    assert found == recipes | methods
+    assert all(m.title in out for m in METHODS.values())
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -84,7 +84,7 @@ def test_tuning_is_off_unless_asked_for(asked):
         ("--recipe zork", "--recipe zork: not one of quip-2bit, quip-3bit"),
         ("--recipe quip-sharp-2bit --wbits 3", "--wbits 3: E8P12 has 2 bits"),
         ("--codebook E8P12 --wbits 16", "--wbits 16: E8P12 has 2 bits"),
-        ("--codebook E8P12 --qfn b", "--qfn speaks of integer grids"),
+        ("--codebook E8P12 --qfn b", "--qfn b speaks of integer grids: say --codebook int"),
         ("--ft_lr 0.1 --wbits 2", "--ft_lr speaks of fine-tuning: add --ft_epochs N"),
         ("--ft_epochs 2", "--ft_epochs needs weights to quantize"),
         ("--ft_epochs -1 --wbits 2", "epochs -1"),
@@ -92,6 +92,6 @@ def test_tuning_is_off_unless_asked_for(asked):
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, line, reason):
-    assert run_command.main(["demo", "pydoc", *line.split()]) == 2
+    assert door.main(["demo", "pydoc", *line.split()]) == 2
     (found,) = capsys.readouterr().err.splitlines()
     assert reason in found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from quip.cli.flags import add_flags
+from quip.cli import run
 from quip.jobs.report.card import UNSAID, model_card
 from quip.jobs.report.text import size_words
 
@@ -159,7 +159,7 @@ def test_flags_of_tasks_are_said_with_tasks():
 
 def test_every_flag_that_holds_a_path_is_left_out():
     parser = argparse.ArgumentParser()
-    add_flags(parser)
+    run.build(parser)
     paths = {action.dest for action in parser._actions if action.type is Path}
     paths.remove("hessians")  # an input, as DATASET is
     assert {"out", "config"} <= paths <= set(UNSAID)

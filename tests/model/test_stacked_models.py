@@ -9,8 +9,9 @@ import torch
 from quip.codebooks import LATTICES, Lattice
 from quip.errors import UsageError
 from quip.matrix import feedback, recipe
-from quip.matrix.build import METHODS, RECIPES, build_recipe
+from quip.matrix.build import build_recipe
 from quip.matrix.linalg import proxy_loss
+from quip.matrix.methods import METHODS, RECIPES
 from quip.matrix.polish import Greedy, greedy
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.seeds import rng_for
@@ -213,14 +214,20 @@ def test_named_recipes_are_the_papers_rows():
     [
         ({"codebook": "D4"}, "--codebook D4: not one of int, E8P12, E8P12RVQ3B, E8P12RVQ4B"),
         ({"codebook": "E8P12", "wbits": 3}, "--wbits 3: E8P12 has 2 bits; leave out --wbits"),
-        ({"codebook": "E8P12", "qfn": "b"}, "--qfn speaks of integer grids: leave it out with E8P"),
-        ({"codebook": "E8P12", "rho": 2.4}, "--rho speaks of integer grids"),
-        ({"codebook": "E8P12", "groupsize": 8}, "--groupsize speaks of integer grids"),
-        ({"codebook": "E8P12", "unbiased": True, "npasses": 0}, "--unbiased speaks of integer"),
+        ({"codebook": "E8P12", "qfn": "b"}, "--qfn b speaks of integer grids: say --codebook int"),
+        ({"codebook": "E8P12", "rho": 2.4}, "--rho 2.4 speaks of grid b: say --codebook int"),
+        (
+            {"codebook": "E8P12", "groupsize": 8},
+            "--groupsize 8 speaks of grid a",
+        ),
+        (
+            {"codebook": "E8P12", "unbiased": True, "npasses": 0},
+            "--unbiased speaks of integer",
+        ),
         ({"codebook": "E8P12", "quant": "ldlbal_admm"}, "--quant ldlbal_admm bounds the feedback"),
         ({"codebook": "E8P12", "range_": "12"}, "--range 12: say tensor, or a multiple of 8"),
         ({"codebook": "E8P12", "range_": "column"}, "--range column: say tensor, or a multiple"),
-        ({"codebook": "E8P12", "resid_scale_override": 2.0}, "E8P12 has no second stage"),
+        ({"codebook": "E8P12", "resid_scale_override": 2.0}, "--codebook E8P12RVQ3B"),
         ({"codebook": "E8P12", "scale_override": 0.0}, "--scale_override 0.0: a positive number"),
         ({"codebook": "E8P12", "scale": "best"}, "--scale best: not one of auto"),
         ({"codebook": "E8P12", "scale": "auto", "scale_override": 1.0}, "tries several scales"),
@@ -231,14 +238,20 @@ def test_named_recipes_are_the_papers_rows():
             {"codebook": "E8P12", "rotation": "blocked", "hadamard_block": 8},
             "--hadamard_block 8 speaks of --rotation hadamard",
         ),
-        ({"wbits": 2, "rotation": "hadamard"}, "--rotation hadamard chooses a rotation: add"),
+        (
+            {"wbits": 2, "rotation": "hadamard"},
+            "--rotation hadamard speaks of rotations",
+        ),
         (
             {"wbits": 2, "incoh_processing": True, "rotation": "hadamard", "pre_proj_extra": 0},
             "--rotation and --pre_proj_extra both choose a rotation",
         ),
-        ({"wbits": 2, "scale": "auto"}, "--scale speaks of a lattice: name one with --codebook"),
-        ({"wbits": 2, "scale_override": 0.9}, "--scale_override speaks of a lattice"),
-        ({"wbits": 2, "no_fuse": True}, "--no_fuse speaks of a lattice"),
+        (
+            {"wbits": 2, "scale": "auto"},
+            "E8P12RVQ4B: say --codebook E8P12, or leave it",
+        ),
+        ({"wbits": 2, "scale_override": 0.9}, "--scale_override 0.9 speaks of E8P12"),
+        ({"wbits": 2, "no_fuse": True}, "--no_fuse speaks of E8P12"),
     ],
 )
 def test_what_means_nothing_is_refused_with_the_reason(flags, reason):

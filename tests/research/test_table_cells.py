@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 
 from quip.errors import Unavailable, UsageError
-from quip.research.tables import running, stored
-from quip.research.tables.cells import Settings, cells, select, settle
+from quip.research.tables import quantized, stored
+from quip.research.tables.cells import Settings, cells
 from quip.research.tables.description import FOLDER, read_table
 from quip.research.tables.entries import entries
 from quip.research.tables.record import record_of
 from quip.research.tables.running import run_missing
+from quip.research.tables.selection import select, settle
 from tests.support.runs import save_model, write_text
 from tests.support.tables import OWN
 
@@ -60,8 +61,8 @@ def test_missing_cells_are_run_and_no_cell_is_run_twice(own, monkeypatch):
     assert all(e.state == "done" for e in entries(one, models, settings, root))
     assert not list(root.glob("cells/*/*/blocks"))
 
-    ran, run = [], running.run_experiment
-    monkeypatch.setattr(running, "run_experiment", lambda asked: ran.append(asked) or run(asked))
+    ran, run = [], quantized.run_experiment
+    monkeypatch.setattr(quantized, "run_experiment", lambda asked: ran.append(asked) or run(asked))
     run_missing(list(cells(table, models, settings, root)))
     assert [e.method for e in ran] == [
         "wbits=4 quant=nearest",

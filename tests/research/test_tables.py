@@ -11,12 +11,13 @@ from quip.research.tables.description import Measure, names, read_table, recipe_
 from quip.research.tables.entries import state_of
 from quip.research.tables.papers import known_models, lookup, papers_name, published
 from quip.research.tables.record import write_record
-from quip.research.tables.rendering import markdown, number
+from quip.research.tables.rendering import command, markdown, number
 from tests.support.tables import OWN
 
-# What the paper has not: most of OPT-66b and Llama, Table 3 at 2 bits, what is misprinted of
-# OPT-13b; nor our own measures beside its (incoherence, dense models).
-UNPUBLISHED = {"perplexity": 129, "zeroshot": 165, "processing": 4, "hessians": 8, "throughput": 6}
+# What the paper has not: most of OPT-66b and Llama, Algorithm 5 on models above OPT-1.3b, Table 3
+# at 2 bits, what is misprinted of OPT-13b; nor our own measures beside its (incoherence, dense
+# models).
+UNPUBLISHED = {"perplexity": 363, "zeroshot": 165, "processing": 4, "hessians": 8, "throughput": 6}
 
 
 @pytest.mark.parametrize("name", names())
@@ -34,7 +35,7 @@ def test_every_number_that_a_description_points_to_is_published(name):
         if row.paper
     ]
     assert found.count(None) == UNPUBLISHED.get(name, 0)
-    assert len(found) > found.count(None)
+    assert len(found) > found.count(None) or name in ("sharp", "checkpoints")
 
 
 def test_published_numbers_are_those_of_the_paper():
@@ -69,6 +70,10 @@ def test_a_description_that_means_nothing_is_refused_before_anything_runs(tmp_pa
         ("evaluate: [wikitext2]", "kind: dream", "kind 'dream'"),
         ("evaluate: [wikitext2]", "", "nothing is measured"),
         ("ratio: [Near, QuIP]", "ratio: [Near, Far]", "row 'share': it is made of two rows"),
+        ("quant: nearest", "ft_lr: 1", "ft_lr speaks of fine-tuning: add ft_epochs"),
+        ("quant: nearest", "finetune: {speed: 1}", "unexpected keyword argument 'speed'"),
+        ("wbits: 16", "wbits: 16, finetune: {}", "row 'original': 16 bits make no checkpoint"),
+        ("evaluate:", "kind: saved\nevaluate:", "row 'original': 16 bits make no checkpoint"),
         ("rows:", "rows", "cannot be read as YAML"),
     ):
         path.write_text(OWN.replace(old, new))
@@ -124,6 +129,37 @@ def test_the_table_shows_ours_beside_the_papers_and_what_is_missed_or_not_run():
     assert "| OPTQ | failed / 12.00 |" in text
     assert "Missed: more than 5 % worse" in text
     assert "Calibrated on 128 windows of c4; measured on wikitext2; seed 0. N." in text
+
+
+def test_a_table_names_the_line_that_makes_it_and_what_it_was_measured_on():
+    made = "quip table mine --models facebook/opt-125m --dataset c4 --eval_datasets wikitext2"
+    assert command(record()) == made
+    settings = {**record()["settings"], "nsamples": 8, "eval_nsamples": 12, "dtype": "bfloat16"}
+    more = record(settings=settings)
+    assert command(more) == f"{made} --nsamples 8 --eval_nsamples 12 --dtype bfloat16"
+    assert "measured on wikitext2, the first 12 windows; seed 0" in markdown(more)
+    text = {"dataset": "wikitext2", "windows": 12, "seqlen": 64, "sha256": "0123456789"}
+    words = "measured on wikitext2 (12 windows of 64 tokens, SHA-256 01234567); seed 0"
+    assert words in markdown({**more, "evaluation": [text]})
+
+
+def test_a_table_that_is_wider_than_a_page_is_shown_as_two():
+    entry = record()["entries"][0]
+    text = markdown(record(entries=[{**entry, "measure": f"m{i}"} for i in range(10)]))
+    assert "| opt-125m | m0 | m1 | m2 | m3 | m4 |\n" in text
+    assert "| opt-125m | m5 | m6 | m7 | m8 | m9 |\n" in text
+
+
+def test_what_a_complete_cell_cannot_have_is_neither_a_dash_nor_missing():
+    done = {"state": "none", "ours": None, "paper": None}
+    entry = {**record()["entries"][0], **done}
+    assert "| QuIP |  |" in markdown(record(entries=[entry]))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_table_says_what_it_takes(name):
+    cost = read_table(name).cost
+    assert "not run here" in cost or "CPU cores" in cost or "not timed" in cost
 
 
 def test_numbers_have_four_digits_or_so():

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from quip.cli.shared import aligned, names, refuse_small
-from quip.cli.theory.shared import check_output, deliver, output_flags
+from quip.cli.output import aligned, names
+from quip.cli.parse import refuse_small
+from quip.cli.theory.shared import check_output, output_flags, write_and_print
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.research.theory import Claim
 
-SUMMARY = "measure what the theorems of QuIP state"
+HELP = "measure what the theorems of QuIP state"
 HEAD = ("measured", "std error", "predicted", "ratio", "verdict")
 
 
@@ -61,7 +62,7 @@ def call(args: argparse.Namespace) -> None:
     settings = Settings(n=args.n, rows=args.rows, samples=args.samples, seed=args.seed)
     found = measure(settings, only)
     rows = [{"group": group, **c.to_row()} for group, claims in found.items() for c in claims]
-    deliver(
+    write_and_print(
         args,
         "theory",
         rows,

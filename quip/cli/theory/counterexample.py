@@ -5,14 +5,20 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from quip.cli.shared import aligned, names
-from quip.cli.theory.shared import check_output, columns, deliver, numbers, output_flags, rows_flag
+from quip.cli.output import aligned, names, numbers
+from quip.cli.theory.shared import (
+    check_output,
+    columns,
+    output_flags,
+    rows_flag,
+    write_and_print,
+)
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.research.theory.counterexample import Size
 
-SUMMARY = "the finite grid on which OPTQ is worse than plain rounding (QuIP, C.3)"
+HELP = "the finite grid on which OPTQ is worse than plain rounding (QuIP, C.3)"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +52,7 @@ def call(args: argparse.Namespace) -> None:
     if unknown := [name for name in wanted if name not in VARIANTS]:
         raise UsageError(f"--quant {','.join(unknown)}: not one of {', '.join(VARIANTS)}")
     found = list(measure(sizes, wanted, rows=args.rows, bits=args.wbits, c=args.c))
-    deliver(
+    write_and_print(
         args,
         "counterexample",
         [size.to_row() for size in found],

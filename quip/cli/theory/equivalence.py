@@ -5,13 +5,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from quip.cli.shared import aligned
-from quip.cli.theory.shared import check_output, columns, deliver, numbers, output_flags, rows_flag
+from quip.cli.output import aligned, numbers
+from quip.cli.theory.shared import (
+    check_output,
+    columns,
+    output_flags,
+    rows_flag,
+    write_and_print,
+)
 
 if TYPE_CHECKING:
     from quip.research.theory.equivalence import Comparison
 
-SUMMARY = "OPTQ and LDLQ give the same codes (QuIP, Theorem 6)"
+HELP = "OPTQ and LDLQ give the same codes (QuIP, Theorem 6)"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +61,7 @@ def call(args: argparse.Namespace) -> None:
     if len(set(sizes)) > 1:
         plots["sizes.png"] = partial(plot_sizes, found)
     rows = [comparison.to_row() for comparison in found]
-    deliver(args, "equivalence", rows, text=partial(equivalence_table, found), plots=plots)
+    write_and_print(args, "equivalence", rows, text=partial(equivalence_table, found), plots=plots)
 
 
 def equivalence_table(found: Sequence["Comparison"]) -> str:

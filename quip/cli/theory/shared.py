@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quip.cli.shared import as_given
+from quip.cli.output import numbers
+from quip.cli.parse import as_given
 from quip.errors import UsageError
 from quip.files import check_new
 
@@ -45,7 +46,7 @@ def check_output(args: argparse.Namespace) -> None:
         raise UsageError("--overwrite speaks of a folder: name one with --out DIR")
 
 
-def deliver(
+def write_and_print(
     args: argparse.Namespace,
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -64,15 +65,3 @@ def deliver(
             args.out, name, rows, settings=settings, plots=plots, overwrite=args.overwrite
         )
     print(as_json({**settings, "rows": rows}).rstrip() if args.json else text())
-
-
-def numbers(text: str, flag: str, *, least: int, most: int | None = None) -> tuple[int, ...]:
-    """A,B,... as whole numbers. Raises UsageError for what is none, or out of range."""
-    found = []
-    for word in text.split(","):
-        value = int(word) if word.strip().isdecimal() else least - 1
-        if value < least or (most is not None and value > most):
-            span = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise UsageError(f"{flag} {text}: {word!r} is no whole number {span}")
-        found.append(value)
-    return tuple(found)

@@ -19,6 +19,7 @@ from quip.data.hessians import HessianStore, Moments, StoredInput
 from quip.errors import UsageError
 from quip.jobs.calibration import fitting_store
 from quip.jobs.report.folder import RunFolder
+from quip.jobs.requests import Machine, Place
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SummaryRequest:
+class SummaryRequest(Machine, Place):
     """Everything that one summary depends on."""
 
     store: Path
@@ -52,9 +53,6 @@ class SummaryRequest:
     percdamp: float = 0.01
     seed: int = 0  # of rotations
     layer: str | None = None  # the example, a matrix; None: the last input of the middle block
-    device: str | None = None  # None: cuda if there is one
-    out: Path | None = None
-    overwrite: bool = False
     pictures: bool = False  # in `out`, too; needs matplotlib
 
     def recipe(self, *, rescale: bool) -> Recipe:

@@ -16,12 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quip.codebooks import LATTICES, RmsGrid
+from quip.codebooks import CODEBOOKS, LATTICES, RmsGrid
+from quip.codebooks.names import INTEGERS
 from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError
 from quip.jobs.calibration import fitting_store
-from quip.matrix.build import build_recipe
-from quip.matrix.flags import CODEBOOKS
+from quip.jobs.requests import Machine, Place
+from quip.matrix.build import build_recipe, flags_read
+from quip.matrix.flags import Flags
 from quip.matrix.linalg import energy
 from quip.matrix.methods import METHODS
 from quip.matrix.quantize import quantize_by_many
@@ -39,7 +41,7 @@ PROCESSING: dict[str, dict[str, Any]] = {"baseline": {}, "incoherence": {"incoh_
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxyBench:
+class ProxyBench(Machine, Place):
     """Everything that one bench depends on."""
 
     model: str
@@ -47,15 +49,11 @@ class ProxyBench:
     quants: tuple[str, ...]
     wbits: tuple[int, ...] = (2, 3, 4)  # of grids; a lattice has its own
     processing: tuple[str, ...] = ("baseline",)
-    codebooks: tuple[str, ...] = ("int",)
+    codebooks: tuple[str, ...] = (INTEGERS,)
     flags: Mapping[str, Any] = field(default_factory=dict)  # of all recipes, as `Flags` names them
     layers: tuple[str, ...] = ()  # patterns; none: all matrices
     seed: int = 0
-    device: str | None = None  # None: cuda if there is one
-    dtype: str = "auto"
-    out: Path | None = None
     resume: bool = False
-    overwrite: bool = False
 
     def recipes(self) -> dict[Case, Recipe]:
         """The recipe of each combination of what is compared.
@@ -64,39 +62,38 @@ class ProxyBench:
         methods are named. Raises UsageError for what means nothing.
         """
         self._check()
-        found = {}
+        found: dict[Case, Recipe] = {}
+        unread = set(self.flags)
         for processing, codebook, quant in product(self.processing, self.codebooks, self.quants):
             if codebook in LATTICES and quant == "ldlbal_admm" and len(self.quants) > 1:
                 continue
-            for bits in self.wbits if codebook == "int" else (LATTICES[codebook].bits,):
+            for bits in CODEBOOKS[codebook].widths(self.wbits):
                 case = Case(quant=quant, codebook=codebook, wbits=bits, processing=processing)
-                flags = {k: v for k, v in self.flags.items() if _takes(k, processing, codebook)}
+                named = {"quant": quant, "codebook": codebook, "wbits": bits}
+                named |= PROCESSING[processing]
+                read = flags_read(**named)
                 found[case] = build_recipe(
-                    quant=quant, codebook=codebook, wbits=bits, **PROCESSING[processing], **flags
+                    **named, **{k: v for k, v in self.flags.items() if k in read}
                 )
+                unread -= read
+        for flag in unread:
+            raise UsageError(
+                f"--{flag.rstrip('_')} speaks of the incoherent grid: add --incoh_processing, "
+                "or --processing baseline,incoherence"
+            )
         return found
 
     def _check(self) -> None:
-        """What `build_recipe` cannot see."""
-        for name in self.processing:
-            if name not in PROCESSING:
-                raise UsageError(f"--processing {name}: not one of {', '.join(PROCESSING)}")
-        for name in self.codebooks:
-            if name not in CODEBOOKS:
-                raise UsageError(f"--codebook {name}: not one of {', '.join(CODEBOOKS)}")
-        for flag in self.flags:
-            if not any(_takes(flag, p, c) for p, c in product(self.processing, self.codebooks)):
-                raise UsageError(
-                    f"--{flag.rstrip('_')} speaks of the incoherent grid: add --incoh_processing, "
-                    "or --processing baseline,incoherence"
-                )
-
-
-def _takes(flag: str, processing: str, codebook: str) -> bool:
-    """Whether a flag says anything of such a case."""
-    if flag == "rho":
-        return processing == "incoherence" and codebook == "int"
-    return flag != "range_" or processing == "incoherence" or codebook != "int"
+        """Raise UsageError for names that are none."""
+        for flag, names, known in (
+            ("processing", self.processing, list(PROCESSING)),
+            ("codebook", self.codebooks, list(CODEBOOKS)),
+            ("quant", self.quants, list(METHODS)),
+        ):
+            for name in names:
+                if name not in known:
+                    raise UsageError(f"--{flag} {name}: not one of {', '.join(known)}")
+        Flags(**self.flags).check()
 
 
 def measure_losses(asked: ProxyBench, recipes: Mapping[Case, Recipe] | None = None) -> list[Loss]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from quip.codebooks.names import INTEGERS
 from quip.errors import Unavailable
 from quip.model.records import MatrixRecord
 
@@ -22,13 +23,13 @@ class Case:
     processing: str  # baseline or incoherence
 
     def __str__(self) -> str:
-        named = "" if self.codebook == "int" else f", {self.codebook}"
+        named = "" if self.codebook == INTEGERS else f", {self.codebook}"
         return f"{self.quant}, {self.wbits} bits, {self.processing}{named}"
 
     @property
     def method(self) -> str:
         """What is compared: the rounding, and the codebook if it is no grid."""
-        return self.quant if self.codebook == "int" else f"{self.quant}, {self.codebook}"
+        return self.quant if self.codebook == INTEGERS else f"{self.quant}, {self.codebook}"
 
 
 @dataclass(frozen=True, kw_only=True)

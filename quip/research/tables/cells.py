@@ -17,32 +17,31 @@ from statistics import fmean
 from typing import Any
 
 from quip.data import DATASETS
-from quip.errors import UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.files import replacing
 from quip.jobs.report.folder import as_json, read_json, read_report
-from quip.research.tables.description import Line, Measure, Table, perplexities
+from quip.jobs.requests import Machine, Text
+from quip.model.records import versions
+from quip.research.tables.description import Line, Measure, Table
+from quip.research.tables.tuning import FINETUNE
 
 MEASURED = "measured.json"  # beside run.json, which is that of the last run alone
 GROWING = ("perplexity", "tasks")  # what several runs of a cell add to
+EVALUATED = ("mean_perplexity", *GROWING)  # first words of the paths of such measures
+MEASURING = ("evaluate", "tasks", "speed")  # stages that make nothing of a model
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Text, Machine):
     """How cells are run: what a user may set beside what a table says."""
 
     dataset: str
     evaluate: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
-    nsamples: int = 128
-    seqlen: int | None = None
     eval_nsamples: int | None = None
     limit: int | None = None  # documents of each task
     storycloze_csv: Path | None = None
     batch_size: int = 8  # of tasks
-    seed: int = 0
-    device: str | None = None
-    dtype: str = "auto"
 
     def zero_shot(self) -> ZeroShot | None:
         if not self.tasks:
@@ -79,6 +78,20 @@ class Cell:
         return self.root / "cells" / slug(self.model) / name
 
     @property
+    def source(self) -> "Cell":
+        """The run whose checkpoint this cell measures or tunes; of a run, itself."""
+        if self.kind == "run":
+            return self
+        flags = {name: value for name, value in self.flags.items() if name != FINETUNE}
+        evaluated = tuple(m for m in self.measures if m.path[0] in EVALUATED)
+        return replace(self, kind="run", flags=flags, measures=evaluated)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where that checkpoint is, as long as a cell that starts from it is missing."""
+        return self.source.folder / "checkpoint"
+
+    @property
     def files(self) -> dict[str, Any]:
         """The local texts that it is measured on, as they are."""
         return {name: known for name in self.settings.evaluate if (known := identity(name)[1:])}
@@ -95,7 +108,27 @@ class Cell:
         }
         whole = len(known) == len(self.settings.evaluate) > 0
         mean = fmean(known.values()) if whole else None
-        return {**run, **found, "perplexity": known, "mean_perplexity": mean}
+        made = [s for stage, s in run.get("seconds", {}).items() if stage not in MEASURING]
+        return {
+            **run,
+            **found,
+            "perplexity": known,
+            "mean_perplexity": mean,
+            "minutes": sum(made) / 60 if made else None,  # of making it, not of measuring it
+        }
+
+    def write(self, numbers: Mapping[str, Any]) -> None:
+        """run.json, of a cell that is no run of its own."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        report = {
+            "model": self.model,
+            "flags": dict(self.flags),
+            "versions": versions(),
+            "status": "complete",
+            **numbers,
+        }
+        with replacing(self.folder / "run.json") as partial:
+            partial.write_text(as_json(report))
 
     def keep(self) -> None:
         """Add what the last run measured to what runs of the same codes did before."""
@@ -117,7 +150,16 @@ class Cell:
     def missing(self) -> tuple[Measure, ...]:
         """What is still to be measured."""
         report = self.report()
-        return tuple(measure for measure in self.measures if measure.of(report) is None)
+        return tuple(
+            measure
+            for measure in self.measures
+            if measure.of(report) is None and not has_none(measure, report)
+        )
+
+
+def has_none(measure: Measure, report: Mapping[str, Any]) -> bool:
+    """Whether a complete cell has no such number, as the original model has no bits per weight."""
+    return report.get("status") == "complete" and measure.path[0] not in EVALUATED
 
 
 def digest(value: object) -> str:
@@ -141,55 +183,6 @@ def identity(name: str) -> list[Any]:
     return [name, *([name, stat.st_size, stat.st_mtime_ns] for name, stat in stats)]
 
 
-def settle(table: Table, settings: Settings) -> Table:
-    """The table with the data sets and tasks that the settings name instead of its own."""
-    if settings.evaluate == table.evaluate and settings.tasks == table.tasks:
-        return table
-    kept = [m for m in table.measures if m.path == ("mean_perplexity",)]  # of whatever is named
-    measures = (
-        *(kept if settings.evaluate and table.evaluate else ()),
-        *(() if kept else perplexities(settings.evaluate)),
-        *(_task(table, name) for name in settings.tasks),
-    )
-    return replace(table, evaluate=settings.evaluate, tasks=settings.tasks, measures=measures)
-
-
-def _task(table: Table, name: str) -> Measure:
-    known = (m for m in table.measures if m.path[:2] == ("tasks", name))
-    new = Measure(label=name, path=("tasks", name, "acc"), scale=100.0, better="higher")
-    return next(known, new)
-
-
-def select(
-    table: Table,
-    *,
-    rows: Sequence[str] | None = None,
-    columns: Sequence[str] | None = None,
-) -> Table:
-    """The table with these rows and columns only, by label. Raises UsageError for one it has not.
-
-    Rows that a difference or ratio needs stay.
-    """
-    return replace(
-        table,
-        rows=_chosen(table, "--rows", table.rows, rows),
-        columns=_chosen(table, "--columns", table.columns, columns),
-    )
-
-
-def _chosen(
-    table: Table, flag: str, lines: Sequence[Line], wanted: Sequence[str] | None
-) -> tuple[Line, ...]:
-    if wanted is None:
-        return tuple(lines)
-    known = {line.label: line for line in lines}
-    for label in wanted:
-        if label not in known:
-            raise UsageError(f"{flag} {label}: {table.name} has {'; '.join(known)}")
-    needed = {label for one in wanted for label in (one, *known[one].parts)}
-    return tuple(line for line in lines if line.label in needed)
-
-
 def cells(table: Table, models: Sequence[str], settings: Settings, root: Path) -> Iterator[Cell]:
     """Every different cell of the table, model by model."""
     seen = set()
@@ -207,10 +200,11 @@ def cells(table: Table, models: Sequence[str], settings: Settings, root: Path) -
 def cell_of(
     table: Table, model: str, row: Line, column: Line, settings: Settings, root: Path
 ) -> Cell:
+    flags = table.flags_of(row, column)
     return Cell(
         model=model,
-        flags=table.flags_of(row, column),
-        kind=table.kind,
+        flags=flags,
+        kind="tuned" if FINETUNE in flags else table.kind,
         settings=settings,
         measures=table.measures,
         root=root,

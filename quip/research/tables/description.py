@@ -14,11 +14,14 @@ import yaml
 
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe
+from quip.matrix.flags import FLAGS
 from quip.matrix.recipe import Recipe
+from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
-KINDS = ("run", "proxy", "hessians", "speed")
+KINDS = ("run", "saved", "speed", "proxy", "hessians")
+TEXTS = ("run", "saved")  # kinds that are measured on texts and tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ class Measure:
         """What an axis of it is called."""
         match self.path[0]:
             case "perplexity" | "mean_perplexity":
-                return f"perplexity, {self.label}"
+                return "perplexity" if self.label == "perplexity" else f"perplexity, {self.label}"
             case "tasks":
                 return f"accuracy in percent, {self.label}"
         return self.label
@@ -99,6 +102,7 @@ class Table:
     measures: tuple[Measure, ...] = ()
     by: str = "columns"  # what runs along the plot: columns, or models
     note: str = ""
+    cost: str = "not run here"  # minutes, on which machine and model
 
     def flags_of(self, row: Line, column: Line) -> dict[str, Any]:
         return {**self.flags, **column.flags, **row.flags}
@@ -138,11 +142,10 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe | None:
     """The recipe of a cell's flags; None for 16 bits, the model as it is."""
     if flags.get("wbits") == 16:
         return None
-    given = {"range_" if name == "range" else name: value for name, value in flags.items()}
-    try:
-        return build_recipe(**given)
-    except TypeError as error:
-        raise UsageError(f"flags {dict(flags)}: {error}; names are those of `quip run`") from error
+    for name in flags:
+        if name not in FLAGS:
+            raise UsageError(f"unknown flag {name!r}; names are those of `quip run`")
+    return build_recipe(**{FLAGS[name].name: value for name, value in flags.items()})
 
 
 def _table(name: str, given: Mapping[str, Any]) -> Table:
@@ -203,4 +206,8 @@ def _check(table: Table) -> None:
         if row.parts or table.kind == "hessians":
             continue
         for column in table.columns:
-            recipe_of(table.flags_of(row, column))
+            flags = table.flags_of(row, column)
+            recipe = recipe_of(recipe_flags(flags))
+            if not recipe and (table.kind == "saved" or FINETUNE in flags):
+                raise UsageError(f"row {row.label!r}: 16 bits make no checkpoint")
+            block_tuning(flags), model_tuning(flags)

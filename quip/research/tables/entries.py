@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from quip.research.tables.cells import Settings, cell_of
+from quip.research.tables.cells import Settings, cell_of, has_none
 from quip.research.tables.description import Line, Table
 from quip.research.tables.papers import lookup, papers_name
 
@@ -22,7 +22,7 @@ class Entry:
     measure: str
     ours: float | None
     paper: float | None
-    state: str  # done, missed, failed, not run
+    state: str  # done, missed, failed, not run, none
     seconds: float | None = None  # of the whole cell
     bits_per_weight: float | None = None
 
@@ -59,7 +59,9 @@ def _of_place(
             measure=measure.label,
             ours=ours,
             paper=papers,
-            state=state_of(ours, papers, "neither" if row.parts else measure.better, failed=failed),
+            state="none"
+            if ours is None and any(has_none(measure, report) for report in reports)
+            else state_of(ours, papers, "neither" if row.parts else measure.better, failed=failed),
             seconds=sum(own.get("seconds", {}).values()) or None,
             bits_per_weight=own.get("totals", {}).get("bits_per_weight"),
         )

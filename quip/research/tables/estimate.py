@@ -7,6 +7,8 @@ With N calibration tokens, a matrix of m outputs and n inputs costs
     quantize      m n^2 for the sweep, 2 m n^2 for each greedy pass, 5 n^3 to factorise; Algorithm 5
                   solves twice 2 n^3 in each of up to 100 iterations
     evaluate      2 (m n) for each token, and the vocabulary
+    tune          6 m n for each token and epoch, of a block after each of its inputs, of a
+                  whole model with the vocabulary
 
 at the rate of a matrix product in the model's dtype, timed here; attention is left out. Where cells
 of the model are done, estimates are scaled by what these took against what was counted for them.
@@ -30,6 +32,7 @@ from quip.model.load import DTYPES, read_config
 from quip.model.matrices import coverage, find_blocks
 from quip.research.tables.cells import Cell
 from quip.research.tables.papers import known_models
+from quip.research.tables.tuning import block_tuning, model_tuning
 
 IMPORTS = 0.5e9  # bytes of a process that has loaded torch and transformers
 START = 15.0  # seconds until a model is loaded and its data are read, at least
@@ -56,6 +59,7 @@ class Shape:
     head: int  # weights that turn hidden states into logits
     bytes: int  # of all weights in float32
     block_bytes: int
+    blocks: int
     width: int
     positions: int
 
@@ -102,6 +106,14 @@ def _operations(cell: Cell, shape: Shape) -> float:
     if flags.get("wbits") == 16:
         return total
     tokens = s.nsamples * seqlen
+    if asked := model_tuning(flags):  # of a checkpoint that another cell has made
+        tuning, chosen = asked
+        return total + 6.0 * tuning.epochs * (chosen or s.nsamples) * seqlen * (
+            weights + shape.head
+        )
+    if tuning_of_blocks := block_tuning(flags):
+        inputs = len(shape.inputs) / shape.blocks
+        total += 6.0 * tuning_of_blocks.epochs * tokens * weights * inputs
     total += 4.0 * weights * tokens + PANELS * 2.0 * tokens * sum(n * n for n in shape.inputs)
     quant = flags.get("quant", "ldlq")
     passes = flags.get("npasses", METHODS[quant].passes)
@@ -122,8 +134,7 @@ def _bytes(cell: Cell, shape: Shape) -> float:
     hidden = s.nsamples * seqlen * shape.width * wide
     if cell.flags.get("wbits") == 16:
         hidden, n = 0, 0
-    blocks = max(1, round(shape.bytes / max(1, shape.block_bytes)))
-    hessians = 8.0 * sum(size * size for size in shape.inputs) / blocks
+    hessians = 8.0 * sum(size * size for size in shape.inputs) / shape.blocks
     return IMPORTS + shape.bytes * wide / 4 + hidden + hessians + 6 * 8.0 * n * n
 
 
@@ -152,6 +163,7 @@ def _shape(model: str) -> Shape | str:
         head=text.vocab_size * text.hidden_size,
         bytes=module_bytes(empty),
         block_bytes=module_bytes(blocks[0]),
+        blocks=len(blocks),
         width=text.hidden_size,
         positions=getattr(text, "max_position_embeddings", 2048),
     )

@@ -8,11 +8,13 @@ from typing import Any
 from quip.files import replacing, write_csv, writing
 from quip.jobs.report.folder import as_json
 from quip.jobs.report.plots import can_plot
-from quip.research.tables.cells import Cell, Settings, cells, identity
+from quip.research.tables.cells import Settings, cells, identity
 from quip.research.tables.description import Table
 from quip.research.tables.drawing import plot_table
 from quip.research.tables.entries import entries
 from quip.research.tables.rendering import markdown
+
+MACHINE = ("device", "dtype", "threads")  # entries of a cell's report
 
 
 def record_of(
@@ -20,7 +22,9 @@ def record_of(
 ) -> dict[str, Any]:
     """Everything that is known of the table; no name in it is a path of this machine."""
     found = [asdict(entry) for entry in entries(table, models, settings, root)]
+    reports = [cell.report() for cell in cells(table, models, settings, root)]
     return {
+        "kind": "table",
         "table": table.name,
         "title": table.title,
         "source": table.source,
@@ -38,7 +42,11 @@ def record_of(
             "seed": settings.seed,
             "dtype": settings.dtype,
         },
-        "versions": _versions(cells(table, models, settings, root)),
+        "calibration": _stamps([report.get("calibration")] for report in reports),
+        "evaluation": _stamps((report.get("evaluation") or {}).values() for report in reports),
+        **{key: _several(report.get(key) for report in reports) for key in MACHINE},
+        "versions": _versions(reports),
+        "seconds": sum(sum(report.get("seconds", {}).values()) for report in reports),
         "entries": [{**entry, "model": _public(entry["model"])} for entry in found],
     }
 
@@ -63,13 +71,27 @@ def write_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
-def _versions(found: Iterable[Cell]) -> dict[str, str]:
+def _versions(reports: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The versions that the cells were run with; several of a package are all named."""
-    seen: dict[str, set[str]] = {}
-    for cell in found:
-        for package, version in cell.report().get("versions", {}).items():
-            seen.setdefault(package, set()).add(version)
-    return {package: ", ".join(sorted(several)) for package, several in seen.items()}
+    found = [report.get("versions", {}) for report in reports]
+    packages = dict.fromkeys(package for versions in found for package in versions)
+    return {package: _several(v.get(package) for v in found) for package in packages}
+
+
+def _several(values: Iterable[Any]) -> Any:
+    """What the cells have in common, None if that is nothing; different values all in one line."""
+    known = sorted({value for value in values if value is not None}, key=str)
+    return ", ".join(map(str, known)) if len(known) > 1 else next(iter(known), None)
+
+
+def _stamps(found: Iterable[Iterable[Mapping[str, Any] | None]]) -> list[dict[str, Any]]:
+    """The texts that cells were calibrated or measured on, each once, with windows and hash."""
+    different: list[dict[str, Any]] = []
+    for stamp in (stamp for stamps in found for stamp in stamps if stamp):
+        public = {**stamp, "dataset": _public(stamp["dataset"])}
+        if public not in different:
+            different.append(public)
+    return different
 
 
 def _public(name: str) -> str:

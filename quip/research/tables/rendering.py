@@ -1,12 +1,21 @@
 """A table as Markdown, for a person, and as rows for a program."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from quip.research.tables.cells import slug
 
-MARKS = {"missed": " missed", "failed": "failed", "not run": "-"}
+FLAGS = {  # of `quip table`, for what a record says of its settings
+    "dataset": "dataset",
+    "eval_datasets": "evaluate",
+    **{name: name for name in ("tasks", "nsamples", "seqlen", "eval_nsamples", "limit", "seed")},
+    "dtype": "dtype",
+}
+USUAL = {"nsamples": 128, "seed": 0, "dtype": "auto"}
+WIDE = 9  # numbers in a line of a table, at most: what has more is two tables
+MARKS = {"missed": " missed", "failed": "failed", "not run": "-", "none": ""}
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -17,23 +26,44 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join([*parts, *_legend(record)]) + "\n"
 
 
+def command(record: Mapping[str, Any]) -> str:
+    """The line that makes the table; files of this machine by their names alone."""
+    models = dict.fromkeys(entry["model"] for entry in record["entries"])
+    words = [f"quip table {record['table']} --models {','.join(models)}"]
+    for flag, key in FLAGS.items():
+        value = record["settings"][key]
+        if value not in (None, [], USUAL.get(key)):
+            words.append(f"--{flag} {','.join(value) if isinstance(value, list) else value}")
+    return " ".join(words)
+
+
 def _part(model: str, found: Sequence[Mapping[str, Any]]) -> str:
     rows, columns, measures = (
         list(dict.fromkeys(entry[key] for entry in found)) for key in ("row", "column", "measure")
     )
     by_place = {(e["row"], e["column"], e["measure"]): e for e in found}
-    heads = [
-        " ".join(filter(None, (column if len(columns) > 1 else "", measure)))
-        if len(measures) > 1
-        else column
-        for column in columns
-        for measure in measures
-    ]
-    lines = [f"| {slug(model)} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for row in rows:
-        words = [_words(by_place[row, column, m]) for column in columns for m in measures]
-        lines.append(f"| {row} | {' | '.join(words)} |")
-    return "\n".join(lines)
+    several = len(columns) > 1, len(measures) > 1
+    named = several if any(several) else (True, False)
+    places = [(column, measure) for column in columns for measure in measures]
+    size = math.ceil(len(places) / math.ceil(len(places) / WIDE))
+    parts = [places[lo : lo + size] for lo in range(0, len(places), size)]
+    return "\n\n".join(
+        _grid(slug(model), _heads(part, named), {r: [by_place[r, *p] for p in part] for r in rows})
+        for part in parts
+    )
+
+
+def _heads(places: Sequence[tuple[str, str]], named: tuple[bool, bool]) -> list[str]:
+    """The label of each column and measure, as far as there are several of them."""
+    return [" ".join(itertools.compress(place, named)) for place in places]
+
+
+def _grid(
+    corner: str, heads: Sequence[str], lines: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> str:
+    found = [f"| {corner} | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    found += [f"| {row} | {' | '.join(map(_words, line))} |" for row, line in lines.items()]
+    return "\n".join(found)
 
 
 def _words(entry: Mapping[str, Any]) -> str:
@@ -66,18 +96,29 @@ def _legend(record: Mapping[str, Any]) -> list[str]:
         words.append("Missed: more than 5 % worse than the paper's.")
     if "not run" in states:
         words.append("A dash was not run.")
-    words.append(_settings(record["settings"]))
+    words.append(_settings(record))
     return [" ".join(filter(None, [*words, record.get("note")]))]
 
 
-def _settings(s: Mapping[str, Any]) -> str:
+def _settings(record: Mapping[str, Any]) -> str:
+    s = record["settings"]
     length = f" of {s['seqlen']} tokens" if s["seqlen"] else ""
     words = [f"Calibrated on {s['nsamples']} windows{length} of {s['dataset']}"]
+    texts = {
+        text["dataset"]: f" ({text['windows']} windows of {text['seqlen']} tokens, SHA-256 "
+        f"{text['sha256'][:8]})"
+        for text in record.get("evaluation", ())
+    }
     for name, limit, unit in (
         ("evaluate", "eval_nsamples", "windows"),
         ("tasks", "limit", "documents"),
     ):
         if s[name]:
-            first = f", the first {s[limit]} {unit}" if s[limit] else ""
-            words.append(f"measured on {', '.join(s[name])}{first}")
+            first = (
+                f", the first {s[limit]} {unit}"
+                if s[limit] and not (texts and name == "evaluate")
+                else ""
+            )
+            named = [f"{one}{texts.get(one, '')}" for one in s[name]]
+            words.append(f"measured on {', '.join(named)}{first}")
     return "; ".join([*words, f"seed {s['seed']}."])

@@ -4,24 +4,21 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from quip.data import check_dataset
 from quip.errors import QuipError, Unavailable
-from quip.jobs.evaluate import Evaluation, check_measures, run_evaluation
+from quip.jobs.evaluate import check_measures
 from quip.jobs.report.folder import RunFolder
-from quip.jobs.run import Experiment, run_experiment
 from quip.model.load import read_config
 from quip.research.tables.cells import Cell
-from quip.research.tables.description import recipe_of
+from quip.research.tables.quantized import WORK, run_quantization, run_speed, run_tuning
+from quip.research.tables.saved import run_saved
 from quip.research.tables.stored import run_proxies, run_statistics
 
 log = logging.getLogger(__name__)
-
-WORK = "work"  # in the folder of a cell, what is not kept
 
 
 def run_missing(cells: Sequence[Cell]) -> None:
@@ -33,7 +30,7 @@ def run_missing(cells: Sequence[Cell]) -> None:
     missing = [cell for cell in cells if cell.missing()]
     for cell in cells:
         if cell not in missing:
-            _tidy(cell)  # a kill may have come before it was tidied
+            _tidy(cell, missing)  # a kill may have come before it was tidied
     for settings in {cell.settings for cell in missing}:
         check_dataset(settings.dataset, "calibration")
         check_measures(settings.evaluate, settings.zero_shot())
@@ -49,7 +46,7 @@ def run_missing(cells: Sequence[Cell]) -> None:
             name = f"{cell.folder.parent.name}/{cell.folder.name}"
             bar.set_description(name)
             log.info("cell %d of %d: %s", number, len(missing), name)
-            reason = unreachable.get(cell.model) or _attempt(cell, missing)
+            reason = unreachable.get(cell.model) or _attempt(cell, missing[number - 1 :])
             if reason:
                 failed[name] = reason
                 log.error("%s failed: %s", name, reason)
@@ -63,11 +60,14 @@ def run_missing(cells: Sequence[Cell]) -> None:
 
 
 def _attempt(cell: Cell, cells: Sequence[Cell]) -> str | None:
-    """Run a cell, unless it came with one before; what went wrong, if something did."""
+    """Run a cell, the first of those to come, unless it came with one before.
+
+    Returns what went wrong, if something did.
+    """
     try:
         if cell.missing():
             RUNNERS[cell.kind](cell, cells)
-            _tidy(cell)
+        _tidy(cell, cells[1:])
     except QuipError as error:
         return str(error)
     except torch.OutOfMemoryError as error:
@@ -77,67 +77,21 @@ def _attempt(cell: Cell, cells: Sequence[Cell]) -> str | None:
     return None
 
 
-def _run(cell: Cell, cells: Sequence[Cell]) -> None:
-    """Quantize and evaluate, as `quip run` does; finished blocks are kept while it goes on."""
-    run_experiment(_experiment(cell, cell.folder))
-    cell.keep()
-
-
-def _speed(cell: Cell, cells: Sequence[Cell]) -> None:
-    """Quantize, save, and time the checkpoint; only the times are kept."""
-    s, model = cell.settings, cell.model
-    if recipe_of(cell.flags):
-        work = cell.folder / WORK
-        model = str(work / "checkpoint")
-        run_experiment(_experiment(cell, work / "run", save=Path(model), evaluate=False))
-    run_evaluation(
-        Evaluation(
-            model=model,
-            speed=True,
-            device=s.device,
-            dtype=s.dtype,
-            out=cell.folder,
-            overwrite=True,
-        )
-    )
-
-
-def _tidy(cell: Cell) -> None:
-    """Remove what only an unfinished cell needs."""
-    for name in (RunFolder.BLOCKS, WORK):
-        shutil.rmtree(cell.folder / name, ignore_errors=True)
-
-
-def _experiment(
-    cell: Cell, out: Path, *, save: Path | None = None, evaluate: bool = True
-) -> Experiment:
-    s = cell.settings
-    return Experiment(
-        model=cell.model,
-        dataset=s.dataset,
-        recipe=recipe_of(cell.flags),
-        method=" ".join(f"{k}={v}" for k, v in cell.flags.items()),
-        nsamples=s.nsamples,
-        seqlen=s.seqlen,
-        seed=s.seed,
-        device=s.device,
-        dtype=s.dtype,
-        eval_datasets=s.evaluate if evaluate else (),
-        eval_nsamples=s.eval_nsamples,
-        tasks=s.zero_shot() if evaluate else None,
-        batch_size=s.batch_size,
-        save=save,
-        out=out,
-        resume=True,
-        overwrite=True,
-        flags=cell.flags,
-    )
+def _tidy(cell: Cell, cells: Sequence[Cell]) -> None:
+    """Remove what only an unfinished cell needs, and a checkpoint that none to come starts from."""
+    for folder in (cell.folder, cell.source.folder):
+        for name in (RunFolder.BLOCKS, WORK):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if not any(other.checkpoint == cell.checkpoint for other in cells):
+        shutil.rmtree(cell.checkpoint, ignore_errors=True)
 
 
 # kind -> what runs a cell; the others that are missing may be done with it.
 RUNNERS: Mapping[str, Callable[[Cell, Sequence[Cell]], None]] = {
-    "run": _run,
-    "speed": _speed,
+    "run": run_quantization,
+    "tuned": run_tuning,
+    "saved": run_saved,
+    "speed": run_speed,
     "proxy": run_proxies,
     "hessians": run_statistics,
 }

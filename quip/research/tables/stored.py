@@ -1,14 +1,11 @@
 """Cells that are measured on the Hessians of a model, collected once for all of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from quip.codebooks import LATTICES
-from quip.files import replacing
+from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.jobs.hessians import Collection, collect_hessians
-from quip.jobs.report.folder import as_json
-from quip.model.records import versions
 from quip.research.hessians.summary import SummaryRequest as Statistics
 from quip.research.hessians.summary import summarize
 from quip.research.losses.bench import ProxyBench as Proxies
@@ -43,7 +40,7 @@ def run_proxies(cell: Cell, cells: Sequence[Cell]) -> None:
     for case, rows in by_case(losses).items():
         if case in together:
             [line] = summarised(rows)
-            _write(together[case], {**line, "seconds": {"quantize": line["seconds"]}})
+            together[case].write({**line, "seconds": {"quantize": line["seconds"]}})
 
 
 def run_statistics(cell: Cell, cells: Sequence[Cell]) -> None:
@@ -56,7 +53,7 @@ def run_statistics(cell: Cell, cells: Sequence[Cell]) -> None:
     for one in cells:
         if one.model == cell.model and _store(one) == _store(cell):
             stage = "rescaled and rotated" if one.flags.get("incoh_processing") else "original"
-            _write(one, {"hessians": means[stage]})
+            one.write({"hessians": means[stage]})
 
 
 def collected(cell: Cell) -> Path:
@@ -85,11 +82,11 @@ def _store(cell: Cell) -> Path:
 
 
 def _case(cell: Cell) -> Case:
-    flags, codebook = cell.flags, cell.flags.get("codebook", "int")
+    flags, codebook = cell.flags, cell.flags.get("codebook", INTEGERS)
     return Case(
         quant=flags.get("quant", "ldlq"),
         codebook=codebook,
-        wbits=flags["wbits"] if codebook == "int" else LATTICES[codebook].bits,
+        wbits=CODEBOOKS[codebook].only_bits or flags["wbits"],
         processing="incoherence" if flags.get("incoh_processing") else "baseline",
     )
 
@@ -97,16 +94,3 @@ def _case(cell: Cell) -> Case:
 def _rest(cell: Cell) -> dict[str, Any]:
     """The flags that no case names."""
     return {name: value for name, value in cell.flags.items() if name not in COMPARED}
-
-
-def _write(cell: Cell, numbers: Mapping[str, Any]) -> None:
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    report = {
-        "model": cell.model,
-        "flags": dict(cell.flags),
-        "versions": versions(),
-        "status": "complete",
-        **numbers,
-    }
-    with replacing(cell.folder / "run.json") as partial:
-        partial.write_text(as_json(report))
