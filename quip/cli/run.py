@@ -52,8 +52,8 @@ def _data_flags(group: argparse._ArgumentGroup) -> None:
         "--plan",
         type=Path,
         metavar="FILE",
-        help="recipes by pattern of matrix names, as YAML, the first that matches counts: "
-        "'\"*.v_proj\": {wbits: 4}'; the recipe of this line, if there is one, is for all others",
+        help='recipes by pattern of matrix names, as YAML: "*.v_proj": {wbits: 4} and so on; the '
+        "first that matches counts, and the recipe of this line is for all other matrices",
     )
     add(
         "--hessians",
