@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,3 +82,15 @@ def imported(code: str) -> Iterator[str]:
 def test_no_test_imports_another_test():
     found = [(path.name, name) for path in TEST_FILES for name in imported(path.read_text())]
     assert [x for x in found if re.match(r"tests\.(\w+\.)*test_", x[1])] == []
+
+
+def test_packed_weights_are_computed_with_without_what_made_them():
+    code = (
+        "import sys, quip.packed.linear, quip.packed.stack, quip.packed.checkpoint\n"
+        "rooms = {name.split('.')[1] for name in sys.modules if name.startswith('quip.')}\n"
+        "print(*sorted(rooms & {'matrix', 'model', 'data', 'jobs', 'research', 'cli'}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []

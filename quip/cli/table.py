@@ -156,8 +156,8 @@ def _settings(args: argparse.Namespace, table: "Table") -> "Settings":
 
 
 def _listing(name: str | None) -> str:
-    from quip.research.tables.description import names as tables
     from quip.research.tables.description import read_table
+    from quip.research.tables.description import table_names as tables
 
     if name is None:
         width = max(map(len, tables()))

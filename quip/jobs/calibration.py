@@ -24,7 +24,7 @@ def calibration_of(
     )
 
 
-def fitting_store(folder: Path, loaded: LoadedModel) -> HessianStore:
+def store_for(folder: Path, loaded: LoadedModel) -> HessianStore:
     """The store in a folder, which must fit the model.
 
     That it was made of other weights (a fine-tuned model, another dtype) is only warned of.

@@ -13,7 +13,7 @@ from quip.data.hessians import HessianStore
 from quip.errors import QuipError, UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.files import check_new
-from quip.jobs.calibration import calibration_of, fitting_store
+from quip.jobs.calibration import calibration_of, store_for
 from quip.jobs.evaluate import check_measures, measure_perplexities, measure_tasks, token_sets
 from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder, read_report
@@ -147,7 +147,7 @@ def _kept(recipe: Recipe | Plan, loaded: LoadedModel) -> tuple[str, ...]:
 
 def _source(e: Experiment, loaded: LoadedModel) -> Source:
     if e.hessians:
-        return fitting_store(e.hessians, loaded)
+        return store_for(e.hessians, loaded)
     return calibration_of(loaded, str(e.dataset), nsamples=e.nsamples, seqlen=e.seqlen, seed=e.seed)
 
 

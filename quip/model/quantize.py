@@ -21,7 +21,7 @@ from quip.model.plan import Plan
 from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.siblings import quantize_siblings
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
-from quip.model.walk import standing, walk
+from quip.model.walk import blocks_at_rest, walk
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iter
         inputs = {
             index: list(found) for index, found in groupby(store.inputs, lambda one: one.block)
         }
-        for block in standing(model, device=run.device):
+        for block in blocks_at_rest(model, device=run.device):
             bar.set_description(block.name)
             if run.ledger and run.ledger.has(block.index):
                 yield from _restore(block.index, model, work)

@@ -89,7 +89,7 @@ def _home(device: torch.device, nbytes: int) -> torch.device:
     return torch.device("cpu")
 
 
-def standing(model: nn.Module, *, device: torch.device | str) -> Iterator[BlockModule]:
+def blocks_at_rest(model: nn.Module, *, device: torch.device | str) -> Iterator[BlockModule]:
     """Each decoder block in order, on the device while the loop body runs, fed by nothing."""
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device

@@ -36,7 +36,7 @@ def opened(path: Path, what: str, remedy: str) -> Iterator[Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class TensorEntry:
     """A tensor of a file, not yet read."""
 
     name: str
@@ -50,7 +50,7 @@ class Held:
             return file.get_tensor(self.name)
 
 
-def header(path: Path, *, damage: str = "is damaged or truncated") -> dict[str, Held]:
+def header(path: Path, *, damage: str = "is damaged or truncated") -> dict[str, TensorEntry]:
     """Every tensor of a safetensors file by name, none of them read.
 
     Raises Unavailable, as "NAME `damage` (the reason)", for a file that is no whole one.
@@ -60,7 +60,7 @@ def header(path: Path, *, damage: str = "is damaged or truncated") -> dict[str, 
         words = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     words.pop("__metadata__", None)
     return {
-        name: Held(
+        name: TensorEntry(
             name=name,
             path=path,
             shape=tuple(entry["shape"]),

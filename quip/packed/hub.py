@@ -20,12 +20,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable
-from quip.packed.files import DAMAGED, Held, header
+from quip.packed.files import DAMAGED, TensorEntry, header
 from quip.packed.layout import FORMATS, Layout, dense
 from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
-DTYPES = {
+FILE_DTYPES = {
     torch.int32: "I32",
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -103,7 +103,7 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     transformers itself only warns of what is missing, and fills it at random. Packed matrices must
     be there; other tensors may go by older names in a file, but under their own have their shape.
     """
-    found: dict[str, Held] = {}
+    found: dict[str, TensorEntry] = {}
     for file in files:
         if file.endswith(".safetensors"):
             found |= header(Path(file))
@@ -111,7 +111,7 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
         raise Unavailable(f"no safetensors among its files, and nothing else is read; {DAMAGED}")
     for name, layer in quantized_layers(model).items():
         for key, tensor in layer.stored().items():
-            wanted = f"{DTYPES[tensor.dtype]} {list(tensor.shape)}"
+            wanted = f"{FILE_DTYPES[tensor.dtype]} {list(tensor.shape)}"
             held = found.get(f"{name}.{key}")
             there = f"{held.dtype} {list(held.shape)}" if held else "nothing"
             if there != wanted:

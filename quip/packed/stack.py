@@ -22,7 +22,7 @@ from quip.packed.matrix import QuantizedMatrix
 from quip.packed.spec import Spec
 
 # As published files of QuIP# stack them; matrices of other names stay in the order of the model.
-PUBLISHED = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj")
+STACKED_ORDER = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj")
 
 # Of a question: the inputs, their version and whether gradients were asked for, and who has not
 # come for the answer yet.
@@ -160,9 +160,9 @@ class StackedLinear(nn.Module):
 def in_order(names: Sequence[str]) -> list[str]:
     """The names in the order in which their matrices are stacked."""
     last = [name.rpartition(".")[2] for name in names]
-    if not set(last) <= set(PUBLISHED):
+    if not set(last) <= set(STACKED_ORDER):
         return list(names)
-    return [names[i] for i in sorted(range(len(names)), key=lambda i: PUBLISHED.index(last[i]))]
+    return [names[i] for i in sorted(range(len(names)), key=lambda i: STACKED_ORDER.index(last[i]))]
 
 
 def stacks(model: nn.Module) -> list[dict[str, StackedLinear]]:

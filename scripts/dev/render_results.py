@@ -20,7 +20,7 @@ from bench_rounding import commit, cpu_name
 
 from quip.jobs.report.folder import as_json
 from quip.jobs.report.text import table
-from quip.research.tables.description import names, read_table
+from quip.research.tables.description import read_table, table_names
 from quip.research.tables.rendering import command, markdown
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def render(name: str) -> str:
 def costs() -> str:
     """Every table that the package describes: where it is from, and what it takes."""
     lines = ["| table | what | from | cost |", "|---|---|---|---|"]
-    for one in map(read_table, names()):
+    for one in map(read_table, table_names()):
         lines.append(f"| `quip table {one.name}` | {one.title} | {one.source} | {one.cost} |")
     return "\n".join(lines) + "\n"
 

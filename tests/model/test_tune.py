@@ -20,7 +20,7 @@ from quip.model.matrices import coverage
 from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.model.records import Stopwatch
 from quip.model.tune import BlockTuning, ModelTuning, tune_model, whole
-from quip.model.tune.tunable import Masters
+from quip.model.tune.tunable import MasterWeights
 from quip.packed.checkpoint import load
 from quip.packed.linear import QuantizedLinear, quantized_layers
 from tests.support.checkpoints import save
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_dense_formula(layer, rng):
     x, weigh = torch.randn(5, 48, generator=rng), torch.randn(5, 24, generator=rng)
     decoder, _ = layer.spec.restore(layer.stored(), 24, 48)
     W_t = decoder.decode(unpack(layer.codes, decoder.index_bits, 6)).double()
-    with Masters(layer, [], dtype=torch.float32) as masters:
+    with MasterWeights(layer, [], dtype=torch.float32) as masters:
         (layer(x) * weigh).sum().backward()
         s_in, s_out = (p.detach().double().requires_grad_() for p in masters.signs)
         W = s_out[:, None] * rotate(rotate(W_t).T).T * s_in
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_dense_formula(layer, rng):
 def test_the_trainable_form_computes_what_the_packed_one_does(name, recipe):
     model, _, _ = quantized(name, recipe)
     expected = model(DRAWN).logits
-    with Masters(model, [], dtype=torch.float32):
+    with MasterWeights(model, [], dtype=torch.float32):
         torch.testing.assert_close(model(DRAWN).logits, expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(model(DRAWN).logits, expected)
 
@@ -104,7 +104,7 @@ def test_what_is_kept_is_stored_in_the_types_it_had_and_computes_the_same(rng):
     model, _, _ = quantized(dtype=torch.bfloat16)
     before, dtypes = state(model), {k: x.dtype for k, x in model.state_dict().items()}
     norms = [p for p in model.parameters() if p.ndim == 1]
-    with torch.no_grad(), Masters(model, norms, dtype=torch.float32) as masters:
+    with torch.no_grad(), MasterWeights(model, norms, dtype=torch.float32) as masters:
         for parameter in (*masters.signs, *masters.others):
             assert parameter.dtype == torch.float32
             parameter.mul_(1 + 0.1 * torch.rand(parameter.shape, generator=rng))

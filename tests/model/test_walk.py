@@ -8,7 +8,7 @@ from quip.errors import NonFinite, UsageError
 from quip.model.block import Block
 from quip.model.calls import capture
 from quip.model.matrices import check_weights, find_blocks
-from quip.model.walk import standing, walk
+from quip.model.walk import blocks_at_rest, walk
 from tests.support.tiny import CONFIGS, EAGER_ONLY, SEQLEN, tiny, tokens
 
 CASES = [(name, "eager") for name in CONFIGS]
@@ -202,7 +202,9 @@ def test_each_block_is_moved_to_the_device_and_back_also_when_its_turn_fails(mon
     blocks = list(model.model.layers)
     monkeypatch.setattr(type(blocks[0]), "to", to)
     device = torch.device("cpu", 0)  # another than the host by name
-    walked = walk(model, tokens(), device=device) if passing else standing(model, device=device)
+    walked = (
+        walk(model, tokens(), device=device) if passing else blocks_at_rest(model, device=device)
+    )
     with pytest.raises(ZeroDivisionError):  # noqa: PT012
         for block in walked:
             assert moves[-1] == (block.module, "cpu:0")

@@ -21,7 +21,7 @@ from quip.matrix.seeds import rng_for
 from quip.model.load import load_model
 from quip.research.losses import bench
 from quip.research.losses.bench import ProxyBench, measure_losses
-from quip.research.losses.rows import Case, Loss, method_tables, read_losses, summarised
+from quip.research.losses.rows import Case, LossRow, method_tables, read_losses, summarised
 from tests.support.hessians import observed, written
 from tests.support.runs import save_model
 
@@ -53,7 +53,7 @@ def trace(E: Tensor, H: Tensor) -> float:
     return float(torch.einsum("ij,jk,ik->", E.double(), H, E.double()))
 
 
-def without_time(losses: list[Loss]) -> list[dict[str, object]]:
+def without_time(losses: list[LossRow]) -> list[dict[str, object]]:
     return [{k: v for k, v in vars(loss).items() if k != "seconds"} for loss in losses]
 
 
@@ -282,11 +282,11 @@ def test_a_damaged_file_of_losses_is_named(ask, tmp_path):
 # What is shown
 
 
-def loss(**given) -> Loss:
+def loss(**given) -> LossRow:
     known = {"name": "fc1", "block": 0, "rows": 2, "columns": 3, "damp": 0.01, "seconds": 1.0}
     case = {"quant": "ldlq", "codebook": "int", "wbits": 2, "processing": "baseline"}
     numbers = {"proxy_loss": 0.5, "absolute_loss": 4.0, "bits_per_weight": 2.5, "rho": None}
-    return Loss(**{**known, **case, **numbers, **given})
+    return LossRow(**{**known, **case, **numbers, **given})
 
 
 def test_tables_have_methods_down_and_bits_across():

@@ -7,7 +7,7 @@ import pytest
 
 from quip.errors import UsageError
 from quip.research.tables.cells import slug
-from quip.research.tables.description import Measure, names, read_table, recipe_of
+from quip.research.tables.description import Measure, read_table, recipe_of, table_names
 from quip.research.tables.entries import state_of
 from quip.research.tables.papers import known_models, lookup, papers_name, published
 from quip.research.tables.record import write_record
@@ -20,7 +20,7 @@ from tests.support.tables import OWN
 UNPUBLISHED = {"perplexity": 363, "zeroshot": 165, "processing": 4, "hessians": 8, "throughput": 6}
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", table_names())
 def test_every_number_that_a_description_points_to_is_published(name):
     table = read_table(name)
     found = [
@@ -156,7 +156,7 @@ def test_what_a_complete_cell_cannot_have_is_neither_a_dash_nor_missing():
     assert "| QuIP |  |" in markdown(record(entries=[entry]))
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", table_names())
 def test_every_table_says_what_it_takes(name):
     cost = read_table(name).cost
     assert "not run here" in cost or "CPU cores" in cost or "not timed" in cost

@@ -20,7 +20,7 @@ from torch import Tensor
 from quip.matrix.seeds import rng_for
 from quip.model.block import Block
 from quip.model.tune.descent import Tuning, descend
-from quip.model.tune.tunable import Masters
+from quip.model.tune.tunable import MasterWeights
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class BlockTuner:
         start, name = time.perf_counter(), f"{self.block.name}, tuned after {after[-1]}"
         module = self.block.module
         # Norms, biases and the matrices to come: a block that can be walked has no others.
-        masters = Masters(module, module.parameters(), dtype=self.block.hidden.dtype)
+        masters = MasterWeights(module, module.parameters(), dtype=self.block.hidden.dtype)
         with masters:
             found = descend(
                 masters,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from quip.errors import UsageError
-from quip.model.tune.tunable import Masters
+from quip.model.tune.tunable import MasterWeights
 
 # The mean loss of each of these batches, by number.
 Losses = Callable[[Sequence[int]], Iterator[Tensor]]
@@ -68,7 +68,7 @@ class Descent:
 
 
 def descend(
-    masters: Masters,
+    masters: MasterWeights,
     losses: Losses,
     sizes: Sequence[int],
     tuning: Tuning,

@@ -49,7 +49,7 @@ class Tunable:
         return y if scales is None else y * scales
 
 
-class Masters:
+class MasterWeights:
     """A context in which a module computes in float32 and these of its parameters are tuned.
 
     Beside `trained`, the vectors of every packed matrix are. W~ is kept in `dtype`. A state is the
@@ -93,7 +93,7 @@ class Masters:
         """Leave the module in this state."""
         self._kept = state
 
-    def __enter__(self) -> "Masters":
+    def __enter__(self) -> "MasterWeights":
         for one in self._packed:
             one.layer.product = one.product  # type: ignore[method-assign]
         others = set(self.others)

@@ -27,7 +27,7 @@ from quip.model.device import placed
 from quip.model.matrices import find_blocks
 from quip.model.tune.descent import Tuning, descend
 from quip.model.tune.kl import CHUNK, kl_terms
-from quip.model.tune.tunable import Masters
+from quip.model.tune.tunable import MasterWeights
 from quip.packed.linear import quantized_layers
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def tune_model(
         [head] if head is not None else []
     )
     with placed(student, device), placed(teacher, device), _recomputed(student):
-        masters = Masters(student, trained, dtype=student.dtype)
+        masters = MasterWeights(student, trained, dtype=student.dtype)
         with masters, _Progress(tuning, len(tokens), held) as progress:
             found = descend(
                 masters,
@@ -98,7 +98,7 @@ def tune_model(
                 [1] * len(tokens),
                 tuning,
                 rng=rng_for(seed, "the whole model"),
-                tell=progress.tell,
+                tell=progress.report,
             )
     return ModelTuningRecord(
         kl_before=found.before,
@@ -194,7 +194,7 @@ class _Progress:
             disable=not sys.stderr.isatty(),
         )
 
-    def tell(self, epoch: int, kl: float) -> None:
+    def report(self, epoch: int, kl: float) -> None:
         log.info("epoch %d: held-out KL divergence %.4g", epoch, kl)
         self.bar.set_postfix(epoch=epoch, kl=f"{kl:.4g}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from quip.errors import Unavailable, UnsupportedModel, one_line
-from quip.packed.files import DAMAGED, INDEX, SINGLE, Held, header, weight_files
+from quip.packed.files import DAMAGED, INDEX, SINGLE, TensorEntry, header, weight_files
 from quip.packed.quip_sharp.format import ARCHITECTURES, Slot, spec_of
 from quip.packed.spec import Spec
 
@@ -49,7 +49,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Spec]:
     return config, spec
 
 
-def headers(folder: Path) -> dict[str, Held]:
+def headers(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of its files, by name."""
     known = any((folder / name).exists() for name in (SINGLE, INDEX))
     if not known and (pickled := sorted(folder.glob("*.bin"))):
@@ -57,13 +57,13 @@ def headers(folder: Path) -> dict[str, Held]:
             f"{pickled[0].name} is a pickle, which may run code when it is read; "
             "download the model's safetensors files"
         )
-    held: dict[str, Held] = {}
+    held: dict[str, TensorEntry] = {}
     for path in weight_files(folder):
         held |= header(path, damage="is damaged")
     return {name: x for name, x in held.items() if not name.endswith(DERIVED)}
 
 
-def check(held: Mapping[str, Held], wanted: Mapping[str, Slot]) -> None:
+def check(held: Mapping[str, TensorEntry], wanted: Mapping[str, Slot]) -> None:
     """Raise for a tensor that is missing, of another shape or type, or one too many."""
     for name, slot in wanted.items():
         promise = f"{name}: config.json asks for {' or '.join(slot.dtypes)} {list(slot.shape)}"

@@ -16,7 +16,7 @@ from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, on
 from quip.files import check_new
 from quip.kernels.bits import pack
 from quip.packed.checkpoint import read_tokenizer, save_checkpoint, skeleton
-from quip.packed.files import DAMAGED, Held, weight_bytes
+from quip.packed.files import DAMAGED, TensorEntry, weight_bytes
 from quip.packed.quip_sharp.codes import unpack_codes
 from quip.packed.quip_sharp.format import (
     FLOAT,
@@ -114,7 +114,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise Unavailable(f"no usable tokenizer in {name} ({one_line(error)}); {remedy}") from error
 
 
-def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, Held]) -> None:
+def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, TensorEntry]) -> None:
     """Give the model the tensors of the files."""
     state = {key: held[key].read() for key in model.state_dict() if key in held}
     for matrix in matrices(model):
@@ -130,7 +130,7 @@ def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, Held]) -> None:
             raise Unavailable(f"{matrix.name}: {error}; {DAMAGED}") from error
 
 
-def _tensors(matrix: Matrix, spec: Spec, held: Mapping[str, Held]) -> dict[str, Tensor]:
+def _tensors(matrix: Matrix, spec: Spec, held: Mapping[str, TensorEntry]) -> dict[str, Tensor]:
     """The tensors of one published matrix, by the names of our checkpoints."""
 
     def read(key: str) -> Tensor:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from quip.data.hessians import HessianStore, Moments, StoredInput
 from quip.errors import UsageError
-from quip.jobs.calibration import fitting_store
+from quip.jobs.calibration import store_for
 from quip.jobs.report.folder import RunFolder
 from quip.jobs.requests import Machine, Place
 from quip.matrix.build import build_recipe
@@ -78,7 +78,7 @@ def summarize(request: SummaryRequest) -> Summary:
     example, model = _example(request, store), None
     if request.model:
         loaded = load_model(request.model, dtype=store.manifest["dtype"])
-        store, model = fitting_store(request.store, loaded), loaded.model
+        store, model = store_for(request.store, loaded), loaded.model
     _check(store, model, recipe)
     summary = Summary(_settings(request, store, device))
     with (

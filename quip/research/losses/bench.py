@@ -20,7 +20,7 @@ from quip.codebooks import CODEBOOKS, LATTICES, RmsGrid
 from quip.codebooks.names import INTEGERS
 from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError
-from quip.jobs.calibration import fitting_store
+from quip.jobs.calibration import store_for
 from quip.jobs.requests import Machine, Place
 from quip.matrix.build import build_recipe, flags_read
 from quip.matrix.flags import Flags
@@ -33,7 +33,7 @@ from quip.model.load import load_model
 from quip.model.records import versions
 from quip.packed.matrix import QuantizedMatrix
 from quip.research.losses.folder import LossFolder
-from quip.research.losses.rows import Case, Loss
+from quip.research.losses.rows import Case, LossRow
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,9 @@ class ProxyBench(Machine, Place):
         Flags(**self.flags).check()
 
 
-def measure_losses(asked: ProxyBench, recipes: Mapping[Case, Recipe] | None = None) -> list[Loss]:
+def measure_losses(
+    asked: ProxyBench, recipes: Mapping[Case, Recipe] | None = None
+) -> list[LossRow]:
     """Quantize each matrix in each case, and write down what it loses, input by input.
 
     The cases are those of `recipes`, if given, which then is all that says how to quantize;
@@ -111,7 +113,7 @@ def measure_losses(asked: ProxyBench, recipes: Mapping[Case, Recipe] | None = No
     HessianStore(asked.store)  # what is none is refused before the model is loaded
     folder = LossFolder(asked.out, resume=asked.resume, overwrite=asked.overwrite)
     loaded = load_model(asked.model, dtype=asked.dtype)
-    model, store = loaded.model, fitting_store(asked.store, loaded)
+    model, store = loaded.model, store_for(asked.store, loaded)
     inputs = _chosen(store, asked)
     for name, recipe in product((n for _, names in inputs for n in names), recipes.values()):
         m, n = _weight(model, name).shape
@@ -136,7 +138,7 @@ def measure_losses(asked: ProxyBench, recipes: Mapping[Case, Recipe] | None = No
     return losses
 
 
-def _show(loss: Loss, bar: tqdm) -> None:
+def _show(loss: LossRow, bar: tqdm) -> None:
     bar.set_description(loss.name)
     bar.set_postfix_str(f"{loss.case}: loss {loss.proxy_loss:.2e}")
     bar.update()
@@ -148,14 +150,14 @@ def _losses(
     H: Tensor,
     recipes: Mapping[Case, Recipe],
     seed: int,
-) -> Iterator[Loss]:
+) -> Iterator[LossRow]:
     scales = {name: energy(W, H) for name, W in weights.items()}
     start = time.perf_counter()
     for name, case, found in quantize_by_many(weights, H, recipes, seed=seed):
         seconds = time.perf_counter() - start
         W, scale = weights[name], scales[name]
         error = energy(found.dequantize().double() - W.double(), H)
-        yield Loss(
+        yield LossRow(
             name=name,
             block=one.block,
             rows=W.shape[0],
@@ -217,12 +219,12 @@ def _settings(asked: ProxyBench, store: HessianStore, device: str) -> dict[str, 
     }
 
 
-def _in_order(losses: Iterable[Loss], store: HessianStore) -> list[Loss]:
+def _in_order(losses: Iterable[LossRow], store: HessianStore) -> list[LossRow]:
     """By processing, codebook, method and bits; then along the model."""
     orders = [list(PROCESSING), list(CODEBOOKS), list(METHODS)]
     places = {name: i for i, name in enumerate(n for one in store.inputs for n in one.matrices)}
 
-    def place(loss: Loss) -> tuple[int, ...]:
+    def place(loss: LossRow) -> tuple[int, ...]:
         words = (loss.processing, loss.codebook, loss.quant)
         ranks = (order.index(word) for order, word in zip(orders, words, strict=True))
         return *ranks, loss.wbits, places[loss.name]

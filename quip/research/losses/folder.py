@@ -10,7 +10,7 @@ from quip.errors import UsageError
 from quip.files import write_csv
 from quip.jobs.report.folder import RunFolder
 from quip.research.losses.plots import write_plots
-from quip.research.losses.rows import Loss, read_losses, summarised
+from quip.research.losses.rows import LossRow, read_losses, summarised
 
 SETTINGS = ("model", "digest", "flags", "seed", "dtype")  # that all losses of a folder share
 
@@ -31,7 +31,7 @@ class LossFolder:
             self._folder = RunFolder(path, overwrite=overwrite or self._resume, resume=self._resume)
 
     @contextmanager
-    def opened(self, settings: Mapping[str, Any]) -> Iterator[list[Loss]]:
+    def opened(self, settings: Mapping[str, Any]) -> Iterator[list[LossRow]]:
         """The losses that it holds of these settings; others are kept out meanwhile.
 
         Raises UsageError where it is taken up and its losses are of other settings.
@@ -56,12 +56,12 @@ class LossFolder:
         finally:
             self._folder.release()
 
-    def keep(self, losses: Sequence[Loss]) -> None:
+    def keep(self, losses: Sequence[LossRow]) -> None:
         """proxy.csv, whole."""
         if self.path:
             write_csv(self.path / "proxy.csv", [asdict(loss) for loss in losses])
 
-    def finish(self, losses: Sequence[Loss]) -> None:
+    def finish(self, losses: Sequence[LossRow]) -> None:
         """proxy.csv in order, its means, and plots where matplotlib is installed."""
         self.keep(losses)
         if self.path:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quip.jobs.report.plots import can_plot, save_figure
-from quip.research.losses.rows import Case, Loss, by_case, geometric_mean
+from quip.research.losses.rows import Case, LossRow, by_case, geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,14 +14,14 @@ LABEL = "tr(E H E$^T$) / tr(W H W$^T$), geometric mean"
 MARKERS = "osD^vPX*"
 
 
-def write_plots(losses: Sequence[Loss], folder: Path) -> None:
+def write_plots(losses: Sequence[LossRow], folder: Path) -> None:
     """depth.png and methods.png in the folder, where matplotlib is installed."""
     if losses and can_plot():
         plot_depth(losses, folder / "depth.png")
         plot_methods(losses, folder / "methods.png")
 
 
-def plot_depth(losses: Sequence[Loss], path: Path) -> None:
+def plot_depth(losses: Sequence[LossRow], path: Path) -> None:
     """Proxy loss along depth, a line a method; bits across, processing down."""
     from matplotlib.figure import Figure
 
@@ -48,10 +48,10 @@ def plot_depth(losses: Sequence[Loss], path: Path) -> None:
     save_figure(figure, path)
 
 
-def _line(axes: "Axes", rows: Sequence[Loss], case: Case, methods: Sequence[str]) -> None:
+def _line(axes: "Axes", rows: Sequence[LossRow], case: Case, methods: Sequence[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    blocks: dict[int, list[Loss]] = {}
+    blocks: dict[int, list[LossRow]] = {}
     for row in rows:
         blocks.setdefault(row.block, []).append(row)
     place = methods.index(case.method)
@@ -68,7 +68,7 @@ def _line(axes: "Axes", rows: Sequence[Loss], case: Case, methods: Sequence[str]
     axes.grid(visible=True, which="both", alpha=0.3)
 
 
-def plot_methods(losses: Sequence[Loss], path: Path) -> None:
+def plot_methods(losses: Sequence[LossRow], path: Path) -> None:
     """The mean over all matrices: methods across, a colour each width, filled if processed."""
     from matplotlib.figure import Figure
 

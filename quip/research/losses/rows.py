@@ -33,7 +33,7 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loss(MatrixRecord):
+class LossRow(MatrixRecord):
     """What one matrix loses in one case; `seconds` without what was shared with a case before."""
 
     quant: str
@@ -53,7 +53,7 @@ class Loss(MatrixRecord):
         )
 
 
-def read_losses(path: Path) -> list[Loss]:
+def read_losses(path: Path) -> list[LossRow]:
     """The rows of a file that `write_csv` wrote; none where there is no file.
 
     Raises Unavailable for one that is damaged.
@@ -67,32 +67,32 @@ def read_losses(path: Path) -> list[Loss]:
         raise Unavailable(f"{path} is damaged ({error}); start anew with --overwrite") from error
 
 
-def _loss(row: Mapping[str, str]) -> Loss:
+def _loss(row: Mapping[str, str]) -> LossRow:
     known: dict[str, Any] = {}
-    for field in fields(Loss):
+    for field in fields(LossRow):
         text = row[field.name]
         if field.type in (int, float, str):
             known[field.name] = field.type(text)
         else:
             known[field.name] = float(text) if text else None
-    return Loss(**known)
+    return LossRow(**known)
 
 
-def by_case(losses: Iterable[Loss]) -> dict[Case, list[Loss]]:
+def by_case(losses: Iterable[LossRow]) -> dict[Case, list[LossRow]]:
     """The losses of each case, in the order in which cases are met."""
-    found: dict[Case, list[Loss]] = {}
+    found: dict[Case, list[LossRow]] = {}
     for loss in losses:
         found.setdefault(loss.case, []).append(loss)
     return found
 
 
-def geometric_mean(losses: Sequence[Loss]) -> float:
+def geometric_mean(losses: Sequence[LossRow]) -> float:
     """The geometric mean of the relative losses; 0 if one of them is."""
     values = [loss.proxy_loss for loss in losses]
     return 0.0 if min(values) <= 0 else math.exp(fmean(map(math.log, values)))
 
 
-def summarised(losses: Sequence[Loss]) -> list[dict[str, object]]:
+def summarised(losses: Sequence[LossRow]) -> list[dict[str, object]]:
     """A line for each case: the mean, geometric mean and total over its matrices."""
     lines = []
     for case, rows in by_case(losses).items():
@@ -114,7 +114,9 @@ def summarised(losses: Sequence[Loss]) -> list[dict[str, object]]:
     return lines
 
 
-def method_tables(losses: Sequence[Loss], measure: str, title: str) -> list[list[tuple[str, ...]]]:
+def method_tables(
+    losses: Sequence[LossRow], measure: str, title: str
+) -> list[list[tuple[str, ...]]]:
     """For each processing a table of `measure` of `summarised`: methods down, bits across."""
     lines = summarised(losses)
     tables = []

@@ -111,7 +111,7 @@ class Table:
         return next(row for row in self.rows if row.label == label)
 
 
-def names() -> tuple[str, ...]:
+def table_names() -> tuple[str, ...]:
     """The names of the descriptions in the package."""
     return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
@@ -124,7 +124,7 @@ def read_table(name: str) -> Table:
     path = Path(name).expanduser() if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise UsageError(
-            f"table {name}: choose {', '.join(names())}, or the path of a .yaml file "
+            f"table {name}: choose {', '.join(table_names())}, or the path of a .yaml file "
             "that describes one"
         )
     try:

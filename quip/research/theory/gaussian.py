@@ -13,12 +13,12 @@ from scipy.stats import beta
 from torch import Tensor
 
 from quip.codebooks import RmsGrid
+from quip.matrix.books import PAPERS_RHO
 from quip.research.theory.claims import Claim, Settings, mean
 from quip.transforms import rotation
 
 BATCHES = 16  # of Gaussian weights, each fitted by itself
 SIZES = {256: 16, 1024: 16, 2304: 4}  # n: rotations drawn; at 2304 a Haar matrix takes a second
-PAPERS_RHO = 2.4
 
 
 def ranges(settings: Settings) -> Iterator[Claim]:
