@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int32, Integer, Shaped
+from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 from torch.nn.functional import linear
 
 from quip.kernels.bits import unpack
-from quip.kernels.groups import spread
 from quip.stored import Stored
 
 Kept = tuple[Tensor, Tensor]  # codes, metrics
@@ -32,10 +31,6 @@ class Groups:
     @property
     def count(self) -> int:
         return -(-self.columns // self.size) if self.size else 1
-
-    def spread(self, x: Shaped[Tensor, "r groups"]) -> Shaped[Tensor, "r columns_or_1"]:
-        """What each group has, for each of its columns; one group for all stays one column."""
-        return spread(x, self.size, self.columns)
 
 
 def tiles(m: int, rows: int) -> list[int]:
