@@ -99,14 +99,15 @@ class JoinedPoints(Decoder):
         return torch.cat(columns, dim=1)
 
     def options(self) -> dict[str, object]:
-        return {}
+        return {"dim": self.dim, "bits": self.index_bits, "count": len(self.books)}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"scale": torch.tensor([getattr(b, "scale", 1.0) for b in self.books])}
 
     @classmethod
-    def empty(cls, m: int, n: int, **options: object) -> dict[str, Tensor]:
-        raise NotImplementedError
+    def empty(cls, m: int, n: int, *, dim: int, bits: int, count: int) -> dict[str, Tensor]:
+        codes = torch.empty(m, words(n // dim, bits), dtype=torch.int32, device="meta")
+        return {"codes": codes, "scale": torch.empty(count, device="meta")}
 
     @classmethod
     def restore(cls, tensors: object, m: int, n: int, **options: object) -> "JoinedPoints":

@@ -3,8 +3,9 @@
 import pytest
 
 from quip.research.tables import estimate
-from quip.research.tables.cells import Settings, cells, select
+from quip.research.tables.cells import Settings, cells
 from quip.research.tables.description import read_table
+from quip.research.tables.selection import select
 from tests.support.runs import save_model, write_text
 
 

@@ -57,12 +57,13 @@ def test_a_chain_undoes_its_links_last_first(problem, rng):
 def test_each_link_is_drawn_for_what_the_links_before_it_left(problem, rng):
     seen = []
 
-    def spy(W: Tensor, H: Tensor, rng: torch.Generator) -> Rescale:
-        seen.append((W, H))
-        return Rescale(torch.ones(20).double())
+    class Spy(RescaleDraw):
+        def __call__(self, W: Tensor, H: Tensor, rng: torch.Generator) -> Rescale:
+            seen.append((W, H))
+            return Rescale(torch.ones(20).double())
 
     W, H = problem(12, 20)
-    _, W_t, H_t = Chain.draw([RescaleDraw(), spy], W, H, rng)
+    _, W_t, H_t = Chain.draw([RescaleDraw(), Spy()], W, H, rng)
     assert torch.equal(seen[0][0], W_t)
     assert torch.equal(seen[0][1], H_t)
 
