@@ -88,14 +88,19 @@ def test_an_estimate_grows_with_what_is_asked_for(monkeypatch, asked, tmp_path):
     monkeypatch.setattr(estimate, "_flops", lambda device, dtype: 1e9)
     table = select(read_table("perplexity"), columns=("2 bits",))
 
-    def seconds(**changes: object) -> list[float]:
+    def seconds(**changes: object) -> dict[str, float]:
         settings = Settings(**{"dataset": "c4", "evaluate": ("a",), "seqlen": 16, **changes})
-        found = estimate.estimates(list(cells(table, [asked[1]], settings, tmp_path)))
-        return [one.seconds for one in found]
+        asked_for = list(cells(table, [asked[1]], settings, tmp_path))
+        found = zip(asked_for, estimate.estimates(asked_for), strict=True)
+        return {str(sorted(cell.flags.items())): one.seconds for cell, one in found}
 
     few, many, short = seconds(nsamples=4), seconds(nsamples=64), seconds(eval_nsamples=1)
-    assert many[0] == few[0]  # the original is not calibrated
-    assert all(a < b for a, b in zip(few[1:], many[1:], strict=True))
-    assert short[0] < few[0]
-    greedy, nearest = few[3], few[4]
+    for flags in few:
+        if "('wbits', 16)" in flags:  # the original is not calibrated
+            assert many[flags] == few[flags]
+            assert short[flags] < few[flags]
+        else:
+            assert many[flags] > few[flags]
+    plain = "[('quant', '{}'), ('wbits', 2)]"
+    greedy, nearest = few[plain.format("allbal")], few[plain.format("nearest")]
     assert nearest < greedy
