@@ -9,7 +9,7 @@ from quip.cli.parse import Arguments
 from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe, check_flags
-from quip.matrix.flags import FLAGS, Flags
+from quip.matrix.flags import FLAGS, IGNORED, Flags, as_line
 
 if TYPE_CHECKING:
     from quip.evaluate.zeroshot import ZeroShot
@@ -68,8 +68,17 @@ def check_recipe(args: Arguments) -> None:
     given = _recipe_given(args)
     if has_recipe(args):
         check_flags(**given)
-    else:
-        Flags(**given).check()
+        return
+    Flags(**given).check()
+    if "wbits" in args.given:  # 16, which evaluates the model as it is, whatever a file says
+        return
+    for name, value in given.items():
+        if name not in ("wbits", "codebook", *IGNORED) and value is not False:
+            [words] = as_line({name: value})
+            raise UsageError(
+                f"{words.replace('=', ' ')} speaks of weights that are quantized: give --wbits or "
+                "--codebook, or leave it out"
+            )
 
 
 def recipe_of(args: Arguments) -> "Recipe | None":

@@ -236,6 +236,13 @@ def test_flags_become_plain_values(asked, tmp_path):
     assert e.method == "ldlqRG, 3 bits, with incoherence processing"
 
 
+@pytest.mark.parametrize("flags", ["--groupsize 8", "--incoh_processing", "--quant gptq"])
+def test_flags_of_a_recipe_without_bits_are_refused(quip, flags):
+    status, _, [line] = quip(f"demo pydoc {flags}")
+    assert status == 2
+    assert line.startswith(f"quip: {flags} speaks of weights that are quantized: give --wbits")
+
+
 def test_every_flag_is_in_the_report(asked):
     parser = Parser()
     run_command.build(parser)
