@@ -210,6 +210,14 @@ def test_a_seed_says_which_text_is_drawn(flat):
     assert len({tuple(drawn(flat, seed)) for seed in range(5)}) == 5
 
 
+def test_what_the_model_says_of_drawing_is_left_out():
+    model = tiny("llama")
+    model.generation_config.eos_token_id = None
+    plain = drawn(model, 0, temperature=2.0)
+    model.generation_config.update(min_p=0.9, typical_p=0.1, epsilon_cutoff=0.5, eta_cutoff=0.5)
+    assert drawn(model, 0, temperature=2.0) == plain
+
+
 def test_a_generator_moves_on_and_the_global_one_stays(flat):
     rng, before = torch.Generator().manual_seed(0), torch.get_rng_state()
     texts = [
