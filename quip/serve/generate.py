@@ -224,8 +224,9 @@ def _drawing(sampling: Sampling) -> dict[str, object]:
         "temperature": sampling.temperature,
         "top_k": sampling.top_k or 0,
         "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
+        # Off, all of them.
         "min_p": 0.0,
         "typical_p": 1.0,
         "epsilon_cutoff": 0.0,
-        "eta_cutoff": 0.0,  # off
+        "eta_cutoff": 0.0,
     }
