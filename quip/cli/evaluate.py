@@ -4,8 +4,9 @@ import argparse
 
 from quip.cli.flags import machine_flags, refuse_tasks, task_flags, zero_shot
 from quip.cli.output import names
-from quip.cli.parse import Arguments, as_given, refuse_small, request
+from quip.cli.parse import Arguments, as_given, refuse_small
 from quip.errors import UsageError
+from quip.jobs.requests import request
 
 HELP = "measure a checkpoint or a model as it is"
 

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from quip.cli.flags import TUNING
-from quip.cli.parse import as_given, refuse_small, request
+from quip.cli.parse import as_given, refuse_small
+from quip.jobs.requests import request
 
 HELP = "tune a checkpoint against the model it was quantized from"
 

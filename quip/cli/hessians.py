@@ -13,9 +13,10 @@ from quip.cli.flags import (
     recipe_of,
     settle_bits,
 )
-from quip.cli.parse import Arguments, refuse_small, request
+from quip.cli.parse import Arguments, refuse_both, refuse_small
 from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
+from quip.jobs.requests import request
 from quip.matrix.flags import FLAGS, IGNORED
 
 HELP = "collect the second moments of all inputs in a store"
@@ -52,8 +53,7 @@ def call(args: Arguments) -> None:
     """Collect, and say what came of it."""
     _refuse_recipe(args)
     refuse_small(args, nsamples=1, seqlen=2)
-    if args.resume and args.overwrite:
-        raise UsageError("--resume goes on and --overwrite starts over: leave one out")
+    refuse_both(args)
 
     from quip.jobs.hessians import Collection, collect_hessians
     from quip.jobs.report.text import size_words

@@ -5,9 +5,8 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn
 
 import yaml
 
@@ -15,7 +14,6 @@ from quip.errors import QuipError, UsageError
 from quip.matrix.flags import FLAGS, as_line
 from quip.matrix.methods import RECIPES
 
-Request = TypeVar("Request")
 NOT_IN_FILES = ("model", "dataset", "config", "call")
 UNSET: list[object] = []  # a list, since what appends to a value copies it first
 
@@ -142,15 +140,10 @@ def refuse_small(args: argparse.Namespace, **least: int) -> None:
             raise UsageError(f"--{name} {value}: at least {low} is needed")
 
 
-def request(kind: type[Request], args: argparse.Namespace, **own: Any) -> Request:
-    """A request of this kind (a dataclass): values of flags by the names of its fields, and `own`.
-
-    `own` are fields that are no flag as it stands; they win.
-    """
-    known = {
-        f.name: getattr(args, f.name) for f in fields(cast(Any, kind)) if hasattr(args, f.name)
-    }
-    return kind(**{**known, **own})
+def refuse_both(args: argparse.Namespace) -> None:
+    """Raise UsageError for --resume with --overwrite."""
+    if args.resume and args.overwrite:
+        raise UsageError("--resume goes on and --overwrite starts over: leave one out")
 
 
 def as_given(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from quip.cli.flags import add_flag, machine_flags
 from quip.cli.output import aligned, names
-from quip.cli.parse import Arguments, request
+from quip.cli.parse import Arguments, refuse_both
 from quip.codebooks.names import INTEGERS
 from quip.errors import UsageError
+from quip.jobs.requests import request
 from quip.matrix.flags import FLAGS
 from quip.matrix.methods import METHODS
 
@@ -114,8 +115,7 @@ def _refuse(args: Arguments) -> None:
     for flag in ("resume", "overwrite"):
         if getattr(args, flag) and args.out is None:
             raise UsageError(f"--{flag} speaks of a folder: name it with --out DIR")
-    if args.resume and args.overwrite:
-        raise UsageError("--resume goes on and --overwrite starts over: leave one out")
+    refuse_both(args)
     if args.wbits and INTEGERS not in args.codebook.split(","):
         raise UsageError(f"--wbits {args.wbits}: lattices have their own bits; leave it out")
 

@@ -23,8 +23,9 @@ from quip.cli.flags import (
     zero_shot,
 )
 from quip.cli.output import names
-from quip.cli.parse import Arguments, as_given, refuse_small, request
+from quip.cli.parse import Arguments, as_given, refuse_both, refuse_small
 from quip.errors import UsageError
+from quip.jobs.requests import request
 
 if TYPE_CHECKING:
     from quip.matrix.recipe import Recipe
@@ -187,8 +188,7 @@ def _refuse_values(args: Arguments) -> None:
         raise UsageError("--overwrite speaks of folders: name one with --out DIR or --save DIR")
     if args.resume and args.out is None:
         raise UsageError("--resume takes up the run in --out: name the folder with --out DIR")
-    if args.resume and args.overwrite:
-        raise UsageError("--resume goes on and --overwrite starts over: leave one out")
+    refuse_both(args)
     if _is_unquantized(args):
         for flag in ("save", "resume"):
             if getattr(args, flag):

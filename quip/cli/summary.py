@@ -8,8 +8,8 @@ from typing import Any
 
 from quip.cli.flags import add_flag
 from quip.cli.output import aligned
-from quip.cli.parse import request
 from quip.errors import UsageError
+from quip.jobs.requests import request
 
 HELP = "statistics of stored Hessians, before and after incoherence processing"
 COLUMNS = {

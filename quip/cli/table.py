@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quip.cli.output import aligned, names
-from quip.cli.parse import refuse_small, request
+from quip.cli.parse import refuse_small
 from quip.errors import UsageError
+from quip.jobs.requests import request
 
 if TYPE_CHECKING:
     from quip.research.tables.cells import Cell, Settings

@@ -9,7 +9,6 @@ complete: what it does not name is as by default, whatever the line says of all 
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,12 +16,10 @@ import yaml
 
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe
-from quip.matrix.flags import Flags
+from quip.matrix.flags import FLAGS
 from quip.matrix.methods import RECIPES
 from quip.matrix.recipe import Recipe
 from quip.model.plan import Plan, Rule
-
-KINDS = {field.name.rstrip("_"): field.type for field in fields(Flags)}  # of each flag's value
 
 
 def read_plan(path: Path) -> dict[Any, Any]:
@@ -70,14 +67,14 @@ def _recipe(flags: Any) -> Recipe:
     if own.get("wbits") == 16:
         raise UsageError("wbits 16: a plan leaves no matrix as it is; give 2 to 8 bits")
     every = {**(RECIPES[named].flags if named else {}), **own}
-    return build_recipe(**{"range_" if k == "range" else k: x for k, x in every.items()})
+    return build_recipe(**{FLAGS[name].name: value for name, value in every.items()})
 
 
 def _value(name: Any, value: Any) -> Any:
     """A flag's value as its type; YAML has 1 for 1.0 and 8 for "8"."""
-    if name not in KINDS:
-        raise UsageError(f"unknown flag {name!r}; a recipe has {', '.join(KINDS)}")
-    kinds = get_args(KINDS[name]) or (KINDS[name],)
+    if name not in FLAGS:
+        raise UsageError(f"unknown flag {name!r}; a recipe has {', '.join(FLAGS)}")
+    kinds = get_args(FLAGS[name].type) or (FLAGS[name].type,)
     wider = next((kind for kind in (float, str) if kind in kinds), None)
     if type(value) in kinds:
         return value

@@ -3,8 +3,11 @@
 A job's request inherits from these, so that each field, its default and its meaning stand once.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar, cast
+
+Request = TypeVar("Request")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,3 +33,14 @@ class Place:
 
     out: Path | None = None
     overwrite: bool = False
+
+
+def request(kind: type[Request], known: object, **own: Any) -> Request:
+    """A request of this kind, a dataclass: what `known` has by the names of its fields, and `own`.
+
+    `known` is a parsed line, or another request. `own` are fields that it has not, or not as they
+    are wanted; they win.
+    """
+    names = (field.name for field in fields(cast(Any, kind)))
+    found = {name: getattr(known, name) for name in names if hasattr(known, name)}
+    return kind(**{**found, **own})

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from quip.errors import Unavailable, UnsupportedModel, UsageError
-from quip.packed.checkpoint import read_model, read_tokenizer
+from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.hub import METHOD
 
 DTYPES = {
@@ -81,7 +81,7 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     source = _locate(name)
     config = _config(name, source)
     _check_causal(name, config)
-    max_length = _max_length(config)
+    max_length = positions(config) or sys.maxsize
     if seqlen is not None:
         check_seqlen(name, max_length, seqlen)
     tokenizer = _tokenizer(name, source)
@@ -193,12 +193,6 @@ def _quantized_by(config: PretrainedConfig) -> str | None:
     if not words:
         return None
     return words.get("quant_method", "method unknown") if isinstance(words, dict) else "unknown"
-
-
-def _max_length(config: PretrainedConfig) -> int:
-    text = config.get_text_config()
-    named = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
-    return next((positions for positions in named if positions), sys.maxsize)
 
 
 def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:

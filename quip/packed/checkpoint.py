@@ -122,6 +122,13 @@ def read_tokenizer(where: str, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def positions(config: PretrainedConfig) -> int | None:
+    """How many tokens a model can take at once; None where it is not limited, as with ALiBi."""
+    text = config.get_text_config()
+    named = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
+    return next(filter(None, named), None)
+
+
 def refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
     """Raise Unavailable for anything missing or left over: transformers only warns of it."""
     for kind, keys in info.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quip.errors import NonFinite, UsageError
+from quip.packed.checkpoint import positions
 from quip.serve.sampling import Sampling
 from quip.serve.text import IncrementalDecoder
 
@@ -197,15 +198,12 @@ def _room(model: PreTrainedModel, prompt_tokens: int, remedy: str) -> int | None
 
     None where positions are not limited, as with ALiBi.
     """
-    config = model.config.get_text_config()
-    named = (getattr(config, key, None) for key in ("max_position_embeddings", "max_seq_len"))
-    positions = next(filter(None, named), None)
-    if positions is not None and prompt_tokens > positions:
+    limit = positions(model.config)
+    if limit is not None and prompt_tokens > limit:
         raise UsageError(
-            f"the prompt has {prompt_tokens} tokens, above the model's {positions} positions; "
-            f"{remedy}"
+            f"the prompt has {prompt_tokens} tokens, above the model's {limit} positions; {remedy}"
         )
-    return None if positions is None else positions - prompt_tokens + 1
+    return None if limit is None else limit - prompt_tokens + 1
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -11,15 +11,13 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import house
+from blocks import ROOT, fill
 from commands import command, commands
 from headline import demo, glance, headline
 from measured import digest
 
-ROOT = Path(__file__).parents[2]
-MARKED = re.compile(r"(<!-- docs ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[..., str]] = {
     "command": command,
     "commands": commands,
@@ -37,28 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if stale")
     check = parser.parse_args(argv).check
-    stale = []
-    for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]:
-        before = path.read_text()
-        after = rendered(before)
-        if after != before:
-            stale.append(path.name)
-            if not check:
-                path.write_text(after)
+    stale = fill("docs", lambda name, *words: BLOCKS[name](*words), check=check)
     if _drawn() != digest():
         stale.append("perplexity.svg (python scripts/dev/draw_perplexity.py)")
     print("stale: " + ", ".join(stale) if stale else "all documents are up to date")
     return int(check and bool(stale))
-
-
-def rendered(text: str) -> str:
-    """A document with its blocks as they should be. Raises KeyError for a block of no such name."""
-
-    def block(match: re.Match[str]) -> str:
-        name, *words = match[2].split()
-        return match[1] + BLOCKS[name](*words) + match[3]
-
-    return MARKED.sub(block, text)
 
 
 def _drawn() -> str | None:

@@ -10,21 +10,18 @@ what was not run is a dash. --add keeps what `quip table` or `quip run --out` ha
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bench_rounding import commit, cpu_name
+from blocks import ROOT, fill
 
 from quip.jobs.report.folder import as_json
 from quip.jobs.report.text import table
 from quip.research.tables.description import read_table, table_names
 from quip.research.tables.rendering import command, markdown
-
-ROOT = Path(__file__).parents[2]
-MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def main() -> int:
@@ -36,14 +33,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.add:
         add(Path(args.add[0]), args.add[1])
-    stale = []
-    for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").glob("*.md"))]:
-        before = path.read_text()
-        after = MARKED.sub(lambda m: m[1] + render(m[2]) + m[3], before)
-        if after != before:
-            stale.append(path.name)
-            if not args.check:
-                path.write_text(after)
+    stale = fill("table", render, check=args.check)
     print("stale: " + ", ".join(stale) if stale else "all tables are up to date")
     return int(args.check and bool(stale))
 

@@ -7,6 +7,7 @@ from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.jobs.finetune import FineTuning, finetune_checkpoint
 from quip.jobs.inspect import inspect_checkpoint
 from quip.jobs.report.folder import read_report
+from quip.jobs.requests import request
 from quip.jobs.run import Experiment, run_experiment
 from quip.research.tables.cells import Cell
 from quip.research.tables.description import recipe_of
@@ -100,21 +101,15 @@ def run_speed(cell: Cell, cells: Sequence[Cell]) -> None:
 def _quantize(cell: Cell, *, save: bool) -> None:
     s = cell.settings
     run_experiment(
-        Experiment(
+        request(
+            Experiment,
+            s,
             model=cell.model,
-            dataset=s.dataset,
             recipe=recipe_of(recipe_flags(cell.flags)),
             tuning=block_tuning(cell.flags),
             method=" ".join(f"{k}={v}" for k, v in cell.flags.items()),
-            nsamples=s.nsamples,
-            seqlen=s.seqlen,
-            seed=s.seed,
-            device=s.device,
-            dtype=s.dtype,
             eval_datasets=s.evaluate,
-            eval_nsamples=s.eval_nsamples,
             tasks=s.zero_shot(),
-            batch_size=s.batch_size,
             save=cell.checkpoint if save else None,
             out=cell.folder,
             resume=True,

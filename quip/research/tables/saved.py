@@ -9,14 +9,14 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from quip.errors import Unavailable
 from quip.evaluate.memory import resident_bytes
 from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.jobs.export import export_dense
 from quip.jobs.inspect import inspect_checkpoint
-from quip.packed.checkpoint import load
+from quip.packed.checkpoint import load, skeleton
 from quip.research.tables.cells import Cell, Settings
 from quip.research.tables.quantized import WORK, checkpoint_of
 
@@ -92,8 +92,7 @@ def measure_checkpoint(folder: str, settings: Settings) -> dict[str, Any]:
 
 def loading_bytes(folder: str) -> int:
     """By how much loading the model and one forward raise the resident memory of this process."""
-    with torch.device("meta"):  # its class is imported before, and counts for neither
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    skeleton(Path(folder))  # its class is imported before, and counts for neither
     before = resident_bytes()
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():

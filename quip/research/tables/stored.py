@@ -6,6 +6,7 @@ from typing import Any
 
 from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.jobs.hessians import Collection, collect_hessians
+from quip.jobs.requests import request
 from quip.research.hessians.summary import SummaryRequest as Statistics
 from quip.research.hessians.summary import summarize
 from quip.research.losses.bench import ProxyBench as Proxies
@@ -58,20 +59,8 @@ def run_statistics(cell: Cell, cells: Sequence[Cell]) -> None:
 
 def collected(cell: Cell) -> Path:
     """The store of the cell's model, collected where it is not yet."""
-    s, store = cell.settings, _store(cell)
-    collect_hessians(
-        Collection(
-            model=cell.model,
-            dataset=s.dataset,
-            save=store,
-            nsamples=s.nsamples,
-            seqlen=s.seqlen,
-            seed=s.seed,
-            device=s.device,
-            dtype=s.dtype,
-            resume=True,
-        )
-    )
+    store = _store(cell)
+    collect_hessians(request(Collection, cell.settings, model=cell.model, save=store, resume=True))
     return store
 
 
