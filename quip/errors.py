@@ -6,6 +6,12 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def shown(value: object) -> str:
+    """A foreign value as one line of at most 200 characters, for a message."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
+
+
 class QuipError(Exception):
     """Something outside the program is in the way. The command line prints it and exits with 1."""
 

@@ -1,0 +1,179 @@
+"""What comes from a file is not trusted: names that become paths, and JSON and YAML of any shape.
+
+Files are bounded in bytes, depth and digits before anything looks at them. A key that stands twice
+is refused, for the last would win without a word.
+"""
+
+import json
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from quip.errors import Unavailable, one_line, shown
+from quip.shapes import check_shape
+
+BYTES = 64 << 20  # of a file of words
+DEPTH = 64  # of lists and mappings inside one another
+DIGITS = 25  # of a whole number
+NODES = 100_000  # of a YAML document, with what its aliases repeat
+NAME_BYTES = 255  # of a file name
+Parser: TypeAlias = Callable[[str], Any]
+
+
+def inside(folder: Path, name: object, said_by: str) -> Path:
+    """The path of a file in a folder by the name that another file, `said_by`, gives it.
+
+    Raises Unavailable for what is no plain name: such a path could be of any file there is.
+    """
+    plain = (
+        isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)
+    )
+    if not plain or len(str(name).encode(errors="replace")) > NAME_BYTES:
+        raise Unavailable(
+            f"{said_by} names a file {shown(name)}, which is no plain name of one in {folder}; "
+            "get the folder again from where it came"
+        )
+    return folder / str(name)
+
+
+def read_text(path: Path, *, limit: int = BYTES) -> str:
+    """A regular file's text, of at most `limit` bytes. Raises Unavailable where it is none."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # which may never end, or never begin
+            raise ValueError("it is no regular file")
+        if status.st_size > limit:
+            raise ValueError(f"it has {status.st_size} bytes, above {limit}")
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise Unavailable(f"{path} cannot be read ({one_line(error)})") from error
+
+
+def read_json(path: Path, shape: Any = Any, *, remedy: str, parse: Parser | None = None) -> Any:
+    """What a JSON file says, which has the declared shape.
+
+    Raises Unavailable, as "PATH is damaged (the key and the reason); REMEDY", for any other.
+    """
+    return _read(path, parse or parse_json, shape, remedy)
+
+
+def read_yaml(path: Path, shape: Any = Any, *, remedy: str) -> Any:
+    """What a YAML file says, which has the declared shape; raises Unavailable as `read_json`."""
+    return _read(path, parse_yaml, shape, remedy)
+
+
+def _read(path: Path, parse: Parser, shape: Any, remedy: str) -> Any:
+    text = read_text(path)
+    try:
+        value = parse(text)
+        check_shape(value, shape)
+    except ValueError as error:
+        raise Unavailable(f"{path} is damaged ({error}); {remedy}") from error
+    return value
+
+
+def parse_json(text: str, shape: Any = Any, *, constants: bool = False) -> Any:
+    """The value of a JSON text of the declared shape; NaN and infinity only with `constants`.
+
+    Raises ValueError, with the key and the reason on one line.
+    """
+    constant = float if constants else partial(_refuse, "NaN or infinity")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_int=_whole,
+            parse_constant=constant,
+        )
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(_reason(error)) from error
+    _check_sound(value)
+    check_shape(value, shape)
+    return value
+
+
+def parse_yaml(text: str, shape: Any = Any) -> Any:
+    """The value of a YAML text of the declared shape; null for one without content.
+
+    Raises ValueError, with the key and the reason on one line.
+    """
+    try:
+        node = yaml.compose(text, yaml.SafeLoader)
+        if node is None:
+            return None
+        _count(node, {})
+        value = _Loader("").construct_document(node)
+    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+        raise ValueError(_reason(error)) from error
+    _check_sound(value)
+    check_shape(value, shape)
+    return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and each key of a mapping once."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        own = [(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        _unique(own)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _count(node: Any, known: dict[int, int]) -> int:
+    """How many nodes there are, those of an alias as often as it stands there."""
+    if id(node) not in known:
+        known[id(node)] = NODES  # what holds itself has no end
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [x for part in parts for x in (part if isinstance(part, tuple) else (part,))]
+        known[id(node)] = 1 + sum(_count(part, known) for part in flat)
+    if known[id(node)] >= NODES:
+        raise ValueError(f"more than {NODES} values, with those that aliases repeat")
+    return known[id(node)]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"lists or mappings more than {DEPTH} deep"
+    return one_line(error)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(twice)} stands there twice")
+    return found
+
+
+def _whole(digits: str) -> int:
+    return int(digits) if len(digits) <= DIGITS else _refuse("a number", f"of {len(digits)} digits")
+
+
+def _refuse(what: str, *why: str) -> Any:
+    raise ValueError(" ".join((what, *why)))
+
+
+def _check_sound(value: Any) -> None:
+    """Raise ValueError for too much depth, and for text that is no valid Unicode."""
+    level = [value]
+    for _ in range(DEPTH):
+        for text in (x for x in level if isinstance(x, str) and not x.isascii()):
+            if re.search("[\ud800-\udfff]", text):
+                raise ValueError(f"{shown(text)} is no valid Unicode")
+        level = [part for x in level for part in _parts(x)]
+        if not level:
+            return
+    raise ValueError(f"lists or mappings more than {DEPTH} deep")
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from (*value, *value.values())
+    elif isinstance(value, list):
+        yield from value

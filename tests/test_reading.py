@@ -1,0 +1,103 @@
+"""Names that become paths, and JSON and YAML of any shape."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from quip.errors import Unavailable
+from quip.reading import DEPTH, inside, parse_json, parse_yaml, read_json, read_text, read_yaml
+
+NAMES = ["../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "a\0b", "a" * 300, None, 5, ["a"]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_is_no_plain_one_becomes_no_path(name: object, tmp_path: Path):
+    with pytest.raises(Unavailable, match=r"^index.json names a file .*, which is no plain name"):
+        inside(tmp_path, name, "index.json")
+
+
+def test_a_plain_name_is_one_of_the_folder(tmp_path: Path):
+    name = "model.layers.0.q_proj.safetensors"
+    assert inside(tmp_path, name, "manifest.json") == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("[" * 200_000, f"lists or mappings more than {DEPTH} deep"),
+        ("[" * 100 + "]" * 100, f"lists or mappings more than {DEPTH} deep"),
+        ('{"a": 1, "a": 2}', "the key 'a' stands there twice"),
+        ("9" * 5_000, "a number of 5000 digits"),
+        ('["NaN", NaN]', "NaN or infinity NaN"),
+        ('"\\ud800"', "'\\ud800' is no valid Unicode"),
+        ('{"\\ud800": 1}', "'\\ud800' is no valid Unicode"),
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("", "Expecting value: line 1 column 1 (char 0)"),
+    ],
+)
+def test_json_that_is_no_json_is_refused_in_a_line(text: str, says: str):
+    with pytest.raises(ValueError, match=f"^{re.escape(says)}$"):
+        parse_json(text)
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (BOMB, "more than 100000 values, with those that aliases repeat"),
+        ("&a [*a]", "more than 100000 values, with those that aliases repeat"),
+        ("a: 1\nb: {c: 1, c: 2}", "the key 'c' stands there twice"),
+        ("2020-99-99", "month must be in 1..12"),
+        ("[" * 5_000, f"lists or mappings more than {DEPTH} deep"),
+        ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("{[1]: 2}", "while constructing a mapping"),
+        ("a: \x00", "unacceptable character"),
+        ("a\nb: c", "mapping values are not allowed"),
+    ],
+)
+def test_yaml_that_is_no_yaml_is_refused_in_a_line(text: str, says: str):
+    with pytest.raises(ValueError, match=r"\A.*\Z") as error:
+        parse_yaml(text)
+    assert says in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_what_is_plain_is_read():
+    assert parse_json('{"a": [1, 2.5, null, "ä"]}') == {"a": [1, 2.5, None, "ä"]}
+    assert parse_json("[NaN]", constants=True)[0] != 0
+    assert parse_yaml("a: &x {b: [1, true]}\nc: *x") == {
+        "a": {"b": [1, True]},
+        "c": {"b": [1, True]},
+    }
+    assert parse_yaml("") is None
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_a_file_of_another_shape_is_named_with_its_key_and_the_remedy(read, tmp_path: Path):
+    path = tmp_path / "run.json"
+    path.write_text('{"seed": [1]}')
+    with pytest.raises(Unavailable) as error:
+        read(path, dict[str, int], remedy="run it again")
+    assert str(error.value) == f"{path} is damaged (seed is [1], not a whole number); run it again"
+
+
+def test_what_is_no_file_of_this_size_is_not_opened(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long").write_bytes(b"x" * 11)
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for path, says in {
+        tmp_path / "pipe": "it is no regular file",
+        Path("/dev/zero"): "it is no regular file",
+        tmp_path: "it is no regular file",
+        tmp_path / "none": "No such file",
+        tmp_path / "long": "it has 11 bytes, above 10",
+        tmp_path / "bytes": "can't decode byte",
+    }.items():
+        with pytest.raises(Unavailable, match=says):
+            read_text(path, limit=10)
