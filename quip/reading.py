@@ -5,24 +5,29 @@ is refused, for the last would win without a word.
 """
 
 import json
+import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 
-from quip.errors import Unavailable, one_line, shown
+from quip.errors import Unavailable, UsageError, one_line, shown
 from quip.shapes import check_shape
 
 BYTES = 64 << 20  # of a file of words
+YAML_BYTES = 1 << 18  # which PyYAML reads in about three seconds
+VALUES = 5_000_000  # of a JSON text, so that its bytes bound the memory that it takes
 DEPTH = 64  # of lists and mappings inside one another
 DIGITS = 25  # of a whole number
 NODES = 100_000  # of a YAML document, with what its aliases repeat
 NAME_BYTES = 255  # of a file name
+PLAIN = (dict, list, str, int, float, bool, type(None))  # YAML has dates and sets as well
+NO_NUMBER = "NaN or infinity"
 Parser: TypeAlias = Callable[[str], Any]
 
 
@@ -60,22 +65,24 @@ def read_json(path: Path, shape: Any = Any, *, remedy: str, parse: Parser | None
 
     Raises Unavailable, as "PATH is damaged (the key and the reason); REMEDY", for any other.
     """
-    return _read(path, parse or parse_json, shape, remedy)
-
-
-def read_yaml(path: Path, shape: Any = Any, *, remedy: str) -> Any:
-    """What a YAML file says, which has the declared shape; raises Unavailable as `read_json`."""
-    return _read(path, parse_yaml, shape, remedy)
-
-
-def _read(path: Path, parse: Parser, shape: Any, remedy: str) -> Any:
     text = read_text(path)
     try:
-        value = parse(text)
+        value = (parse or parse_json)(text)
         check_shape(value, shape)
     except ValueError as error:
         raise Unavailable(f"{path} is damaged ({error}); {remedy}") from error
     return value
+
+
+def read_yaml(path: Path, shape: Any = Any, *, flag: str = "") -> Any:
+    """What a YAML file that a user wrote says, which has the declared shape; null if nothing.
+
+    Raises UsageError, as "FLAG PATH: the key and the reason", for any other.
+    """
+    try:
+        return parse_yaml(read_text(path, limit=YAML_BYTES), shape)
+    except (Unavailable, ValueError) as error:
+        raise UsageError(f"{flag} {path}: {error}".lstrip()) from error
 
 
 def parse_json(text: str, shape: Any = Any, *, constants: bool = False) -> Any:
@@ -83,12 +90,15 @@ def parse_json(text: str, shape: Any = Any, *, constants: bool = False) -> Any:
 
     Raises ValueError, with the key and the reason on one line.
     """
-    constant = float if constants else partial(_refuse, "NaN or infinity")
+    if sum(map(text.count, "[{,:")) > VALUES:
+        raise ValueError(f"more than {VALUES} values")
+    number, constant = (float, float) if constants else (_finite, partial(_refuse, NO_NUMBER))
     try:
         value = json.loads(
             text,
             object_pairs_hook=_unique,
             parse_int=_whole,
+            parse_float=number,
             parse_constant=constant,
         )
     except (json.JSONDecodeError, RecursionError) as error:
@@ -107,8 +117,8 @@ def parse_yaml(text: str, shape: Any = Any) -> Any:
         node = yaml.compose(text, yaml.SafeLoader)
         if node is None:
             return None
-        _count(node, {})
-        value = _Loader("").construct_document(node)
+        _count(node, {}, yaml.SafeLoader(""))
+        value = yaml.SafeLoader("").construct_document(node)
     except (yaml.YAMLError, RecursionError, OverflowError) as error:
         raise ValueError(_reason(error)) from error
     _check_sound(value)
@@ -116,25 +126,30 @@ def parse_yaml(text: str, shape: Any = Any) -> Any:
     return value
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain values only, and each key of a mapping once."""
+def _count(node: Any, known: dict[int, int], loader: yaml.SafeLoader) -> int:
+    """How many nodes there are, those of an alias as often as it stands there.
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        own = [(key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        _unique(own)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _count(node: Any, known: dict[int, int]) -> int:
-    """How many nodes there are, those of an alias as often as it stands there."""
+    Raises ValueError for too many, for a key that stands twice, and for a number of many digits.
+    """
     if id(node) not in known:
         known[id(node)] = NODES  # what holds itself has no end
+        if node.tag.endswith(":int") and len(node.value) > DIGITS:
+            _refuse("a number", f"of {len(node.value)} digits")
+        if isinstance(node, yaml.MappingNode):
+            own = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            _unique([(_key(key, loader), None) for key in own])
         parts = node.value if isinstance(node, yaml.CollectionNode) else []
         flat = [x for part in parts for x in (part if isinstance(part, tuple) else (part,))]
-        known[id(node)] = 1 + sum(_count(part, known) for part in flat)
+        known[id(node)] = 1 + sum(_count(part, known, loader) for part in flat)
     if known[id(node)] >= NODES:
         raise ValueError(f"more than {NODES} values, with those that aliases repeat")
     return known[id(node)]
+
+
+def _key(node: yaml.ScalarNode, loader: yaml.SafeLoader) -> Any:
+    """A key as a mapping has it: 16 and 0x10 are one. `<<`, which merges another, is none."""
+    merges = node.tag == "tag:yaml.org,2002:merge"
+    return node.value if merges else loader.construct_object(node)
 
 
 def _reason(error: Exception) -> str:
@@ -155,17 +170,24 @@ def _whole(digits: str) -> int:
     return int(digits) if len(digits) <= DIGITS else _refuse("a number", f"of {len(digits)} digits")
 
 
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(NO_NUMBER, shown(digits))
+
+
 def _refuse(what: str, *why: str) -> Any:
     raise ValueError(" ".join((what, *why)))
 
 
 def _check_sound(value: Any) -> None:
-    """Raise ValueError for too much depth, and for text that is no valid Unicode."""
+    """Raise ValueError for too much depth, text that is no valid Unicode, and YAML's dates."""
     level = [value]
     for _ in range(DEPTH):
-        for text in (x for x in level if isinstance(x, str) and not x.isascii()):
-            if re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"{shown(text)} is no valid Unicode")
+        for x in level:
+            if isinstance(x, str) and not x.isascii() and re.search("[\ud800-\udfff]", x):
+                raise ValueError(f"{shown(x)} is no valid Unicode")
+            if type(x) not in PLAIN:
+                raise ValueError(f"{shown(x)} is a {type(x).__name__}; put text in quotes")
         level = [part for x in level for part in _parts(x)]
         if not level:
             return

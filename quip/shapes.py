@@ -1,8 +1,8 @@
-"""What a file may say, declared as a type: a TypedDict, list[int], Literal, a union; with limits
-where numbers or lengths have them, Annotated[int, Within(0, 99)].
+"""What a file may say, declared as a type: a TypedDict, a dataclass (of its fields), list[int],
+Literal, a union; with limits where numbers or lengths have them, Annotated[int, Within(0, 99)].
 """
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import (
@@ -47,8 +47,8 @@ class Within:
 def check_shape(value: Any, shape: Any, where: str = "") -> None:
     """Raise ValueError, as "KEY is THIS, not THAT", unless a value has the declared shape.
 
-    Numbers that are no floats are whole; true and false are no numbers. A TypedDict may hold more
-    keys than are declared: files of a later version do.
+    Numbers that are no floats are whole; true and false are no numbers; a tuple is a list. A
+    mapping may hold more keys than are declared: files of a later version do.
     """
     origin, parts = get_origin(shape), get_args(shape)
     if shape is Any:
@@ -59,16 +59,19 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
             if not limits.holds(value):
                 raise ValueError(f"{where or 'it'} is {shown(value)}, not {limits}")
     elif origin in (Union, UnionType):
-        if not any(_fits(value, part) for part in parts):
+        near = [part for part in parts if _is_of(value, get_origin(part) or part)]
+        if len(near) == 1:  # whose own reason says more
+            check_shape(value, near[0], where)
+        elif not any(_fits(value, part) for part in parts):
             raise _misfit(value, " or ".join(dict.fromkeys(_words(part) for part in parts)), where)
     elif origin is Literal:
         if not any(value == x and type(value) is type(x) for x in parts):
             raise _misfit(value, "one of " + ", ".join(map(str, parts)), where)
     elif not _is_of(value, origin or shape):
         raise _misfit(value, _words(shape), where)
-    elif is_typeddict(shape):
+    elif _is_record(shape):
         _check_entries(value, shape, where)
-    elif origin is list:
+    elif origin in (list, tuple):
         for i, part in enumerate(value):
             check_shape(part, parts[0], f"{where}[{i}]")
     elif origin is dict:
@@ -81,7 +84,7 @@ def _check_entries(value: dict[str, Any], shape: Any, where: str) -> None:
     for key, kind in _entries(shape).items():
         if key in value:
             check_shape(value[key], kind, _below(where, key))
-        elif key in shape.__required_keys__:
+        elif key in _required(shape):
             raise ValueError(f"{_below(where, key)} is missing")
 
 
@@ -89,6 +92,18 @@ def _check_entries(value: dict[str, Any], shape: Any, where: str) -> None:
 def _entries(shape: Any) -> dict[str, Any]:
     hints = get_type_hints(shape, include_extras=True)
     return {k: get_args(x)[0] if get_origin(x) is NotRequired else x for k, x in hints.items()}
+
+
+@cache
+def _required(shape: Any) -> frozenset[str]:
+    if is_typeddict(shape):
+        return shape.__required_keys__
+    free = [x for x in fields(shape) if x.default is x.default_factory is MISSING]
+    return frozenset(x.name for x in free)
+
+
+def _is_record(shape: Any) -> bool:
+    return is_typeddict(shape) or is_dataclass(shape)
 
 
 def _below(where: str, key: object) -> str:
@@ -109,7 +124,7 @@ def _is_of(value: Any, kind: Any) -> bool:
         return value is None
     if kind is float:
         return type(value) in (int, float)
-    return type(value) is (dict if is_typeddict(kind) else kind)
+    return type(value) is (dict if _is_record(kind) else list if kind is tuple else kind)
 
 
 def _words(shape: Any) -> str:
@@ -117,7 +132,8 @@ def _words(shape: Any) -> str:
     if kind is Annotated:
         base, *limits = get_args(shape)
         return " ".join((_words(base), *map(str, limits)))
-    return WORDS.get(NoneType if kind is None else dict if is_typeddict(kind) else kind, str(kind))
+    kind = dict if _is_record(kind) else list if kind is tuple else kind or NoneType
+    return WORDS.get(kind, str(kind))
 
 
 def _misfit(value: Any, wanted: str, where: str) -> ValueError:

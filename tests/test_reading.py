@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quip.errors import Unavailable
+from quip.errors import Unavailable, UsageError
 from quip.reading import DEPTH, inside, parse_json, parse_yaml, read_json, read_text, read_yaml
 
 NAMES = ["../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "a\0b", "a" * 300, None, 5, ["a"]]
@@ -31,6 +31,8 @@ def test_a_plain_name_is_one_of_the_folder(tmp_path: Path):
         ('{"a": 1, "a": 2}', "the key 'a' stands there twice"),
         ("9" * 5_000, "a number of 5000 digits"),
         ('["NaN", NaN]', "NaN or infinity NaN"),
+        ("1e999", "NaN or infinity '1e999'"),
+        ("[" + 6_000_000 * "1," + "1]", "more than 5000000 values"),
         ('"\\ud800"', "'\\ud800' is no valid Unicode"),
         ('{"\\ud800": 1}', "'\\ud800' is no valid Unicode"),
         ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
@@ -53,6 +55,10 @@ BOMB = "a0: &a0 [x]\n" + "".join(
         (BOMB, "more than 100000 values, with those that aliases repeat"),
         ("&a [*a]", "more than 100000 values, with those that aliases repeat"),
         ("a: 1\nb: {c: 1, c: 2}", "the key 'c' stands there twice"),
+        ("{16: a, 0x10: b}", "the key 16 stands there twice"),
+        ("9" * 4_000, "a number of 4000 digits"),
+        ("a: 2020-01-01", "datetime.date(2020, 1, 1) is a date; put text in quotes"),
+        ("!!set {a, b}", "is a set; put text in quotes"),
         ("2020-99-99", "month must be in 1..12"),
         ("[" * 5_000, f"lists or mappings more than {DEPTH} deep"),
         ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
@@ -76,15 +82,28 @@ def test_what_is_plain_is_read():
         "c": {"b": [1, True]},
     }
     assert parse_yaml("") is None
+    assert parse_yaml("{1: a, '1': b}") == {1: "a", "1": "b"}
 
 
-@pytest.mark.parametrize("read", [read_json, read_yaml])
-def test_a_file_of_another_shape_is_named_with_its_key_and_the_remedy(read, tmp_path: Path):
+def test_a_mapping_that_merges_another_may_say_its_keys_anew():
+    text = "a: &a {x: 1, y: 2}\nb: &b {<<: *a, x: 3}\nc: {<<: *b, y: 4}\nd: *b"
+    assert parse_yaml(text) == {
+        "a": {"x": 1, "y": 2},
+        "b": {"x": 3, "y": 2},
+        "c": {"x": 3, "y": 4},
+        "d": {"x": 3, "y": 2},
+    }
+
+
+def test_a_file_of_another_shape_is_named_with_its_key_and_the_remedy(tmp_path: Path):
     path = tmp_path / "run.json"
     path.write_text('{"seed": [1]}')
     with pytest.raises(Unavailable) as error:
-        read(path, dict[str, int], remedy="run it again")
+        read_json(path, dict[str, int], remedy="run it again")
     assert str(error.value) == f"{path} is damaged (seed is [1], not a whole number); run it again"
+    with pytest.raises(UsageError) as error:
+        read_yaml(path, dict[str, int], flag="--plan")
+    assert str(error.value) == f"--plan {path}: seed is [1], not a whole number"
 
 
 def test_what_is_no_file_of_this_size_is_not_opened(tmp_path: Path):

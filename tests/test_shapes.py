@@ -1,11 +1,19 @@
 """Declared shapes of what a file says."""
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import pytest
 
 from quip.shapes import Within, check_shape
+
+
+@dataclass
+class Record:
+    names: tuple[str, ...]
+    loss: float
+    note: str = ""
 
 
 class Row(TypedDict):
@@ -25,6 +33,8 @@ class Row(TypedDict):
         ({"a": [1, 2]}, dict[str, list[int]]),
         ({"name": "q", "block": 0, "later": object()}, Row),
         ([{"name": "q", "block": 7, "note": None}], list[Row]),
+        ({"names": ["q"], "loss": 1}, Record),
+        ({"a": None}, dict[str, Row | None]),
         (object(), Any),
     ],
 )
@@ -47,6 +57,10 @@ def test_what_has_the_shape_is_taken(value: Any, shape: Any):
         ({"block": 0}, Row, "name is missing"),
         ([{"name": "q", "block": -1}], list[Row], "[0].block is -1, not from 0 to inf"),
         ([{"name": "", "block": 1}], list[Row], "[0].name is '', not from 1 to 5"),
+        ({"names": "q", "loss": 1.0}, Record, "names is 'q', not a list"),
+        ({"names": ["q", 1], "loss": 1.0}, Record, "names[1] is 1, not text"),
+        ({"names": []}, Record, "loss is missing"),
+        ({"a": {"block": 1}}, dict[str, Row | None], "a.name is missing"),
         ({"name": "q", "block": 0, "note": 1}, Row, "note is 1, not text or null"),
     ],
 )

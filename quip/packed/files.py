@@ -1,19 +1,35 @@
 """The safetensors files of a folder: which there are, what their headers say, what is damage."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quip.errors import Unavailable, one_line
+from quip.errors import Unavailable, one_line, shown
+from quip.reading import inside, parse_json, read_json
+from quip.shapes import Within, check_shape
 
 DAMAGED = "download or save it again"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADER_BYTES = 100_000_000  # at most, as safetensors has it
+
+
+class Index(TypedDict):
+    """The index of several files, as save_pretrained writes it."""
+
+    weight_map: Annotated[dict[str, str], Within(1)]
+
+
+class Entry(TypedDict):
+    """What the header of a safetensors file says of a tensor."""
+
+    shape: list[Annotated[int, Within(0)]]
+    dtype: str
+    data_offsets: Annotated[list[int], Within(2, 2)]
 
 
 @contextmanager
@@ -31,8 +47,11 @@ def opened(path: Path, what: str, remedy: str) -> Iterator[Any]:
 
     One that is shorter than its header says is damaged, whatever is read of it.
     """
-    with naming_damage(what, remedy), safe_open(path, framework="pt") as file:
-        yield file
+    with naming_damage(what, remedy):
+        if path.exists() and not path.is_file():  # which may never end, or never begin
+            raise ValueError("it is no regular file")
+        with safe_open(path, framework="pt") as file:
+            yield file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +76,12 @@ def header(path: Path, *, damage: str = "is damaged or truncated") -> dict[str, 
     """
     what = f"{path.name} {damage}"
     with opened(path, what, DAMAGED), path.open("rb") as file:
-        words = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    words.pop("__metadata__", None)
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(HEADER_BYTES, path.stat().st_size):
+            raise ValueError(f"a header of {length} bytes")
+        words = parse_json(file.read(length).decode(), dict[str, Any])
+        words.pop("__metadata__", None)
+        check_shape(words, dict[str, Entry])
     return {
         name: TensorEntry(
             name=name,
@@ -75,14 +98,14 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that from_pretrained reads. Raises Unavailable unless all are there."""
     names, index = {SINGLE}, folder / INDEX
     if not (folder / SINGLE).exists() and index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Unavailable(f"{INDEX} cannot be read ({one_line(error)}); {DAMAGED}") from error
-    for name in sorted(names):
-        if not (folder / name).is_file():
-            raise Unavailable(f"there is no {name}; {DAMAGED}")
-    return [folder / name for name in sorted(names)]
+        names = set(read_json(index, Index, remedy=DAMAGED)["weight_map"].values())
+    paths = [inside(folder, name, INDEX) for name in sorted(names)]
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise Unavailable(f"{INDEX} names {shown(path.name)}, no safetensors file; {DAMAGED}")
+        if not path.is_file():
+            raise Unavailable(f"there is no {path.name}; {DAMAGED}")
+    return paths
 
 
 def weight_bytes(folder: Path) -> int:

@@ -105,7 +105,7 @@ def test_a_checkpoint_in_several_files_is_the_same_checkpoint(tmp_path, packed, 
     with pytest.raises(Unavailable, match=r"there is no model-00002-of-00002\.safetensors; "):
         inspect_checkpoint(tmp_path / "a")
     (tmp_path / "a" / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(Unavailable, match=r"index\.json cannot be read"):
+    with pytest.raises(Unavailable, match=r"index\.json is damaged"):
         inspect_checkpoint(tmp_path / "a")
 
 

@@ -167,7 +167,7 @@ def test_files_that_are_missing_or_damaged_are_named(copy):
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     assert "there is no model-1.safetensors" in refusal(copy, Unavailable)
     index.write_text("{}")
-    assert f"{index.name} cannot be read" in refusal(copy, Unavailable)
+    assert f"{index.name} is damaged" in refusal(copy, Unavailable)
     (copy / "config.json").write_text("[]")
     assert "config.json is no JSON object" in refusal(copy, Unavailable)
     shutil.rmtree(copy)

@@ -1,6 +1,7 @@
 """The safetensors files of a folder: their names, their headers, and what damage is called."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -63,6 +64,60 @@ def test_the_files_are_those_of_the_index_where_there_is_no_single_one(tmp_path,
     save_file(TENSORS, parts[1], metadata={"format": "pt"})
     assert weight_files(tmp_path) == parts
     assert weight_bytes(tmp_path) == 2 * size
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(Unavailable, match=r"^model.safetensors.index.json cannot be read"):
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("{}", r"index.json is damaged \(weight_map is missing\); download or save it again$"),
+        ("[]", r"is damaged \(it is \[\], not a mapping\)"),
+        ('{"weight_map": [null]}', r"is damaged \(weight_map is \[None\], not a mapping\)"),
+        ('{"weight_map": {}}', r"is damaged \(weight_map is {}, not from 1 to inf\)"),
+        ('{"weight_map": {"a": null}}', r"is damaged \(weight_map.a is None, not text\)"),
+        ('{"weight_map": {"a": "x", "a": "y"}}', "the key 'a' stands there twice"),
+        ("[" * 200_000, "more than 64 deep"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "names a file '../x.safetensors', which is"),
+        ('{"weight_map": {"a": "/x.safetensors"}}', "names a file '/x.safetensors', which is"),
+        ('{"weight_map": {"a": "config.json"}}', "names 'config.json', no safetensors file; down"),
+    ],
+)
+def test_an_index_that_is_none_or_leaves_the_folder_is_refused(tmp_path, words, says):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(words)
+    with pytest.raises(Unavailable, match=says):
         weight_files(tmp_path)
+
+
+def with_header(text: str) -> bytes:
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (1 << 63).to_bytes(8, "little") + b"{}",
+        with_header("[" * 200_000),
+        with_header("[]"),
+        with_header('{"a": 1}'),
+        with_header('{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0]}}'),
+        with_header('{"a": {"dtype": 5, "shape": [0], "data_offsets": [0, 0]}}'),
+        with_header(2 * '{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}'),
+        with_header(
+            '{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},'
+            ' "a": {"dtype": "I32", "shape": [0], "data_offsets": [0, 0]}}'
+        ),
+        with_header(
+            '{"a": {"dtype": "F32", "shape": [' + "9" * 5000 + '], "data_offsets": [0, 0]}}'
+        ),
+    ],
+)
+def test_a_header_of_another_shape_is_damage(tmp_path, data):
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(Unavailable, match=r"^model.safetensors is damaged or truncated \(.+\); "):
+        header(tmp_path / "model.safetensors")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(Unavailable, match="it is no regular file"):
+        header(tmp_path / "model.safetensors")
