@@ -1,25 +1,58 @@
 """The files of a store of Hessians (quip.data.hessians): how they are read, and what is damage."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 import xxhash
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor
 
-from quip.errors import Unavailable
-from quip.packed.files import naming_damage, opened
+from quip.errors import Unavailable, shown
+from quip.packed.files import opened
+from quip.reading import inside, read_json
+from quip.shapes import Within, check_shape
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 RESUME = "repeat the `quip hessians` that wrote it with --resume"
-FACTS = {"model": str, "digest": dict, "dtype": str, "calibration": dict, "complete": bool}
-ROW = {"name": str, "matrices": list, "size": int, "block": int, "digest": str}
+ANEW = "make it anew with --overwrite"
+PARTS = {"count", "lower", "mean"}  # the tensors of a file
 PANEL = 1024  # rows that are mirrored at once
+
+
+class Row(TypedDict):
+    """What the manifest says of an input."""
+
+    name: str
+    matrices: Annotated[list[str], Within(1)]
+    size: Annotated[int, Within(1)]
+    block: Annotated[int, Within(0)]
+    digest: str
+
+
+class Calibration(TypedDict):
+    """What has to be known of the stamp of the tokens."""
+
+    dataset: str
+
+
+class Manifest(TypedDict):
+    """What the manifest has to say, beside its format; it says more."""
+
+    model: str
+    digest: dict[str, Any]
+    dtype: str
+    calibration: Calibration
+    complete: bool
+    inputs: list[Row]
+
+
+class Versioned(TypedDict):
+    """A manifest of any version."""
+
+    format: Any
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -30,36 +63,38 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: no store of Hessians (it holds no {MANIFEST}); make one with: "
             f"quip hessians MODEL DATASET --save {folder}"
         )
+    words = read_json(path, Versioned, remedy=ANEW)
+    if (form := words["format"]) != FORMAT or isinstance(form, bool):
+        raise Unavailable(
+            f"{path} is of format {shown(form)}, and this version of quip reads {FORMAT}"
+        )
     try:
-        words = json.loads(path.read_text())
-        known = words["format"]
-        if known == FORMAT:
-            _check_words(words)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        check_shape(words, Manifest)
+        _check_rows(folder, words["inputs"])
+    except (ValueError, Unavailable) as error:
         raise damaged(path, error) from error
-    if known != FORMAT:
-        raise Unavailable(f"{path} is of format {known}, and this version of quip reads {FORMAT}")
     return words
 
 
-def _check_words(words: Any) -> None:
-    """Raise ValueError, KeyError or TypeError for what this version cannot have written."""
-    _check(words, FACTS)
-    _check(words["calibration"], {"dataset": str})
-    for row in words["inputs"]:
-        _check(row, ROW)
-
-
-def _check(words: Any, kinds: Mapping[str, type]) -> None:
-    for key, kind in kinds.items():
-        if not isinstance(words[key], kind):
-            raise ValueError(f"{key} is {words[key]!r}")
+def _check_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Raise unless each matrix is of one input, and each input, with a file of its own, of one."""
+    feeds: dict[str, str] = {}
+    for row in rows:
+        file_of(folder, row["name"])
+        if row["name"] != row["matrices"][0]:
+            raise ValueError(f"the input {shown(row['name'])} is not called by its first matrix")
+        for name in row["matrices"]:
+            if name in feeds:
+                raise ValueError(
+                    f"the matrix {shown(name)} stands there twice: of {shown(feeds[name])} and of "
+                    + shown(row["name"])
+                )
+            feeds[name] = row["name"]
 
 
 def damaged(path: Path, reason: object) -> Unavailable:
     """To be raised for a manifest that tells no longer what the store holds."""
-    named = f"no {reason}" if isinstance(reason, KeyError) else reason
-    return Unavailable(f"{path} is damaged ({named}); make it anew with --overwrite")
+    return Unavailable(f"{path} is damaged ({reason}); {ANEW}")
 
 
 def rows_before(folder: Path, *, strict: bool) -> tuple[list[dict[str, Any]], bool]:
@@ -79,28 +114,50 @@ def rows_before(folder: Path, *, strict: bool) -> tuple[list[dict[str, Any]], bo
 
 
 def is_long_enough(folder: Path, row: Mapping[str, Any]) -> bool:
-    """Whether the file has the length that its header tells."""
-    path = file_of(folder, row["name"])
+    """Whether the file has the length that its header tells, and the tensors of such an input."""
     try:
-        with opened(path, f"{path} is damaged", RESUME):
-            return True
+        check_header(folder, row["name"], row["size"])
     except Unavailable:
         return False
+    return True
 
 
 def is_whole(folder: Path, row: Mapping[str, Any]) -> bool:
     """Whether the file holds what the manifest's hash is of."""
     try:
-        return bool(read_tensors(folder, row["name"], row["digest"]))
+        return bool(read_tensors(folder, row["name"], row["size"], row["digest"]))
     except Unavailable:
         return False
 
 
-def read_tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
+def is_of_a_store(path: Path) -> bool:
+    """Whether a file, whosever name it bears, holds what a store writes into its files."""
+    try:
+        with opened(path, str(path), RESUME) as file:
+            return set(file.keys()) == PARTS
+    except Unavailable:
+        return False
+
+
+def check_header(folder: Path, name: str, size: int) -> None:
+    """Raise Unavailable, naming the remedy, unless a file holds the moments of so many inputs."""
+    path, triangle = file_of(folder, name), size * (size + 1) // 2
+    wanted = {"lower": ("F32", [triangle]), "mean": ("F64", [size]), "count": ("I64", [])}
+    with opened(path, f"{path} is damaged", RESUME) as file:
+        parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        for key, kind in wanted.items():
+            found = (parts[key].get_dtype(), parts[key].get_shape()) if key in parts else None
+            if found != kind:
+                there = "missing" if found is None else f"{found[0]} {found[1]}"
+                raise ValueError(f"{key} is {there}, not {kind[0]} {kind[1]}")
+
+
+def read_tensors(folder: Path, name: str, size: int, digest: str) -> dict[str, Tensor]:
     """A file's tensors. Raises Unavailable, naming the remedy, unless its hash is the digest."""
+    check_header(folder, name, size)
     path = file_of(folder, name)
-    with naming_damage(f"{path} is damaged", RESUME):
-        tensors = load_file(path)
+    with opened(path, f"{path} is damaged", RESUME) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if digest_of(tensors) != digest:
         raise Unavailable(
             f"{path} is damaged (its hash is not the manifest's); remove it, and {RESUME}"
@@ -130,4 +187,5 @@ def symmetric(n: int, lower: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 
 
 def file_of(folder: Path, name: str) -> Path:
-    return folder / f"{name}.safetensors"
+    """The file of an input. Raises Unavailable where the name would lead out of the folder."""
+    return inside(folder, f"{name}.safetensors", "the list of its inputs")

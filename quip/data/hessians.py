@@ -24,17 +24,18 @@ from quip.data.hessian_files import (
     FORMAT,
     MANIFEST,
     RESUME,
-    damaged,
+    check_header,
     digest_of,
     file_of,
     is_long_enough,
+    is_of_a_store,
     is_whole,
     read_manifest,
     read_tensors,
     rows_before,
     symmetric,
 )
-from quip.errors import Unavailable, UsageError
+from quip.errors import Unavailable, UsageError, shown
 from quip.files import replacing, writing
 from quip.matrix.hessian import Hessian, sharing
 
@@ -106,31 +107,33 @@ class HessianStore:
         if name not in self._input_of:
             raise UsageError(f"{self.folder}: no Hessian of {name}; the store is of another model")
         one = self._input_of[name]
-        found = read_tensors(self.folder, one.name, self._digests[one.name])
-        if len(found["lower"]) != one.size * (one.size + 1) // 2:
-            raise damaged(self.folder / MANIFEST, f"{one.name} has no {one.size} inputs")
+        found = read_tensors(self.folder, one.name, one.size, self._digests[one.name])
         H = symmetric(one.size, found.pop("lower"))
         return Moments(H, found["mean"], int(found["count"]))
 
-    def check(self, widths: Mapping[str, int]) -> None:
-        """Raise UsageError, naming the matrix, unless the store fits a model.
+    def check(self, places: Mapping[str, tuple[int, int]]) -> None:
+        """Raise UsageError, naming the matrix, unless the whole store fits a model.
 
-        `widths` are the numbers of inputs of all matrices of the model that are quantized, by name.
+        `places` are the block and the number of inputs of all matrices of the model that are
+        quantized, by name. Headers of all files are read: one that is damaged is Unavailable.
         """
-        for name, n in widths.items():
+        whose = shown(self.manifest["model"])
+        for name, (block, n) in places.items():
             known = self._input_of.get(name)
-            if known is None or known.size != n:
-                what = "nothing of it" if known is None else f"{known.size} inputs"
+            if known is None or (known.block, known.size) != (block, n):
+                what = f"{known.size} inputs, block {known.block}" if known else "nothing of it"
                 raise UsageError(
-                    f"the store {self.folder} does not fit the model: {name} has {n} inputs, and "
-                    f"the store holds {what}; it is of {self.manifest['model']}"
+                    f"the store {self.folder} does not fit the model: {name} has {n} inputs, block "
+                    f"{block}, and the store holds {what}; it is of {whose}"
                 )
         for name in self._input_of:
-            if name not in widths:
+            if name not in places:
                 raise UsageError(
-                    f"the store {self.folder} does not fit the model, which has no {name}; it "
-                    f"is of {self.manifest['model']}"
+                    f"the store {self.folder} does not fit the model, which has no {shown(name)}; "
+                    f"it is of {whose}"
                 )
+        for one in self.inputs:
+            check_header(self.folder, one.name, one.size)
 
 
 class StoreWriter:
@@ -157,7 +160,8 @@ class StoreWriter:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for row in () if resume else rows:
-                file_of(folder, row["name"]).unlink(missing_ok=True)
+                if is_of_a_store(path := file_of(folder, row["name"])):
+                    path.unlink()
         self._write()
 
     def has(self, block: int) -> bool:

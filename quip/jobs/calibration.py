@@ -9,7 +9,7 @@ from quip.jobs.evaluate import default_seqlen
 from quip.jobs.fingerprint import identity_of
 from quip.model.ledger import differences
 from quip.model.load import LoadedModel
-from quip.model.matrices import widths
+from quip.model.matrices import places
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def store_for(folder: Path, loaded: LoadedModel) -> HessianStore:
     That it was made of other weights (a fine-tuned model, another dtype) is only warned of.
     """
     store = HessianStore(folder)
-    store.check(widths(loaded.model))
+    store.check(places(loaded.model))
     changes = differences(store.manifest["digest"], identity_of(loaded.model))
     if changes:
         log.warning("the store %s is not quite of this model (%s)", folder, changes)

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from quip.data import TokenSet, check_dataset
+from quip.data.hessian_files import file_of
 from quip.data.hessians import StoreWriter
 from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
@@ -74,6 +75,8 @@ def collect_hessians(asked: Collection) -> Collected:
     loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen)
     matrices = check_quantizable(loaded.model, loaded.name).quantized
     check_weights(loaded.model)
+    for name in matrices:  # of which any may give a file its name
+        file_of(asked.save, name)
     tokens = calibration_of(
         loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
     )

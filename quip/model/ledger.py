@@ -13,24 +13,43 @@ matrices are there, makes up for them.
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quip.errors import UsageError
+from quip.errors import QuipError, Unavailable, UsageError, one_line, shown
 from quip.files import replacing, writing
 from quip.model.block import BlockModule
-from quip.model.records import MatrixRecord
+from quip.model.matrices import find_blocks
+from quip.model.records import MatrixRecord, parse_records
 from quip.model.tune import TuningRecord
 from quip.packed.files import naming_damage, opened
 from quip.packed.layout import Layout
+from quip.reading import parse_json, read_json
+from quip.shapes import Within, check_shape
 
 log = logging.getLogger(__name__)
+CHANGES = 10  # of fingerprints that are named
+
+
+class Words(TypedDict):
+    """What the file of a block says beside its tensors, the last three as JSON."""
+
+    name: str
+    layout: str
+    records: str
+    tuned: str
+
+
+class HiddenWords(TypedDict):
+    """What the file of hidden states says: which block they enter."""
+
+    block: str
 
 
 class Ledger:
@@ -88,17 +107,25 @@ class Ledger:
         self, block: int, model: nn.Module
     ) -> tuple[list[MatrixRecord], list[TuningRecord]]:
         """Make a block of the model what it was when it was finished; returns its records."""
-        tensors, words = _read(self._block(block))
-        module = model.get_submodule(words["name"])
+        path = self._block(block)
+        tensors, found = _read(path)
+        with naming_damage(*_damaged(path)):
+            check_shape(found, Words)
+            layout = parse_json(found["layout"], dict[str, Any])
+            records = parse_records(MatrixRecord, found["records"])
+            tuned = parse_records(TuningRecord, found["tuned"])
+            name = f"{find_blocks(model)[0]}.{block}"
+            if found["name"] != name:
+                raise ValueError(f"it is of {shown(found['name'])}, not of {name}")
+        module = model.get_submodule(name)
         host, training = next(module.parameters()).device, module.training
-        Layout.from_json(json.loads(words["layout"])).make_room(module)
-        module.load_state_dict({name: x.to(host) for name, x in tensors.items()}, assign=True)
+        try:
+            Layout.from_json(layout).make_room(module)
+            module.load_state_dict({key: x.to(host) for key, x in tensors.items()}, assign=True)
+        except (QuipError, RuntimeError) as error:
+            what, remedy = _damaged(path)
+            raise Unavailable(f"{what} ({one_line(error)}); {remedy}") from error
         module.requires_grad_(False).train(training)
-        records = [MatrixRecord(**record) for record in json.loads(words["records"])]
-        tuned = [
-            TuningRecord(**{**record, "after": tuple(record["after"])})
-            for record in json.loads(words["tuned"])
-        ]
         return records, tuned
 
     def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
@@ -112,14 +139,17 @@ class Ledger:
         if not self._hidden.exists():
             return 0
         with opened(self._hidden, *_damaged(self._hidden)) as file:
-            return int(file.metadata()["block"])
+            return _entered(file.metadata())
 
     def hidden(self) -> tuple[int, Tensor | None]:
         """The last block whose hidden states are known, and these; block 0 needs none."""
         if not self._hidden.exists():
             return 0, None
         tensors, words = _read(self._hidden)
-        return int(words["block"]), tensors["hidden"]
+        with naming_damage(*_damaged(self._hidden)):
+            if "hidden" not in tensors:
+                raise ValueError("hidden is missing")
+            return _entered(words), tensors["hidden"]
 
     def forget_hidden(self) -> None:
         """After the last block nobody needs them."""
@@ -139,16 +169,27 @@ class Ledger:
         return self.folder / f"block-{block:04d}.safetensors"
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What changed from one fingerprint to another, by dotted name; empty if nothing did."""
-    found = []
+    found = list(_changes(before, now, ""))
+    more = [f"{len(found) - CHANGES} more"] if len(found) > CHANGES else []
+    short = (text if len(text) <= 200 else f"{text[:200]}..." for text in found[:CHANGES])
+    return "; ".join([*short, *more])
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[str]:
     for key in [*before, *(key for key in now if key not in before)]:
         a, b = before.get(key), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found.append(differences(a, b, f"{prefix}{key}."))
+            yield from _changes(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key} was {a}, is now {b}")
-    return "; ".join(filter(None, found))
+            yield f"{prefix}{key} was {a}, is now {b}"
+
+
+def _entered(words: Any) -> int:
+    """The number of the block that hidden states enter. Raises ValueError for other words."""
+    check_shape(words, HiddenWords)
+    return parse_json(words["block"], Annotated[int, Within(0)])
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -157,8 +198,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with naming_damage(*_damaged(path)):
-        return json.loads(path.read_text())
+    return read_json(path, dict[str, Any], remedy=_damaged(path)[1])
 
 
 def _damaged(path: Path) -> tuple[str, str]:

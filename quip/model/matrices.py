@@ -114,9 +114,16 @@ def covered(model: nn.Module) -> tuple[Matrix, ...]:
     return tuple(Matrix(name, model.get_submodule(name)) for name in names)
 
 
-def widths(model: nn.Module) -> dict[str, int]:
-    """The number of inputs of each matrix that a walk quantizes. Raises as `coverage` does."""
-    return {matrix.name: matrix.columns for matrix in covered(model)}
+def places(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """The block and the number of inputs of each matrix that a walk quantizes.
+
+    Raises as `coverage` does.
+    """
+    start = len(find_blocks(model)[0]) + 1
+    return {
+        matrix.name: (int(matrix.name[start:].partition(".")[0]), matrix.columns)
+        for matrix in covered(model)
+    }
 
 
 def _obstacle(model: nn.Module, name: str, holders: list[str]) -> str | None:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 from jaxtyping import Int
@@ -15,8 +14,9 @@ from quip.errors import UsageError
 from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
+from quip.model.gaps import check_all, check_block
 from quip.model.ledger import Ledger
-from quip.model.matrices import covered, find_blocks, widths
+from quip.model.matrices import covered, find_blocks, places
 from quip.model.plan import Plan
 from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.siblings import quantize_siblings
@@ -24,6 +24,7 @@ from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
 from quip.model.walk import blocks_at_rest, walk
 
 log = logging.getLogger(__name__)
+REPORT = "please report it, with the command"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class _Work:
     run: Run
     recipes: dict[str, Recipe]
     bar: tqdm
+    done: list[str] = field(default_factory=list)
 
 
 def quantize_model(
@@ -106,6 +108,7 @@ def quantize_matrix_by_matrix(
                 yield from _restore(block.index, model, work)
             else:
                 yield from _report_and_keep(block, _quantize_block(block, work), work)
+    check_all(model, work.done, work.recipes, REPORT)
     if ledger:
         ledger.forget_hidden()
 
@@ -119,20 +122,18 @@ def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iter
     """
     if run.tuning:
         raise UsageError("tuning needs activations, of which a store has only the second moments")
-    store.check(widths(model))
+    store.check(places(model))
     recipes = _recipes(model, run)
     with _bar(recipes) as bar:
         work = _Work(run, recipes, bar)
-        inputs = {
-            index: list(found) for index, found in groupby(store.inputs, lambda one: one.block)
-        }
         for block in blocks_at_rest(model, device=run.device):
             bar.set_description(block.name)
             if run.ledger and run.ledger.has(block.index):
                 yield from _restore(block.index, model, work)
                 continue
-            found = _quantize_by(store, inputs.get(block.index, []), block, work)
-            yield from _report_and_keep(block, found, work)
+            inputs = [one for one in store.inputs if one.block == block.index]
+            yield from _report_and_keep(block, _quantize_by(store, inputs, block, work), work)
+    check_all(model, work.done, work.recipes, REPORT)
 
 
 def _quantize_by(
@@ -172,6 +173,8 @@ def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
 def _restore(index: int, model: nn.Module, work: _Work) -> Iterator[MatrixRecord]:
     assert work.run.ledger is not None
     records, tuned = work.run.ledger.restore(index, model)
+    name, remedy = f"{find_blocks(model)[0]}.{index}", "start over with --overwrite"
+    work.done.extend(check_block(name, records, work.recipes, remedy))
     log.info("block %d: %d matrices taken from the run before", index, len(records))
     work.bar.update(len(records))
     work.run.tuned.extend(tuned)
@@ -187,6 +190,7 @@ def _report_and_keep(
         _report(record, work.recipes[record.name].damp, work.bar)
         records.append(record)
         yield record
+    work.done.extend(check_block(block.name, records, work.recipes, REPORT))
     if run.ledger:
         with run.watch("keep"):
             run.ledger.keep(block, records, run.tuned[known:])

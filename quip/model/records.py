@@ -2,11 +2,13 @@
 
 import platform
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from quip.reading import parse_json
 
 Item = TypeVar("Item")
 PACKAGES = ("quip-quant", "torch", "transformers", "datasets", "numpy", "safetensors", "lm-eval")
@@ -49,6 +51,21 @@ class Stopwatch:
             if item is done:
                 return
             yield item  # type: ignore[misc]
+
+
+def parse_records(kind: type[Item], text: str) -> list[Item]:
+    """The records of this kind, a dataclass, that a JSON list of `asdict` of them says.
+
+    Losses may be NaN or infinite, and a later version may say more. Raises ValueError, with the key
+    and the reason, for any other text.
+    """
+    return [record_of(kind, words) for words in parse_json(text, list[kind], constants=True)]
+
+
+def record_of(kind: type[Item], words: Mapping[str, Any]) -> Item:
+    """The record that words say which have its shape."""
+    own: Any = {field.name: words[field.name] for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
 
 
 def versions() -> dict[str, str]:

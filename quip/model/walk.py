@@ -48,6 +48,12 @@ def walk(
     device, host = torch.device(device), next(model.parameters()).device
     entering, calls = _enter(model, tokens.to(host), device=device, batch_size=batch_size)
     if hidden is not None:
+        if (hidden.shape, hidden.dtype) != (entering.shape, entering.dtype):
+            raise UsageError(
+                f"the hidden states that enter block {start} are {list(hidden.shape)} "
+                f"{hidden.dtype}, and the model has {list(entering.shape)} {entering.dtype}; "
+                "start over with --overwrite"
+            )
         entering.copy_(hidden)
     for index, module in enumerate(blocks[start:], start):
         with resident(module, device, home=host):

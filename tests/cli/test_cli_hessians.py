@@ -96,7 +96,7 @@ def test_a_damaged_manifest_is_one_line_with_the_remedy(quip, model, text, tmp_p
         status, out, err = quip(*line)
         assert (status, out) == (1, "")
         assert err[-1].endswith(
-            "manifest.json is damaged (no 'name'); make it anew with --overwrite"
+            "manifest.json is damaged (inputs[2].name is missing); make it anew with --overwrite"
         )
     assert quip(*again, "--overwrite")[0] == 0
     assert {x.name for x in damaged.iterdir()} == {x.name for x in store.iterdir()}

@@ -2,17 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from quip.data import hessian_files
 from quip.data.hessians import HessianStore, StoreWriter
 from quip.errors import Unavailable, UsageError
 from quip.evaluate import memory
-from quip.model.matrices import widths
+from quip.model.matrices import places
 from tests.support.hessians import FACTS, observed, written
 from tests.support.tiny import tiny
 
@@ -56,8 +58,6 @@ def test_an_input_that_several_matrices_share_is_stored_once(tmp_path):
 
 
 def test_the_file_holds_the_lower_triangle_row_by_row(tmp_path):
-    from safetensors.torch import load_file
-
     blocks = observed()
     written(tmp_path, blocks)
     name, hessian = next(iter(blocks[0].items()))
@@ -138,8 +138,7 @@ def test_what_is_damaged_in_a_store_that_was_broken_off_is_missing_on_resume(tmp
 def test_a_complete_store_is_taken_up_without_reading_its_files(tmp_path, monkeypatch):
     written(tmp_path, observed())
     before = contents(tmp_path)
-    for name in ("read_tensors", "load_file"):
-        monkeypatch.delattr(hessian_files, name)
+    monkeypatch.delattr(hessian_files, "read_tensors")
     assert StoreWriter(tmp_path, {**FACTS, "versions": {}}, resume=True).complete
     assert contents(tmp_path) == before
 
@@ -147,13 +146,16 @@ def test_a_complete_store_is_taken_up_without_reading_its_files(tmp_path, monkey
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda words: [words.pop(key) for key in FACTS], "no 'model'"),
-        (lambda words: words.pop("complete"), "no 'complete'"),
-        (lambda words: words.pop("inputs"), "no 'inputs'"),
-        (lambda words: words["calibration"].clear(), "no 'dataset'"),
-        (lambda words: words["inputs"][1].pop("name"), "no 'name'"),
-        (lambda words: words["inputs"][1].update(size="7"), "size is '7'"),
-        (lambda words: words["inputs"].append(None), "NoneType"),
+        (lambda words: [words.pop(key) for key in FACTS], "model is missing"),
+        (lambda words: words.pop("complete"), "complete is missing"),
+        (lambda words: words.pop("inputs"), "inputs is missing"),
+        (lambda words: words["calibration"].clear(), "calibration.dataset is missing"),
+        (lambda words: words["inputs"][1].pop("name"), "inputs.1..name is missing"),
+        (
+            lambda words: words["inputs"][1].update(size="7"),
+            r"inputs\[1\].size is '7', not a whole number",
+        ),
+        (lambda words: words["inputs"].append(None), "is None, not a mapping"),
     ],
 )
 def test_a_manifest_that_lacks_something_is_refused_and_nothing_is_lost(tmp_path, change, reason):
@@ -200,12 +202,12 @@ def opt_store(tmp_path_factory) -> HessianStore:
 
 
 def test_a_store_fits_the_model_that_it_was_made_of(opt_store):
-    opt_store.check(widths(tiny("opt")))
+    opt_store.check(places(tiny("opt")))
 
 
 def test_a_store_of_another_model_is_refused_by_the_name_of_a_matrix(opt_store):
-    with pytest.raises(UsageError, match=r"model.layers.0.*nothing of it; it is of tiny"):
-        opt_store.check(widths(tiny("llama")))
+    with pytest.raises(UsageError, match=r"model.layers.0.*nothing of it; it is of 'tiny'"):
+        opt_store.check(places(tiny("llama")))
 
 
 def manifest_of(store: HessianStore) -> dict:
@@ -223,16 +225,122 @@ def test_sizes_that_differ_and_matrices_too_many_are_refused(opt_store, tmp_path
     words = manifest_of(opt_store)
     words["inputs"][3]["size"] = 7
     name = words["inputs"][3]["name"]
-    with pytest.raises(UsageError, match=rf"{name} has 48 inputs, and the store holds 7 inputs"):
-        copied(opt_store, tmp_path, words).check(widths(tiny("opt")))
-    with pytest.raises(Unavailable, match=rf"damaged \({name} has no 7 inputs\)"):
+    with pytest.raises(
+        UsageError, match=rf"{name} has 48 inputs, block 0, and the store holds 7 inputs"
+    ):
+        copied(opt_store, tmp_path, words).check(places(tiny("opt")))
+    with pytest.raises(Unavailable, match=r"damaged \(lower is F32 \[1176\], not F32 \[28\]\)"):
         HessianStore(tmp_path).read(name)
     words = manifest_of(opt_store)
     words["inputs"][3]["matrices"].append("model.more")
-    with pytest.raises(UsageError, match=r"has no model\.more"):
-        copied(opt_store, tmp_path, words).check(widths(tiny("opt")))
+    with pytest.raises(UsageError, match=r"has no 'model\.more'"):
+        copied(opt_store, tmp_path, words).check(places(tiny("opt")))
 
 
 def test_reading_a_name_that_is_not_there_says_so(opt_store):
     with pytest.raises(UsageError, match=r"no Hessian of lm_head"):
         opt_store.read("lm_head")
+
+
+def test_only_files_that_a_store_writes_are_removed_and_none_outside_of_it(tmp_path):
+    folder, victim = tmp_path / "store", tmp_path / "victim" / "model.safetensors"
+    written(folder, observed())
+    victim.parent.mkdir()
+    for place in (victim, folder / "model.safetensors"):
+        save_file({"weight": torch.ones(3)}, place)
+    words = json.loads((folder / "manifest.json").read_text())
+    for name in ("../victim/model", str(victim.with_suffix("")), "model"):
+        words["inputs"][0].update(name=name, matrices=[name])
+        (folder / "manifest.json").write_text(json.dumps(words))
+        if name != "model":
+            with pytest.raises(Unavailable, match=r"is damaged \(.*, which is no plain name of"):
+                HessianStore(folder)
+        StoreWriter(folder, FACTS)
+        assert victim.exists()
+        assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("format",), True, "is of format True"),
+        (("digest",), [], r"digest is \[\], not a mapping"),
+        (("calibration",), None, "calibration is None, not a mapping"),
+        (("complete",), 1, "complete is 1, not true or false"),
+        (("inputs",), {}, "inputs is {}, not a list"),
+        (("inputs", 1), 5, r"inputs\[1\] is 5, not a mapping"),
+        (("inputs", 1, "block"), True, r"inputs\[1\].block is True, not a whole number"),
+        (("inputs", 1, "block"), -1, r"inputs\[1\].block is -1, not from 0 to inf"),
+        (("inputs", 1, "matrices"), [["q"]], r"inputs\[1\].matrices\[0\] is \['q'\], not text"),
+        (("inputs", 1, "matrices"), [], r"inputs\[1\].matrices is \[\], not from 1 to inf"),
+        (("inputs", 1, "name"), "v", "the input 'v' is not called by its first matrix"),
+        (
+            ("inputs", 1, "size"),
+            10**24,
+            "has 32 inputs, block 0, and the store holds 10{24} inputs",
+        ),
+    ],
+)
+def test_a_manifest_of_another_shape_is_damage(opt_store, tmp_path, place, value, says):
+    words = manifest_of(opt_store)
+    *above, last = place
+    reduce(getitem, above, words)[last] = value
+    with pytest.raises((Unavailable, UsageError), match=says):
+        copied(opt_store, tmp_path, words).check(places(tiny("opt")))
+
+
+def test_an_input_that_stands_there_twice_is_refused_by_name(opt_store, tmp_path):
+    words = manifest_of(opt_store)
+    name = words["inputs"][0]["name"]
+    words["inputs"].append(words["inputs"][0])
+    with pytest.raises(Unavailable, match=rf"the matrix '{name}' stands there twice: of '{name}'"):
+        copied(opt_store, tmp_path, words)
+
+
+def test_a_matrix_of_two_inputs_is_refused_by_name(opt_store, tmp_path):
+    words = manifest_of(opt_store)
+    first, second = words["inputs"][:2]
+    second["matrices"].append(first["matrices"][-1])
+    twice, of = first["matrices"][-1], (first["name"], second["name"])
+    says = rf"the matrix '{twice}' stands there twice: of '{of[0]}' and of '{of[1]}'"
+    with pytest.raises(Unavailable, match=says):
+        copied(opt_store, tmp_path, words)
+
+
+@pytest.mark.parametrize("block", [99, 1])
+def test_an_input_of_another_block_is_refused_by_name(opt_store, tmp_path, block):
+    words = manifest_of(opt_store)
+    row = words["inputs"][0]
+    row["block"] = block
+    says = rf"{row['name']} has 32 inputs, block 0, and the store holds 32 inputs, block {block};"
+    with pytest.raises(UsageError, match=says):
+        copied(opt_store, tmp_path, words).check(places(tiny("opt")))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lower": None}, r"lower is missing, not F32 \[528\]"),
+        ({"mean": None}, r"mean is missing, not F64 \[32\]"),
+        ({"count": None}, r"count is missing, not I64 \[\]"),
+        ({"lower": torch.ones(528).double()}, r"lower is F64 \[528\]"),
+        ({"lower": torch.ones(3)}, r"lower is F32 \[3\], not F32 \[528\]"),
+        ({"mean": torch.ones(1, 32).double()}, r"mean is F64 \[1, 32\]"),
+        ({"count": torch.ones(2).long()}, r"count is I64 \[2\]"),
+    ],
+)
+def test_moments_of_another_shape_are_damage_whatever_their_digest(
+    opt_store, tmp_path, change, says
+):
+    words = manifest_of(opt_store)
+    copied(opt_store, tmp_path, words)
+    row = words["inputs"][0]
+    path = tmp_path / f"{row['name']}.safetensors"
+    tensors = {k: x for k, x in {**load_file(path), **change}.items() if x is not None}
+    save_file(tensors, path)
+    row["digest"] = hessian_files.digest_of(tensors)
+    (tmp_path / "manifest.json").write_text(json.dumps(words))
+    store = HessianStore(tmp_path)
+    for use in (lambda: store.check(places(tiny("opt"))), lambda: store.read(row["name"])):
+        with pytest.raises(Unavailable, match=rf"{row['name']}.* is damaged \({says}.*--resume"):
+            use()

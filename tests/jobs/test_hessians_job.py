@@ -20,7 +20,7 @@ from quip.matrix.seeds import rng_for
 from quip.model import ledger as resume
 from quip.model.ledger import Ledger
 from quip.model.load import load_model
-from quip.model.matrices import coverage, find_blocks, widths
+from quip.model.matrices import coverage, find_blocks, places
 from quip.model.quantize import Run, quantize_from_store, quantize_model
 from quip.model.records import Stopwatch
 from tests.laws import assert_near
@@ -286,7 +286,7 @@ def test_a_folder_that_holds_files_is_refused_unless_overwritten(folder, whole, 
     with pytest.raises(UsageError, match=r"--save .*--resume.*--overwrite"):
         collect(folder, tmp_path / "store")
     collect(folder, tmp_path / "store", "llama", overwrite=True)
-    HessianStore(tmp_path / "store").check(widths(load_model(str(folder / "llama")).model))
+    HessianStore(tmp_path / "store").check(places(load_model(str(folder / "llama")).model))
 
 
 def test_a_quantized_model_has_no_store(folder, tmp_path):
