@@ -60,17 +60,25 @@ def read_text(path: Path, *, limit: int = BYTES) -> str:
         raise Unavailable(f"{path} cannot be read ({one_line(error)})") from error
 
 
-def read_json(path: Path, shape: Any = Any, *, remedy: str, parse: Parser | None = None) -> Any:
+def read_json(
+    path: Path,
+    shape: Any = Any,
+    *,
+    remedy: str,
+    parse: Parser | None = None,
+    called: str | None = None,
+) -> Any:
     """What a JSON file says, which has the declared shape.
 
-    Raises Unavailable, as "PATH is damaged (the key and the reason); REMEDY", for any other.
+    Raises Unavailable, as "PATH is damaged (the key and the reason); REMEDY", for any other; where
+    the file is `called` something, that stands for the path.
     """
     text = read_text(path)
     try:
         value = (parse or parse_json)(text)
         check_shape(value, shape)
     except ValueError as error:
-        raise Unavailable(f"{path} is damaged ({error}); {remedy}") from error
+        raise Unavailable(f"{called or path} is damaged ({error}); {remedy}") from error
     return value
 
 

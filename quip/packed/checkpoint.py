@@ -5,10 +5,10 @@ in the narrowest type that holds it exactly: an embedding that came as float16 g
 whatever the run computed in. config.json says what to compute in and what the tensors mean.
 """
 
-import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from transformers import (
@@ -20,14 +20,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line, shown
 from quip.files import new_folder
-from quip.packed.files import DAMAGED
+from quip.packed.files import DAMAGED, INDEX, weight_files
 from quip.packed.hub import METHOD, QuipConfig, narrowed
 from quip.packed.layout import dense
 from quip.packed.linear import quantized_layers
+from quip.reading import read_json
 
 SHARD = "4GB"  # larger models are cut into files of at most this size
+
+
+class Config(TypedDict):
+    """What has to be known of a config.json to tell whose it is."""
+
+    quantization_config: NotRequired[dict[str, Any] | None]
 
 
 def save_checkpoint(
@@ -85,6 +92,8 @@ def read_model(
     error of the loaders underneath means, who raise no common class.
     """
     try:
+        if os.path.isfile(os.path.join(where, INDEX)):
+            weight_files(Path(where))  # or transformers would follow whatever path it names
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, output_loading_info=True, **options
         )
@@ -142,23 +151,17 @@ def refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
 def check_folder(folder: str | Path) -> None:
     """Raise unless the folder says that it is a checkpoint of quip."""
     path = Path(folder) / "config.json"
+    if not os.path.isfile(path):  # unlike Path.is_file, for any name
+        raise Unavailable(
+            f"{folder}: not a checkpoint, it has no config.json that can be read; name a folder "
+            "written by --save"
+        )
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path, Config, remedy=DAMAGED, called="its config.json")
         words = config.get("quantization_config") or {}
-        method = words.get("quant_method")
-    except OSError as error:
-        raise Unavailable(
-            f"{folder}: not a checkpoint, it has no config.json that can be read "
-            f"({error.strerror}); name a folder written by --save"
-        ) from error
-    except (ValueError, AttributeError) as error:
-        raise Unavailable(
-            f"{folder}: its config.json is no JSON object ({error}); save it again"
-        ) from error
-    if method != METHOD:
-        what = f"was quantized by {method!r}" if method else "is not quantized"
-        raise UnsupportedModel(f"{folder}: the model {what}; name a folder written by --save")
-    try:
+        if (method := words.get("quant_method")) != METHOD:
+            what = f"was quantized by {shown(method)}" if method else "is not quantized"
+            raise UnsupportedModel(f"the model {what}; name a folder written by --save")
         QuipConfig(**words)
     except QuipError as error:
         raise type(error)(f"{folder}: {error}") from error

@@ -98,7 +98,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that from_pretrained reads. Raises Unavailable unless all are there."""
     names, index = {SINGLE}, folder / INDEX
     if not (folder / SINGLE).exists() and index.exists():
-        names = set(read_json(index, Index, remedy=DAMAGED)["weight_map"].values())
+        names = set(read_json(index, Index, remedy=DAMAGED, called=INDEX)["weight_map"].values())
     paths = [inside(folder, name, INDEX) for name in sorted(names)]
     for path in paths:
         if path.suffix != ".safetensors":

@@ -36,7 +36,7 @@ FILE_DTYPES = {
 class QuipConfig(QuantizationConfigMixin):
     """The `quantization_config` of config.json: the format, what the tensors mean, and of whom."""
 
-    def __init__(self, **words: Any) -> None:
+    def __init__(self, /, **words: Any) -> None:
         """Raises QuipError for a format or a kind of matrix that this version cannot read."""
         form = words.get("format")
         if form not in FORMATS:

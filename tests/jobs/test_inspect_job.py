@@ -168,7 +168,11 @@ def truncate(folder: Path) -> None:
 
 BAD = {
     "nothing": (lambda f: shutil.rmtree(f), Unavailable, "no config.json that can be read"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), Unavailable, "is no JSON object"),
+    "no JSON": (
+        lambda f: (f / "config.json").write_text("{"),
+        Unavailable,
+        r"its config.json is damaged \(Expecting",
+    ),
     "dense": (
         lambda f: edit(f / "config.json", quantization_config=None),
         UnsupportedModel,

@@ -20,7 +20,7 @@ def test_folders_that_are_no_checkpoints_are_refused(tmp_path, copy):
     for text in ("{", "[]", "\0"):
         (copy / "config.json").write_text(text)
         assert "Unavailable" in (line := refusal(copy))
-        assert "its config.json is no JSON object" in line
+        assert "its config.json is damaged (" in line
     (copy / "config.json").unlink()
     assert "not a checkpoint, it has no config.json that can be read" in refusal(copy)
 

@@ -169,7 +169,7 @@ def test_files_that_are_missing_or_damaged_are_named(copy):
     index.write_text("{}")
     assert f"{index.name} is damaged" in refusal(copy, Unavailable)
     (copy / "config.json").write_text("[]")
-    assert "config.json is no JSON object" in refusal(copy, Unavailable)
+    assert "config.json is damaged (" in refusal(copy, Unavailable)
     shutil.rmtree(copy)
     assert "no config.json that can be read" in refusal(copy, Unavailable)
 

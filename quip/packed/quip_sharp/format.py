@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quip.codebooks import LATTICES
-from quip.errors import QuipError, UnsupportedModel, UsageError
+from quip.errors import QuipError, UnsupportedModel, UsageError, shown
 from quip.packed.layout import Layout
 from quip.packed.linear import QuantizedLinear
 from quip.packed.quip_sharp.codes import check_size, words_per_row
@@ -171,22 +171,22 @@ def spec_of(words: Mapping[str, Any]) -> Spec:
     name, version = words.get("codebook"), words.get("codebook_version")
     if not (isinstance(name, str) and name in IDS):
         raise UnsupportedModel(
-            f"its codebook is {name!r}, and {', '.join(IDS)} can be read; name another folder"
+            f"its codebook is {shown(name)}, and {', '.join(IDS)} can be read; name another folder"
         )
     if version != VERSIONS[name]:
         raise UnsupportedModel(
-            f"its codebook is {name} of version {version}, and version {VERSIONS[name]} can be "
-            "read; download the model anew, or quantize it"
+            f"its codebook is {name} of version {shown(version)}, and version {VERSIONS[name]} can "
+            "be read; download the model anew, or quantize it"
         )
     for key, value in FIXED.items():
         if words.get(key, value) != value:
             raise UnsupportedModel(
-                f"its quip_params have {key} {words[key]!r}, and only {value!r} can be read; "
+                f"its quip_params have {key} {shown(words[key])}, and only {value!r} can be read; "
                 "name another folder, or quantize the model"
             )
     row, ratio = LATTICES[name], words.get("resid_scale_override", -1)
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not math.isfinite(ratio):
-        raise QuipError(f"resid_scale_override of its quip_params is {ratio!r}, not a number")
+        raise QuipError(f"resid_scale_override of its quip_params is {shown(ratio)}, not a number")
     if row.ratio is not None:
         ratio = float(ratio) if ratio > 0 else row.ratio
     codebook = {"kind": "lattice", "name": name, "ratio": row.ratio and ratio, "group": None}

@@ -1,8 +1,9 @@
 """What a folder in the published layout says of itself, before a weight of it is read."""
 
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -10,6 +11,16 @@ from quip.errors import Unavailable, UnsupportedModel, one_line
 from quip.packed.files import DAMAGED, INDEX, SINGLE, TensorEntry, header, weight_files
 from quip.packed.quip_sharp.format import ARCHITECTURES, Slot, spec_of
 from quip.packed.spec import Spec
+from quip.reading import read_json
+
+
+class Published(TypedDict):
+    """What has to be known of a config.json before transformers reads it."""
+
+    quip_params: NotRequired[dict[str, Any] | None]
+    architectures: NotRequired[list[str] | None]
+    model_type: NotRequired[str | None]
+
 
 DERIVED = "rotary_emb.inv_freq"  # older files hold what config.json says already
 
@@ -17,25 +28,22 @@ DERIVED = "rotary_emb.inv_freq"  # older files hold what config.json says alread
 def read_config(folder: Path) -> tuple[PretrainedConfig, Spec]:
     """The model's config without `quip_params`, and what these say."""
     path = folder / "config.json"
-    try:
-        words = json.loads(path.read_text())
-        params, made = words.get("quip_params"), words.get("architectures") or []
-    except OSError as error:
+    if not os.path.isfile(path):
         raise Unavailable(
-            f"it has no config.json that can be read ({error.strerror}); name a local folder with "
-            "all files of the model"
-        ) from error
-    except (ValueError, AttributeError) as error:
-        raise Unavailable(f"its config.json is no JSON object ({error}); {DAMAGED}") from error
-    if not isinstance(params, Mapping):
+            "it has no config.json that can be read; name a local folder with all files of the "
+            "model"
+        )
+    words = read_json(path, Published, remedy=DAMAGED, called="its config.json")
+    params, made = words.get("quip_params"), words.get("architectures") or []
+    if params is None:
         raise UnsupportedModel(
             "its config.json has no quip_params, as models published in the layout of QuIP# have; "
             "name the folder of one"
         )
     if len(made) != 1 or ARCHITECTURES.get(made[0]) != words.get("model_type"):
         raise UnsupportedModel(
-            f"its architecture is {', '.join(map(str, made)) or 'not named'} "
-            f"({words.get('model_type')}), and {' and '.join(ARCHITECTURES)} can be read; "
+            f"its architecture is {', '.join(made)[:100] or 'not named'} "
+            f"({str(words.get('model_type'))[:100]}), and {' and '.join(ARCHITECTURES)} can be read; "
             "name the folder of one"
         )
     spec = spec_of(params)

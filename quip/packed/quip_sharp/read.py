@@ -6,6 +6,7 @@ Headers are compared with what config.json promises before anything is converted
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from quip.packed.quip_sharp.format import (
 )
 from quip.packed.quip_sharp.headers import check, headers, read_config
 from quip.packed.spec import Spec
+from quip.reading import read_json, read_text
 
 GENERATION = "generation_config.json"
 EMBEDDING = "model.embed_tokens.weight"
@@ -67,11 +69,10 @@ def import_quip_sharp(
         model = _skeleton(config, spec, tied=HEAD not in held)
         check(held, _wanted(model, spec))
         words = _tokenizer(str(folder) if tokenizer is None else tokenizer)
+        texts = _generation(folder / GENERATION)
         _fill(model, spec, held)
     except QuipError as error:
         raise type(error)(f"{folder}: {error}") from error
-    path = folder / GENERATION
-    texts = {GENERATION: path.read_text()} if path.is_file() else {}
     save_checkpoint(model, words, out, texts=texts, overwrite=overwrite)
     name = spec.codebook["name"]
     return Imported(
@@ -112,6 +113,14 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         return read_tokenizer(name)
     except Exception as error:  # the loaders underneath raise no common class
         raise Unavailable(f"no usable tokenizer in {name} ({one_line(error)}); {remedy}") from error
+
+
+def _generation(path: Path) -> dict[str, str]:
+    """The file that says how to generate, as it is, if there is one and it is JSON."""
+    if not path.is_file():
+        return {}
+    read_json(path, dict[str, Any], remedy=DAMAGED, called=GENERATION)
+    return {GENERATION: read_text(path)}
 
 
 def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, TensorEntry]) -> None:
