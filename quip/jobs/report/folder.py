@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quip.errors import UsageError
+from quip.errors import Unavailable, UsageError
 from quip.files import check_new, replacing, write_csv, writing
 from quip.jobs.report.plots import write_plot
 from quip.jobs.report.words import RunWords
@@ -53,8 +53,12 @@ class RunFolder:
 
     def earlier_report(self, **same: Any) -> dict[str, Any]:
         """run.json as the run before left it, if this one takes it up and it says the same of
-        these entries."""
-        found = read_report(self.path) if self.resume else {}
+        these entries. Raises Unavailable, and lets others in, where that is damaged."""
+        try:
+            found = read_report(self.path) if self.resume else {}
+        except Unavailable:
+            self.release()
+            raise
         return found if all(found.get(key) == value for key, value in same.items()) else {}
 
     def write_report(self, report: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from quip.matrix.flags import FLAGS
 from quip.matrix.recipe import Recipe
 from quip.reading import read_yaml
 from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
-from quip.shapes import Within
+from quip.shapes import Within, check_shape
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
@@ -168,7 +168,7 @@ def read_table(name: str) -> Table:
             f"table {name}: choose {', '.join(table_names())}, or the path of a .yaml file "
             "that describes one"
         )
-    found = read_yaml(path, Description)
+    found = read_yaml(path, dict[str, Any])
     try:
         return _table(path.stem, found)
     except (TypeError, ValueError) as error:  # of tunings, whose names and numbers are their own
@@ -189,6 +189,7 @@ def _table(name: str, given: Mapping[str, Any]) -> Table:
     unknown = set(given) - {f.name for f in fields(Table)} - {"measure"}
     if unknown:
         raise UsageError(f"unknown name {shown(min(unknown, key=str))}")
+    check_shape(given, Description)
     words = {k: v for k, v in given.items() if k not in ("rows", "columns", "measures")}
     for key in ("models", "evaluate", "tasks"):
         words[key] = tuple(words.get(key, ()))
