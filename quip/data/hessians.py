@@ -35,7 +35,7 @@ from quip.data.hessian_files import (
     symmetric,
 )
 from quip.errors import Unavailable, UsageError
-from quip.files import replacing, writing
+from quip.files import make_folder, replacing, writing
 from quip.matrix.hessian import Hessian, sharing
 
 
@@ -155,7 +155,7 @@ class StoreWriter:
             if self.complete:
                 return
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             for row in () if resume else rows:
                 file_of(folder, row["name"]).unlink(missing_ok=True)
         self._write()
