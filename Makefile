@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test clean
+.PHONY: demo test sanitize clean
 
 # Quantize the model inside the package to 2 bits and show what it cost.
 demo: $(READY)
@@ -15,6 +15,14 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -n auto --dist loadfile
+
+# The tests of the kernels, compiled with address and undefined behaviour sanitizers (g++). Both
+# libraries stand before all others: that of C++ because torch throws and brings none.
+sanitize: $(READY)
+	CXX=g++ QUIP_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	$(BIN)/python -m pytest tests/kernels
 
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv

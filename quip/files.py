@@ -1,10 +1,16 @@
-"""Files and folders that appear under their name only when they are complete."""
+"""Files and folders that appear under their name only when they are complete.
+
+Complete is what a power cut leaves complete: bytes are on the disk before a name leads to them,
+and the name is before what it replaces goes. All that is written has the mode of the umask.
+"""
 
 import csv
+import errno
 import glob
 import os
 import platform
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +29,42 @@ def replacing(final: Path) -> Iterator[Path]:
     partial = final.with_name(f".{final.name}.partial")
     try:
         with writing(final):
+            mode = _mode_of_new(partial)
             yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())  # or the name might outlive a power cut, and not the bytes
-            os.replace(partial, final)
+            partial.chmod(mode)
+            put(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def put(file: Path, final: Path) -> None:
+    """Give a complete file its name, and both to the disk."""
+    sync(file)
+    os.replace(file, final)
+    sync(final.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the bytes of a file, or the names in a folder, are on the disk."""
+    # A folder may be written to and not read, and some network file systems sync no folders.
+    passed = (errno.EACCES, errno.EINVAL, errno.ENOTSUP) if path.is_dir() else ()
+    try:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        if error.errno not in passed:
+            raise
+
+
+def make_folder(path: Path, *, exist_ok: bool = True) -> None:
+    """A folder and those above it that are missing; their names are on the disk."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=exist_ok)
+    for made in missing:
+        sync(made.parent)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
@@ -51,8 +87,9 @@ def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
     _clear_away(place)
     try:
         with writing(final):
-            partial.mkdir(parents=True)
+            make_folder(partial, exist_ok=False)
             yield partial
+            _complete(partial)
             _take_place(partial, place, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,6 +123,25 @@ def check_new(path: Path, flag: str, *, overwrite: bool) -> None:
         raise UsageError(f"{flag} {path}: {above} is no folder that can be written to")
 
 
+def _mode_of_new(path: Path) -> int:
+    """What a new file gets here. Some writers, such as that of safetensors, give 0600 instead."""
+    path.unlink(missing_ok=True)  # nothing is written through a link that waits there
+    path.touch(exist_ok=False)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
+
+
+def _complete(folder: Path) -> None:
+    """All files get the mode of new ones, and all there is goes to the disk."""
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # of the umask, as the folder's own
+    for path, _, names in os.walk(folder, topdown=False):
+        for file in (Path(path, name) for name in names):
+            file.chmod(mode)
+            sync(file)
+        sync(Path(path))
+
+
 def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
     old = _ours(final, "old")
     aside = overwrite and final.is_dir()
@@ -98,10 +154,12 @@ def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
             os.replace(old, final)
         kept = next(p for n in range(2, 100) if not (p := _numbered(final, n)).exists())
         os.replace(partial, kept)
+        sync(kept.parent)
         raise Unavailable(
             f"{final} cannot be written ({error.strerror or error}); "
             f"what was to go there is in {kept}"
         ) from error
+    sync(final.parent)
     if aside:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -117,7 +175,7 @@ def _clear_away(place: Path) -> None:
     for kind in ("partial", "old"):
         prefix = _ours(place, kind, "").name
         for left in place.parent.glob(f"{glob.escape(prefix)}*"):
-            if _runs(left.name.removeprefix(prefix)):
+            if runs(left.name.removeprefix(prefix)):
                 continue
             if kind == "old" and not place.exists():
                 os.replace(left, place)  # killed before the new one was in its place
@@ -125,7 +183,7 @@ def _clear_away(place: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _runs(number: str) -> bool:
+def runs(number: str) -> bool:
     """Whether another process of this machine has the number."""
     if not number.isdecimal() or int(number) == os.getpid():
         return False

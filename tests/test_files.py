@@ -1,17 +1,22 @@
 """Files and folders take their name when they are complete; until then the old ones stay."""
 
+import contextlib
 import errno
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from quip.errors import QuipError, Unavailable, UsageError
-from quip.files import check_new, new_folder, replacing
+from quip.files import check_new, make_folder, new_folder, replacing
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -253,3 +258,112 @@ def test_places_that_cannot_be_written_to_are_refused_at_once(room, monkeypatch)
     assert refusal(below) == f"--save {below}: {old / 'file'} is no folder that can be written to"
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     assert refusal(room / "new").endswith(f"{room} is no folder that can be written to")
+
+
+# What a power cut and a umask leave
+
+
+@pytest.fixture
+def happened(room, monkeypatch) -> list[tuple[str, ...]]:
+    """What is synced, renamed and removed, in order, by paths below the room."""
+    events: list[tuple[str, ...]] = []
+    replace, fsync, remove = os.replace, os.fsync, shutil.rmtree
+
+    def name(path: Path | str) -> str:
+        below = str(Path(path).relative_to(room))
+        return re.sub(rf"-{re.escape(platform.node())}-\d+", "", below)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        events.append(("rename", name(source), name(target)))
+        replace(source, target)
+
+    def watched_fsync(file: int) -> None:
+        events.append(("sync", name(os.readlink(f"/proc/self/fd/{file}"))))
+        fsync(file)
+
+    def watched_remove(path: Path, **options: bool) -> None:
+        if path.exists():
+            events.append(("remove", name(path)))
+        remove(path, **options)
+
+    monkeypatch.setattr("shutil.rmtree", watched_remove)
+    monkeypatch.setattr("os.replace", watched_replace)
+    monkeypatch.setattr("os.fsync", watched_fsync)
+    return events
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc/self/fd")
+
+
+@needs_proc
+def test_a_file_is_on_the_disk_before_its_name_is_and_then_its_name(room, happened):
+    write_file(room / "run.json", "text")
+    partial = ".run.json.partial"
+    assert happened == [("sync", partial), ("rename", partial, "run.json"), ("sync", ".")]
+
+
+@needs_proc
+def test_a_folder_is_on_the_disk_whole_before_the_old_one_goes(room, happened):
+    final = fill(room / "model")
+    with new_folder(final, overwrite=True) as partial:
+        (partial / "below").mkdir()
+        for file in (partial / "file", partial / "below" / "file"):
+            file.write_text("new")
+    new, old = ".model.partial", ".model.old"
+    assert happened == [
+        ("sync", "."),  # the name of the new folder
+        *[("sync", f"{new}/below/file"), ("sync", f"{new}/below")],
+        *[("sync", f"{new}/file"), ("sync", new)],
+        *[("rename", "model", old), ("rename", new, "model"), ("sync", "."), ("remove", old)],
+    ]
+
+
+@needs_proc
+def test_folders_that_are_made_have_names_on_the_disk(room, happened):
+    make_folder(room / "a" / "b")
+    assert sorted(happened) == [("sync", "."), ("sync", "a")]
+    make_folder(room / "a" / "b")
+    assert len(happened) == 2
+
+
+@pytest.mark.parametrize(("code", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_syncs_no_folders_will_do(room, code, passes, monkeypatch):
+    def fsync(file: int) -> None:
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with contextlib.nullcontext() if passes else pytest.raises(Unavailable, match="Input/output"):
+        write_file(room / "run.json", "text")
+    with contextlib.nullcontext() if passes else pytest.raises(Unavailable, match="Input/output"):
+        write_folder(room / "model", "text")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_all_that_is_written_has_the_mode_of_the_umask(room, umask):
+    def write(path: Path) -> None:
+        save_file({"x": torch.zeros(2)}, path)
+        path.chmod(0o600)  # as some versions of safetensors leave it
+
+    before = os.umask(umask)
+    try:
+        with replacing(room / "block.safetensors") as partial:
+            write(partial)
+        with new_folder(room / "model", overwrite=False) as partial:
+            write(partial / "model.safetensors")
+            (partial / "below").mkdir()
+            write(partial / "below" / "model.safetensors")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in room.rglob("*.safetensors")}
+    assert modes == {0o666 & ~umask}
+    assert {stat.S_IMODE(p.stat().st_mode) for p in room.rglob("*") if p.is_dir()} == {
+        0o777 & ~umask
+    }
+
+
+def test_nothing_is_written_through_a_link_that_waits_at_the_partial_name(room):
+    (room / "mine").write_text("mine")
+    (room / ".run.json.partial").symlink_to(room / "mine")
+    write_file(room / "run.json", "text")
+    assert [(room / name).read_text() for name in names(room)] == ["mine", "text"]

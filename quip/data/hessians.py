@@ -36,7 +36,7 @@ from quip.data.hessian_files import (
     symmetric,
 )
 from quip.errors import Unavailable, UsageError, shown
-from quip.files import replacing, writing
+from quip.files import make_folder, replacing, writing
 from quip.matrix.hessian import Hessian, sharing
 
 
@@ -158,7 +158,7 @@ class StoreWriter:
             if self.complete:
                 return
         with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             for row in () if resume else rows:
                 if is_of_a_store(path := file_of(folder, row["name"])):
                     path.unlink()

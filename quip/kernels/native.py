@@ -5,15 +5,21 @@ source, flags, compiler and processor.
 """
 
 import ctypes
+import errno
 import hashlib
 import logging
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+
+from quip.errors import one_line
+from quip.kernels.cache import building, cache_folder, fits, keep, make_ours
 
 COMPILERS = ("g++", "clang++", "c++")  # where CXX is not set
 ARM = platform.machine() in ("aarch64", "arm64")
@@ -21,6 +27,8 @@ FLAGS = (
     *("-std=c++17", "-O3", "-mcpu=native" if ARM else "-march=native", "-fno-math-errno"),
     *("-ffp-contract=fast", "-shared", "-fPIC"),
 )
+SECONDS = 120  # that a compilation may take
+EXPORTED = re.compile(r'extern "C" [^({;]*?(\w+)\(')
 log = logging.getLogger(__name__)
 
 
@@ -30,9 +38,10 @@ def library(source: Path) -> ctypes.CDLL | None:
     try:
         return _load(source)
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        first = next(iter(reason.strip().splitlines()), "it did not say why")
-        log.warning("%s: torch does its work, more slowly: %s", _short(source), first)
+        said = getattr(error, "stderr", None)
+        lines = said.strip().splitlines() if isinstance(said, str) else [str(error)]
+        reason = lines[0][:200] if lines else "it did not say why"
+        log.warning("%s: torch does its work, more slowly: %s", _short(source), reason)
         return None
 
 
@@ -43,51 +52,114 @@ def _short(source: Path) -> str:
 
 def _load(source: Path) -> ctypes.CDLL:
     compiler = _compiler()
-    path = cache_folder() / f"{source.parent.name}-{_fingerprint(source, compiler)}.so"
-    if path.exists():
+    name = f"{source.parent.name}-{_fingerprint(source, compiler)}.so"
+    _ignore_relative(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        return _kept(source, compiler, make_ours(cache_folder()) / name)
+    except OSError as error:
+        _give_up_cache(f"{error.filename}: {error.strerror}" if error.filename else one_line(error))
+    with tempfile.TemporaryDirectory(prefix="quip-") as folder:  # once loaded it needs no name
+        return _compile(source, compiler, Path(folder) / name)
+
+
+def _kept(source: Path, compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
+    """The library at a path of the cache, compiled unless it is there as it was kept."""
+    if fits(path):
         try:
-            return ctypes.CDLL(str(path))
+            return _open(path, source)
         except OSError:
-            log.info("%s cannot be loaded and is built again", path)
-    _compile(source, compiler, path)
-    return ctypes.CDLL(str(path))
+            log.info("%s cannot be used and is built again", path)
+    with building(path.parent) as folder:
+        # Opened before it takes its name: a process keeps to the first library that it has
+        # opened by a name.
+        compiled = _compile(source, compiler, folder / path.name)
+        keep(folder / path.name, path)
+    return compiled
 
 
-def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), *COMPILERS)):
-        if path := shutil.which(name):
-            return path
+@cache  # one line a process
+def _ignore_relative(given: str) -> None:
+    if given and not os.path.isabs(given):
+        log.warning("XDG_CACHE_HOME=%s is ignored: it is not an absolute path", given[:200])
+
+
+@cache
+def _give_up_cache(reason: str) -> None:
+    log.warning(
+        "kernels are compiled in each process anew, as they cannot be cached (%s); name a folder "
+        "of your own in XDG_CACHE_HOME",
+        reason,
+    )
+
+
+def _compiler() -> tuple[str, ...]:
+    """The words of a command, such as those of CXX="ccache g++", that begin with a program."""
+    for words in (_words("CXX"), *((name,) for name in COMPILERS)):
+        if words and (path := shutil.which(words[0])):
+            return path, *words[1:]
     raise FileNotFoundError(f"no C++ compiler: install one of {', '.join(COMPILERS)}, or set CXX")
 
 
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: quip/ in XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quip"
+def _flags() -> tuple[str, ...]:
+    """FLAGS, and what QUIP_CXXFLAGS adds: sanitizers, for one."""
+    return FLAGS + _words("QUIP_CXXFLAGS")
 
 
-def _fingerprint(source: Path, compiler: str) -> str:
-    version = _run(compiler, "--version")
-    parts = (source.read_bytes(), " ".join(FLAGS).encode(), version.encode(), _processor().encode())
+def _words(variable: str) -> tuple[str, ...]:
+    """An environment variable as a shell would split it."""
+    given = os.environ.get(variable, "")
+    try:
+        return tuple(shlex.split(given))
+    except ValueError as error:
+        raise OSError(f"{variable}={given[:200]}: {error}") from error
+
+
+def _fingerprint(source: Path, compiler: tuple[str, ...]) -> str:
+    version = _run(*compiler, "--version")
+    parts = (source.read_bytes(), *map(os.fsencode, (" ".join(_flags()), version, _processor())))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
 def _processor() -> str:
     """What -march=native depends on."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    lines = [platform.processor()]
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
     kinds = ("vendor_id", "cpu family", "model", "flags", "CPU implementer", "CPU part", "Features")
     return "\n".join(sorted({line for line in lines if line.startswith(kinds)} or lines[:1]))
 
 
-def _compile(source: Path, compiler: str, path: Path) -> None:
-    """Into a name of its own, then renamed: another process sees all of the library or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / path.name
-        _run(compiler, *FLAGS, str(source), "-o", str(built))
-        os.replace(built, path)
+def _compile(source: Path, compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
+    """The library at a path that did not exist; the compiler's own files lie beside it."""
+    try:
+        _run(*compiler, *_flags(), str(source), "-o", str(path), TMPDIR=str(path.parent))
+    except subprocess.CalledProcessError as error:
+        for code in (errno.ENOSPC, errno.EDQUOT):  # a fault of the folder, not of the compiler
+            if os.strerror(code) in error.stderr:
+                raise OSError(code, os.strerror(code), str(path)) from error
+        raise
+    return _open(path, source)
 
 
-def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+def _open(path: Path, source: Path) -> ctypes.CDLL:
+    """A library with all that its source exports. Raises OSError for any other."""
+    found = ctypes.CDLL(str(path))
+    for symbol in EXPORTED.findall(source.read_text(encoding="utf-8")):
+        if not hasattr(found, symbol):
+            raise OSError(f"{path} has no function {symbol}")
+    return found
+
+
+def _run(*command: str, **variables: str) -> str:
+    """What a command prints, in English, whatever its bytes."""
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env={**os.environ, "LC_ALL": "C", **variables},
+        check=True,
+        timeout=SECONDS,
+    )
     return done.stdout

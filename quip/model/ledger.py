@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quip.errors import QuipError, Unavailable, UsageError, one_line, shown
-from quip.files import replacing, writing
+from quip.files import make_folder, replacing, writing
 from quip.model.block import BlockModule
 from quip.model.matrices import find_blocks
 from quip.model.records import MatrixRecord, parse_records
@@ -77,7 +77,7 @@ class Ledger:
             return
         with writing(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            make_folder(self.folder)
         with replacing(path) as partial:
             partial.write_text(json.dumps(self.fingerprint, indent=2) + "\n")
 

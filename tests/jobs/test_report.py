@@ -9,7 +9,8 @@ import pytest
 
 from quip.errors import Unavailable, UsageError
 from quip.jobs.report import plots
-from quip.jobs.report.folder import LOCK, RunFolder
+from quip.jobs.report.folder import RunFolder
+from quip.jobs.report.lock import LOCK
 from quip.jobs.report.plots import plot_losses
 from quip.jobs.report.report import Report, peak_memory, summary
 from quip.jobs.report.text import table

@@ -1,7 +1,6 @@
 """The panel of grids against the loop over any codebook, and where it cannot be compiled."""
 
 import logging
-import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -216,55 +215,3 @@ def test_without_a_compiler_torch_does_the_work_and_the_log_says_so(
     assert "install one of g++" in line
     assert (codes != expected[0]).any(1).sum() <= 1  # rows with a flipped tie
     assert proxy_loss(W, W_hat, H) == pytest.approx(proxy_loss(W, expected[1], H), rel=1e-2)
-
-
-@needs_compiler
-def test_a_compile_that_fails_is_logged_once_with_its_reason(fresh_cache, tmp_path, caplog):
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("#error this cannot be built\n")
-    assert native.library(broken) is None
-    assert native.library(broken) is None
-    (line,) = caplog.messages
-    assert "broken.cpp" in line
-    assert "this cannot be built" in line
-    assert not list(fresh_cache.iterdir())  # no half-built library stays behind
-
-
-def two(tmp_path, name="two.cpp"):
-    source = tmp_path / name
-    source.write_text('extern "C" int two() { return 2; }\n')
-    return source
-
-
-@needs_compiler
-def test_a_library_is_built_once_and_again_if_it_is_corrupt(fresh_cache, tmp_path):
-    source = two(tmp_path)
-    assert native.library(source).two() == 2
-    (built,) = fresh_cache.iterdir()
-    age = built.stat().st_mtime_ns
-    native.library.cache_clear()
-    assert native.library(source).two() == 2
-    assert built.stat().st_mtime_ns == age
-
-    other = two(tmp_path, "other.cpp")
-    path = fresh_cache / f"other-{native._fingerprint(other, native._compiler())}.so"
-    path.write_bytes(b"not a library")
-    assert native.library(other).two() == 2
-
-
-def build(source, results):
-    library = native.library(source)
-    results.put(library is not None and library.two())
-
-
-@needs_compiler
-def test_processes_that_compile_at_once_do_not_disturb_each_other(fresh_cache, tmp_path):
-    context = multiprocessing.get_context("fork")
-    source, results = two(tmp_path), context.Queue()
-    processes = [context.Process(target=build, args=(source, results)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    assert [results.get(timeout=60) for _ in processes] == [2, 2, 2]
-    for process in processes:
-        process.join()
-    assert len(list(fresh_cache.iterdir())) == 1

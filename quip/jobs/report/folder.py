@@ -1,6 +1,5 @@
 """The folder of one run: written to by one run at a time, each file complete or not there."""
 
-import fcntl
 import json
 import math
 import os
@@ -12,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from quip.errors import Unavailable, UsageError
-from quip.files import check_new, replacing, write_csv, writing
+from quip.files import check_new, make_folder, replacing, write_csv, writing
+from quip.jobs.report.lock import LOCK, FolderLock
 from quip.jobs.report.plots import write_plot
 from quip.jobs.report.words import RunWords
 from quip.model.records import MatrixRecord
 from quip.reading import parse_json, read_json
-
-LOCK = ".lock"  # there while a run writes; after a kill it may be there, but is not locked
 
 REMEDY = "remove it if what it knows may be lost"
 
@@ -39,7 +37,7 @@ class RunFolder:
         """Raises UsageError for a path (the value of `flag`) that cannot be made, that is in use
         by another run, or that holds files not to be lost."""
         self.path, self.resume, self.flag = path, resume, flag
-        self._lock: int | None = None
+        self._lock = FolderLock(path)
         if (path / LOCK).exists():  # of a run that goes on, or of one that was killed
             self._take()
             self.release()
@@ -75,10 +73,10 @@ class RunFolder:
 
     def open(self) -> None:
         """Make the folder, keep other runs out, and clear away the run before, unless taken up."""
-        if self._lock is not None:
+        if self._lock.held:
             return
         with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         self._take()
         if not self.resume:  # one folder never mixes two runs
             for name in self.FILES:
@@ -87,23 +85,16 @@ class RunFolder:
 
     def release(self) -> None:
         """Let others in. The end of the process, however it comes, does the same."""
-        if self._lock is not None:
-            (self.path / LOCK).unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
     def _take(self) -> None:
         with writing(self.path):
-            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(lock)
+            taken = self._lock.take()
+        if not taken:
             raise UsageError(
                 f"{self.flag} {self.path}: another run is writing to it; name another folder, or "
                 "wait"
-            ) from error
-        self._lock = lock
+            )
 
 
 def read_report(folder: Path, shape: Any = RunWords) -> dict[str, Any]:

@@ -63,10 +63,10 @@ Ints as_ints(Floats x) { return (Ints)x; }
 Floats as_floats(Ints x) { return (Floats)x; }
 
 // Bit l is that of lane l, which is 0 or -1
-int32_t bits_of(Ints lanes) {
-    constexpr int32_t BITS[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
-                                8192, 16384, 32768};
-    int32_t bits[LANES], all = 0;
+uint32_t bits_of(Ints lanes) {
+    constexpr uint32_t BITS[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+                                 8192, 16384, 32768};
+    uint32_t bits[LANES], all = 0;
     std::memcpy(bits, &lanes, sizeof bits);
     for (int l = 0; l < LANES; l++) all |= bits[l] & BITS[l];
     return all;
@@ -154,7 +154,7 @@ void try_patterns(const Tables &t, const float *x, float shift, float &gain, int
     }
     const bool even = negatives % 2 == 0;  // 9 is odd: then one more sign has to change
     float gains[PATTERNS], best = gain;
-    int32_t better = 0;
+    uint32_t better = 0;
     for (int from = 0; from < PATTERNS; from += LANES) {
         Floats product{}, least = all(1e38f);
         for (int i = 0; i < DIM; i++) {
@@ -203,7 +203,8 @@ void nearest_e8p(const Tables &t, const Floats *x, int32_t *codes) {
     std::memcpy(codes, &signs, sizeof signs);
     for (int l = 0; l < LANES; l++) codes[l] ^= t.code_of[at[l]];
     // About one in twenty Gaussian vectors
-    for (int left = bits_of((plus.bound > gain) | (minus.bound > gain)); left; left &= left - 1) {
+    uint32_t left = bits_of((plus.bound > gain) | (minus.bound > gain));
+    for (; left; left &= left - 1) {
         const int l = __builtin_ctz(left);
         float lane[DIM], best = gain[l];
         for (int i = 0; i < DIM; i++) lane[i] = x[i][l];

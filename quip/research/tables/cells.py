@@ -18,7 +18,7 @@ from typing import Any
 
 from quip.data import DATASETS
 from quip.evaluate.zeroshot import ZeroShot
-from quip.files import replacing
+from quip.files import make_folder, replacing
 from quip.jobs.report.folder import as_json, read_report, read_words
 from quip.jobs.report.words import MeasuredWords
 from quip.jobs.requests import Machine, Text
@@ -120,7 +120,7 @@ class Cell:
 
     def write(self, numbers: Mapping[str, Any]) -> None:
         """run.json, of a cell that is no run of its own."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         report = {
             "model": self.model,
             "flags": dict(self.flags),

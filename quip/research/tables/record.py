@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quip.files import replacing, write_csv, writing
+from quip.files import make_folder, replacing, write_csv, writing
 from quip.jobs.report.folder import as_json
 from quip.jobs.report.plots import can_plot
 from quip.research.tables.cells import Settings, cells, identity
@@ -57,7 +57,7 @@ def write_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
         folder / f"{record['table']}.{kind}" for kind in ("json", "csv", "md", "png")
     ]
     with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         picture.unlink(missing_ok=True)
     with replacing(paths[0]) as partial:
         partial.write_text(as_json(record))
