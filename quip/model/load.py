@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,7 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.errors import Unavailable, UnsupportedModel, UsageError
+from quip.errors import Unavailable, UnsupportedModel, UsageError, shown
+from quip.files import check_regular
+from quip.model import gguf
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.hub import METHOD
 
@@ -77,7 +79,7 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     model that transformers itself knows) or UsageError (dtype, seqlen).
     """
     if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {shown(dtype)}; choose from {', '.join(DTYPES)}")
     source = _locate(name)
     config = _config(name, source)
     _check_causal(name, config)
@@ -134,11 +136,11 @@ def _locate(name: str) -> _Source:
 
 
 def _config(name: str, source: _Source) -> PretrainedConfig:
+    if source.gguf is not None:
+        return gguf.read_config(name, Path(source.where) / source.gguf)
     try:
         return AutoConfig.from_pretrained(source.where, **source.keywords)
     except Exception as error:
-        if source.gguf is not None:
-            _explain_gguf(name, source, error)
         if "trust_remote_code" in str(error):
             raise UnsupportedModel(
                 f"{name} needs Python code from its own repository, which is never run here; "
@@ -152,23 +154,6 @@ def _config(name: str, source: _Source) -> PretrainedConfig:
             f"{name} is no local folder, and as a hub id: {_reason(error)}; give the id of a model "
             "that can be reached or is cached, a folder, a .gguf file, or `demo`"
         ) from error
-
-
-def _explain_gguf(name: str, source: _Source, error: Exception) -> NoReturn:
-    """Raise what is wrong with a GGUF file that transformers could not read the config of."""
-    from gguf import GGUFReader
-
-    try:
-        field = GGUFReader(Path(source.where) / str(source.gguf)).get_field("general.architecture")
-    except Exception as damage:
-        raise Unavailable(
-            f"{name} is not a GGUF file, or a truncated one; download it again"
-        ) from damage
-    raise UnsupportedModel(
-        f"{name} holds a model of architecture {field.contents() if field else 'unknown'!r}, which "
-        f"cannot be read from GGUF: {_reason(error)}; give its original folder or hub id, or a "
-        "Llama-like GGUF file"
-    ) from error
 
 
 def _check_causal(name: str, config: PretrainedConfig) -> None:

@@ -1,0 +1,290 @@
+"""What a .gguf file says and transformers passes over: translated into the config, or refused.
+
+transformers takes the keys and the tensors that it has names for, and leaves the others without a
+word, which gives another model: default rotary embeddings where the file scales them, no biases.
+So all that a file says of its model is accounted for here. It is in the config, or is put there,
+or has no meaning for the result (and the reason stands beside it), or the file is refused.
+"""
+
+import re
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.integrations.gguf import GGUF_ARCHS, GGUF_CONFIG_ARCHS, read_gguf_metadata
+
+from quip.errors import QuipError, Unavailable, UnsupportedModel, one_line, shown
+from quip.model.gguf_rope import translate_rope
+from quip.packed.checkpoint import skeleton
+
+# A file's key -> what configs call it; the first name that a config has a field for counts.
+SAME = {
+    "vocab_size": ("vocab_size",),
+    "context_length": ("max_position_embeddings", "n_positions", "seq_length"),
+    "embedding_length": ("hidden_size",),
+    "block_count": ("num_hidden_layers",),
+    "feed_forward_length": ("intermediate_size", "ffn_hidden_size", "n_inner"),
+    "attention.head_count": ("num_attention_heads",),
+    "attention.head_count_kv": ("num_key_value_heads",),
+    "attention.key_length": ("head_dim",),
+    "attention.value_length": ("head_dim",),
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps", "norm_eps", "layer_norm_epsilon"),
+    "attention.layer_norm_epsilon": (
+        "layer_norm_eps",
+        "layer_norm_epsilon",
+        "norm_epsilon",
+        "norm_eps",
+    ),
+    "attention.sliding_window": ("sliding_window",),
+    "attn_logit_softcapping": ("attn_logit_softcapping",),
+    "final_logit_softcapping": ("final_logit_softcapping",),
+    "expert_count": ("num_experts", "num_local_experts"),
+    "expert_used_count": ("num_experts_per_tok",),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": ("shared_expert_intermediate_size",),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "use_parallel_residual": ("use_parallel_residual",),
+    "ssm.conv_kernel": ("conv_kernel",),
+    "ssm.state_size": ("state_size",),
+    "ssm.time_step_rank": ("time_step_rank",),
+    "ssm.inner_size": ("intermediate_size",),
+}
+
+# Keys that change no result.
+SILENT = {
+    "rope.scaling.finetuned": "how the model was trained, not what it computes",
+    "tensor_data_layout": "the order of rows that every file of its architecture has",
+}
+
+# Tensors that no parameter needs to receive.
+NO_PARAMETER = {
+    r"rope_freqs\.weight|rope_factors_(long|short)\.weight": "rotary scaling, now in the config",
+    r"blk\.\d+\.attn_rot_embd(\.weight)?": "plain rotary frequencies, which models compute",
+}
+
+# Biases that a file has -> the switches of configs that make room for them.
+BIASES = {
+    r"blk\.\d+\.attn_(q|k|v|qkv|output)\.bias": ("attention_bias", "use_bias", "bias"),
+    r"blk\.\d+\.ffn_(gate|up|down)\.bias": ("mlp_bias", "use_bias", "bias"),
+}
+
+REMEDY = "give the model's original folder or hub id"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says before its tensors' data."""
+
+    words: dict[str, Any]  # the metadata; arrays of strings as their lengths
+    tensors: tuple[str, ...]  # by the names of GGUF
+
+    @property
+    def architecture(self) -> str:
+        return str(self.words["general.architecture"])
+
+    def own(self) -> dict[str, Any]:
+        """What is said of the model itself, without the architecture in front."""
+        prefix = f"{self.architecture}."
+        return {
+            key.removeprefix(prefix): value
+            for key, value in self.words.items()
+            if key.startswith(prefix)
+        }
+
+
+def read_header(name: str, path: Path) -> Header:
+    """Raises Unavailable for what is no GGUF file, and UnsupportedModel for a part of a model."""
+    try:
+        words, tensors = read_gguf_metadata(str(path))
+    except Exception as error:  # struct, numpy and the reader itself share no class
+        if "general.architecture" not in str(error):
+            raise Unavailable(
+                f"{name} is not a GGUF file, or a truncated one ({one_line(error)}); "
+                "download it again"
+            ) from error
+        words, tensors = _later_part(path), ()
+    if (count := words.get("split.count", 1)) != 1:
+        raise UnsupportedModel(
+            f"{name} is part {words.get('split.no', 0) + 1} of {count} of a model; join them with "
+            "llama-gguf-split --merge"
+        )
+    if words.get("general.type", "model") != "model":
+        raise UnsupportedModel(f"{name} holds a {shown(words['general.type'])}, and no model")
+    return Header(words, tensors)
+
+
+def _later_part(path: Path) -> dict[str, Any]:
+    """The keys of a file that names no architecture, as the parts after a first one do not."""
+    from gguf import GGUFReader
+
+    return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+
+
+def read_config(name: str, path: Path) -> PretrainedConfig:
+    """The config that a file's keys and tensors describe, with nothing of them left out.
+
+    Raises Unavailable for a damaged file and UnsupportedModel for one of which a part would be
+    lost; the message names the key or the tensor.
+    """
+    header = read_header(name, path)
+    for key, value in header.own().items():
+        varies = isinstance(value, list) and key in SAME and len(set(value)) > 1
+        if varies and header.architecture not in GGUF_CONFIG_ARCHS:
+            raise UnsupportedModel(
+                f"{name}: its key {header.architecture}.{key} ({shown(value)}) differs between "
+                f"layers, which no config can say; {REMEDY}"
+            )
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as error:
+        if "not supported" not in str(error) and "Unrecognized" not in str(error):
+            raise Unavailable(
+                f"{name} is not a GGUF file, or a truncated one ({one_line(error)}); "
+                "download it again"
+            ) from error
+        raise UnsupportedModel(
+            f"{name} holds a model of architecture {shown(header.architecture)}, which cannot be "
+            f"read from GGUF: {one_line(error)}; {REMEDY}, or a Llama-like GGUF file"
+        ) from error
+    try:
+        _complete(config, header, path)
+        _check_tensors(config, header)
+    except QuipError as error:
+        raise type(error)(f"{name}: {error}; {REMEDY}") from error
+    return config
+
+
+def _complete(config: PretrainedConfig, header: Header, path: Path) -> None:
+    """Put into the config what transformers left out of it. Raises UnsupportedModel by key."""
+    own, known = header.own(), _seen(header)
+    _fill_defaults(config, own)
+    known |= translate_rope(config, own, header.tensors, path)
+    for key, value in own.items():
+        if key not in known and key not in SILENT and not _put(config, key, value):
+            raise UnsupportedModel(
+                f"its key {header.architecture}.{key} ({shown(value)}) has no place in the config "
+                f"of a {config.model_type}"
+            )
+    for token, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        if f"tokenizer.ggml.{key}_token_id" not in header.words:
+            setattr(config, f"{token}_token_id", None)
+    config.tie_word_embeddings = "output.weight" not in header.tensors
+    for pattern, switches in BIASES.items():
+        if any(re.fullmatch(pattern, tensor) for tensor in header.tensors):
+            _set(config, switches, True)
+
+
+def _seen(header: Header) -> set[str]:
+    """The keys that transformers reads itself, for the architectures whose reader is a function."""
+    seen: set[str] = set()
+
+    class Watched(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            seen.add(key)
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            return self[key] if key in self else default
+
+    if reader := GGUF_CONFIG_ARCHS.get(header.architecture):
+        reader(Watched(header.words), header.tensors)
+    return {key.removeprefix(f"{header.architecture}.") for key in seen}
+
+
+def _put(config: PretrainedConfig, key: str, value: Any) -> bool:
+    """Whether the config now says what the key says, or needs not."""
+    if isinstance(value, list) and len(set(value)) == 1:
+        value = value[0]  # alike in every layer
+    if key == "attention.causal":
+        return value is True
+    if key == "attention.value_length":
+        return value == config.head_dim
+    if key == "attention.head_count_kv" and config.model_type == "falcon":
+        return value == 1  # the only layout that transformers makes of this architecture's files
+    if key == "attention.sliding_window" and "full_attention" in getattr(config, "layer_types", ()):
+        # Layers differ, as their class has it: the window must be one that some of them have.
+        if value and "sliding_attention" not in config.layer_types:
+            return False
+    if isinstance(value, int | float) and not value:  # GGUF's word for "there is none"
+        value = None
+        return key not in ("attention.sliding_window", "final_logit_softcapping") or _set(
+            config, SAME[key], None
+        )
+    return not isinstance(value, list) and _set(config, SAME.get(key, ()), value)
+
+
+def _set(config: PretrainedConfig, names: tuple[str, ...], value: Any) -> bool:
+    """Whether the config has a field of one of these names, which is then the value."""
+    known = {field.name for field in fields(config)} | set(config.attribute_map) | {"head_dim"}
+    name = next((name for name in names if name in known), None)
+    if name is not None and getattr(config, name, None) != value:
+        setattr(config, name, value)
+    return name is not None
+
+
+def _fill_defaults(config: PretrainedConfig, own: dict[str, Any]) -> None:
+    """Where a file is silent its format's defaults hold, and not those of transformers' classes."""
+    heads, width = own.get("attention.head_count"), own.get("embedding_length")
+    if not (isinstance(heads, int) and isinstance(width, int) and heads > 0):
+        return  # without attention, or another number of heads in every layer
+    head = own.get("attention.key_length", width // heads)
+    if head != getattr(config, "head_dim", width // heads):
+        config.head_dim = head
+    if "attention.head_count_kv" not in own:
+        _set(config, SAME["attention.head_count_kv"], heads)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        # llama.cpp tells the 27B models, whose scores have another scale, by their depth.
+        largest = own.get("block_count") == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
+        config.query_pre_attn_scalar = width // heads if largest else head
+
+
+def _check_tensors(config: PretrainedConfig, header: Header) -> None:
+    """Raise UnsupportedModel unless some parameter receives every tensor of the file."""
+    received = set(_received(config, header))
+    harmless = "|".join(NO_PARAMETER)
+    left = [x for x in header.tensors if x not in received and not re.fullmatch(harmless, x)]
+    if left:
+        raise UnsupportedModel(
+            f"no parameter of a {config.model_type} receives {len(left)} of its tensors, such as "
+            f"{shown(min(left))}"
+        )
+
+
+def _received(config: PretrainedConfig, header: Header) -> Iterator[str]:
+    """The file's tensors that transformers puts into a parameter of the model."""
+    model = skeleton(config)
+    if header.architecture in GGUF_ARCHS:
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+        from transformers.integrations.gguf import get_gguf_conversion_mapping
+
+        steps = deepcopy(get_gguf_conversion_mapping(header.architecture, config))
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
+        renamings = [step for step in steps if not isinstance(step, WeightConverter)]
+        names = {*model.state_dict(), *dict(model.named_parameters(remove_duplicate=False))}
+        for tensor in header.tensors:
+            name, _ = rename_source_key(tensor, renamings, converters)
+            # Multi-token prediction guesses ahead; the next token is what it is without.
+            if name in names or name.startswith("mtp."):
+                yield tensor
+        return
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)()
+    try:
+        places = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as error:  # a Llama, say, that is called mistral
+        raise UnsupportedModel(
+            f"transformers takes it for a {config.model_type}, whose tensors it cannot place"
+        ) from error
+    for tensor in header.tensors:
+        # Experts are placed by name alone, and GPT-2's output is placed by hand.
+        by_hand = header.architecture == "gpt2" and tensor == "output.weight"
+        if tensor in places or tensor.removesuffix(".weight") in places or by_hand:
+            yield tensor
