@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quip.errors import QuipError
 from quip.model.load import LoadedModel, load_model
 from tests.support.gguf_files import write_gguf
-from tests.support.tiny import GQA, LLAMA, SLIDING, logits
+from tests.support.tiny import GQA, SLIDING, logits
 
 ROPE = {"rope_theta": 10000.0}
 
@@ -98,7 +98,7 @@ def test_the_frequencies_of_llama_3_1_are_read(tmp_path, original):
     words["original_max_position_embeddings"] = original
     config = llama(head_dim=32, rope_parameters={**ROPE, "rope_type": "llama3", **words})
     divisors = llama3_divisors(10000.0, 32, words)
-    assert 1 < len(divisors.unique())
+    assert len(divisors.unique()) > 2
     keys = {".attention.key_length": 32, ".rope.dimension_count": 32}
     plain = made(llama(head_dim=32))
     check_same(tmp_path, config, plain, keys=keys, tensors={"rope_freqs.weight": divisors})
@@ -260,3 +260,61 @@ def test_a_part_of_a_model_says_so(tmp_path, number):
 def test_files_of_something_else_are_refused(tmp_path):
     line = refusal(tmp_path, made(llama()), keys={"general.type": "adapter"})
     assert "holds a 'adapter', and no model" in line
+
+
+def pieces(folder: Path, text: str, **keys) -> list[str]:
+    """The tokens of a text by the tokenizer of a file that says this of it."""
+    entries = [*"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "▁", ".", "<0x0A>", "ab", "12", "123"]
+    entries += ["Ġ1", "abc", "▁ab", "<s>", "</s>"]
+    entries += [f"x{number}" for number in range(64 - len(entries))]
+    said = {
+        "tokens": entries,
+        "merges": ["a b", "Ġ 1", "1 2", "12 3"],
+        "token_type": [3 if entry in ("<s>", "</s>") else 1 for entry in entries],
+        "bos_token_id": entries.index("<s>"),
+        **keys,
+    }
+    said = {f"tokenizer.ggml.{key}": value for key, value in said.items()}
+    loaded = read(folder, made(llama()), keys=said)
+    loaded.tokenizer.save_pretrained(folder / "again")
+    again = hf.AutoTokenizer.from_pretrained(folder / "again")
+    assert again(text).input_ids == loaded.tokenizer(text).input_ids  # it is saved as it is
+    return loaded.tokenizer.convert_ids_to_tokens(loaded.tokenizer(text).input_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("gpt-2", ["ab", "Ġ1", "2", "3"]),
+        ("smollm", ["ab", "Ġ", "1", "2", "3"]),
+        ("default", ["ab", "Ġ", "123"]),
+        ("falcon", ["ab", "Ġ", "123"]),
+        ("stablelm2", ["ab", "Ġ", "1", "2", "3"]),
+        ("qwen2", ["ab", "Ġ", "1", "2", "3"]),
+        ("llama-bpe", ["<s>", "ab", "Ġ", "123"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(tmp_path, name, found):
+    assert pieces(tmp_path, "ab 123", pre=name) == found
+
+
+def test_words_of_llama_3_are_taken_whole_and_a_first_token_added(tmp_path):
+    assert pieces(tmp_path, "abc", pre="llama-bpe") == ["<s>", "abc"]
+    assert pieces(tmp_path, "abc", pre="gpt-2") == ["ab", "c"]
+    assert pieces(tmp_path, "abc", pre="llama-bpe", add_bos_token=False) == ["abc"]
+
+
+def test_an_unknown_way_to_split_text_is_refused(tmp_path):
+    line = refusal(tmp_path, made(llama()), keys={"tokenizer.ggml.pre": "zork"})
+    assert "its text is split in a way called 'zork' (tokenizer.ggml.pre)" in line
+
+
+def test_a_space_goes_in_front_of_the_first_word_where_the_file_says_so(tmp_path):
+    said = {
+        "model": "llama",
+        "merges": ["a b", "▁ ab"],
+        "scores": [0.0] * 64,
+        "add_bos_token": False,
+    }
+    assert pieces(tmp_path, "ab", **said)[0].startswith("▁")
+    assert pieces(tmp_path, "ab", **said, add_space_prefix=False) == ["ab"]

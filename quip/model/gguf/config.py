@@ -7,18 +7,19 @@ or has no meaning for the result (and the reason stands beside it), or the file 
 """
 
 import re
-from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
-from transformers.integrations.gguf import GGUF_ARCHS, GGUF_CONFIG_ARCHS, read_gguf_metadata
+from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel, one_line, shown
-from quip.model.gguf_rope import translate_rope
-from quip.packed.checkpoint import skeleton
+from quip.model.gguf.header import Header, read_header
+from quip.model.gguf.rope import translate_rope
+from quip.model.gguf.tensors import check_tensors
+
+REMEDY = "give the model's original folder or hub id"
 
 # A file's key -> what configs call it; the first name that a config has a field for counts.
 SAME = {
@@ -59,71 +60,14 @@ SILENT = {
     "tensor_data_layout": "the order of rows that every file of its architecture has",
 }
 
-# Tensors that no parameter needs to receive.
-NO_PARAMETER = {
-    r"rope_freqs\.weight|rope_factors_(long|short)\.weight": "rotary scaling, now in the config",
-    r"blk\.\d+\.attn_rot_embd(\.weight)?": "plain rotary frequencies, which models compute",
-}
-
 # Biases that a file has -> the switches of configs that make room for them.
 BIASES = {
     r"blk\.\d+\.attn_(q|k|v|qkv|output)\.bias": ("attention_bias", "use_bias", "bias"),
     r"blk\.\d+\.ffn_(gate|up|down)\.bias": ("mlp_bias", "use_bias", "bias"),
 }
 
-REMEDY = "give the model's original folder or hub id"
 
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says before its tensors' data."""
-
-    words: dict[str, Any]  # the metadata; arrays of strings as their lengths
-    tensors: tuple[str, ...]  # by the names of GGUF
-
-    @property
-    def architecture(self) -> str:
-        return str(self.words["general.architecture"])
-
-    def own(self) -> dict[str, Any]:
-        """What is said of the model itself, without the architecture in front."""
-        prefix = f"{self.architecture}."
-        return {
-            key.removeprefix(prefix): value
-            for key, value in self.words.items()
-            if key.startswith(prefix)
-        }
-
-
-def read_header(name: str, path: Path) -> Header:
-    """Raises Unavailable for what is no GGUF file, and UnsupportedModel for a part of a model."""
-    try:
-        words, tensors = read_gguf_metadata(str(path))
-    except Exception as error:  # struct, numpy and the reader itself share no class
-        if "general.architecture" not in str(error):
-            raise Unavailable(
-                f"{name} is not a GGUF file, or a truncated one ({one_line(error)}); "
-                "download it again"
-            ) from error
-        words, tensors = _later_part(path), ()
-    if (count := words.get("split.count", 1)) != 1:
-        raise UnsupportedModel(
-            f"{name} is part {words.get('split.no', 0) + 1} of {count} of a model; join them with "
-            "llama-gguf-split --merge"
-        )
-    if words.get("general.type", "model") != "model":
-        raise UnsupportedModel(f"{name} holds a {shown(words['general.type'])}, and no model")
-    return Header(words, tensors)
-
-
-def _later_part(path: Path) -> dict[str, Any]:
-    """The keys of a file that names no architecture, as the parts after a first one do not."""
-    from gguf import GGUFReader
-
-    return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
-
-
-def read_config(name: str, path: Path) -> PretrainedConfig:
+def read_gguf_config(name: str, path: Path) -> PretrainedConfig:
     """The config that a file's keys and tensors describe, with nothing of them left out.
 
     Raises Unavailable for a damaged file and UnsupportedModel for one of which a part would be
@@ -151,7 +95,7 @@ def read_config(name: str, path: Path) -> PretrainedConfig:
         ) from error
     try:
         _complete(config, header, path)
-        _check_tensors(config, header)
+        check_tensors(config, header)
     except QuipError as error:
         raise type(error)(f"{name}: {error}; {REMEDY}") from error
     return config
@@ -187,7 +131,8 @@ def _seen(header: Header) -> set[str]:
             return super().__getitem__(key)
 
         def get(self, key: str, default: Any = None) -> Any:
-            return self[key] if key in self else default
+            seen.add(key)
+            return super().get(key, default)
 
     if reader := GGUF_CONFIG_ARCHS.get(header.architecture):
         reader(Watched(header.words), header.tensors)
@@ -204,10 +149,9 @@ def _put(config: PretrainedConfig, key: str, value: Any) -> bool:
         return value == config.head_dim
     if key == "attention.head_count_kv" and config.model_type == "falcon":
         return value == 1  # the only layout that transformers makes of this architecture's files
-    if key == "attention.sliding_window" and "full_attention" in getattr(config, "layer_types", ()):
-        # Layers differ, as their class has it: the window must be one that some of them have.
-        if value and "sliding_attention" not in config.layer_types:
-            return False
+    layers = getattr(config, "layer_types", ("sliding_attention",))
+    if key == "attention.sliding_window" and value and "sliding_attention" not in layers:
+        return False  # no layer would look through it
     if isinstance(value, int | float) and not value:  # GGUF's word for "there is none"
         value = None
         return key not in ("attention.sliding_window", "final_logit_softcapping") or _set(
@@ -239,52 +183,3 @@ def _fill_defaults(config: PretrainedConfig, own: dict[str, Any]) -> None:
         # llama.cpp tells the 27B models, whose scores have another scale, by their depth.
         largest = own.get("block_count") == {"gemma2": 46, "gemma3_text": 62}[config.model_type]
         config.query_pre_attn_scalar = width // heads if largest else head
-
-
-def _check_tensors(config: PretrainedConfig, header: Header) -> None:
-    """Raise UnsupportedModel unless some parameter receives every tensor of the file."""
-    received = set(_received(config, header))
-    harmless = "|".join(NO_PARAMETER)
-    left = [x for x in header.tensors if x not in received and not re.fullmatch(harmless, x)]
-    if left:
-        raise UnsupportedModel(
-            f"no parameter of a {config.model_type} receives {len(left)} of its tensors, such as "
-            f"{shown(min(left))}"
-        )
-
-
-def _received(config: PretrainedConfig, header: Header) -> Iterator[str]:
-    """The file's tensors that transformers puts into a parameter of the model."""
-    model = skeleton(config)
-    if header.architecture in GGUF_ARCHS:
-        from transformers.core_model_loading import WeightConverter, rename_source_key
-        from transformers.integrations.gguf import get_gguf_conversion_mapping
-
-        steps = deepcopy(get_gguf_conversion_mapping(header.architecture, config))
-        converters = [step for step in steps if isinstance(step, WeightConverter)]
-        renamings = [step for step in steps if not isinstance(step, WeightConverter)]
-        names = {*model.state_dict(), *dict(model.named_parameters(remove_duplicate=False))}
-        for tensor in header.tensors:
-            name, _ = rename_source_key(tensor, renamings, converters)
-            # Multi-token prediction guesses ahead; the next token is what it is without.
-            if name in names or name.startswith("mtp."):
-                yield tensor
-        return
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
-
-    processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)()
-    try:
-        places = get_gguf_hf_weights_map(model, processor)
-    except NotImplementedError as error:  # a Llama, say, that is called mistral
-        raise UnsupportedModel(
-            f"transformers takes it for a {config.model_type}, whose tensors it cannot place"
-        ) from error
-    for tensor in header.tensors:
-        # Experts are placed by name alone, and GPT-2's output is placed by hand.
-        by_hand = header.architecture == "gpt2" and tensor == "output.weight"
-        if tensor in places or tensor.removesuffix(".weight") in places or by_hand:
-            yield tensor

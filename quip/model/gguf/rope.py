@@ -65,9 +65,9 @@ def _scaling(keys: Words, divisors: dict[str, Float32[Tensor, " pairs"]]) -> tup
     factor = keys.get(named) or 1.0
     original = keys.get("rope.scaling.original_context_length")
     used = {"rope.scaling.type", named, "rope.scaling.original_context_length"}
-    if kind == "none" or (kind == "linear" and factor == 1.0):
-        if not divisors.keys() - {FREE}:
-            return {"rope_type": "default"}, used
+    plain = kind == "none" or (kind == "linear" and factor == 1.0)
+    if plain and not divisors.keys() - {FREE}:
+        return {"rope_type": "default"}, used
     if kind == "linear" and not divisors:
         return {"rope_type": "linear", "factor": factor}, used
     if kind == "yarn" and original and not divisors:
