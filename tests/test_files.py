@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quip.errors import QuipError, Unavailable, UsageError
-from quip.files import check_new, new_folder, replacing
+from quip.files import check_new, check_regular, new_folder, replacing
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -253,3 +253,16 @@ def test_places_that_cannot_be_written_to_are_refused_at_once(room, monkeypatch)
     assert refusal(below) == f"--save {below}: {old / 'file'} is no folder that can be written to"
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     assert refusal(room / "new").endswith(f"{room} is no folder that can be written to")
+
+
+def test_only_files_and_folders_are_opened(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("file", "link", ".", "missing", "loop", "x" * 300):  # the last three by others
+        check_regular(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "to_pipe", Path("/dev/zero")):
+        with pytest.raises(Unavailable, match="neither a file nor a folder"):
+            check_regular(path)

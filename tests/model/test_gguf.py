@@ -207,6 +207,28 @@ def test_soft_caps_and_the_scale_of_scores_are_read(tmp_path):
     )
 
 
+@pytest.mark.parametrize("pattern", [{}, {".attention.sliding_window_pattern": 6}])
+def test_layers_of_two_kinds_have_rotations_of_their_own(tmp_path, pattern):
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    sliding = {"rope_type": "default", "rope_theta": 1e4}
+    config = hf.Gemma3TextConfig(
+        **{**SLIDING, "num_hidden_layers": 6},
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        rope_parameters={"full_attention": full, "sliding_attention": sliding},
+    )
+    keys = {".attention.key_length": 8, ".attention.value_length": 8}
+    keys |= {".attention.sliding_window": 5, ".rope.freq_base": 1e6, ".rope.scaling.factor": 8.0}
+    check_same(tmp_path, config, architecture="gemma3", keys=keys | pattern)
+    line = refusal(
+        tmp_path,
+        made(config),
+        architecture="gemma3",
+        keys=keys | {".attention.sliding_window_pattern": 3},
+    )
+    assert "gemma3.attention.sliding_window_pattern (3)" in line
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -251,7 +273,7 @@ def test_a_part_of_a_model_says_so(tmp_path, number):
     path = tmp_path / "model.gguf"
     keys = {"split.no": number, "split.count": 2, "split.tensors.count": 99}
     line = refusal(tmp_path, made(llama()), keys=keys)
-    assert f"is part {number + 1} of 2 of a model; join them with llama-gguf-split" in line
+    assert f"is part {number + 1} of 2 of a model; join the parts with llama-gguf-split" in line
     path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.xrchitecture"))
     with pytest.raises(QuipError, match=f"is part {number + 1} of 2 of a model"):
         load_model(str(path))
@@ -259,7 +281,19 @@ def test_a_part_of_a_model_says_so(tmp_path, number):
 
 def test_files_of_something_else_are_refused(tmp_path):
     line = refusal(tmp_path, made(llama()), keys={"general.type": "adapter"})
-    assert "holds a 'adapter', and no model" in line
+    assert "holds something else than a model, 'adapter'" in line
+
+
+def test_values_that_are_not_what_their_keys_promise_are_damage(tmp_path):
+    path = tmp_path / "model.gguf"
+    for key, value in (("embedding_length", "wide"), ("attention.key_length", "x")):
+        line = refusal(tmp_path, made(llama()), keys={f".{key}": value})
+        assert "Unavailable" in line
+        assert "download it again" in line
+    write_gguf(path, made(llama()))
+    path.write_bytes(path.read_bytes().replace(b"general.architecture", b"general.xrchitecture"))
+    with pytest.raises(QuipError, match="names no architecture; download it again"):
+        load_model(str(path))
 
 
 def pieces(folder: Path, text: str, **keys) -> list[str]:

@@ -98,6 +98,10 @@ def read_gguf_config(name: str, path: Path) -> PretrainedConfig:
         check_tensors(config, header)
     except QuipError as error:
         raise type(error)(f"{name}: {error}; {REMEDY}") from error
+    except Exception as error:  # of a value that is not what its key promises
+        raise Unavailable(
+            f"{name} is a damaged GGUF file ({one_line(error)}); download it again"
+        ) from error
     return config
 
 
@@ -141,7 +145,7 @@ def _seen(header: Header) -> set[str]:
 
 def _put(config: PretrainedConfig, key: str, value: Any) -> bool:
     """Whether the config now says what the key says, or needs not."""
-    if isinstance(value, list) and len(set(value)) == 1:
+    if isinstance(value, list) and len(set(value)) == 1 and key in SAME:
         value = value[0]  # alike in every layer
     if key == "attention.causal":
         return value is True
@@ -150,6 +154,9 @@ def _put(config: PretrainedConfig, key: str, value: Any) -> bool:
     if key == "attention.head_count_kv" and config.model_type == "falcon":
         return value == 1  # the only layout that transformers makes of this architecture's files
     layers = getattr(config, "layer_types", ("sliding_attention",))
+    if key == "attention.sliding_window_pattern":
+        every = value if isinstance(value, list) else [(i + 1) % value for i in range(len(layers))]
+        return [layer == "sliding_attention" for layer in layers] == list(map(bool, every))
     if key == "attention.sliding_window" and value and "sliding_attention" not in layers:
         return False  # no layer would look through it
     if isinstance(value, int | float) and not value:  # GGUF's word for "there is none"

@@ -33,26 +33,33 @@ class Header:
 def read_header(name: str, path: Path) -> Header:
     """Raises Unavailable for what is no GGUF file, and UnsupportedModel for a part of a model."""
     try:
-        words, tensors = read_gguf_metadata(str(path))
-    except Exception as error:  # struct, numpy and the reader itself share no class
-        if "general.architecture" not in str(error):
-            raise Unavailable(
-                f"{name} is not a GGUF file, or a truncated one ({one_line(error)}); "
-                "download it again"
-            ) from error
-        words, tensors = _later_part(path), ()
+        words, tensors = _read(path)
+    except Exception as error:  # struct, numpy and the readers share no class
+        raise Unavailable(
+            f"{name} is not a GGUF file, or a truncated one ({one_line(error)}); download it again"
+        ) from error
     if (count := words.get("split.count", 1)) != 1:
+        number = words.get("split.no", 0)
+        part = f"part {number + 1} of {count}" if isinstance(number, int) else "a part"
         raise UnsupportedModel(
-            f"{name} is part {words.get('split.no', 0) + 1} of {count} of a model; join them with "
-            "llama-gguf-split --merge"
+            f"{name} is {part} of a model; join the parts with llama-gguf-split --merge"
         )
+    if "general.architecture" not in words:
+        raise Unavailable(f"{name} names no architecture; download it again")
     if words.get("general.type", "model") != "model":
-        raise UnsupportedModel(f"{name} holds a {shown(words['general.type'])}, and no model")
+        raise UnsupportedModel(
+            f"{name} holds something else than a model, {shown(words['general.type'])}; "
+            "give a model"
+        )
     return Header(words, tensors)
 
 
-def _later_part(path: Path) -> dict[str, Any]:
-    """The keys of a file that names no architecture, as the parts after a first one do not."""
-    from gguf import GGUFReader
+def _read(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    try:
+        return read_gguf_metadata(str(path))
+    except ValueError as error:
+        if "general.architecture" not in str(error):
+            raise
+    from gguf import GGUFReader  # which reads the parts after a first one, of no architecture
 
-    return {key: field.contents() for key, field in GGUFReader(path).fields.items()}
+    return {key: field.contents() for key, field in GGUFReader(path).fields.items()}, ()

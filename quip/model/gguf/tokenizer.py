@@ -28,7 +28,10 @@ SPLITS = {
 }
 
 # Llama 3 and its kin: words of the vocabulary are taken whole, and a first token is added.
-WHOLE = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2")
+WHOLE = (
+    *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"),
+    "tekken",
+)
 
 
 def complete_tokenizer(tokenizer: PreTrainedTokenizerBase, header: Header) -> None:
