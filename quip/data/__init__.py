@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from quip.data.local import local_part
 from quip.data.sources import SOURCES
 from quip.data.tokens import TokenSet, consecutive_windows, document_windows, encode, random_windows
-from quip.errors import UsageError
+from quip.errors import UsageError, shown
 
 __all__ = ["DATASETS", "TokenSet", "calibration_tokens", "check_dataset", "evaluation_tokens"]
 
@@ -68,11 +68,13 @@ def check_dataset(name: str, use: Literal["calibration", "evaluation"]) -> None:
 
 def _path(name: str) -> Path:
     path = Path(name).expanduser()
-    if not path.exists():
+    try:
+        path.stat()
+    except (OSError, ValueError) as error:  # too long, say, or a link to itself
         raise UsageError(
-            f"unknown data set {name!r}: choose {', '.join(SOURCES)}, or a file or folder "
-            "(there is none of this name)"
-        )
+            f"unknown data set {shown(name)}: choose {', '.join(SOURCES)}, or a file or folder "
+            f"(there is none of this name: {getattr(error, 'strerror', None) or error})"
+        ) from error
     return path
 
 

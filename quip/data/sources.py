@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quip.data.pydoc import pydoc_documents
-from quip.errors import Unavailable
+from quip.errors import Unavailable, one_line
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def _download(name: str, column: str, *calls: dict[str, Any]) -> Sequence[str]:
 
             return datasets.load_dataset(**call)[column]
         except Exception as error:  # the hub's errors share no class: network, cache, parser, ...
-            reason = str(error).strip().split("\n")[0]
-            failures.append(f"{call['path']}: {type(error).__name__}: {reason}")
+            failures.append(f"{call['path']}: {type(error).__name__}: {one_line(error)}")
     raise Unavailable(
         f"{name}: not to be had from the hub ({'; '.join(failures)}); name a local .txt, .jsonl or "
         ".parquet file, use pydoc, or fill the hub's cache elsewhere and set HF_HUB_OFFLINE=1"

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quip.errors import Unavailable, UsageError
+from quip.errors import Unavailable, UsageError, one_line, shown
 from quip.evaluate.cloze import OWN, story_rows, task_config
 from quip.model.device import placed
+from quip.model.vocabulary import first_token
 
 BOOTSTRAP = 1000  # resamples, for the error of a perplexity; an accuracy's has a closed form
 
@@ -63,7 +64,9 @@ def check_tasks(asked: ZeroShot) -> None:
             known = [*OWN, *_manager(True).all_tasks]
             near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else f"ours are {', '.join(OWN)}"
-            raise UsageError(f"unknown zero-shot task {name!r}: {hint} (`lm-eval ls tasks`: all)")
+            raise UsageError(
+                f"unknown zero-shot task {shown(name)}: {hint} (`lm-eval ls tasks`: all)"
+            )
     if "storycloze" in asked.tasks:
         story_rows(asked.storycloze_csv)
 
@@ -126,9 +129,9 @@ def _load(name: str, asked: ZeroShot) -> Any:
     except ImportError as error:
         raise Unavailable(f"{name}: {error}; install the package that lm-eval needs") from error
     except Exception as error:  # the hub's errors share no class: network, cache, parser, ...
-        reason = (str(error).strip() or "no reason given").split("\n")[0]
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise Unavailable(
-            f"{name}: its data set cannot be loaded ({type(error).__name__}: {reason}); go online, "
+            f"{name}: its data set cannot be loaded ({reason}); go online, "
             "or fill the hub's cache elsewhere and set HF_HUB_OFFLINE=1"
         ) from error
 
@@ -145,8 +148,8 @@ def _check_built(name: str, task: Any, asked: ZeroShot) -> None:
     if task.get_config("num_fewshot") == 0:
         raise UsageError(f"{name} fixes num_fewshot at 0; leave out --num_fewshot or the task")
     # lm-eval would take them from the documents it scores, the one in question among them.
-    shown = getattr(task, "fewshot_cfg", None)
-    chosen = shown is not None and (shown.split or shown.samples)
+    examples = getattr(task, "fewshot_cfg", None)
+    chosen = examples is not None and (examples.split or examples.samples)
     apart = task.has_training_docs() or (task.has_validation_docs() and task.has_test_docs())
     if not chosen and not apart:
         raise UsageError(f"{name} has no examples to show; it runs with num_fewshot 0 only")
@@ -171,7 +174,7 @@ def _evaluate(
             pretrained=model,
             backend="causal",
             tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token
-            prefix_token_id=_prefix(model, tokenizer),
+            prefix_token_id=first_token(model, tokenizer),
             batch_size=batch_size,
             softmax_dtype=torch.float32,  # log p of some -10 has a spacing of 0.06 in bfloat16
         )
@@ -189,15 +192,6 @@ def _evaluate(
         )
     finally:
         del model.tie_weights
-
-
-def _prefix(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before an empty context."""
-    for holder in (tokenizer, model.config):
-        for key in ("bos_token_id", "eos_token_id"):
-            if isinstance(token := getattr(holder, key, None), int):
-                return token
-    raise UsageError("neither tokenizer nor model names a first or last token; add bos_token")
 
 
 def _row(name: str, found: Any) -> dict[str, float | int]:

@@ -24,6 +24,7 @@ from quip.jobs.requests import Machine, Place
 from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
 from quip.model.records import Stopwatch, versions
+from quip.model.vocabulary import first_token
 from quip.packed.checkpoint import to_dense
 from quip.packed.linear import quantized_layers
 
@@ -57,6 +58,8 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         reference = e.reference and load_model(
             e.reference, dtype=loaded.dtype_name, seqlen=e.seqlen
         )
+    if e.tasks:
+        first_token(loaded.model, loaded.tokenizer)
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
     entries = {

@@ -29,6 +29,7 @@ from quip.model.plan import Plan, described
 from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
 from quip.model.tune import BlockTuning
+from quip.model.vocabulary import first_token
 from quip.model.walk import batch_size_for
 from quip.packed.checkpoint import check_replaced
 
@@ -69,6 +70,8 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
         loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
         kept = _kept(e.recipe, loaded) if e.recipe else ()
         check_weights(loaded.model)
+    if e.tasks:
+        first_token(loaded.model, loaded.tokenizer)
     with watch("data"):
         source = _source(e, loaded) if e.recipe else None
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)

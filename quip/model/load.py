@@ -5,13 +5,14 @@ Files that are damaged, or not what their name says, make the loaders underneath
 one line about the file here, with the original as its cause.
 """
 
+import os
 import re
 import sys
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from transformers import (
@@ -23,7 +24,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.errors import Unavailable, UnsupportedModel, UsageError
+from quip.errors import Unavailable, UnsupportedModel, UsageError, shown
+from quip.files import check_regular
+from quip.model.gguf.config import read_gguf_config
+from quip.model.gguf.header import read_header
+from quip.model.gguf.tokenizer import complete_tokenizer
+from quip.model.vocabulary import check_rows
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.hub import METHOD
 
@@ -77,7 +83,7 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     model that transformers itself knows) or UsageError (dtype, seqlen).
     """
     if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}; choose from {', '.join(DTYPES)}")
+        raise UsageError(f"unknown dtype {shown(dtype)}; choose from {', '.join(DTYPES)}")
     source = _locate(name)
     config = _config(name, source)
     _check_causal(name, config)
@@ -87,6 +93,7 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     tokenizer = _tokenizer(name, source)
     own: Any = config.dtype if dtype == "auto" and _quantized_by(config) else None
     model = _weights(name, source, config, own or DTYPES[dtype])
+    check_rows(name, model, tokenizer)
     return LoadedModel(model=model, tokenizer=tokenizer, name=name, max_length=max_length)
 
 
@@ -108,14 +115,16 @@ def check_seqlen(name: str, max_length: int, seqlen: int) -> None:
 
 def _locate(name: str) -> _Source:
     path = Path(str(files("quip.model") / "demo")) if name == "demo" else Path(name).expanduser()
-    if path.is_dir():
+    check_regular(path)
+    if os.path.isdir(path):  # which takes any name, where Path.is_dir raises for a long one
         if not (path / "config.json").is_file():
             raise Unavailable(
                 f"{name}: no config.json in the folder {path}; "
                 "give a folder written by save_pretrained, or a .gguf file"
             )
         return _Source(str(path))
-    if path.suffix == ".gguf" and path.is_file():
+    is_file = os.path.isfile(path)
+    if path.suffix == ".gguf" and is_file:
         missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
         if missing:
             raise Unavailable(
@@ -123,22 +132,23 @@ def _locate(name: str) -> _Source:
                 "install it with: pip install 'quip-quant[gguf]'"
             )
         return _Source(str(path.parent), path.name)
-    if path.is_file():
+    if is_file:
         raise Unavailable(f"{name} is a file other than .gguf; give the folder it is in")
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name):
+        short = name if len(name) <= 200 else shown(name)
         raise Unavailable(
-            f"{name}: no such file or folder, and not of the form of a hub id; "
+            f"{short}: no such file or folder, and not of the form of a hub id; "
             "give a folder, a .gguf file, an id such as facebook/opt-125m, or `demo`"
         )
     return _Source(name)
 
 
 def _config(name: str, source: _Source) -> PretrainedConfig:
+    if source.gguf is not None:
+        return read_gguf_config(name, Path(source.where) / source.gguf)
     try:
         return AutoConfig.from_pretrained(source.where, **source.keywords)
     except Exception as error:
-        if source.gguf is not None:
-            _explain_gguf(name, source, error)
         if "trust_remote_code" in str(error):
             raise UnsupportedModel(
                 f"{name} needs Python code from its own repository, which is never run here; "
@@ -154,23 +164,6 @@ def _config(name: str, source: _Source) -> PretrainedConfig:
         ) from error
 
 
-def _explain_gguf(name: str, source: _Source, error: Exception) -> NoReturn:
-    """Raise what is wrong with a GGUF file that transformers could not read the config of."""
-    from gguf import GGUFReader
-
-    try:
-        field = GGUFReader(Path(source.where) / str(source.gguf)).get_field("general.architecture")
-    except Exception as damage:
-        raise Unavailable(
-            f"{name} is not a GGUF file, or a truncated one; download it again"
-        ) from damage
-    raise UnsupportedModel(
-        f"{name} holds a model of architecture {field.contents() if field else 'unknown'!r}, which "
-        f"cannot be read from GGUF: {_reason(error)}; give its original folder or hub id, or a "
-        "Llama-like GGUF file"
-    ) from error
-
-
 def _check_causal(name: str, config: PretrainedConfig) -> None:
     made = config.architectures or []
     if config.is_encoder_decoder:
@@ -179,13 +172,16 @@ def _check_causal(name: str, config: PretrainedConfig) -> None:
     # BERT and its kin can be loaded as decoders, but were trained to see the future.
     causal = not made or any(re.search("CausalLM|LMHead|ForConditionalGen|Model$", x) for x in made)
     if not known or not causal:
+        kind = (", ".join(map(str, made)) or str(config.model_type))[:200]
         raise UnsupportedModel(
-            f"{name} is a {', '.join(made) or config.model_type}, not a causal language model; "
+            f"{name} is a {kind}, not a causal language model; "
             "give a model that predicts the next token"
         )
     method = _quantized_by(config)
     if method not in (None, METHOD):
-        raise UnsupportedModel(f"{name} is quantized already ({method}); give the original")
+        raise UnsupportedModel(
+            f"{name} is quantized already ({str(method)[:200]}); give the original"
+        )
 
 
 def _quantized_by(config: PretrainedConfig) -> str | None:
@@ -198,7 +194,13 @@ def _quantized_by(config: PretrainedConfig) -> str | None:
 def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
     remedy = "add the tokenizer's files (tokenizer.json) to the model's"
     try:
-        return read_tokenizer(source.where, gguf_file=source.gguf)
+        tokenizer = read_tokenizer(source.where, gguf_file=source.gguf)
+        if source.gguf is not None:
+            path = Path(source.where) / source.gguf
+            complete_tokenizer(tokenizer, read_header(name, path))
+        return tokenizer
+    except UnsupportedModel as error:
+        raise UnsupportedModel(f"{name}: {error}; give its original folder or hub id") from error
     except Exception as error:
         raise Unavailable(f"{name}: no usable tokenizer: {_reason(error)}; {remedy}") from error
 
@@ -217,10 +219,11 @@ def _weights(
         ),
         config=config,
         dtype=dtype,
+        ignore_mismatched_sizes=True,  # for refuse_gaps, which names them
         **keywords,
     )
 
 
 def _reason(error: Exception) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return (line if len(line) < 200 else line.split(". ")[0]).rstrip(".")
+    return (line if len(line) < 200 else line.split(". ")[0][:200]).rstrip(".")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 import random
 import struct
 import sys
@@ -305,6 +306,13 @@ def test_a_folder_without_the_split_asked_for_is_refused(tokenizer, tmp_path):
         ("a.json", b'[{"body": "x", "id": 1}]', UsageError, r"no column `text`.*: body, id"),
         ("a.json", b"[1, 2]", UsageError, r"no column `text`; found columns: none"),
         ("a.jsonl", b'{"text": null}', UsageError, r"text is None in a record"),
+        ("a.json", b'[{"text": "a\\ud800b"}]', Unavailable, r"a.json: .*ud800.* no valid Unicode"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\udfff"}', Unavailable, r"line 2 .*valid Unicode"),
+        ("a.txt", b"ab\xed\xa0\x80cd", Unavailable, r"a.txt: byte 2 is not UTF-8"),
+        ("a.json", b"[" * 200_000, Unavailable, r"a.json: .*deep"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}', Unavailable, r"'text' stands there twice"),
+        ("a.json", b'{"%s": 1}' % (b"x" * 3_000_000), UsageError, r"found columns: x+ and more"),
+        ("a.jsonl", b'{"text": [%s 1]}' % (b"1," * 33_000), UsageError, r"text is \[1, 1.*\.\.\."),
         ("a.jsonl", b'{"text": "x"}\n{"text"', Unavailable, r"a.jsonl: line 2 is not JSON"),
         ("a.parquet", b"PAR0", Unavailable, r"a.parquet: cannot be read as parquet"),
     ],
@@ -314,6 +322,48 @@ def test_a_bad_file_is_named_with_its_fault(tokenizer, tmp_path, file, content, 
     with pytest.raises(error, match=line) as caught:
         evaluation_tokens(str(tmp_path / file), tokenizer, seqlen=4)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value).replace(str(tmp_path), "")) < 350
+
+
+def test_a_parquet_file_whose_text_is_not_utf_8_is_refused(tokenizer, tmp_path):
+    path = tmp_path / "a.parquet"
+    raw = pyarrow.array([b"ab\xff"]).view(pyarrow.string())
+    parquet.write_table(pyarrow.table({"text": raw}), path)
+    with pytest.raises(Unavailable, match=r"a.parquet: cannot be read as parquet \(.*utf-8"):
+        evaluation_tokens(str(path), tokenizer, seqlen=4)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "json", "jsonl"])
+def test_a_mark_of_the_encoding_is_no_text(tokenizer, tmp_path, suffix):
+    documents = ["first \ufeffdocument", "x" * 50]
+    path = write(tmp_path, suffix, documents)
+    expected = evaluation_tokens(str(path), tokenizer, seqlen=SEQLEN).ids
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert torch.equal(evaluation_tokens(str(path), tokenizer, seqlen=SEQLEN).ids, expected)
+
+
+def test_numbers_that_are_none_are_no_obstacle_beside_a_text(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "some text", "score": NaN}')
+    assert len(evaluation_tokens(str(path), tokenizer, seqlen=4).ids) == 2
+
+
+def test_a_pipe_is_not_waited_for(tokenizer, tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    for name in (tmp_path / "a.txt", tmp_path):  # by its name, and as a file of a folder
+        with pytest.raises(Unavailable, match=r"a.txt: neither a file nor a folder; copy"):
+            evaluation_tokens(str(name), tokenizer, seqlen=4)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y" * 33_000, "loop/a.txt", "a\0b"])
+def test_names_that_lead_nowhere_are_refused_in_a_line(tokenizer, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(
+        UsageError, match=r"unknown data set .*there is none of this name"
+    ) as caught:
+        evaluation_tokens(name, tokenizer, seqlen=4)
+    assert len(str(caught.value)) < 500
 
 
 def test_a_parquet_file_without_text_lists_its_columns(tokenizer, tmp_path):

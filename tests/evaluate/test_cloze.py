@@ -1,11 +1,12 @@
 """The tasks of our own: prose of many documents, made the same way every time; stories by row."""
 
+import os
 from collections import Counter
 
 import pytest
 
 from quip.data.pydoc import pydoc_documents
-from quip.errors import QuipError, UsageError
+from quip.errors import QuipError, Unavailable, UsageError
 from quip.evaluate import cloze
 from quip.evaluate.cloze import ANSWER, TEXTS, cloze_items, story_rows
 from tests.support.stories import STORY, write_stories
@@ -104,6 +105,23 @@ def test_a_file_that_is_no_storycloze_is_refused_in_a_line(tmp_path, rows, colum
     with pytest.raises(UsageError, match=message) as caught:
         story_rows(write_stories(tmp_path / "s.csv", rows, columns))
     assert "\n" not in str(caught.value)
+
+
+def test_foreign_text_in_a_message_is_bounded(tmp_path):
+    wide = write_stories(tmp_path / "wide.csv", [], ("x" * 100_000,))
+    long = write_stories(
+        tmp_path / "long.csv", [(*STORY[:-1], "3" * 33_000)], ("I", *TEXTS, ANSWER)
+    )
+    for path in (wide, long):
+        with pytest.raises(UsageError) as caught:
+            story_rows(path)
+        assert len(str(caught.value).replace(str(tmp_path), "")) < 400
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(Unavailable, match="neither a file nor a folder"):
+        story_rows(tmp_path / "pipe.csv")
 
 
 def test_a_file_that_cannot_be_read_is_unavailable(tmp_path):

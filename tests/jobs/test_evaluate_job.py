@@ -9,7 +9,7 @@ import pytest
 from quip import cli
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate.zeroshot import ZeroShot
-from quip.jobs import evaluate
+from quip.jobs import evaluate, run
 from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.jobs.report.text import table
 from quip.jobs.run import Experiment, run_experiment
@@ -135,6 +135,22 @@ def test_tasks_run_on_a_checkpoint_and_in_a_run(made, tmp_path, monkeypatch):
     (tmp_path / "run" / "blocks").mkdir()  # as a run that quantizes leaves it
     again = run_experiment(Experiment(**{**options, "resume": True}))
     assert again["tasks"]["quip_demo_cloze"] == scores
+
+
+def test_a_model_without_a_first_token_is_refused_before_the_work(made, tmp_path, monkeypatch):
+    experiment, _ = made
+    folder = shutil.copytree(experiment.model, tmp_path / "opt")
+    config = json.loads((folder / "config.json").read_text())
+    nothing = {"bos_token_id": None, "eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(config | nothing))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for job in (evaluate, run):
+        monkeypatch.setattr(job, "token_sets", None)  # which comes after the refusal
+    asked = {"model": str(folder), "tasks": ZeroShot(tasks=("quip_demo_cloze",)), "device": "cpu"}
+    with pytest.raises(UsageError, match="names a first or last token; add bos_token"):
+        run_evaluation(Evaluation(**asked))
+    with pytest.raises(UsageError, match="names a first or last token; add bos_token"):
+        run_experiment(Experiment(**asked, dataset=experiment.dataset, recipe=RECIPE))
 
 
 def test_a_group_of_tasks_has_a_row_for_each_and_is_known_when_taken_up(

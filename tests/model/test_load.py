@@ -1,6 +1,7 @@
 """Models by folder, .gguf file, hub id and `demo`; whatever is wrong with one is said in a line."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -135,6 +136,76 @@ def test_weights_that_would_be_made_up_are_never_accepted(copy):
     assert "unexpected keys such as model.decoder.layers.3" in refusal(name)
     name = edit(copy, num_hidden_layers=4, ffn_dim=40)
     assert "Unavailable" in refusal(name)
+
+
+def test_a_vocabulary_that_is_one_off_is_named_with_both_shapes(copy):
+    line = refusal(edit(copy, vocab_size=63))
+    assert "mismatched keys such as" in line
+    assert "embed_tokens.weight" in line
+    assert "64" in line
+    assert "63" in line
+
+
+def add_token(folder: Path, **how) -> str:
+    """The folder, with one more token than the embedding has rows."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens("zork", **how)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_tokens_without_a_row_are_refused_after_loading(copy):
+    file = copy / "tokenizer.json"
+    words = json.loads(file.read_text())
+    words["model"]["vocab"] |= {"zork": 64}
+    file.write_text(json.dumps(words))
+    line = refusal(copy)
+    assert "gives 1 tokens, such as 'zork', beyond the 64 rows of its embedding" in line
+
+
+def test_an_added_token_without_a_row_is_refused_where_a_text_spells_it(copy):
+    loaded = load_model(add_token(copy))
+    assert logits(loaded.model).isfinite().all()
+    ids = torch.tensor([loaded.tokenizer("a zork b").input_ids])
+    with pytest.raises(UsageError, match="a token, 64, that is beyond the 64 rows"):
+        loaded.model(input_ids=ids)
+
+
+def test_a_first_token_without_a_row_is_refused_after_loading(copy):
+    name = add_token(copy, special_tokens=True)
+    file = copy / "tokenizer.json"
+    words = json.loads(file.read_text())
+    words["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": "zork", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"zork": {"id": "zork", "ids": [64], "tokens": ["zork"]}},
+    }
+    file.write_text(json.dumps(words))
+    assert "such as 'zork', beyond the 64 rows" in refusal(name)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "y" * 33_000, "a/" * 3000, "z" * 300 + ".gguf"])
+def test_names_that_lead_nowhere_are_refused_in_a_line(name):
+    assert "no such file or folder" in (line := refusal(name))
+    assert len(line) < 500
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.gguf")
+    assert "neither a file nor a folder" in refusal(tmp_path / "model.gguf")
+
+
+def test_foreign_text_in_a_refusal_is_bounded(copy):
+    for changes in (
+        {"model_type": "zork" * 9000},
+        {"quantization_config": {"quant_method": "x" * 33_000}},
+        {"architectures": ["Zork" * 9000]},
+    ):
+        assert len(refusal(edit(copy, **changes)).replace(str(copy), "")) < 600
 
 
 def test_models_that_do_not_predict_the_next_token_are_unsupported(tmp_path, copy):
