@@ -12,7 +12,7 @@ import platform
 import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -108,18 +108,6 @@ def writing(path: Path) -> Iterator[None]:
         raise Unavailable(
             f"{path} cannot be written ({reason}); make room, or name another place"
         ) from error
-
-
-def check_regular(path: Path) -> None:
-    """Raise Unavailable for a path that is neither a file nor a folder, before it is opened.
-
-    A pipe may never begin, and a device may never end. A path that leads nowhere passes: whoever
-    opens it says so.
-    """
-    with suppress(OSError, ValueError):
-        mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise Unavailable(f"{path}: neither a file nor a folder; copy its content to a file")
 
 
 def check_new(path: Path, flag: str, *, overwrite: bool) -> None:

@@ -10,6 +10,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -47,14 +48,24 @@ def inside(folder: Path, name: object, said_by: str) -> Path:
     return folder / str(name)
 
 
+def check_regular(path: Path) -> None:
+    """Raise Unavailable for a path that is neither a file nor a folder, before it is opened.
+
+    A pipe may never begin, and a device may never end. A path that leads nowhere passes: whoever
+    opens it says so.
+    """
+    with suppress(OSError, ValueError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise Unavailable(f"{path}: neither a file nor a folder; copy its content to a file")
+
+
 def read_text(path: Path, *, limit: int = BYTES) -> str:
     """A regular file's text, of at most `limit` bytes. Raises Unavailable where it is none."""
+    check_regular(path)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # which may never end, or never begin
-            raise ValueError("it is no regular file")
-        if status.st_size > limit:
-            raise ValueError(f"it has {status.st_size} bytes, above {limit}")
+        if (size := path.stat().st_size) > limit:
+            raise ValueError(f"it has {size} bytes, above {limit}")
         return path.read_text("utf-8")
     except (OSError, ValueError) as error:
         raise Unavailable(f"{path} cannot be read ({one_line(error)})") from error

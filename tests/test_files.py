@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from quip.errors import QuipError, Unavailable, UsageError
-from quip.files import check_new, check_regular, make_folder, new_folder, replacing
+from quip.files import check_new, make_folder, new_folder, replacing
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -367,16 +367,3 @@ def test_nothing_is_written_through_a_link_that_waits_at_the_partial_name(room):
     (room / ".run.json.partial").symlink_to(room / "mine")
     write_file(room / "run.json", "text")
     assert [(room / name).read_text() for name in names(room)] == ["mine", "text"]
-
-
-def test_only_files_and_folders_are_opened(tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "link").symlink_to("file")
-    (tmp_path / "loop").symlink_to("loop")
-    for name in ("file", "link", ".", "missing", "loop", "x" * 300):  # the last three by others
-        check_regular(tmp_path / name)
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "to_pipe").symlink_to("pipe")
-    for path in (tmp_path / "pipe", tmp_path / "to_pipe", Path("/dev/zero")):
-        with pytest.raises(Unavailable, match="neither a file nor a folder"):
-            check_regular(path)

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from quip.errors import Unavailable, UsageError
-from quip.reading import DEPTH, inside, parse_json, parse_yaml, read_json, read_text, read_yaml
+from quip.reading import (
+    DEPTH,
+    check_regular,
+    inside,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_text,
+    read_yaml,
+)
 
 NAMES = ["../a", "/etc/passwd", "a/b", "a\\b", "", ".", "..", "a\0b", "a" * 300, None, 5, ["a"]]
 
@@ -111,12 +120,25 @@ def test_what_is_no_file_of_this_size_is_not_opened(tmp_path: Path):
     (tmp_path / "long").write_bytes(b"x" * 11)
     (tmp_path / "bytes").write_bytes(b"\xff")
     for path, says in {
-        tmp_path / "pipe": "it is no regular file",
-        Path("/dev/zero"): "it is no regular file",
-        tmp_path: "it is no regular file",
+        tmp_path / "pipe": "neither a file nor a folder",
+        Path("/dev/zero"): "neither a file nor a folder",
+        tmp_path: "bytes, above 10",
         tmp_path / "none": "No such file",
         tmp_path / "long": "it has 11 bytes, above 10",
         tmp_path / "bytes": "can't decode byte",
     }.items():
         with pytest.raises(Unavailable, match=says):
             read_text(path, limit=10)
+
+
+def test_only_files_and_folders_are_opened(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("file", "link", ".", "missing", "loop", "x" * 300):  # the last three by others
+        check_regular(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to_pipe").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "to_pipe", Path("/dev/zero")):
+        with pytest.raises(Unavailable, match="neither a file nor a folder"):
+            check_regular(path)

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from quip.data.sources import Part
 from quip.errors import Unavailable, UsageError, one_line, shown
-from quip.files import check_regular
-from quip.reading import parse_json
+from quip.reading import check_regular, parse_json
 
 COLUMN = "text"
 

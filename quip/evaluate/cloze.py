@@ -20,7 +20,7 @@ import yaml
 from quip.data.local import listed
 from quip.data.pydoc import pydoc_documents
 from quip.errors import Unavailable, UsageError, one_line, shown
-from quip.files import check_regular
+from quip.reading import check_regular
 
 OWN = ("lambada_quip", "quip_demo_cloze", "storycloze")
 

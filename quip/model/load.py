@@ -25,13 +25,13 @@ from transformers import (
 )
 
 from quip.errors import Unavailable, UnsupportedModel, UsageError, shown
-from quip.files import check_regular
 from quip.model.gguf.config import read_gguf_config
 from quip.model.gguf.header import read_header
 from quip.model.gguf.tokenizer import complete_tokenizer
 from quip.model.vocabulary import check_rows
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.hub import METHOD
+from quip.reading import check_regular
 
 DTYPES = {
     "auto": torch.float32,
