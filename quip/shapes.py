@@ -1,5 +1,7 @@
-"""What a file may say, declared as a type: a TypedDict, a dataclass (of its fields), list[int],
-Literal, a union; with limits where numbers or lengths have them, Annotated[int, Within(0, 99)].
+"""What a file may say, declared as a type: TypedDicts, dataclasses, lists, literals and unions.
+
+Numbers and lengths may have limits: Annotated[int, Within(0, 99)]. A dataclass is the mapping of
+its fields, a tuple a list.
 """
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass

@@ -163,8 +163,9 @@ def _of_run(folder: Path) -> dict[str, Any]:
 def _read_run(folder: Path) -> tuple[dict[str, Any], list[MatrixRecord]]:
     """What run.json says of the whole model, and its matrices; nothing where there is no file."""
     run = read_report(folder)
-    rows = [{k: _value(x) for k, x in row.items()} for row in run.get("matrices") or []]
     with naming_damage(f"{folder / 'run.json'} is damaged", REMEDY):
+        check_shape(found := run.get("matrices") or [], list[Any], "matrices")
+        rows = [{k: _value(x) for k, x in row.items()} for row in found]
         check_shape(rows, list[MatrixRecord], "matrices")
     return _known(run), [record_of(MatrixRecord, row) for row in rows]
 

@@ -53,7 +53,7 @@ class RunWords(TypedDict, total=False):
     finetune: FineTuned | None
     seconds: dict[str, float]
     peak_memory: dict[str, float]
-    matrices: list[dict[str, Any]] | None
+    matrices: list[dict[str, Any]] | int | None  # in a cell of losses, how many
 
 
 class CodebookWords(TypedDict):
