@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 RESUME = "repeat the `quip hessians` that wrote it with --resume"
 FACTS = {"model": str, "digest": dict, "dtype": str, "calibration": dict, "complete": bool}
 ROW = {"name": str, "matrices": list, "size": int, "block": int, "digest": str}
+KINDS = {"lower": (torch.float32, 1), "mean": (torch.float64, 1), "count": (torch.int64, 0)}
 PANEL = 1024  # rows that are mirrored at once
 
 
@@ -101,7 +102,8 @@ def read_tensors(folder: Path, name: str, digest: str) -> dict[str, Tensor]:
     path = file_of(folder, name)
     with naming_damage(f"{path} is damaged", RESUME):
         tensors = load_file(path)
-    if digest_of(tensors) != digest:
+    kinds = {key: (tensor.dtype, tensor.dim()) for key, tensor in tensors.items()}
+    if digest_of(tensors) != digest or kinds != KINDS:  # the digest is of bytes alone
         raise Unavailable(
             f"{path} is damaged (its hash is not the manifest's); remove it, and {RESUME}"
         )
