@@ -273,7 +273,7 @@ def test_a_finished_block_that_was_damaged_is_quantized_again_though_all_are_the
     flip(path, tensor_at(path, "fc1.codes"))
     assert any(not torch.equal(x, whole[name]) for name, x in tensors_of(path).items())
     _, again = quantized(ledger(tmp_path), "opt")
-    assert [replace(x, seconds=0) for x in again] == [replace(x, seconds=0) for x in known]
+    assert [replace(x, seconds=0.0) for x in again] == [replace(x, seconds=0.0) for x in known]
     assert all(torch.equal(x, whole[name]) for name, x in tensors_of(path).items())
 
 
