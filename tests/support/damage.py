@@ -31,6 +31,11 @@ def start_of(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
+def body_of(path: Path) -> bytes:
+    """All of a safetensors file but its header."""
+    return path.read_bytes()[start_of(path) :]
+
+
 def spread(path: Path, count: int) -> list[int]:
     """So many positions among its tensors, the first and the last byte included."""
     start, end = start_of(path), path.stat().st_size - 1
@@ -54,7 +59,7 @@ def header_of(path: Path) -> dict:
 
 def unsigned(path: Path, *words: str) -> None:
     """Write a safetensors file as older versions of quip did, without these words of its header."""
-    header, body = header_of(path), path.read_bytes()[start_of(path) :]
+    header, body = header_of(path), body_of(path)
     for word in words:
         del header["__metadata__"][word]
     text = json.dumps(header).encode()
