@@ -26,7 +26,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quip.errors import Unavailable, UsageError, one_line
+from quip.errors import Unavailable, UsageError
 from quip.files import replacing, writing
 from quip.model.block import BlockModule
 from quip.model.records import MatrixRecord
@@ -36,6 +36,7 @@ from quip.packed.files import naming_damage, opened
 from quip.packed.layout import Layout
 
 log = logging.getLogger(__name__)
+START_OVER = "start over with --overwrite"
 
 
 class Ledger:
@@ -149,8 +150,7 @@ class Ledger:
         except Unavailable as error:
             if isinstance(error.__cause__, OSError):  # it may be whole
                 raise
-            reason = one_line(error.__cause__ or error)
-            log.warning("%s is damaged (%s); it is made again", path, reason)
+            log.warning("%s; it is made again", str(error).removesuffix(f"; {START_OVER}"))
             path.unlink()
             return None
         if SEAL not in words and not self._told:
@@ -203,4 +203,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path) -> tuple[str, str]:
     """How a damaged file is called, and what to do about it."""
-    return f"{path} is damaged", "start over with --overwrite"
+    return f"{path} is damaged", START_OVER
