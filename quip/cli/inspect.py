@@ -1,4 +1,4 @@
-"""`quip inspect DIR`: what a checkpoint holds and takes, without reading its weights."""
+"""`quip inspect DIR`: what a checkpoint holds and takes; weights are only read to verify them."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quip.cli.output import aligned
+from quip.errors import Unavailable, shown
 from quip.jobs.report.text import size_words
 
 HELP = "show what a saved checkpoint holds and takes"
@@ -17,6 +18,12 @@ def build(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="a folder written by `quip run ... --save DIR`")
     add("--json", action="store_true", help="print everything that is known, as JSON")
+    add(
+        "--verify",
+        action="store_true",
+        help="read all tensors and compare them with the digests that they were saved with; exits "
+        "with 1 if any is damaged",
+    )
     add(
         "--plot",
         type=Path,
@@ -33,10 +40,15 @@ def call(args: argparse.Namespace) -> None:
 
     if args.plot:
         check_plots("--plot")
-    found = inspect_checkpoint(args.folder)
+    found = inspect_checkpoint(args.folder, verify_tensors=args.verify)
     if args.plot:
         plot_losses(matrix_records(args.folder), args.plot)
     print(json.dumps(found, indent=2, allow_nan=False) if args.json else inspection_table(found))
+    if args.verify and (damaged := found["verification"]["damaged"]):
+        raise Unavailable(
+            f"{args.folder}: {damaged} of its tensors {'is' if damaged == 1 else 'are'} not what "
+            "was saved; download or save it again"
+        )
 
 
 def inspection_table(found: Mapping[str, Any]) -> str:
@@ -44,6 +56,7 @@ def inspection_table(found: Mapping[str, Any]) -> str:
     parts = [
         _heading(found),
         _sizes(found),
+        _verification(found["verification"]),
         _specs_table(found.get("specs", ())),
         aligned([("stored as", "bytes"), *_counts(found["bytes_by_kind"])]),
         _perplexity_table(found["perplexities"]),
@@ -89,6 +102,18 @@ def _sizes(found: Mapping[str, Any]) -> str:
         ("dense", f"{size['dense']} in 16 bits"),
     ]
     return "\n".join(f"{name:<17}{words}" for name, words in rows)
+
+
+def _verification(found: Mapping[str, Any] | None) -> str:
+    """What became of the tensors, where they were verified: the damaged ones each on its line."""
+    if found is None:
+        return ""
+    whole = found["tensors"] - found["damaged"]
+    lines = [f"{whole} of {found['tensors']} tensors with digests are what was saved"]
+    lines += [f"damaged: {shown(name)}" for name in found["damaged_tensors"]]
+    if more := found["damaged"] - len(found["damaged_tensors"]):
+        lines.append(f"and {more} more")
+    return "\n".join([*lines, *(f"no digests: {name}" for name in found["unsigned"])])
 
 
 def _specs_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -17,6 +17,7 @@ from quip.shapes import Within, check_shape
 FORMAT = 1
 MANIFEST = "manifest.json"
 RESUME = "repeat the `quip hessians` that wrote it with --resume"
+REMADE = f"remove it, and {RESUME}"
 ANEW = "make it anew with --overwrite"
 PARTS = {"count", "lower", "mean"}  # the tensors of a file
 PANEL = 1024  # rows that are mirrored at once
@@ -143,7 +144,7 @@ def check_header(folder: Path, name: str, size: int) -> None:
     """Raise Unavailable, naming the remedy, unless a file holds the moments of so many inputs."""
     path, triangle = file_of(folder, name), size * (size + 1) // 2
     wanted = {"lower": ("F32", [triangle]), "mean": ("F64", [size]), "count": ("I64", [])}
-    with opened(path, f"{path} is damaged", RESUME) as file:
+    with opened(path, f"{path} is damaged", REMADE) as file:
         parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
         for key, kind in wanted.items():
             found = (parts[key].get_dtype(), parts[key].get_shape()) if key in parts else None
@@ -156,11 +157,11 @@ def read_tensors(folder: Path, name: str, size: int, digest: str) -> dict[str, T
     """A file's tensors. Raises Unavailable, naming the remedy, unless its hash is the digest."""
     check_header(folder, name, size)
     path = file_of(folder, name)
-    with opened(path, f"{path} is damaged", RESUME) as file:
+    with opened(path, f"{path} is damaged", REMADE) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if digest_of(tensors) != digest:
         raise Unavailable(
-            f"{path} is damaged (its hash is not the manifest's); remove it, and {RESUME}"
+            f"{path} is damaged (its hash is not the manifest's); {REMADE}"
         )
     return tensors
 

@@ -1,6 +1,7 @@
 """What a checkpoint holds and takes, from its config.json, the headers of its files and run.json.
 
-No weight is read. The shapes come from the model that config.json describes, made without content.
+No weight is read, unless to verify it. The shapes come from the model that config.json describes,
+made without content.
 """
 
 import math
@@ -16,6 +17,7 @@ from quip.evaluate.memory import module_bytes
 from quip.jobs.report.folder import REMEDY, read_report
 from quip.model.records import MatrixRecord, record_of
 from quip.packed.checkpoint import check_folder, skeleton
+from quip.packed.digests import unverified, verify
 from quip.packed.files import DAMAGED, header, naming_damage, weight_files
 from quip.packed.hub import QuipConfig, QuipQuantizer
 from quip.packed.layout import Layout
@@ -23,14 +25,17 @@ from quip.packed.linear import QuantizedLinear, quantized_layers
 from quip.shapes import check_shape
 
 WORST = 10  # matrices that are named
+DAMAGED_NAMES = 100  # tensors
 
 
-def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
+def inspect_checkpoint(folder: str | Path, *, verify_tensors: bool = False) -> dict[str, Any]:
     """What the checkpoint holds, fit for JSON; sizes in bytes.
 
     With b the bytes of the tensors stored for a quantized matrix, bias excluded,
     bits_per_weight = 8 sum(b) / sum(m n); bits_per_weight_of_all counts every tensor of the files
     against every parameter of the dense model, tied ones once.
+
+    With `verify_tensors`, each tensor that was saved with a digest is read and compared with it.
 
     A run.json that is damaged costs what only it knows, and a note says so: the checkpoint itself
     is whole without it. Raises Unavailable for whatever else is missing or damaged, and
@@ -41,6 +46,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
     try:
         files = weight_files(folder)
         model = _skeleton(folder, files)
+        verification = _verification(files) if verify_tensors else None
     except QuipError as error:
         raise type(error)(f"{folder}: {error}") from error
     layers, layout = quantized_layers(model), Layout.of(model)
@@ -70,6 +76,7 @@ def inspect_checkpoint(folder: str | Path) -> dict[str, Any]:
         "memory_bytes": module_bytes(body),
         "dense_bytes": 2 * weights,
         "plot": "layers.png" if (folder / "layers.png").is_file() else None,
+        "verification": verification,
     }
 
 
@@ -88,10 +95,26 @@ def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     """The model with room for its packed matrices, on the meta device, which the files do fit."""
     model = skeleton(folder)
     quantizer = QuipQuantizer(QuipConfig(**model.config.quantization_config))
-    quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
+    with unverified():
+        quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
     if not quantized_layers(model):
         raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
     return model
+
+
+def _verification(files: Sequence[Path]) -> dict[str, Any]:
+    """How many tensors were saved with digests and have others now; and which, the first of them.
+
+    `unsigned` are the files without digests.
+    """
+    found = {path.name: verify(path) for path in files}
+    damaged = [name for file in found.values() for name, whole in file.items() if not whole]
+    return {
+        "tensors": sum(map(len, found.values())),
+        "damaged": len(damaged),
+        "damaged_tensors": damaged[:DAMAGED_NAMES],
+        "unsigned": [name for name, file in found.items() if not file],
+    }
 
 
 def _specifications(layout: Layout, layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:

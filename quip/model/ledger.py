@@ -8,12 +8,16 @@ Each file appears when it is complete. Blocks are never changed again; hidden st
 replaced by those of the block after, so that the disk holds those of one block only. A run
 killed between the two writes has a block more than hidden states: replaying that block, whose
 matrices are there, makes up for them.
+
+Each file bears a digest of all it holds. One that was damaged since is as good as none: its block
+is quantized again, from the hidden states that replaying all blocks before it gives.
 """
 
 import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -28,12 +32,14 @@ from quip.model.block import BlockModule
 from quip.model.matrices import find_blocks
 from quip.model.records import MatrixRecord, parse_records
 from quip.model.tune import TuningRecord
+from quip.packed.digests import SEAL, seal_of
 from quip.packed.files import naming_damage, opened
 from quip.packed.layout import Layout
 from quip.reading import parse_json, read_json
 from quip.shapes import Within, check_shape
 
 log = logging.getLogger(__name__)
+START_OVER = "start over with --overwrite"
 CHANGES = 10  # of fingerprints that are named
 
 
@@ -60,11 +66,13 @@ class Ledger:
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder, self.fingerprint = folder, json.loads(json.dumps(fingerprint))
+        self._told = False
 
     def open(self) -> None:
         """Make the folder, unless it holds finished blocks of this very run.
 
-        Raises UsageError, naming every difference, if they are of another.
+        Blocks that were damaged since are removed. Raises UsageError, naming every difference, if
+        they are of another.
         """
         path = self.folder / "fingerprint.json"
         if path.exists():
@@ -74,6 +82,7 @@ class Ledger:
                     f"--resume: the run in {self.folder.parent} was another one ({changes}); "
                     "name another folder, or start over with --overwrite"
                 )
+            self._sift()
             return
         with writing(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -100,8 +109,7 @@ class Ledger:
             "records": json.dumps([asdict(record) for record in records]),
             "tuned": json.dumps([asdict(record) for record in tuned]),
         }
-        with replacing(self._block(block.index)) as partial:
-            save_file(tensors, partial, metadata=words)
+        _write(self._block(block.index), tensors, words)
 
     def restore(
         self, block: int, model: nn.Module
@@ -130,22 +138,21 @@ class Ledger:
 
     def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
         """Write down the hidden states that enter a block, in place of those before."""
-        with replacing(self._hidden) as partial:
-            save_file({"hidden": hidden.cpu()}, partial, metadata={"block": str(block)})
+        _write(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
 
     @property
     def entered(self) -> int:
         """The last block whose hidden states are known, without reading these."""
-        if not self._hidden.exists():
-            return 0
-        with opened(self._hidden, *_damaged(self._hidden)) as file:
+        with suppress(Unavailable), opened(self._hidden, *_damaged(self._hidden)) as file:
             return _entered(file.metadata())
+        return 0
 
     def hidden(self) -> tuple[int, Tensor | None]:
         """The last block whose hidden states are known, and these; block 0 needs none."""
-        if not self._hidden.exists():
+        found = self._take(self._hidden) if self._hidden.exists() else None
+        if found is None:
             return 0, None
-        tensors, words = _read(self._hidden)
+        tensors, words = found
         with naming_damage(*_damaged(self._hidden)):
             if "hidden" not in tensors:
                 raise ValueError("hidden is missing")
@@ -158,8 +165,31 @@ class Ledger:
     def forget(self) -> None:
         """All but the fingerprint: what is to be taken up is elsewhere, or to be made anew."""
         self.forget_hidden()
-        for path in self.folder.glob("block-*.safetensors"):
+        for path in self._blocks():
             path.unlink()
+
+    def _sift(self) -> None:
+        """Remove the blocks that are damaged; hidden states are looked at when they are read."""
+        for path in self._blocks():
+            self._take(path)
+
+    def _take(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """What a file holds; or None, and the file is removed, if it was damaged."""
+        try:
+            tensors, words = _read(path)
+        except Unavailable as error:
+            if isinstance(error.__cause__, OSError):  # it may be whole
+                raise
+            log.warning("%s; it is made again", str(error).removesuffix(f"; {START_OVER}"))
+            path.unlink()
+            return None
+        if SEAL not in words and not self._told:
+            log.warning("%s: files of an older quip bear no digest, unverified", self.folder)
+            self._told = True
+        return tensors, words
+
+    def _blocks(self) -> list[Path]:
+        return sorted(self.folder.glob("block-*.safetensors"))
 
     @property
     def _hidden(self) -> Path:
@@ -196,9 +226,19 @@ def _entered(words: Any) -> int:
     return parse_json(words["block"], Annotated[int, Within(0)])
 
 
+def _write(path: Path, tensors: dict[str, Tensor], words: Mapping[str, str]) -> None:
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={**words, SEAL: seal_of(tensors, words)})
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What a file holds. Raises Unavailable unless its seal, where it has one, is of just that."""
     with opened(path, *_damaged(path)) as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        words = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if words.get(SEAL, seal := seal_of(tensors, words)) != seal:
+            raise ValueError("it is not what was written: the digests differ")
+        return tensors, words
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -207,4 +247,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path) -> tuple[str, str]:
     """How a damaged file is called, and what to do about it."""
-    return f"{path} is damaged", "start over with --overwrite"
+    return f"{path} is damaged", START_OVER

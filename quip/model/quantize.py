@@ -167,6 +167,8 @@ def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
         return 0, None
     if all(map(ledger.has, range(count))):
         return count, None
+    if not all(map(ledger.has, range(ledger.entered))):
+        return 0, None  # a block was damaged: only a walk from the first leads to what enters it
     return ledger.hidden()
 
 

@@ -7,6 +7,7 @@ whatever the run computed in. config.json says what to compute in and what the t
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -22,6 +23,7 @@ from transformers import (
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line, shown
 from quip.files import new_folder
+from quip.packed.digests import sign, unverified
 from quip.packed.files import DAMAGED, INDEX, weight_files
 from quip.packed.hub import METHOD, QuipConfig, narrowed
 from quip.packed.layout import dense
@@ -55,32 +57,39 @@ def save_checkpoint(
     model.config.quantization_config = QuipConfig.of(model)
     with new_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial, state_dict=narrowed(model), max_shard_size=SHARD)
+        for path in weight_files(partial):
+            sign(path)
         tokenizer.save_pretrained(partial)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text)
 
 
 def load(
-    folder: str | Path, *, dtype: torch.dtype | str = "auto", device_map: Any = None
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    verify: bool = True,
 ) -> PreTrainedModel:
     """The model of a checkpoint, in evaluation mode, every tensor of it read from the files.
 
     `dtype` is what it computes in: "auto" is that of the run which saved it. Raises Unavailable
-    for a folder that is no complete checkpoint, and UnsupportedModel for one that quip did not
-    write.
+    for a folder that is no complete checkpoint, or, unless `verify` is false, where the digest of a
+    tensor is not what it was, and UnsupportedModel for one that quip did not write.
     """
     check_folder(folder)
     options = {} if device_map is None else {"device_map": device_map}
-    return read_model(
-        str(folder),
-        folder,
-        lambda error: f"the model cannot be read ({one_line(error)}); save or download it again",
-        dtype=dtype,
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        **options,
-    )
+    with nullcontext() if verify else unverified():
+        return read_model(
+            str(folder),
+            folder,
+            lambda error: f"the model cannot be read ({one_line(error)}); {DAMAGED}",
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **options,
+        )
 
 
 def read_model(

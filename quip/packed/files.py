@@ -49,7 +49,7 @@ def opened(path: Path, what: str, remedy: str) -> Iterator[Any]:
     """
     with naming_damage(what, remedy):
         if path.exists() and not path.is_file():  # which may never end, or never begin
-            raise ValueError("it is no regular file")
+            raise OSError("it is no regular file")
         with safe_open(path, framework="pt") as file:
             yield file
 

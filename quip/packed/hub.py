@@ -20,6 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable
+from quip.packed.digests import check_digests, verifying
 from quip.packed.files import DAMAGED, TensorEntry, header
 from quip.packed.layout import FORMATS, Layout, dense
 from quip.packed.linear import quantized_layers
@@ -68,7 +69,10 @@ class QuipQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.quantization_config.layout.make_room(model)
-        check_files(model, kwargs.get("checkpoint_files") or ())
+        files = kwargs.get("checkpoint_files") or ()
+        check_files(model, files)
+        if verifying.get():
+            check_digests([Path(file) for file in files])
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, layer in quantized_layers(model).items():

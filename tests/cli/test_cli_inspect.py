@@ -1,12 +1,17 @@
 """`quip inspect`: a table, JSON or a plot, and one line for what is no checkpoint."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
 from quip.cli.inspect import inspection_table
 from quip.jobs.inspect import inspect_checkpoint
+from quip.packed.digests import DIGESTS
+from quip.packed.files import header
 from tests.support.checkpoints import save_quantized
+from tests.support.damage import flip, tensor_at, unsigned
 from tests.support.runs import save_model, write_text
 
 pytestmark = pytest.mark.usefixtures("command")
@@ -49,6 +54,41 @@ def test_json_is_everything_that_is_known(quip, packed):
     status, out, err = quip("inspect", packed, "--json")
     assert (status, err) == (0, [])
     assert json.loads(out) == inspect_checkpoint(packed)
+
+
+def test_tensors_are_verified_when_asked_and_the_damaged_are_named(quip, packed, tmp_path):
+    status, out, err = quip("inspect", packed, "--verify", "--json")
+    assert (status, err) == (0, [])
+    tensors = len(header(packed / "model.safetensors"))
+    whole = {"tensors": tensors, "damaged": 0, "damaged_tensors": [], "unsigned": []}
+    assert json.loads(out) == {**inspect_checkpoint(packed), "verification": whole}
+
+    folder = Path(shutil.copytree(packed, tmp_path / "damaged"))
+    path = folder / "model.safetensors"
+    names = [name for name in header(path) if name.endswith(("fc1.codes", "fc2.rescale"))]
+    for name in names:
+        flip(path, tensor_at(path, name))
+    status, out, err = quip("inspect", folder, "--verify")
+    assert (status, err) == (
+        1,
+        [f"quip: {folder}: 8 of its tensors are not what was saved; download or save it again"],
+    )
+    assert f"{tensors - 8} of {tensors} tensors with digests are what was saved" in out
+    assert [line[10:-1] for line in out.splitlines() if line[:8] == "damaged:"] == sorted(names)
+    status, out, _ = quip("inspect", folder, "--verify", "--json")
+    assert (status, json.loads(out)["verification"]["damaged_tensors"]) == (1, sorted(names))
+    assert quip("inspect", folder)[0] == 0
+
+    unsigned(path, DIGESTS)
+    status, out, err = quip("inspect", folder, "--verify")
+    assert (status, err) == (0, [])
+    assert "0 of 0 tensors with digests are what was saved\nno digests: model.safetensors" in out
+
+
+def test_of_many_damaged_tensors_the_first_are_named(packed):
+    found = inspect_checkpoint(packed, verify_tensors=True)
+    found["verification"].update(damaged=102, damaged_tensors=[f"t{i}" for i in range(100)])
+    assert "damaged: 't99'\nand 2 more" in inspection_table(found)
 
 
 def test_the_plot_is_a_picture_of_the_records_in_run_json(quip, packed, tmp_path):

@@ -1,6 +1,7 @@
 """Stores of Hessians: what goes in comes out bitwise, and what is not whole is refused."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from functools import partial, reduce
 from operator import getitem
@@ -15,6 +16,7 @@ from quip.data.hessians import HessianStore, StoreWriter
 from quip.errors import Unavailable, UsageError
 from quip.evaluate import memory
 from quip.model.matrices import places
+from tests.support.damage import body_of, flip, header_of, spread
 from tests.support.hessians import FACTS, observed, written
 from tests.support.tiny import tiny
 
@@ -101,13 +103,11 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+def flip_last(path: Path) -> None:
+    flip(path, -1)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
+@pytest.mark.parametrize("damage", [cut, flip_last, Path.unlink])
 def test_a_damaged_file_is_refused_and_its_block_is_missing_on_resume(tmp_path, damage):
     blocks = observed()
     written(tmp_path, blocks)
@@ -126,13 +126,38 @@ def test_a_damaged_file_is_refused_and_its_block_is_missing_on_resume(tmp_path, 
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("damage", [cut, flip_last])
 def test_what_is_damaged_in_a_store_that_was_broken_off_is_missing_on_resume(tmp_path, damage):
     blocks = observed()
     written(tmp_path, blocks[:2], close=False)
     damage(tmp_path / f"{next(iter(blocks[0]))}.safetensors")
     writer = StoreWriter(tmp_path, FACTS, resume=True)
     assert [writer.has(index) for index in range(3)] == [False, True, False]
+
+
+@pytest.mark.parametrize("i", range(12))
+def test_no_bit_of_a_store_flips_unseen(opt_store, tmp_path, i):
+    store = HessianStore(Path(shutil.copytree(opt_store.folder, tmp_path / "store")))
+    name = store.inputs[i % len(store.inputs)].name
+    path = hessian_files.file_of(store.folder, name)
+    flip(path, spread(path, 12)[i], bit=i % 8)
+    with pytest.raises(Unavailable, match=rf"{name}.safetensors is damaged .*; remove it, and re"):
+        store.read(name)
+
+
+@pytest.mark.parametrize(
+    ("was", "becomes"), [("F32", "I32"), ("F64", "I64"), ('"shape":[32]', '"shape":[1,32]')]
+)
+def test_types_and_axes_of_a_store_are_those_that_are_written(opt_store, tmp_path, was, becomes):
+    store = HessianStore(Path(shutil.copytree(opt_store.folder, tmp_path / "store")))
+    name = store.inputs[0].name
+    path = hessian_files.file_of(store.folder, name)
+    header, body = header_of(path), body_of(path)
+    text = json.dumps(header, separators=(",", ":")).replace(was, becomes).encode()
+    assert text != json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    with pytest.raises(Unavailable, match=rf"{name}.safetensors is damaged .*; remove it, and re"):
+        store.read(name)
 
 
 def test_a_complete_store_is_taken_up_without_reading_its_files(tmp_path, monkeypatch):

@@ -88,7 +88,7 @@ def test_headers_suffice(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[: before["header_bytes"]].ljust(before["file_bytes"], b"\0"))
     assert inspect_checkpoint(copy) == before
-    with pytest.raises(QuipError, match="the file is damaged"):
+    with pytest.raises(QuipError, match=r"model.safetensors is damaged: .* are not what was saved"):
         load(copy)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file as tensors_of
 from torch import Tensor, nn
 
 from quip.errors import Unavailable, UsageError
@@ -27,7 +28,9 @@ from quip.model.ledger import Ledger, differences
 from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.packed import checkpoint
 from quip.packed.checkpoint import load
+from quip.packed.digests import SEAL
 from quip.packed.linear import QuantizedLinear
+from tests.support.damage import clear, flip, halve, spread, tensor_at, text_at, unsigned
 from tests.support.runs import save_model, write_text
 from tests.support.tiny import tiny, tokens
 
@@ -168,13 +171,132 @@ def test_another_fingerprint_is_refused_with_every_difference(tmp_path):
     assert differences({"a": [1]}, {"a": [1]}) == ""
 
 
-@pytest.mark.parametrize("name", ["block-0001.safetensors", "fingerprint.json"])
-def test_damaged_files_are_named(tmp_path, name):
-    quantized(ledger(tmp_path))
-    path = tmp_path / name
-    path.write_bytes(path.read_bytes()[:50].rstrip(b"}\n"))
-    with pytest.raises(Unavailable, match=rf"{name} is damaged \(.*\); start over with --overwr"):
-        quantized(ledger(tmp_path))
+def test_a_damaged_fingerprint_is_named(tmp_path):
+    path = ledger(tmp_path, seed=0).folder / "fingerprint.json"
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(Unavailable, match=r"gerprint.json is damaged \(.*\); start over with --ov"):
+        ledger(tmp_path)
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory) -> Path:
+    """The ledger of a run of three blocks out of four."""
+    folder = tmp_path_factory.mktemp("ledgers") / "blocks"
+    real = quantize._quantize_block
+
+    def broken(block, *args):
+        if block.index == BLOCKS - 1:
+            raise KeyboardInterrupt
+        return real(block, *args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(quantize, "_quantize_block", broken)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(ledger(folder), "opt")
+    return folder
+
+
+BLOCK, HIDDEN = "block-0001.safetensors", "hidden.safetensors"
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    **{
+        f"bit {i} of 12 of the block": (BLOCK, lambda path, i=i: flip(path, spread(path, 12)[i]))
+        for i in range(12)
+    },
+    "codes": (BLOCK, lambda path: flip(path, tensor_at(path, "fc1.codes"))),
+    "step": (BLOCK, lambda path: flip(path, tensor_at(path, "fc2.step"))),
+    "norm": (BLOCK, lambda path: flip(path, tensor_at(path, "final_layer_norm.weight"))),
+    "name of a record": (BLOCK, lambda path: flip(path, text_at(path, "proxy_loss"))),
+    "number of a record": (BLOCK, lambda path: flip(path, text_at(path, "rows") + 8, bit=0)),
+    "layout": (BLOCK, lambda path: flip(path, text_at(path, "codebook"))),
+    "tuned": (BLOCK, lambda path: flip(path, text_at(path, '"tuned') + 1)),
+    "name of a tensor": (BLOCK, lambda path: flip(path, text_at(path, "fc1.codes"))),
+    "braces": (BLOCK, lambda path: flip(path, 8)),
+    "length of the header": (BLOCK, lambda path: flip(path, 0)),
+    "page of the block": (BLOCK, clear),
+    "half of the block": (BLOCK, halve),
+    "all of the block": (BLOCK, lambda path: path.write_bytes(b"")),
+    **{
+        f"bit {i} of 3 of the hidden states": (HIDDEN, lambda p, i=i: flip(p, spread(p, 3)[i]))
+        for i in range(3)
+    },
+    "their block": (HIDDEN, lambda path: flip(path, text_at(path, '"3"') + 1, bit=0)),
+    "their block is none": (HIDDEN, lambda path: flip(path, text_at(path, '"3"') + 1, bit=6)),
+    "page of the hidden states": (HIDDEN, clear),
+    "half of the hidden states": (HIDDEN, halve),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_what_was_damaged_is_as_good_as_none_and_is_named(broken_off, tmp_path, caplog, case):
+    folder = Path(shutil.copytree(broken_off, tmp_path / "blocks"))
+    name, damage = DAMAGE[case]
+    damage(folder / name)
+    found = ledger(folder)
+    start, _ = found.hidden()
+    assert [found.has(i) for i in range(BLOCKS)] == [True, name != BLOCK, True, False]
+    assert start == (3 if name == BLOCK else 0)
+    [line] = caplog.messages
+    assert line.startswith(f"{folder / name} is damaged (")
+    assert line.endswith("); it is made again")
+
+
+@pytest.mark.parametrize("case", ["codes", "name of a record", "bit 1 of 3 of the hidden states"])
+def test_a_run_taken_up_after_damage_ends_bitwise_as_one_without(
+    broken_off, tmp_path, monkeypatch, case
+):
+    folder = Path(shutil.copytree(broken_off, tmp_path / "blocks"))
+    name, damage = DAMAGE[case]
+    damage(folder / name)
+    seen: list[int] = []
+    real = quantize._quantize_block
+    monkeypatch.setattr(
+        quantize, "_quantize_block", lambda block, *x: seen.append(block.index) or real(block, *x)
+    )
+    model, records = quantized(ledger(folder), "opt")
+    assert seen == ([1, 3] if name == BLOCK else [3])
+    expected, known = quantized(None, "opt")
+    assert_equal(model, expected)
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert all(torch.equal(ours[key], x) for key, x in theirs.items())
+    unclocked = [replace(record, seconds=0.0) for record in records]
+    assert unclocked == [replace(record, seconds=0.0) for record in known]
+    assert len(list(folder.glob("block-*"))) == BLOCKS
+
+
+def test_a_finished_block_that_was_damaged_is_quantized_again_though_all_are_there(tmp_path):
+    _, known = quantized(ledger(tmp_path), "opt")
+    path = tmp_path / BLOCK
+    whole = {name: x.clone() for name, x in tensors_of(path).items()}
+    flip(path, tensor_at(path, "fc1.codes"))
+    assert any(not torch.equal(x, whole[name]) for name, x in tensors_of(path).items())
+    _, again = quantized(ledger(tmp_path), "opt")
+    assert [replace(x, seconds=0.0) for x in again] == [replace(x, seconds=0.0) for x in known]
+    assert all(torch.equal(x, whole[name]) for name, x in tensors_of(path).items())
+
+
+def test_a_file_that_cannot_be_read_is_not_thrown_away(broken_off, tmp_path):
+    folder = Path(shutil.copytree(broken_off, tmp_path / "blocks"))
+    path = folder / BLOCK
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(Unavailable, match=rf"{BLOCK} is damaged \(.*\); start over with --overwr"):
+        ledger(folder)
+    assert path.exists()
+
+
+def test_files_of_older_versions_are_taken_unverified_which_is_said_once(
+    broken_off, tmp_path, caplog
+):
+    folder = Path(shutil.copytree(broken_off, tmp_path / "blocks"))
+    for path in folder.glob("*.safetensors"):
+        unsigned(path, SEAL)
+    found = ledger(folder)
+    assert found.hidden()[0] == BLOCKS - 1
+    assert caplog.messages == [f"{folder}: files of an older quip bear no digest, unverified"]
+    assert all(map(found.has, range(BLOCKS - 1)))
 
 
 # Whole runs

@@ -16,7 +16,8 @@ from quip.jobs.report.text import size_words
 from quip.model.load import LoadedModel
 from quip.model.records import MatrixRecord
 from quip.packed.checkpoint import save_checkpoint
-from quip.packed.files import weight_bytes
+from quip.packed.digests import check_digests
+from quip.packed.files import weight_bytes, weight_files
 from quip.packed.hub import check_files
 from quip.packed.linear import quantized_layers
 
@@ -53,7 +54,9 @@ def _is_saved(folder: Path, loaded: LoadedModel, report: Report) -> bool:
     if saved is None or saved != report.entries["fingerprint"]:
         return False
     try:
-        check_files(loaded.model, [str(path) for path in sorted(folder.glob("*.safetensors"))])
+        files = weight_files(folder)
+        check_files(loaded.model, [str(path) for path in files])
+        check_digests(files)
     except QuipError:
         return False
     return True
