@@ -121,7 +121,7 @@ def measure_perplexities(
     """Perplexity on each data set, except where `earlier`, a report, has it of the same windows."""
     found: dict[str, float] = {}
     before = earlier or {}
-    known, stamps = before.get(key, {}), before.get("evaluation", {})
+    known, stamps = before.get(key) or {}, before.get("evaluation", {})
     for name, tokens in token_sets.items():
         if name in known and stamps.get(name) == tokens.stamp:
             found[name] = float(known[name])
@@ -153,7 +153,7 @@ def measure_tasks(
     rows: dict[str, list[str]] = {}
     found: dict[str, Mapping[str, float | int]] = {}
     for name in asked.tasks:
-        if name in known:
+        if name in known and {*known[name]} <= (before.get("tasks") or {}).keys():
             scores = {row: _numbers(before["tasks"][row]) for row in known[name]}
         else:
             with watch("tasks"):

@@ -15,6 +15,7 @@ from quip.jobs.inspect import matrix_records
 from quip.jobs.report.folder import read_report
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
+from quip.jobs.report.words import CardWords
 from quip.jobs.requests import Machine, Text
 from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
@@ -49,7 +50,7 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
     The new run.json is that of the checkpoint, with what tuning came to under "finetune", and
     without what was measured before it.
     """
-    device, earlier = _check(asked), read_report(asked.checkpoint)
+    device, earlier = _check(asked), read_report(asked.checkpoint, CardWords)
     asked.tuning.held(asked.nsamples)
     watch = Stopwatch()
     with watch("load"):

@@ -3,24 +3,24 @@
 No weight is read. The shapes come from the model that config.json describes, made without content.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from quip.errors import QuipError, Unavailable, one_line
+from quip.errors import QuipError, Unavailable
 from quip.evaluate.memory import module_bytes
-from quip.model.records import MatrixRecord
+from quip.jobs.report.folder import REMEDY, read_report
+from quip.model.records import MatrixRecord, record_of
 from quip.packed.checkpoint import check_folder, skeleton
-from quip.packed.files import DAMAGED, header, weight_files
+from quip.packed.files import DAMAGED, header, naming_damage, weight_files
 from quip.packed.hub import QuipConfig, QuipQuantizer
 from quip.packed.layout import Layout
 from quip.packed.linear import QuantizedLinear, quantized_layers
+from quip.shapes import check_shape
 
 WORST = 10  # matrices that are named
 
@@ -145,7 +145,7 @@ def _of_run(folder: Path) -> dict[str, Any]:
         known, records = _read_run(folder)
     except Unavailable as error:
         known, records = _known({}), []
-        notes.append(f"{error}: what only it knows is left out")
+        notes.append(f"{error}; what only it knows is left out")
     worst = sorted(records, key=lambda r: (math.isnan(r.proxy_loss), r.proxy_loss), reverse=True)
     matrices = [
         {
@@ -162,14 +162,12 @@ def _of_run(folder: Path) -> dict[str, Any]:
 
 def _read_run(folder: Path) -> tuple[dict[str, Any], list[MatrixRecord]]:
     """What run.json says of the whole model, and its matrices; nothing where there is no file."""
-    path = folder / "run.json"
-    if not path.exists():
-        return _known({}), []
-    try:
-        run = json.loads(path.read_text(), parse_constant=str)
-        return _known(run), [_record(matrix) for matrix in run.get("matrices") or []]
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise Unavailable(f"{path} is damaged ({one_line(error)})") from error
+    run = read_report(folder)
+    with naming_damage(f"{folder / 'run.json'} is damaged", REMEDY):
+        check_shape(found := run.get("matrices") or [], list[Any], "matrices")
+        rows = [{k: _value(x) for k, x in row.items()} for row in found]
+        check_shape(rows, list[MatrixRecord], "matrices")
+    return _known(run), [record_of(MatrixRecord, row) for row in rows]
 
 
 def _known(run: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,11 +195,6 @@ def _tuned(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What `quip finetune` did, after the proxy losses had been measured."""
     keys = ("teacher", "kl_before", "kl_after", "epochs")
     return {key: entry.get(key) for key in keys} if entry else None
-
-
-def _record(matrix: Mapping[str, Any]) -> MatrixRecord:
-    known = {field.name: matrix[field.name] for field in fields(MatrixRecord)}
-    return MatrixRecord(**{name: _value(value) for name, value in known.items()})
 
 
 def _value(value: Any) -> Any:

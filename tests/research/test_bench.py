@@ -279,6 +279,33 @@ def test_a_damaged_file_of_losses_is_named(ask, tmp_path):
         measure_losses(ask(out=tmp_path, resume=True))
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("fc1,", "fc9,", r"a row of '\S*fc9'"),
+        ("nearest", "furthest", "a row of 'furthest'"),
+        ("baseline", "x" * 1000, r"a row of 'x+\.\.\.x+'"),
+        ("name,", "names,", "no 'name'"),
+        ("baseline", "x" * 200_000, r"field larger than field limit"),
+        (",0,", ",zero,", "invalid literal for int"),
+    ],
+)
+def test_rows_that_no_bench_wrote_are_damage(ask, tmp_path, old, new, says):
+    measure_losses(ask(out=tmp_path, layers=("layers.0.fc1",), quants=("nearest",)))
+    path = tmp_path / "proxy.csv"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(Unavailable, match=rf"proxy\.csv is damaged \(.*{says}.* --overwrite"):
+        measure_losses(ask(out=tmp_path, resume=True, quants=("nearest",)))
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "{", '{"seed": 1, "seed": 1}', '{"model": 5}'])
+def test_a_damaged_report_of_a_bench_is_named(ask, tmp_path, text):
+    measure_losses(ask(out=tmp_path, layers=("layers.0.fc1",), quants=("nearest",)))
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(Unavailable, match=r"run\.json is damaged \(.*\); remove it if what it"):
+        measure_losses(ask(out=tmp_path, resume=True, quants=("nearest",)))
+
+
 # What is shown
 
 

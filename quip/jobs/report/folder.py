@@ -7,15 +7,20 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quip.errors import UsageError
+from quip.errors import Unavailable, UsageError
 from quip.files import check_new, replacing, write_csv, writing
 from quip.jobs.report.plots import write_plot
+from quip.jobs.report.words import RunWords
 from quip.model.records import MatrixRecord
+from quip.reading import parse_json, read_json
 
 LOCK = ".lock"  # there while a run writes; after a kill it may be there, but is not locked
+
+REMEDY = "remove it if what it knows may be lost"
 
 
 class RunFolder:
@@ -48,8 +53,12 @@ class RunFolder:
 
     def earlier_report(self, **same: Any) -> dict[str, Any]:
         """run.json as the run before left it, if this one takes it up and it says the same of
-        these entries."""
-        found = read_report(self.path) if self.resume else {}
+        these entries. Raises Unavailable, and lets others in, where that is damaged."""
+        try:
+            found = read_report(self.path) if self.resume else {}
+        except Unavailable:
+            self.release()
+            raise
         return found if all(found.get(key) == value for key, value in same.items()) else {}
 
     def write_report(self, report: Mapping[str, Any]) -> None:
@@ -97,17 +106,20 @@ class RunFolder:
         self._lock = lock
 
 
-def read_report(folder: Path) -> dict[str, Any]:
-    """The run.json of a folder; empty where there is none that can be read."""
-    return read_json(folder / "run.json")
+def read_report(folder: Path, shape: Any = RunWords) -> dict[str, Any]:
+    """The run.json of a folder; empty where there is none. Raises Unavailable for a damaged one."""
+    return read_words(folder / "run.json", shape)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """What a file says; nothing where there is none that can be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+def read_words(path: Path, shape: Any) -> dict[str, Any]:
+    """What a file of measures says; nothing where there is none.
+
+    Raises Unavailable for one that is damaged: measured again, its numbers would be lost unsaid.
+    """
+    if not os.path.exists(path):  # unlike Path.exists, for any name
         return {}
+    parse = partial(parse_json, constants=True)  # older ones may say NaN
+    return read_json(path, shape, remedy=REMEDY, parse=parse)
 
 
 def as_json(report: Mapping[str, Any]) -> str:

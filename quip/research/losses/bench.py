@@ -19,7 +19,7 @@ from tqdm import tqdm
 from quip.codebooks import CODEBOOKS, LATTICES, RmsGrid
 from quip.codebooks.names import INTEGERS
 from quip.data.hessians import HessianStore, StoredInput
-from quip.errors import UsageError
+from quip.errors import Unavailable, UsageError, shown
 from quip.jobs.calibration import store_for
 from quip.jobs.requests import Machine, Place
 from quip.matrix.build import build_recipe, flags_read
@@ -33,7 +33,7 @@ from quip.model.load import load_model
 from quip.model.records import versions
 from quip.packed.matrix import QuantizedMatrix
 from quip.research.losses.folder import LossFolder
-from quip.research.losses.rows import Case, LossRow
+from quip.research.losses.rows import ANEW, Case, LossRow
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ def measure_losses(
         m, n = _weight(model, name).shape
         recipe.check(m, n, name)
     with folder.opened(_settings(asked, store, device)) as earlier:
+        _check_earlier(earlier, store, asked.out)
         known = {(loss.name, loss.case): loss for loss in earlier}
         work = [(one, *_missing(names, recipes, known)) for one, names in inputs]
         total = sum(len(names) * len(cases) for _, names, cases in work)
@@ -217,6 +218,16 @@ def _settings(asked: ProxyBench, store: HessianStore, device: str) -> dict[str, 
         "device": device_name(device),
         "versions": versions(),
     }
+
+
+def _check_earlier(losses: Sequence[LossRow], store: HessianStore, out: Path | None) -> None:
+    """Raise Unavailable for a loss of no matrix of the store, or of no method."""
+    names = {name for one in store.inputs for name in one.matrices}
+    for loss in losses:
+        words = {loss.name: names, loss.quant: METHODS, loss.codebook: CODEBOOKS}
+        for word, known in {**words, loss.processing: PROCESSING}.items():
+            if word not in known:
+                raise Unavailable(f"{out}/proxy.csv is damaged (a row of {shown(word)}); {ANEW}")
 
 
 def _in_order(losses: Iterable[LossRow], store: HessianStore) -> list[LossRow]:

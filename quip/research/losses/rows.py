@@ -4,13 +4,17 @@ import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from quip.codebooks.names import INTEGERS
-from quip.errors import Unavailable
 from quip.model.records import MatrixRecord
+from quip.packed.files import naming_damage
+from quip.reading import read_text
+
+ANEW = "start anew with --overwrite"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +64,12 @@ def read_losses(path: Path) -> list[LossRow]:
     """
     if not path.exists():
         return []
-    try:
-        with path.open(newline="") as file:
-            return [_loss(row) for row in csv.DictReader(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Unavailable(f"{path} is damaged ({error}); start anew with --overwrite") from error
+    with naming_damage(f"{path} is damaged", ANEW):
+        try:
+            return [_loss(row) for row in csv.DictReader(StringIO(read_text(path)), strict=True)]
+        except (csv.Error, TypeError, KeyError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(reason) from error
 
 
 def _loss(row: Mapping[str, str]) -> LossRow:

@@ -19,7 +19,8 @@ from typing import Any
 from quip.data import DATASETS
 from quip.evaluate.zeroshot import ZeroShot
 from quip.files import replacing
-from quip.jobs.report.folder import as_json, read_json, read_report
+from quip.jobs.report.folder import as_json, read_report, read_words
+from quip.jobs.report.words import MeasuredWords
 from quip.jobs.requests import Machine, Text
 from quip.model.records import versions
 from quip.research.tables.description import Line, Measure, Table
@@ -141,7 +142,7 @@ class Cell:
 
     def _read(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """The last run; what it and runs of the same codes before it measured; on which texts."""
-        run, before = read_report(self.folder), read_json(self.folder / MEASURED)
+        run, before = read_report(self.folder), read_words(self.folder / MEASURED, MeasuredWords)
         if before.get("fingerprint") != run.get("fingerprint"):
             before = {}
         found = {key: {**before.get(key, {}), **(run.get(key) or {})} for key in GROWING}
