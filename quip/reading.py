@@ -87,10 +87,16 @@ def read_yaml(path: Path, shape: Any = Any, *, flag: str = "") -> Any:
 
     Raises UsageError, as "FLAG PATH: the key and the reason", for any other.
     """
+    named = f"{flag} {path}".lstrip()
     try:
-        return parse_yaml(read_text(path, limit=YAML_BYTES), shape)
+        value = parse_yaml(read_text(path, limit=YAML_BYTES))
     except (Unavailable, ValueError) as error:
-        raise UsageError(f"{flag} {path}: {error}".lstrip()) from error
+        raise UsageError(f"{named}: cannot be read as YAML: {error}") from error
+    try:
+        check_shape(value, shape)
+    except ValueError as error:
+        raise UsageError(f"{named}: {error}") from error
+    return value
 
 
 def parse_json(text: str, shape: Any = Any, *, constants: bool = False) -> Any:

@@ -1,5 +1,7 @@
-"""What a file may say, declared as a type: a TypedDict, a dataclass (of its fields), list[int],
-Literal, a union; with limits where numbers or lengths have them, Annotated[int, Within(0, 99)].
+"""What a file may say, declared as a type: TypedDicts, dataclasses, lists, literals and unions.
+
+Numbers and lengths may have limits: Annotated[int, Within(0, 99)]. A dataclass is the mapping of
+its fields, a tuple a list.
 """
 
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -66,7 +68,7 @@ def check_shape(value: Any, shape: Any, where: str = "") -> None:
             raise _misfit(value, " or ".join(dict.fromkeys(_words(part) for part in parts)), where)
     elif origin is Literal:
         if not any(value == x and type(value) is type(x) for x in parts):
-            raise _misfit(value, "one of " + ", ".join(map(str, parts)), where)
+            raise _misfit(value, _words(shape), where)
     elif not _is_of(value, origin or shape):
         raise _misfit(value, _words(shape), where)
     elif _is_record(shape):
@@ -132,6 +134,8 @@ def _words(shape: Any) -> str:
     if kind is Annotated:
         base, *limits = get_args(shape)
         return " ".join((_words(base), *map(str, limits)))
+    if kind is Literal:
+        return "one of " + ", ".join(map(str, get_args(shape)))
     kind = dict if _is_record(kind) else list if kind is tuple else kind or NoneType
     return WORDS.get(kind, str(kind))
 

@@ -50,6 +50,7 @@ def test_what_has_the_shape_is_taken(value: Any, shape: Any):
         (True, float, "it is True, not a number"),
         (1, bool, "it is 1, not true or false"),
         (1, Literal[True], "it is 1, not one of True"),
+        ("x", float | Literal["nan"], "it is 'x', not a number or one of nan"),
         ([], dict[str, int], "it is [], not a mapping"),
         (5, str | None, "it is 5, not text or null"),
         ([1, "2"], list[int], "[1] is '2', not a whole number"),

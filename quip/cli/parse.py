@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
-from quip.errors import QuipError, UsageError
+from quip.errors import QuipError, UsageError, shown
 from quip.matrix.flags import FLAGS, as_line
 from quip.matrix.methods import RECIPES
+from quip.reading import read_yaml
 
 NOT_IN_FILES = ("model", "dataset", "config", "call")
 UNSET: list[object] = []  # a list, since what appends to a value copies it first
@@ -106,20 +105,19 @@ def _of_recipe(name: str | None) -> list[str]:
 
 def _of_file(path: Path, parser: Parser, known: set[str]) -> dict[str, bool | str]:
     """What the file says: of switches true or false, of other flags the word on a line."""
-    try:
-        loaded = yaml.safe_load(path.read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: cannot be read as YAML: {error}") from error
+    loaded = read_yaml(path, flag="--config") or {}
     if not isinstance(loaded, dict):
         raise UsageError(f"--config {path}: a mapping of flag names to values is expected")
     found: dict[str, bool | str] = {}
     for name, value in loaded.items():
         if name not in known:
-            raise UsageError(f"--config {path}: unknown name {name!r}; names are those of flags")
+            raise UsageError(
+                f"--config {path}: unknown name {shown(name)}; names are those of flags"
+            )
         if isinstance(parser.get_default(name), bool):
             if not isinstance(value, bool):
                 raise UsageError(
-                    f"--config {path}: {name} is a switch: say true or false, not {value!r}"
+                    f"--config {path}: {name} is a switch: say true or false, not {shown(value)}"
                 )
             found[name] = value
         elif value is not None:

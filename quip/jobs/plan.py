@@ -7,33 +7,24 @@ The first pattern that matches a matrix counts. Flags are those of `quip run`, a
 complete: what it does not name is as by default, whatever the line says of all other matrices.
 """
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
-from quip.errors import UsageError
+from quip.errors import UsageError, shown
 from quip.matrix.build import build_recipe
 from quip.matrix.flags import FLAGS
 from quip.matrix.methods import RECIPES
 from quip.matrix.recipe import Recipe
 from quip.model.plan import Plan, Rule
+from quip.reading import read_yaml
 
 
 def read_plan(path: Path) -> dict[Any, Any]:
     """What a file says: pattern -> flags. Raises UsageError for one that is no such mapping."""
-    try:
-        text = path.read_text()
-        node, words = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--plan {path}: cannot be read as YAML: {error}") from error
-    if node is None or not (isinstance(words, dict) and words):
+    words = read_yaml(path, flag="--plan")
+    if not (isinstance(words, dict) and words):
         raise UsageError(f"--plan {path}: a mapping of patterns of matrix names to flags is needed")
-    for name, count in Counter(key.value for key, _ in node.value).items():
-        if count > 1:  # of which YAML would keep the last
-            raise UsageError(f"--plan {path}: the pattern {name!r} stands there {count} times")
     return words
 
 
@@ -47,7 +38,7 @@ def build_plan(words: Mapping[Any, Any], *, default: Recipe | None = None) -> Pl
         try:
             rules.append(Rule(_pattern(pattern), _recipe(flags)))
         except UsageError as error:
-            raise UsageError(f"the plan's {pattern!r}: {error}") from error
+            raise UsageError(f"the plan's {shown(pattern)}: {error}") from error
     return Plan(rules=tuple(rules), default=default)
 
 
@@ -62,18 +53,18 @@ def _recipe(flags: Any) -> Recipe:
         raise UsageError("a mapping of flags is needed, as in {wbits: 4} or {recipe: quip-4bit}")
     named = flags.get("recipe")
     if "recipe" in flags and not (isinstance(named, str) and named in RECIPES):
-        raise UsageError(f"recipe {named!r}: not one of {', '.join(RECIPES)}")
-    own = {name: _value(name, value) for name, value in flags.items() if name != "recipe"}
+        raise UsageError(f"recipe {shown(named)}: not one of {', '.join(RECIPES)}")
+    own = {name: flag_value(name, value) for name, value in flags.items() if name != "recipe"}
     if own.get("wbits") == 16:
         raise UsageError("wbits 16: a plan leaves no matrix as it is; give 2 to 8 bits")
     every = {**(RECIPES[named].flags if named else {}), **own}
     return build_recipe(**{FLAGS[name].name: value for name, value in every.items()})
 
 
-def _value(name: Any, value: Any) -> Any:
+def flag_value(name: Any, value: Any) -> Any:
     """A flag's value as its type; YAML has 1 for 1.0 and 8 for "8"."""
     if name not in FLAGS:
-        raise UsageError(f"unknown flag {name!r}; a recipe has {', '.join(FLAGS)}")
+        raise UsageError(f"unknown flag {shown(name)}; a recipe has {', '.join(FLAGS)}")
     kinds = get_args(FLAGS[name].type) or (FLAGS[name].type,)
     wider = next((kind for kind in (float, str) if kind in kinds), None)
     if type(value) in kinds:
@@ -81,4 +72,4 @@ def _value(name: Any, value: Any) -> Any:
     if type(value) is int and wider:
         return wider(value)
     wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-    raise UsageError(f"{name} is {value!r}, and {wanted} is needed")
+    raise UsageError(f"{name} is {shown(value)}, and {wanted} is needed")

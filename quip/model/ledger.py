@@ -173,8 +173,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What changed from one fingerprint to another, by dotted name; empty if nothing did."""
     found = list(_changes(before, now, ""))
     more = [f"{len(found) - CHANGES} more"] if len(found) > CHANGES else []
-    short = (text if len(text) <= 200 else f"{text[:200]}..." for text in found[:CHANGES])
-    return "; ".join([*short, *more])
+    return "; ".join(found[:CHANGES] + more)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[str]:
@@ -183,7 +182,12 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> 
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _changes(a, b, f"{prefix}{key}.")
         elif a != b:
-            yield f"{prefix}{key} was {a}, is now {b}"
+            yield f"{_short(f'{prefix}{key}')} was {_short(a)}, is now {_short(b)}"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _entered(words: Any) -> int:

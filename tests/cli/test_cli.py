@@ -338,7 +338,9 @@ SWITCHES = [name for name, known in FLAGS.items() if known.metadata["said"].kind
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_every_switch_is_off_where_the_line_or_a_later_file_says_so(asked, folder, name):
-    (folder / "on.yaml").write_text(f"wbits: 2\npre_proj: true\n{name}: true\n")
+    (folder / "on.yaml").write_text(
+        "wbits: 2\n" + "".join(f"{x}: true\n" for x in {"pre_proj", name})
+    )
     (folder / "off.yaml").write_text(f"{name}: false\n")
     on = "demo pydoc --config on.yaml"
     for line in (f"{on} --no-{name}", f"{on} --config off.yaml", f"{on} --{name} --no-{name}"):

@@ -80,7 +80,10 @@ def test_numbers_become_what_their_flag_takes():
         ("", "a mapping of patterns of matrix names to flags is needed"),
         ("- a", "a mapping of patterns of matrix names to flags is needed"),
         ("{", "cannot be read as YAML"),
-        ('"*": {wbits: 2}\n"*": {wbits: 3}', r"the pattern '\*' stands there 2 times"),
+        (
+            '"*": {wbits: 2}\n"*": {wbits: 3}',
+            r"cannot be read as YAML: the key '\*' stands there twice",
+        ),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(file, text, reason):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quip.errors import NonFinite, UnsupportedModel
-from quip.model.matrices import Matrix, check_weights, coverage, covered, find_blocks, widths
+from quip.model.matrices import Matrix, check_weights, coverage, covered, find_blocks, places
 from quip.model.walk import walk
 from tests.support.tiny import CONFIGS, GQA, VOCAB, tiny, tokens
 
@@ -141,4 +141,10 @@ def test_the_matrices_of_a_block_are_those_that_are_covered():
     assert [(x.name, x.module) for x in covered(model)[: len(found)]] == [
         (name, model.get_submodule(name)) for name in found
     ]
-    assert widths(model) == {x.name: x.module.in_features for x in covered(model)}
+    assert {x: n for x, (_, n) in places(model).items()} == {
+        x.name: x.module.in_features for x in covered(model)
+    }
+    prefix, blocks = find_blocks(model)
+    for name, (block, _) in places(model).items():
+        assert model.get_submodule(name) in set(blocks[block].modules())
+        assert name.startswith(f"{prefix}.{block}.")

@@ -67,14 +67,26 @@ def test_a_description_that_means_nothing_is_refused_before_anything_runs(tmp_pa
         ("quant: nearest", "quant: nearby", "--quant nearby: not one of"),
         ("quant: nearest", "quantum: 1", "names are those of `quip run`"),
         ("title:", "titel:", "unknown name 'titel'"),
-        ("evaluate: [wikitext2]", "kind: dream", "kind 'dream'"),
+        ("evaluate: [wikitext2]", "kind: dream", "kind is 'dream', not one of run, saved"),
         ("evaluate: [wikitext2]", "", "nothing is measured"),
         ("ratio: [Near, QuIP]", "ratio: [Near, Far]", "row 'share': it is made of two rows"),
         ("quant: nearest", "ft_lr: 1", "ft_lr speaks of fine-tuning: add ft_epochs"),
         ("quant: nearest", "finetune: {speed: 1}", "unexpected keyword argument 'speed'"),
-        ("wbits: 16", "wbits: 16, finetune: {}", "row 'original': 16 bits make no checkpoint"),
+        ("paper:", "finetune: {}, paper:", "row 'original': 16 bits make no checkpoint"),
         ("evaluate:", "kind: saved\nevaluate:", "row 'original': 16 bits make no checkpoint"),
         ("rows:", "rows", "cannot be read as YAML"),
+        ("rows:", "rows: 3\nflags:", "rows is 3, not a mapping"),
+        ("rows:", "rows: {}\nflags:", "rows is {}, not from 1 to inf"),
+        ("title:", "by: rows\ntitle:", "by is 'rows', not one of columns, models"),
+        ("title:", "title: again\ntitle:", "the key 'title' stands there twice"),
+        ("title:", "title: 2020-99-99\nnote:", "month must be in 1..12"),
+        (
+            "title:",
+            "measures: {a: {path: tasks}}\ntitle:",
+            "measures.a.path is 'tasks', not a list",
+        ),
+        ("ratio: [Near, QuIP]", "ratio: 3", "rows.share.ratio is 3, not a list"),
+        ("quant: nearest", "wbits: [2]", r"wbits is \[2\], and int is needed"),
     ):
         path.write_text(OWN.replace(old, new))
         with pytest.raises(UsageError, match=match):

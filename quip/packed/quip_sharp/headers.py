@@ -35,6 +35,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Spec]:
         )
     words = read_json(path, Published, remedy=DAMAGED, called="its config.json")
     params, made = words.get("quip_params"), words.get("architectures") or []
+    kind = str(words.get("model_type"))[:100]
     if params is None:
         raise UnsupportedModel(
             "its config.json has no quip_params, as models published in the layout of QuIP# have; "
@@ -43,7 +44,7 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Spec]:
     if len(made) != 1 or ARCHITECTURES.get(made[0]) != words.get("model_type"):
         raise UnsupportedModel(
             f"its architecture is {', '.join(made)[:100] or 'not named'} "
-            f"({str(words.get('model_type'))[:100]}), and {' and '.join(ARCHITECTURES)} can be read; "
+            f"({kind}), and {' and '.join(ARCHITECTURES)} can be read; "
             "name the folder of one"
         )
     spec = spec_of(params)

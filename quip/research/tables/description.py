@@ -8,20 +8,61 @@ of its table, column and row (a row's win), and each measure is a path into that
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypeAlias, TypedDict
 
-import yaml
-
-from quip.errors import UsageError
+from quip.errors import UsageError, shown
+from quip.jobs.plan import flag_value
 from quip.matrix.build import build_recipe
 from quip.matrix.flags import FLAGS
 from quip.matrix.recipe import Recipe
+from quip.reading import read_yaml
 from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
+from quip.shapes import Within, check_shape
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
-KINDS = ("run", "saved", "speed", "proxy", "hessians")
 TEXTS = ("run", "saved")  # kinds that are measured on texts and tasks
+Label: TypeAlias = str | int | float
+
+
+class LineWords(TypedDict):
+    """What a description says of a row or a column, beside its flags."""
+
+    difference: NotRequired[list[str]]
+    ratio: NotRequired[list[str]]
+    paper: NotRequired[dict[str, Label]]
+
+
+Lines: TypeAlias = Annotated[dict[Label, LineWords | None], Within(1)]
+
+
+class MeasureWords(TypedDict):
+    """What a description says of a measure."""
+
+    path: Annotated[list[str], Within(1)]
+    scale: NotRequired[float]
+    inverse: NotRequired[bool]
+    better: NotRequired[Literal["lower", "higher", "neither"]]
+
+
+class Description(TypedDict):
+    """A file that describes a table; its name is the file's."""
+
+    title: str
+    source: str
+    models: list[str]
+    rows: Lines
+    columns: Lines
+    kind: NotRequired[Literal["run", "saved", "speed", "proxy", "hessians"]]
+    flags: NotRequired[dict[str, Any]]
+    paper: NotRequired[dict[str, Label]]
+    dataset: NotRequired[str]
+    evaluate: NotRequired[list[str]]
+    tasks: NotRequired[list[str]]
+    measures: NotRequired[dict[str, MeasureWords] | None]
+    by: NotRequired[Literal["columns", "models"]]
+    note: NotRequired[str]
+    cost: NotRequired[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +92,7 @@ class Measure:
             if not isinstance(found, Mapping) or key not in found:
                 return None
             found = found[key]
-        if found is None:
+        if isinstance(found, bool) or not isinstance(found, int | float | str):
             return None
         return self.scale / float(found) if self.inverse else self.scale * float(found)
 
@@ -127,14 +168,10 @@ def read_table(name: str) -> Table:
             f"table {name}: choose {', '.join(table_names())}, or the path of a .yaml file "
             "that describes one"
         )
+    found = read_yaml(path, dict[str, Any])
     try:
-        found = yaml.safe_load(path.read_text())
         return _table(path.stem, found)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read as YAML: {error}") from error
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise UsageError(f"{path}: no description of a table: {error}") from error
-    except UsageError as error:
+    except (TypeError, ValueError) as error:  # of tunings, whose names and numbers are their own
         raise UsageError(f"{path}: {error}") from error
 
 
@@ -144,14 +181,15 @@ def recipe_of(flags: Mapping[str, Any]) -> Recipe | None:
         return None
     for name in flags:
         if name not in FLAGS:
-            raise UsageError(f"unknown flag {name!r}; names are those of `quip run`")
-    return build_recipe(**{FLAGS[name].name: value for name, value in flags.items()})
+            raise UsageError(f"unknown flag {shown(name)}; names are those of `quip run`")
+    return build_recipe(**{FLAGS[k].name: flag_value(k, value) for k, value in flags.items()})
 
 
 def _table(name: str, given: Mapping[str, Any]) -> Table:
     unknown = set(given) - {f.name for f in fields(Table)} - {"measure"}
     if unknown:
-        raise UsageError(f"unknown name {sorted(unknown)[0]!r}")
+        raise UsageError(f"unknown name {shown(min(unknown, key=str))}")
+    check_shape(given, Description)
     words = {k: v for k, v in given.items() if k not in ("rows", "columns", "measures")}
     for key in ("models", "evaluate", "tasks"):
         words[key] = tuple(words.get(key, ()))
@@ -194,20 +232,16 @@ def _lines(given: Mapping[str, Mapping[str, Any] | None]) -> tuple[Line, ...]:
 
 def _check(table: Table) -> None:
     labels = {row.label for row in table.rows}
-    if table.kind not in KINDS:
-        raise UsageError(f"kind {table.kind!r}: not one of {', '.join(KINDS)}")
-    if table.by not in ("columns", "models"):
-        raise UsageError(f"by {table.by!r}: the plot runs along columns or models")
     if not table.measures:
         raise UsageError("nothing is measured: name `evaluate` or `measures`")
     for row in table.rows:
         if row.parts and not (set(row.parts) <= labels and len(row.parts) == 2):
-            raise UsageError(f"row {row.label!r}: it is made of two rows, by label")
+            raise UsageError(f"row {shown(row.label)}: it is made of two rows, by label")
         if row.parts or table.kind == "hessians":
             continue
         for column in table.columns:
             flags = table.flags_of(row, column)
             recipe = recipe_of(recipe_flags(flags))
             if not recipe and (table.kind == "saved" or FINETUNE in flags):
-                raise UsageError(f"row {row.label!r}: 16 bits make no checkpoint")
+                raise UsageError(f"row {shown(row.label)}: 16 bits make no checkpoint")
             block_tuning(flags), model_tuning(flags)
