@@ -160,9 +160,7 @@ def read_tensors(folder: Path, name: str, size: int, digest: str) -> dict[str, T
     with opened(path, f"{path} is damaged", REMADE) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     if digest_of(tensors) != digest:
-        raise Unavailable(
-            f"{path} is damaged (its hash is not the manifest's); {REMADE}"
-        )
+        raise Unavailable(f"{path} is damaged (its hash is not the manifest's); {REMADE}")
     return tensors
 
 

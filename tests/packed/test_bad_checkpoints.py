@@ -1,5 +1,7 @@
 """Folders that are no checkpoints, or damaged ones, are refused in one line that says why."""
 
+import json
+
 import pytest
 import torch
 
@@ -23,6 +25,24 @@ def test_folders_that_are_no_checkpoints_are_refused(tmp_path, copy):
         assert "its config.json is damaged (" in line
     (copy / "config.json").unlink()
     assert "not a checkpoint, it has no config.json that can be read" in refusal(copy)
+
+
+def test_an_index_that_leaves_the_folder_is_not_followed(copy):
+    (copy / "model.safetensors").rename(copy.parent / "other.safetensors")
+    for name in ("../other.safetensors", str(copy.parent / "other.safetensors")):
+        words = {"metadata": {}, "weight_map": {f"{Q}.codes": name}}
+        (copy / "model.safetensors.index.json").write_text(json.dumps(words))
+        assert (line := refusal(copy)).startswith(f"Unavailable: {copy}: model.safetensors.index")
+        assert f"names a file '{name}', which is no plain name of one in {copy}; get" in line
+
+
+@pytest.mark.parametrize(
+    "text", ["5", '{"quantization_config": []}', '{"a": 1, "a": 2}', "9" * 5000]
+)
+def test_a_config_of_another_shape_is_damage(copy, text):
+    (copy / "config.json").write_text(text)
+    assert f"{copy}: its config.json is damaged (" in (line := refusal(copy))
+    assert line.endswith("; download or save it again")
 
 
 def test_models_that_quip_did_not_quantize_are_refused(tmp_path, copy):

@@ -57,13 +57,13 @@ class RunWords(TypedDict, total=False):
 
 
 class CodebookWords(TypedDict):
-    """Of a recipe, what a card shows of its codebook."""
+    """A codebook, as far as a card shows it."""
 
     bits: NotRequired[int | None]
 
 
 class RecipeWords(TypedDict):
-    """Of a recipe, what a card shows."""
+    """A recipe, as far as a card shows it."""
 
     codebook: NotRequired[CodebookWords | None]
 
@@ -78,7 +78,7 @@ class WholeTotals(TypedDict):
 
 
 class CardFlags(TypedDict):
-    """Of the flags of a run, those that a card reads otherwise than as a word."""
+    """Flags of a run that a card reads otherwise than as a word."""
 
     plan: NotRequired[dict[str, Any] | None]
 
