@@ -406,11 +406,13 @@ def test_a_model_that_computes_otherwise_is_not_taken_up(plan, model, tmp_path):
         run_experiment(plan(model=str(other), resume=True))
 
 
-def test_a_checkpoint_that_was_damaged_meanwhile_is_saved_again(plan, tmp_path):
+@pytest.mark.parametrize("damage", [halve, lambda path: flip(path, -1)], ids=["half", "a bit"])
+def test_a_checkpoint_that_was_damaged_meanwhile_is_saved_again(plan, tmp_path, damage):
     run_experiment(plan(save=tmp_path / "saved"))
     weights = tmp_path / "saved" / "model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:1000])
+    damage(weights)
+    flip(tmp_path / "run" / RunFolder.BLOCKS / "block-0002.safetensors", -1)
     run_experiment(plan(save=tmp_path / "saved", resume=True))
     assert weights.read_bytes() == whole
 
