@@ -26,7 +26,10 @@ class Stored(Protocol):
 
     @classmethod
     def empty(cls, m: int, n: int, *_: Any, **options: Any) -> dict[str, Tensor]:
-        """The tensors of an m x n matrix, without content (on the meta device)."""
+        """The tensors of an m x n matrix, without content (on the meta device).
+
+        The types of its options, with their ranges (quip.shapes), are what a file may say.
+        """
         ...
 
     @classmethod

@@ -6,7 +6,7 @@ for what only some of them do faster.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int32, Integer
@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quip.kernels.bits import unpack
+from quip.shapes import Within
 from quip.stored import Stored
 
 Kept = tuple[Tensor, Tensor]  # codes, metrics
 Panel = Callable[..., tuple[Tensor, Sequence["Codebook"]]]  # `round_panel` of matrix/panel.py
+Columns: TypeAlias = Annotated[int, Within(1)]  # of a group
 FITTED = {"fitted": True}  # metadata of a field that a codebook owes to the matrix, not the recipe
 
 

@@ -2,21 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Annotated, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int32, Integer, UInt8
 from torch import Tensor
 
-from quip.codebooks.base import FITTED, Codebook, Decoder, Groups, Kept, Panel
+from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups, Kept, Panel
 from quip.errors import QuipError
 from quip.kernels import grid_matvec
 from quip.kernels.bits import pack, unpack, words
 from quip.kernels.panel import fit_and_round_columns, round_columns
+from quip.shapes import Within
 from quip.stored import Options
 
 UNFITTED = torch.empty(0)
 CHUNK = 2**20  # weights whose error is measured at once, for each of the rhos
+Bits: TypeAlias = Annotated[int, Within(1, 8)]
 AnyGrid = TypeVar("AnyGrid", bound="Grid")  # beartype does not know Self in a method
 
 
@@ -217,7 +219,7 @@ class Grids(Decoder):
 
     @classmethod
     def empty(
-        cls, m: int, n: int, *, bits: int, group: int | None, symmetric: bool
+        cls, m: int, n: int, *, bits: Bits, group: Columns | None, symmetric: bool
     ) -> dict[str, Tensor]:
         count = Groups(n, group).count
         step = torch.empty(1 if symmetric else m, count, dtype=torch.bfloat16, device="meta")

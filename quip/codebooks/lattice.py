@@ -13,21 +13,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import ModuleType
+from typing import Annotated, TypeAlias
 
 import torch
 from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
 from quip.codebooks import e8p, e81b
-from quip.codebooks.base import FITTED, Codebook, Decoder, Groups
+from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups
 from quip.codebooks.names import DIM, LATTICES, Published
 from quip.errors import QuipError
 from quip.kernels import lattice_matvec, lattice_points
 from quip.kernels.bits import words
 from quip.kernels.lattice_points import Stage
+from quip.shapes import Within
 from quip.stored import Options
 
 STAGES: dict[str, ModuleType] = {"e8p": e8p, "e81b": e81b}
+Ratio: TypeAlias = Annotated[float, Within(1e-6, 1e6)]  # those of any use are near 1
 UNFITTED = torch.empty(0)
 
 
@@ -147,7 +150,7 @@ class Lattices(Decoder):
 
     @classmethod
     def empty(
-        cls, m: int, n: int, *, name: str, ratio: float | None, group: int | None
+        cls, m: int, n: int, *, name: str, ratio: Ratio | None, group: Columns | None
     ) -> dict[str, Tensor]:
         bits = _checked(name, ratio).index_bits
         groups = _groups(n, group)

@@ -23,6 +23,7 @@ from transformers import (
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line, shown
 from quip.files import new_folder
+from quip.packed.checks import check_counts, check_finite
 from quip.packed.digests import sign, unverified
 from quip.packed.files import DAMAGED, INDEX, weight_files
 from quip.packed.hub import METHOD, QuipConfig, narrowed
@@ -50,10 +51,11 @@ def save_checkpoint(
     """Write a model with quantized matrices, its tokenizer, and more files with these texts.
 
     The folder appears when it is complete; one that exists is replaced whole, or left alone.
-    Raises Unavailable where it cannot be written.
+    Raises Unavailable where it cannot be written, and NonFinite for NaN or infinity in a tensor.
     """
     if not quantized_layers(model):
         raise QuipError("the model holds no quantized matrix: there is nothing to pack")
+    check_finite(model, "nothing is saved, for nobody could load it; quantize the model anew")
     model.config.quantization_config = QuipConfig.of(model)
     with new_folder(folder, overwrite=overwrite) as partial:
         model.save_pretrained(partial, state_dict=narrowed(model), max_shard_size=SHARD)
@@ -121,10 +123,13 @@ def skeleton(of: PretrainedConfig | Path) -> PreTrainedModel:
         config: Any = of
         if isinstance(of, Path):
             config = AutoConfig.from_pretrained(of, local_files_only=True, trust_remote_code=False)
+        check_counts(config)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 config, dtype=config.dtype, trust_remote_code=False
             )
+    except QuipError:
+        raise
     except Exception as error:  # the loaders underneath raise no common class
         raise Unavailable(
             f"its config.json makes no model ({one_line(error)}); {DAMAGED}"

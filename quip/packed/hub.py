@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -19,7 +20,8 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quip.errors import QuipError, Unavailable
+from quip.errors import QuipError, Unavailable, shown
+from quip.packed.checks import check_counts, check_finite, check_left_over
 from quip.packed.digests import check_digests, verifying
 from quip.packed.files import DAMAGED, TensorEntry, header
 from quip.packed.layout import FORMATS, Layout, dense
@@ -40,11 +42,11 @@ class QuipConfig(QuantizationConfigMixin):
     def __init__(self, /, **words: Any) -> None:
         """Raises QuipError for a format or a kind of matrix that this version cannot read."""
         form = words.get("format")
-        if form not in FORMATS:
-            newer = isinstance(form, int) and form > max(FORMATS)
+        if type(form) is not int or form not in FORMATS:
+            newer = type(form) is int and form > max(FORMATS)
             remedy = "upgrade quip" if newer else "its config.json is damaged; " + DAMAGED
             raise QuipError(
-                f"a checkpoint of format {form!r}, and this version of quip reads formats "
+                f"a checkpoint of format {shown(form)}, and this version of quip reads formats "
                 f"{' and '.join(map(str, FORMATS))}: {remedy}"
             )
         self.layout = Layout.from_json(words)
@@ -67,6 +69,10 @@ class QuipQuantizer(HfQuantizer):
     requires_calibration = True  # from_pretrained cannot quantize a model on the way
     quantization_config: QuipConfig
 
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        check_counts(config)  # this is called before the model is made, and nothing else is
+        return config
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         self.quantization_config.layout.make_room(model)
         files = kwargs.get("checkpoint_files") or ()
@@ -82,6 +88,7 @@ class QuipQuantizer(HfQuantizer):
                 layer.check()
             except QuipError as error:
                 raise Unavailable(f"{name}: {error}; {DAMAGED}") from error
+        check_finite(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -123,6 +130,7 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
                     f"{name}.{key}: config.json asks for {wanted}, and the files hold {there}; "
                     + DAMAGED
                 )
+    check_left_over(model, found.keys())
     for name, tensor in model.state_dict().items():
         if name in found and found[name].shape != tuple(tensor.shape):
             raise Unavailable(

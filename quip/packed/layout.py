@@ -3,19 +3,35 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import torch
 from torch import nn
 
-from quip.errors import QuipError, Unavailable
+from quip.errors import QuipError, Unavailable, shown
 from quip.packed.files import DAMAGED
 from quip.packed.linear import QuantizedLinear, dense_linear, quantized_layers
 from quip.packed.spec import Spec
 from quip.packed.stack import Stack, StackedLinear, stacks
+from quip.shapes import Within, check_shape
 
 FORMATS = (1, 2)  # of a file: 1 holds matrices of one specification, 2 of several
-WORDS = {"codebook": dict, "transforms": list, "modules": list}  # of each specification
+SPECS = 1000  # of a file: no plan has more, and they are compared with one another
+
+
+class Words(TypedDict):
+    """A specification and the names of its matrices: a file of format 1, or a part of one of 2."""
+
+    codebook: dict[str, Any]  # as Spec reads it
+    transforms: list[Any]
+    modules: list[str]
+    stacks: NotRequired[list[Annotated[list[str], Within(2)]]]
+
+
+class Several(TypedDict):
+    """A file of format 2."""
+
+    specs: Annotated[list[Words], Within(0, SPECS)]
 
 
 @dataclass(frozen=True)
@@ -42,13 +58,13 @@ class Layout:
 
         Raises QuipError for words that are missing, or that this version does not know.
         """
-        several = words.get("format", 2 if "specs" in words else 1) == 2
         modules: dict[str, Spec] = {}
         stacked: dict[tuple[str, ...], Spec] = {}
         seen: set[str] = set()
-        for part in _parts(words) if several else [words]:
-            spec, alone, together = _part(part)
-            if several and not (alone or together):
+        for part in _parts(words):
+            spec = Spec.from_json(part["codebook"], part["transforms"])
+            alone, together = sorted(part["modules"]), [*map(tuple, part.get("stacks", []))]
+            if "specs" in words and not (alone or together):
                 raise QuipError(
                     f"its config.json has a specification that names no matrix; {DAMAGED}"
                 )
@@ -56,7 +72,9 @@ class Layout:
             stacked |= dict.fromkeys(together, spec)
             for name in (*alone, *chain.from_iterable(together)):
                 if name in seen:
-                    raise QuipError(f"its config.json names the matrix {name} twice; {DAMAGED}")
+                    raise QuipError(
+                        f"its config.json names the matrix {shown(name)} twice; {DAMAGED}"
+                    )
                 seen.add(name)
         return cls(modules, stacked)
 
@@ -108,34 +126,20 @@ class Layout:
                 _replace(model, name, new)
 
 
-def _parts(words: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The specifications of a file of format 2, each with the names of its matrices."""
-    parts = words.get("specs")
-    if not (isinstance(parts, list) and all(isinstance(part, Mapping) for part in parts)):
-        raise QuipError(
-            "the quantization_config of its config.json lacks 'specs' (a list of "
-            f"specifications); {DAMAGED}"
-        )
-    return parts
-
-
-def _part(words: Mapping[str, Any]) -> tuple[Spec, list[str], list[tuple[str, ...]]]:
-    """A specification, the names of its modules, and those of the members of its stacks."""
-    for name, kind in WORDS.items():
-        if not isinstance(words.get(name), kind):
-            raise QuipError(
-                f"the quantization_config of its config.json lacks {name!r} "
-                f"(a {kind.__name__}); {DAMAGED}"
-            )
-    spec = Spec.from_json(words["codebook"], words["transforms"])
+def _parts(words: Mapping[str, Any]) -> list[Words]:
+    """The specifications, each with the names of its matrices; in format 1 there is one."""
+    several = words.get("format", 2 if "specs" in words else 1) == 2
+    shape, other = (Several, Words) if several else (Words, Several)
     try:
-        stacked = [tuple(map(str, names)) for names in words.get("stacks") or ()]
-    except TypeError as error:
+        check_shape(words, shape)
+        for word in other.__annotations__:
+            if word in words:
+                raise ValueError(f"{word} is a word of another format")
+    except ValueError as error:
         raise QuipError(
-            f"the 'stacks' of its config.json are {words['stacks']!r}, not lists of names; "
-            + DAMAGED
+            f"the quantization_config of its config.json is damaged ({error}); {DAMAGED}"
         ) from error
-    return spec, sorted(map(str, words["modules"])), stacked
+    return words["specs"] if several else [cast(Words, words)]
 
 
 def empty_like(old: nn.Linear, spec: Spec) -> QuantizedLinear:

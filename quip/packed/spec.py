@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from inspect import Parameter, signature
+from typing import Any, get_type_hints
 
 from torch import Tensor
 
 from quip.codebooks import DECODERS, Decoder
-from quip.errors import QuipError
+from quip.errors import QuipError, shown
 from quip.packed.matrix import QuantizedMatrix
+from quip.shapes import check_shape
 from quip.transforms import TRANSFORMS, Chain
 
 
@@ -16,11 +18,22 @@ from quip.transforms import TRANSFORMS, Chain
 class Spec:
     """What the tensors of a quantized matrix mean: alike for all matrices of one recipe.
 
-    A part is {"kind": its name in DECODERS or TRANSFORMS, **its options}.
+    A part is {"kind": its name in DECODERS or TRANSFORMS, **its options}. Raises QuipError for a
+    transform that comes twice: its tensors go by the same names.
     """
 
     codebook: Mapping[str, Any]
     transforms: tuple[Mapping[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        kinds: set[str] = set()
+        for part in self.transforms:
+            if part["kind"] in kinds:
+                raise QuipError(
+                    f"its matrices have the transform {part['kind']} twice, whose tensors have "
+                    "room once; download or save the model again"
+                )
+            kinds.add(part["kind"])
 
     @classmethod
     def of(cls, matrix: QuantizedMatrix) -> "Spec":
@@ -31,20 +44,22 @@ class Spec:
     def from_json(cls, codebook: Any, transforms: list[Any]) -> "Spec":
         """Raises QuipError for a codebook or transform that this version does not know."""
         parts = [("codebook", DECODERS, codebook)]
-        parts += [("transform", TRANSFORMS, part) for part in transforms]
+        # One more than there are has one twice: more are not looked at.
+        parts += [("transform", TRANSFORMS, part) for part in transforms[: len(TRANSFORMS) + 1]]
         for what, kinds, part in parts:
             kind = part.get("kind") if isinstance(part, Mapping) else part
             if not (isinstance(kind, str) and kind in kinds and isinstance(part, Mapping)):
                 raise QuipError(
-                    f"its matrices have a {what} of kind {kind!r}, and this version of quip knows "
-                    f"{', '.join(kinds)}; upgrade quip"
+                    f"its matrices have a {what} of kind {shown(kind)}, and this version of quip "
+                    f"knows {', '.join(kinds)}; upgrade quip"
                 )
             try:
+                _check_options(kinds[kind], _options(part))
                 kinds[kind].empty(8, 8, **_options(part))  # a size that all can have
-            except (TypeError, RuntimeError, QuipError) as error:
+            except (ValueError, QuipError) as error:
                 raise QuipError(
-                    f"its matrices have a {what} {dict(part)}, which this version of quip does not "
-                    "understand; upgrade quip, or download or save the model again"
+                    f"its matrices have a {what} {shown(part)}, which this version of quip does "
+                    f"not understand ({error}); upgrade quip, or download or save the model again"
                 ) from error
         return cls(codebook, tuple(transforms))
 
@@ -71,6 +86,17 @@ class Spec:
 def _part(kinds: Mapping[str, Any], part: Any) -> dict[str, Any]:
     kind = next(name for name, cls in kinds.items() if type(part) is cls)
     return {"kind": kind, **part.options()}
+
+
+def _check_options(cls: Any, options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless they are those that the class declares where it is made empty."""
+    kinds = get_type_hints(cls.empty, include_extras=True)
+    of_cls = signature(cls.empty).parameters.values()
+    declared = {x.name: kinds[x.name] for x in of_cls if x.kind is Parameter.KEYWORD_ONLY}
+    if options.keys() != declared.keys():
+        raise ValueError(f"its options are {shown([*options])}, not {[*declared]}")
+    for name, kind in declared.items():
+        check_shape(options[name], kind, name)
 
 
 def _options(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from quip.errors import QuipError
 from quip.kernels import hadamard
+from quip.shapes import Within
 from quip.stored import Options
 
 SIGNS = torch.float16  # of finer steps than bfloat16 near 1, where fine-tuned signs stay
@@ -35,7 +37,7 @@ class Hadamard:
         return {"signs_in": self.signs_in.to(SIGNS), "signs_out": self.signs_out.to(SIGNS)}
 
     @classmethod
-    def empty(cls, m: int, n: int, *, block: int | None) -> dict[str, Tensor]:
+    def empty(cls, m: int, n: int, *, block: Annotated[int, Within(1)] | None) -> dict[str, Tensor]:
         sizes = {"signs_in": n, "signs_out": m}
         return {k: torch.empty(size, dtype=SIGNS, device="meta") for k, size in sizes.items()}
 
@@ -46,8 +48,11 @@ class Hadamard:
         for size in (m, n):
             hadamard.check(size, block)
         signs_in, signs_out = tensors["signs_in"].float(), tensors["signs_out"].float()
-        if not bool(signs_in.isfinite().all() and signs_out.isfinite().all()):
-            raise QuipError("a sign of its Hadamard transform is not finite: the file is damaged")
+        for signs in (signs_in, signs_out):
+            if not bool((signs.isfinite() & (signs != 0)).all()):
+                raise QuipError(
+                    "a sign of its Hadamard transform is 0 or not finite: the file is damaged"
+                )
         return cls(signs_in, signs_out, block)
 
     def apply(

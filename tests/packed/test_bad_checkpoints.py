@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+import transformers as hf
+from safetensors.torch import load_file
 
 from quip.errors import Unavailable, UnsupportedModel
 from quip.model.load import load_model
-from quip.packed.checkpoint import check_folder, load, refuse_gaps
-from tests.support.checkpoints import damage, edit, refusal, refusals
+from quip.packed.checkpoint import check_folder, load, refuse_gaps, skeleton
+from quip.packed.checks import check_counts
+from tests.support.checkpoints import SHARP, damage, edit, quantized, refusal, refusals, save
 from tests.support.tiny import tiny
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -58,6 +61,9 @@ def test_models_that_quip_did_not_quantize_are_refused(tmp_path, copy):
 
 
 GRID = {"kind": "grid", "bits": 2, "group": 1, "symmetric": True}
+RESCALE = {"kind": "rescale"}
+PLAIN = {"codebook": GRID, "transforms": []}
+FORMAT_1 = dict.fromkeys(("codebook", "transforms", "modules"))  # taken out
 
 
 @pytest.mark.parametrize(
@@ -69,31 +75,66 @@ GRID = {"kind": "grid", "bits": 2, "group": 1, "symmetric": True}
         ),
         ({"format": None}, "a checkpoint of format None, and this version of quip reads formats 1"),
         ({"format": "x"}, "reads formats 1 and 2: its config.json is damaged; download or save it"),
-        ({"format": 2}, "its config.json lacks 'specs' (a list of specifications); download or"),
-        ({"format": 2, "specs": {}}, "its config.json lacks 'specs' (a list of specifications)"),
-        ({"format": 2, "specs": ["grid"]}, "its config.json lacks 'specs' (a list of specific"),
-        ({"format": 2, "specs": [{"codebook": GRID}]}, "its config.json lacks 'transforms' (a"),
+        ({"format": 2}, "its config.json is damaged (specs is missing); download or save it again"),
+        ({"format": 2, "specs": {}}, "its config.json is damaged (specs is {}, not a list)"),
+        ({"format": 2, "specs": []}, "is damaged (codebook is a word of another format)"),
+        ({"format": 2, "specs": ["grid"], **FORMAT_1}, "(specs[0] is 'grid', not a mapping)"),
         (
-            {"format": 2, "specs": 2 * [{"codebook": GRID, "transforms": [], "modules": [Q]}]},
-            f"its config.json names the matrix {Q} twice; download or save it again",
+            {"format": 2, "specs": [{"codebook": GRID}], **FORMAT_1},
+            "its config.json is damaged (specs[0].transforms is missing)",
         ),
         (
-            {"format": 2, "specs": [{"codebook": GRID, "transforms": [], "modules": []}]},
+            {"format": 2, "specs": 1001 * [{**PLAIN, "modules": []}], **FORMAT_1},
+            ", not from 0 to 1000); download or save it again",
+        ),
+        ({"specs": []}, "is damaged (specs is a word of another format)"),
+        (
+            {**FORMAT_1, "format": 2, "specs": 2 * [{**PLAIN, "modules": [Q]}]},
+            f"its config.json names the matrix '{Q}' twice; download or save it again",
+        ),
+        (
+            {**FORMAT_1, "format": 2, "specs": [{**PLAIN, "modules": []}]},
             "its config.json has a specification that names no matrix; download or save it",
         ),
         (
-            {"format": 2, "specs": [{"codebook": GRID, "transforms": [{}], "modules": [Q]}]},
+            {"transforms": [{}], "modules": [Q]},
             "its matrices have a transform of kind None",
         ),
+        ({"format": True}, "a checkpoint of format True, and this version of quip reads formats 1"),
+        ({"transforms": 2 * [RESCALE]}, "have the transform rescale twice, whose tensors have roo"),
+        ({"transforms": 10**4 * [RESCALE]}, "have the transform rescale twice"),
+        ({"transforms": [{"kind": "hadamard", "block": True}]}, "(block is True, not a whole num"),
+        ({"transforms": [{"kind": "hadamard", "block": 0}]}, "(block is 0, not a whole number fr"),
+        (
+            {"transforms": [{"kind": "kronecker", "blocked": 0, "permute": True}]},
+            "which this version of quip does not understand (blocked is 0, not true or false)",
+        ),
+        ({"transforms": [{**RESCALE, "block": 8}]}, "(its options are ['block'], not [])"),
+        ({"codebook": {**GRID, "bits": True}}, "(bits is True, not a whole number)"),
+        ({"codebook": {**GRID, "bits": 9}}, "(bits is 9, not from 1 to 8)"),
+        ({"codebook": {**GRID, "symmetric": 1}}, "(symmetric is 1, not true or false)"),
+        ({"codebook": {**GRID, "group": 1.0}}, "(group is 1.0, not a whole number"),
+        (
+            {"codebook": {"kind": "lattice", "name": "E8P12RVQ3B", "ratio": 10**20, "group": 8}},
+            ", not a number from 1e-06 to 1e+06 or null)",
+        ),
+        ({"stacks": False}, "its config.json is damaged (stacks is False, not a list)"),
+        ({"stacks": [[Q]]}, f"is damaged (stacks[0] is ['{Q}'], not from 2 to inf)"),
+        (
+            {"transforms": []},
+            "'model.layers.0.mlp.down_proj.factors': the files hold it, and config.json names no "
+            "quantized matrix with such a tensor; download or save it again",
+        ),
+        ({"modules": [Q]}, "'model.layers.0.mlp.down_proj.codes': the files hold it, and config."),
         ({"codebook": {**GRID, "kind": "e8p"}}, "have a codebook of kind 'e8p'"),
         ({"codebook": {"kind": "grid"}}, "have a codebook {'kind': 'grid'}, which this version"),
         ({"transforms": [{"kind": "fft"}]}, "have a transform of kind 'fft'"),
-        ({"codebook": None}, "its config.json lacks 'codebook' (a dict); download or save it"),
-        ({"codebook": ["grid"]}, "its config.json lacks 'codebook' (a dict)"),
-        ({"transforms": {}}, "its config.json lacks 'transforms' (a list)"),
-        ({"modules": None}, "its config.json lacks 'modules' (a list)"),
-        ({"modules": Q}, "its config.json lacks 'modules' (a list)"),
-        ({"modules": [3]}, "config.json says that 3 is a quantized matrix, but in a Llama"),
+        ({"codebook": None}, "its config.json is damaged (codebook is missing); download or save"),
+        ({"codebook": ["grid"]}, "(codebook is ['grid'], not a mapping); download"),
+        ({"transforms": {}}, "(transforms is {}, not a list); download"),
+        ({"modules": None}, "its config.json is damaged (modules is missing); download or save"),
+        ({"modules": Q}, f"(modules is '{Q}', not a list)"),
+        ({"modules": [3]}, "its config.json is damaged (modules[0] is 3, not text)"),
         (
             {"modules": ["model.layers.9.self_attn.q_proj"]},
             "config.json says that model.layers.9.self_attn.q_proj is a quantized matrix, but in a "
@@ -164,6 +205,19 @@ def test_a_file_that_is_missing_or_something_else_is_refused(copy):
             lambda x: x[f"{Q}.factors"].fill_(torch.inf),
             f"{Q}: a factor of its rotation is no orthogonal matrix: the file is damaged",
         ),
+        (
+            lambda x: x["model.norm.weight"][7].fill_(torch.nan),
+            "model.norm.weight: it holds NaN or infinity, as torch.float32; download or save it",
+        ),
+        (lambda x: x["lm_head.weight"][3, 5].fill_(torch.nan), "lm_head.weight: it holds NaN or"),
+        (
+            lambda x: x["model.embed_tokens.weight"][-1, -1].fill_(-torch.inf),
+            "model.embed_tokens.weight: it holds NaN or infinity",
+        ),
+        (
+            lambda x: x.update({"model.norm.codes": torch.ones(5, dtype=torch.int32)}),
+            "'model.norm.codes': the files hold it, and config.json names no quantized matrix",
+        ),
     ],
 )
 def test_damaged_tensors_are_refused_by_name(change, reason, copy):
@@ -176,8 +230,8 @@ def test_damaged_tensors_are_refused_by_name(change, reason, copy):
     [
         (lambda x: x.pop("model.norm.weight"), "1 missing keys such as model.norm.weight"),
         (
-            lambda x: x.update({f"{Q}.weight": torch.ones(32, 32)}),
-            f"1 unexpected keys such as {Q}.weight",
+            lambda x: x.update({"model.norm.bias": torch.ones(32)}),
+            "1 unexpected keys such as model.norm.bias",
         ),
     ],
 )
@@ -185,6 +239,41 @@ def test_tensors_missing_or_left_over_are_refused(change, reason, copy):
     damage(copy, change)
     assert f"the checkpoint does not fit its config.json: {reason}; download" in refusal(copy)
     assert reason in refusal(copy, lambda folder: load_model(str(folder)))
+
+
+def test_signs_and_biases_that_are_no_numbers_are_refused_by_name(tmp_path):
+    folder = save(quantized("opt", SHARP, blocks=1), tmp_path / "model")
+    held = load_file(folder / "model.safetensors")
+    signs = next(name for name in held if name.endswith("signs_out"))
+    bias = next(name for name in held if name.endswith("k_proj.bias"))
+    damage(folder, lambda x: x[bias][2].fill_(torch.inf))
+    assert f"{bias}: it holds NaN or infinity" in refusals(folder)
+    damage(folder, lambda x: (x[bias].zero_(), x[signs].zero_()))
+    assert (
+        f"{signs.removesuffix('.signs_out')}: a sign of its Hadamard transform is 0 or not finite"
+        in refusals(folder)
+    )
+    damage(folder, lambda x: (x[signs].fill_(1), x[signs][3].zero_()))
+    assert "is 0 or not finite: the file is damaged" in refusals(folder)
+
+
+@pytest.mark.parametrize("count", [1025, 10**6])
+def test_a_config_of_more_layers_than_any_model_has_is_refused_before_one_is_made(count, copy):
+    path = copy / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": count}))
+    reason = f"its config.json says num_hidden_layers: {count}, and models of up to 1024 are read"
+    assert reason in refusals(copy)
+    with pytest.raises(Unavailable, match=reason):
+        skeleton(copy)
+
+
+def test_counts_inside_a_config_are_seen():
+    text = hf.Qwen2Config(num_hidden_layers=3000)
+    with pytest.raises(Unavailable, match="num_hidden_layers: 3000, and models of up to 1024"):
+        check_counts(hf.LlavaConfig(text_config=text))
+    with pytest.raises(Unavailable, match="num_local_experts: 100000"):
+        check_counts(hf.MixtralConfig(num_local_experts=10**5))
+    check_counts(hf.Qwen2Config(max_window_layers=10**5, vocab_size=10**6))
 
 
 def test_gaps_of_any_kind_are_refused():

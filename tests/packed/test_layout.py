@@ -13,21 +13,11 @@ from quip.packed.checkpoint import load
 from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
 from quip.packed.quip_sharp.write import published_tensors
-from tests.support.checkpoints import fresh, quantized, refusals, save
+from tests.support.checkpoints import SHARP, fresh, mixed, quantized, refusals, save
 from tests.support.damage import body_of
 from tests.support.tiny import VOCAB, tokens
 
-SHARP = {"codebook": "E8P12"}
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def mixed() -> PreTrainedModel:
-    """A Llama of three blocks: of a grid, of stacked and single lattices, and of another grid."""
-    flags = ({"wbits": 2, "incoh_processing": True}, SHARP, {"wbits": 4, "groupsize": 16})
-    model, *others = (quantized("llama", of, blocks=3) for of in flags)
-    for index, other in enumerate(others, 1):
-        model.model.layers[index] = other.model.layers[index]
-    return model
 
 
 @pytest.fixture(scope="module")

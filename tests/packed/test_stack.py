@@ -184,7 +184,7 @@ def test_a_stack_that_does_not_fit_is_refused_in_a_line(model, tmp_path):
     edit(folder, stacks=[[Q, down]], modules=[])
     assert "are one stack, but they read inputs of [32, 48] numbers" in refusals(folder)
     edit(folder, stacks=[3])
-    assert "not lists of names" in refusals(folder)
+    assert "is damaged (stacks[0] is 3, not a list)" in refusals(folder)
     edit(folder, stacks=[[Q, K, "model.zork"]])
     assert "model.zork is a quantized matrix, but" in refusals(folder)
 

@@ -31,6 +31,7 @@ from tests.support.tiny import EAGER_ONLY, tiny, tokens
 from tests.support.tokenizer import save_tokenizer
 
 INCOHERENT = {"quant": "ldlq", "wbits": 2, "incoh_processing": True}
+SHARP = {"codebook": "E8P12"}
 QUIP = build_recipe(**INCOHERENT)
 RUN = {
     "model": "demo",
@@ -65,6 +66,15 @@ def quantized(
         model.config.layer_types = model.config.layer_types[:blocks]
     quantize_model(model, tokens(), build_recipe(**flags), device="cpu", seed=0)
     return model.requires_grad_(False)
+
+
+def mixed() -> PreTrainedModel:
+    """A Llama of three blocks: of a grid, of stacked and single lattices, and of another grid."""
+    flags = (INCOHERENT, SHARP, {"wbits": 4, "groupsize": 16})
+    model, *others = (quantized("llama", of, blocks=3) for of in flags)
+    for index, other in enumerate(others, 1):
+        model.model.layers[index] = other.model.layers[index]
+    return model
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerBase:

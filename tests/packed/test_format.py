@@ -1,0 +1,109 @@
+"""docs/format.md suffices: a reader that knows nothing else makes the W_hat of every checkpoint."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+
+from quip.codebooks import LATTICES, e8p, e81b
+from quip.errors import UsageError
+from quip.kernels.hadamard import rotate
+from quip.packed import checkpoint
+from quip.packed.checkpoint import load
+from quip.packed.layout import Layout
+from quip.packed.linear import quantized_layers
+from tests.laws import GRIDS
+from tests.support import format_reader, tiny
+from tests.support.checkpoints import SHARP, mixed, quantized, save
+
+# W_hat is decoded in float32, with up to three roundings of 2^-24 a weight; rotations keep the norm
+# of what they leave, and rescaling keeps it nearly.
+NOISE = 2.0**-22
+WIDTHS = {
+    "odd": {"hidden_size": 36, "intermediate_size": 37},  # 36 = 6 x 6, 37 is a prime
+    "products": {"hidden_size": 52, "intermediate_size": 100},  # Williamson's, and of a field of 49
+}
+PERMUTED, UNPERMUTED = ({"incoh_processing": True, "pre_proj_extra": i} for i in (0, 2))
+PLAIN = {"pre_proj": True, "qfn": "a"}
+KINDS = [
+    *(("llama", {"wbits": 2 + i % 7, **flags}) for i, flags in enumerate(GRIDS.values())),
+    ("odd", {"wbits": 3, "incoh_processing": True}),
+    ("odd", {"wbits": 5, **PERMUTED}),
+    ("odd", {"wbits": 2, **UNPERMUTED, "range_": "16"}),
+    ("odd", {"wbits": 7, "groupsize": 10, **PLAIN}),
+    ("products", {"wbits": 4, "pre_rescale": True, "rotation": "hadamard", **PLAIN}),
+    ("products", {"wbits": 6, "rotation": "hadamard", "hadamard_block": 4, **PLAIN}),
+    *(("llama", {"codebook": name}) for name in LATTICES),
+    ("llama", {"codebook": "E8P12RVQ3B", "range_": "tensor", "no_fuse": True}),
+    ("llama", {"codebook": "E8P12RVQ4B", "range_": "16", "pre_rescale": True}),
+    ("llama", {**SHARP, "rotation": "kronecker"}),
+    ("opt", {**SHARP, "hadamard_block": 8}),
+]
+
+
+def check(folder: Path) -> None:
+    """What the reader makes of every matrix is what quip makes of it."""
+    model = load(folder)
+    names = Layout.of(model).names
+    layers = {name: model.get_submodule(name) for name in names}
+    sizes = {name: (x.out_features, x.in_features) for name, x in layers.items()}
+    read = format_reader.read(folder, sizes)
+    assert {*read} == {*names}
+    for name, layer in layers.items():
+        ours = layer.dequantize().double().numpy()
+        assert np.linalg.norm(read[name] - ours) <= NOISE * np.linalg.norm(ours), name
+
+
+@pytest.mark.parametrize(("name", "flags"), KINDS, ids=str)
+def test_every_kind_of_matrix_is_decoded_from_the_text(name, flags, tmp_path, monkeypatch):
+    for odd, sizes in WIDTHS.items():
+        config = {**tiny.LLAMA, "num_attention_heads": 2, **sizes}
+        monkeypatch.setitem(tiny.CONFIGS, odd, lambda config=config: hf.LlamaConfig(**config))
+    check(save(quantized(name, flags, blocks=1), tmp_path / "model"))
+
+
+def test_a_plan_in_several_files_and_tuned_signs_are_decoded_from_the_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "SHARD", "20KB")
+    model = mixed()
+    rng = torch.Generator().manual_seed(0)
+    for layer in quantized_layers(model).values():
+        if any(part["kind"] == "hadamard" for part in layer.spec.transforms):
+            layer.signs_in.mul_(1 + 0.1 * torch.randn(layer.in_features, generator=rng))
+    folder = save(model, tmp_path / "model")
+    words = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert words["format"] == 2
+    assert len([*folder.glob("*.safetensors")]) > 1
+    check(folder)
+
+
+def test_the_tables_of_lattices_are_those_of_the_text():
+    assert np.array_equal(format_reader.e8p(), e8p.decode(torch.arange(2**16)).numpy())
+    assert np.array_equal(format_reader.e81b(), e81b.decode(torch.arange(2**8)).numpy())
+
+
+# Every rule for K: none, Williamson, Paley over primes and powers (q + 1 and 2 (q + 1)), products;
+# and two of them together.
+ORDERS = (1, 2, 8, 12, 20, 28, 36, 44, 52, 56, 60, 76, 88, 100, 112, 116, 124, 148, 156, 172, 244)
+COMPOSED = (180, 196, 344, 360, 688, 1040, 1904)
+
+
+@pytest.mark.parametrize("n", [*ORDERS, *COMPOSED])
+def test_the_rotation_of_every_width_is_that_of_the_text(n):
+    ours = rotate(torch.eye(n, dtype=torch.float64)).T.numpy()
+    assert np.abs(ours - format_reader.omega(n)).max() < 1e-12
+
+
+def test_widths_that_the_text_has_no_rotation_for_have_none():
+    for n in (3, 6, 18, 92, 94):
+        with pytest.raises(UsageError):
+            rotate(torch.eye(n))
+        with pytest.raises(ValueError, match="empty"):
+            format_reader.omega(n)
+
+
+def test_the_reader_does_not_import_quip():
+    lines = Path(format_reader.__file__).read_text().splitlines()
+    assert [x for x in lines if x.startswith(("import", "from")) and "quip" in x] == []
