@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -152,7 +153,7 @@ def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
     except OSError as error:
         if aside and not final.exists():
             os.replace(old, final)
-        kept = next(p for n in range(2, 100) if not (p := _numbered(final, n)).exists())
+        kept = free_name(final)
         os.replace(partial, kept)
         sync(kept.parent)
         raise Unavailable(
@@ -196,5 +197,7 @@ def runs(number: str) -> bool:
     return True
 
 
-def _numbered(path: Path, n: int) -> Path:
-    return path.with_name(f"{path.name}-{n}")
+def free_name(path: Path) -> Path:
+    """The first of path-2, path-3 ... that is not taken."""
+    names = (path.with_name(f"{path.name}-{n}") for n in count(2))
+    return next(name for name in names if not name.exists())

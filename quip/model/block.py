@@ -12,6 +12,8 @@ from quip.matrix.hessian import Hessian
 from quip.model.calls import Call
 from quip.model.matrices import Matrix
 from quip.model.observe import Observer
+from quip.packed.linear import QuantizedLinear
+from quip.packed.stack import StackedLinear
 
 
 class BlockModule:
@@ -106,8 +108,20 @@ class Block(BlockModule):
             moved = {k: _cast(x, dtype) for k, x in call.on(self._device, moved).items()}
             # A copy: some blocks add to their inputs in place.
             hidden = entering[i].to(self._device, dtype or entering[i].dtype, copy=True)
-            output = call.run(self.module, hidden, moved)
+            try:
+                output = call.run(self.module, hidden, moved)
+            except AttributeError as error:
+                raise self._reads_inside(error) from error
             yield entering[i], output[0] if isinstance(output, tuple) else output
+
+    def _reads_inside(self, error: AttributeError) -> Exception:
+        """Why a block with packed matrices fails that does more with a layer than call it."""
+        if not isinstance(error.obj, QuantizedLinear | StackedLinear):
+            return error
+        return UnsupportedModel(
+            f"{self.name} reads the {error.name} of a matrix without calling it, which a packed "
+            "one does not have; give another model"
+        )
 
     def _check(self, entering: Tensor, leaving: Tensor) -> None:
         if leaving.shape != entering.shape or leaving.dtype != entering.dtype:

@@ -171,7 +171,7 @@ def _rest_of_output(
         output = call.run(block, recorder.entering.to(device), call.on(device, {}))
     if isinstance(output, Tensor):
         return None
-    if isinstance(output, tuple) and isinstance(output[0], Tensor):
+    if type(output) is tuple and isinstance(output[0], Tensor):  # no named one: it is rebuilt
         return pytree.tree_map_only(Tensor, _poisoned, output[1:])
     raise UnsupportedModel(
         f"blocks return a {type(output).__name__}; a tensor or a tuple that starts with the "

@@ -4,8 +4,11 @@ from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quip.errors import NonFinite, UnsupportedModel
+from quip.model.probe import is_product, is_scale
+from quip.packed.checkpoint import check_loadable
 from quip.packed.linear import quantized_layers
 
 
@@ -90,7 +93,7 @@ def coverage(model: nn.Module) -> Coverage:
         holders.setdefault(id(parameter), []).append(name)
     quantized, kept, refused = [], [], {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or _is_scale(model, name, prefix):
             continue
         if not name.startswith(f"{prefix}."):
             kept.append(name.removesuffix(".weight"))
@@ -126,12 +129,19 @@ def places(model: nn.Module) -> dict[str, tuple[int, int]]:
     }
 
 
+def _is_scale(model: nn.Module, name: str, prefix: str) -> bool:
+    """Whether this parameter of a block is no matrix: a norm's scale may have two axes."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    inside = name.startswith(f"{prefix}.") and not isinstance(module, nn.Linear)
+    return inside and is_scale(module, own)
+
+
 def _obstacle(model: nn.Module, name: str, holders: list[str]) -> str | None:
     """Why the walk cannot quantize this parameter of a block, or None where it can."""
     owner = model.get_submodule(name.rpartition(".")[0])
     parameter = model.get_parameter(name)
-    # A subclass with a forward of its own may compute anything from its weight.
-    if type(owner).forward is not nn.Linear.forward or not name.endswith(".weight"):
+    if not (name.endswith(".weight") and is_product(owner)):
         shape = " x ".join(map(str, parameter.shape))
         return f"({shape}, in a {type(owner).__name__}) is not the weight of an nn.Linear"
     if len(holders) > 1:
@@ -141,8 +151,11 @@ def _obstacle(model: nn.Module, name: str, holders: list[str]) -> str | None:
     return None
 
 
-def check_quantizable(model: nn.Module, name: str) -> Coverage:
-    """The coverage of the model of this name. Raises UnsupportedModel where nothing is to do."""
+def check_quantizable(model: PreTrainedModel, name: str) -> Coverage:
+    """The coverage of the model of this name.
+
+    Raises UnsupportedModel where nothing is to do, and where what is done could not be loaded.
+    """
     if quantized_layers(model):
         raise UnsupportedModel(
             f"{name} is a checkpoint of quip, quantized already; give the original, or "
@@ -153,6 +166,7 @@ def check_quantizable(model: nn.Module, name: str) -> Coverage:
         raise UnsupportedModel(
             f"{name}: its blocks hold no nn.Linear to quantize; give another model"
         )
+    check_loadable(model)
     return covered
 
 

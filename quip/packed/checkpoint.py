@@ -5,6 +5,7 @@ in the narrowest type that holds it exactly: an embedding that came as float16 g
 whatever the run computed in. config.json says what to compute in and what the tensors mean.
 """
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -22,11 +23,12 @@ from transformers import (
 )
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line, shown
-from quip.files import new_folder
+from quip.files import free_name, new_folder
 from quip.packed.checks import check_counts, check_finite
 from quip.packed.digests import sign, unverified
 from quip.packed.files import DAMAGED, INDEX, weight_files
-from quip.packed.hub import METHOD, QuipConfig, narrowed
+from quip.packed.gaps import lacking, refuse_gaps
+from quip.packed.hub import METHOD, QuipConfig, check_files, narrowed
 from quip.packed.layout import dense
 from quip.packed.linear import quantized_layers
 from quip.reading import read_json
@@ -58,12 +60,55 @@ def save_checkpoint(
     check_finite(model, "nothing is saved, for nobody could load it; quantize the model anew")
     model.config.quantization_config = QuipConfig.of(model)
     with new_folder(folder, overwrite=overwrite) as partial:
-        model.save_pretrained(partial, state_dict=narrowed(model), max_shard_size=SHARD)
+        model.save_pretrained(
+            partial,
+            state_dict=narrowed(model),
+            max_shard_size=SHARD,
+            save_original_format=False,  # or kinds that rename would rename some of a matrix
+        )
         for path in weight_files(partial):
             sign(path)
         tokenizer.save_pretrained(partial)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text)
+        try:
+            check_saved(partial)
+        except QuipError as error:
+            kept = free_name(folder.resolve())
+            partial.replace(kept)
+            raise type(error)(
+                f"{folder}: what was saved could not be loaded ({error}); it is in {kept}, and its "
+                "kind of model is to be reported"
+            ) from error
+
+
+def check_saved(folder: Path) -> None:
+    """Raise Unavailable unless loading will find in a folder all that it looks for.
+
+    The model is made from config.json as loading makes it, on the meta device, and compared with
+    the headers of the files: no weight is read.
+    """
+    model = skeleton(folder)
+    QuipConfig(**model.config.quantization_config).layout.make_room(model)
+    held = check_files(model, [str(path) for path in weight_files(folder)])
+    if missing := lacking(model, held):
+        raise Unavailable(
+            f"{min(missing)}: config.json asks for it, and the files hold nothing; {DAMAGED}"
+        )
+
+
+def check_loadable(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModel where the config of a model makes another: nobody could load it."""
+    kind, config = type(model).__name__, copy.deepcopy(model.config)
+    try:
+        made = type(skeleton(config)).__name__
+    except Unavailable:
+        made = "no model"
+    if made != kind:
+        raise UnsupportedModel(
+            f"a {kind} cannot be loaded once it is saved: transformers makes {made} of a "
+            f"{type(config).__name__}; give another model"
+        )
 
 
 def load(
@@ -113,7 +158,7 @@ def read_model(
     except Exception as error:
         raise Unavailable(f"{name}: {damage(error)}") from error
     model, info = loaded
-    refuse_gaps(name, info)
+    refuse_gaps(name, info, model.state_dict().keys())
     return model.eval().requires_grad_(False)
 
 
@@ -150,16 +195,6 @@ def positions(config: PretrainedConfig) -> int | None:
     text = config.get_text_config()
     named = (getattr(text, key, None) for key in ("max_position_embeddings", "max_seq_len"))
     return next(filter(None, named), None)
-
-
-def refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
-    """Raise Unavailable for anything missing or left over: transformers only warns of it."""
-    for kind, keys in info.items():
-        if keys:
-            raise Unavailable(
-                f"{name}: the checkpoint does not fit its config.json: {len(keys)} "
-                f"{kind.replace('_', ' ')} such as {min(map(str, keys))}; download it again"
-            )
 
 
 def check_folder(folder: str | Path) -> None:

@@ -24,6 +24,7 @@ from quip.errors import QuipError, Unavailable, shown
 from quip.packed.checks import check_counts, check_finite, check_left_over
 from quip.packed.digests import check_digests, verifying
 from quip.packed.files import DAMAGED, TensorEntry, header
+from quip.packed.gaps import lacking
 from quip.packed.layout import FORMATS, Layout, dense
 from quip.packed.linear import quantized_layers
 
@@ -68,19 +69,30 @@ class QuipQuantizer(HfQuantizer):
 
     requires_calibration = True  # from_pretrained cannot quantize a model on the way
     quantization_config: QuipConfig
+    _renames = True  # whether files have other names than the modules, which transformers maps
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         check_counts(config)  # this is called before the model is made, and nothing else is
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        self.quantization_config.layout.make_room(model)
+        layout = self.quantization_config.layout
+        layout.make_room(model)
         files = kwargs.get("checkpoint_files") or ()
-        check_files(model, files)
+        held = check_files(model, files)
         if verifying.get():
             check_digests([Path(file) for file in files])
+        self._renames = bool(lacking(model, held))
+        for name in layout.names:
+            _hold_weight(model.get_submodule(name))
+
+    def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
+        """None where the files go by the names of the modules, as ours do; older ones may not."""
+        return weight_conversions if self._renames else []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name in self.quantization_config.layout.names:
+            del model.get_submodule(name).weight
         for name, layer in quantized_layers(model).items():
             if any(tensor.is_meta for tensor in layer.stored().values()):
                 continue  # offloaded to disk
@@ -108,8 +120,19 @@ class QuipQuantizer(HfQuantizer):
         return False
 
 
-def check_files(model: nn.Module, files: Sequence[str]) -> None:
-    """Compare the headers of safetensors files with what the model needs.
+def _hold_weight(module: Any) -> None:
+    """Give a packed matrix the shape of a weight while the rest of the model is initialized.
+
+    Classes such as GPTBigCodeMLP draw the weights of their parts, which they take to be nn.Linear;
+    a weight that counts as initialized is left alone.
+    """
+    weight: Any = torch.empty(module.out_features, module.in_features, device="meta")
+    weight._is_hf_initialized = True
+    module.weight = weight
+
+
+def check_files(model: nn.Module, files: Sequence[str]) -> set[str]:
+    """Compare the headers of safetensors files with what the model needs; the names in them.
 
     transformers itself only warns of what is missing, and fills it at random. Packed matrices must
     be there; other tensors may go by older names in a file, but under their own have their shape.
@@ -137,6 +160,7 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
                 f"{name}: config.json asks for the shape {list(tensor.shape)}, and the files hold "
                 f"{list(found[name].shape)}; {DAMAGED}"
             )
+    return set(found)
 
 
 def narrowed(model: nn.Module) -> dict[str, Tensor]:

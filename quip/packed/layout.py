@@ -180,6 +180,9 @@ def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             _replace(model, name, dense_linear(W, member.bias, dtype).train(member.training))
     for name, layer in quantized_layers(model).items():
         _replace(model, name, layer.to_linear(dtype).train(layer.training))
+    # Ours are loaded without renaming; a plain model is saved under the names of its kind.
+    if not getattr(model, "_weight_conversions", True):
+        del model._weight_conversions
     return model
 
 

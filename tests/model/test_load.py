@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 
 from quip.errors import QuipError, UsageError
 from quip.model.load import check_seqlen, load_model
@@ -206,6 +207,22 @@ def test_foreign_text_in_a_refusal_is_bounded(copy):
         {"architectures": ["Zork" * 9000]},
     ):
         assert len(refusal(edit(copy, **changes)).replace(str(copy), "")) < 600
+
+
+def test_the_masks_that_older_files_hold_are_left_out(tmp_path, caplog):
+    model = tiny("gptj")
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    path, masks = tmp_path / "model.safetensors", {}
+    for block in range(4):
+        masks[f"transformer.h.{block}.attn.bias"] = torch.ones(1, 1, 32, 32).tril().bool()
+        masks[f"transformer.h.{block}.attn.masked_bias"] = torch.tensor(-1e9)
+    save_file(load_file(path) | masks, path, metadata={"format": "pt"})
+    assert torch.equal(logits(load_model(str(tmp_path)).model), logits(tiny("gptj")))
+    assert "left out 8 entries of its files" in caplog.text
+    bias = {"transformer.h.1.attn.q_proj.bias": torch.ones(32)}
+    save_file(load_file(path) | bias, path, metadata={"format": "pt"})
+    assert "1 unexpected keys such as transformer.h.1.attn.q_proj.bias" in refusal(tmp_path)
 
 
 def test_models_that_do_not_predict_the_next_token_are_unsupported(tmp_path, copy):

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from quip.errors import Unavailable, UnsupportedModel
 from quip.model.load import load_model
-from quip.packed.checkpoint import check_folder, load, refuse_gaps, skeleton
+from quip.packed.checkpoint import check_folder, load, skeleton
 from quip.packed.checks import check_counts
+from quip.packed.gaps import refuse_gaps
 from tests.support.checkpoints import SHARP, damage, edit, quantized, refusal, refusals, save
 from tests.support.tiny import tiny
 
@@ -277,9 +278,30 @@ def test_counts_inside_a_config_are_seen():
 
 
 def test_gaps_of_any_kind_are_refused():
-    refuse_gaps("model", {"missing_keys": set(), "error_msgs": []})
+    refuse_gaps("model", {"missing_keys": set(), "error_msgs": []}, ())
     with pytest.raises(Unavailable, match=r"model: .* 2 mismatched keys such as a; download"):
-        refuse_gaps("model", {"mismatched_keys": {"b", "a"}})
+        refuse_gaps("model", {"mismatched_keys": {"b", "a"}}, ())
+
+
+@pytest.mark.parametrize(
+    ("left", "fits"),
+    [
+        ("h.0.attn.bias", True),  # a mask, where attn holds nothing itself
+        ("vision.patch.weight", True),
+        ("h.0.attn.q.bias", False),  # q would compute without it
+        ("h.1.attn.q.weight", False),  # config.json says one block
+        ("h.12.attn.q.weight", False),
+    ],
+)
+def test_what_is_left_over_is_logged_unless_it_is_a_sign_of_another_model(left, fits, caplog):
+    info, needed = {"unexpected_keys": {left}}, {"h.0.attn.q.weight", "h.0.norm.weight"}
+    if fits:
+        refuse_gaps("it", info, needed)
+        assert "it: left out 1 entries of its files" in caplog.text
+        assert left in caplog.text
+    else:
+        with pytest.raises(Unavailable, match=f"1 unexpected keys such as {left}; download"):
+            refuse_gaps("it", info, needed)
 
 
 def test_a_checkpoint_without_its_tokenizer_loads_as_a_model_only(copy):
