@@ -6,6 +6,7 @@ transformers has its quantizers, and not before: importing them takes seconds.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable
 from quip.packed.files import DAMAGED, TensorEntry, header
-from quip.packed.layout import FORMATS, Layout, dense
+from quip.packed.layout import FORMATS, Layout, dense, own_name
 from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
@@ -67,8 +68,11 @@ class QuipQuantizer(HfQuantizer):
     quantization_config: QuipConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        self.quantization_config.layout.make_room(model)
+        layout = self.quantization_config.layout.within(model)
+        layout.make_room(model)
         check_files(model, kwargs.get("checkpoint_files") or ())
+        self.quantization_config = copy(self.quantization_config)  # the caller may hold this one
+        self.quantization_config.layout = layout
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for name, layer in quantized_layers(model).items():
@@ -107,6 +111,8 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     for file in files:
         if file.endswith(".safetensors"):
             found |= header(Path(file))
+    here = model.state_dict().keys()
+    found = {own_name(model, name, here): entry for name, entry in found.items()}
     if files and not found:
         raise Unavailable(f"no safetensors among its files, and nothing else is read; {DAMAGED}")
     for name, layer in quantized_layers(model).items():

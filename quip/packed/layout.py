@@ -1,6 +1,6 @@
 """Which matrices of a model are quantized, and as what: enough to make room for their tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -90,6 +90,17 @@ class Layout:
             {names: own for names, own in self.stacks.items() if own == spec},
         )
 
+    def within(self, model: nn.Module) -> "Layout":
+        """The same matrices by the names that they have in this model, with or without its head."""
+        here = {name for name, _ in model.named_modules()}
+        return Layout(
+            {own_name(model, name, here): spec for name, spec in self.modules.items()},
+            {
+                tuple(own_name(model, name, here) for name in names): spec
+                for names, spec in self.stacks.items()
+            },
+        )
+
     def _words(self, spec: Spec) -> dict[str, Any]:
         own = self.only(spec)
         words = {**spec.to_json(), "modules": list(own.modules)}
@@ -136,6 +147,17 @@ def _part(words: Mapping[str, Any]) -> tuple[Spec, list[str], list[tuple[str, ..
             + DAMAGED
         ) from error
     return spec, sorted(map(str, words["modules"])), stacked
+
+
+def own_name(model: nn.Module, name: str, here: Collection[str]) -> str:
+    """The one of the names `here` that a name means which was given with or without a head.
+
+    A model with a head calls `model.layers.0` what the same model without it calls `layers.0`.
+    A name that means none of them stays as it is.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    meant = (name, name.removeprefix(prefix), prefix + name)
+    return next((each for each in meant if each in here), name)
 
 
 def empty_like(old: nn.Linear, spec: Spec) -> QuantizedLinear:
