@@ -5,6 +5,7 @@ wherever it says so, before the files are read. `import quip` brings this module
 transformers has its quantizers, and not before: importing them takes seconds.
 """
 
+import re
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -68,9 +69,13 @@ class QuipQuantizer(HfQuantizer):
     quantization_config: QuipConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        layout = self.quantization_config.layout.within(model)
+        saved = self.quantization_config.layout
+        layout = saved.within(model)
         layout.make_room(model)
         check_files(model, kwargs.get("checkpoint_files") or ())
+        ignored: Any = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        ignored |= {f"^{re.escape(guard(names))}$" for names in (saved, layout)}
+        model._keys_to_ignore_on_load_unexpected = ignored
         self.quantization_config = copy(self.quantization_config)  # the caller may hold this one
         self.quantization_config.layout = layout
 
@@ -151,10 +156,22 @@ def narrowed(model: nn.Module) -> dict[str, Tensor]:
             )
         return made[key]
 
-    return {
+    state = {
         name: narrow(x) if x.dtype in (torch.float32, torch.float64) and name not in packed else x
         for name, x in model.state_dict().items()
     }
+    if layers:
+        state[guard(Layout.of(model))] = torch.empty(0, dtype=torch.float16)
+    return state
+
+
+def guard(layout: Layout) -> str:
+    """The name of a tensor without numbers: the dense weight of one of the packed matrices.
+
+    transformers fills what is missing at random, and only warns of it. A weight of another shape
+    is an error to it: so without quip it refuses a checkpoint that holds this one.
+    """
+    return f"{min(layout.names, default='')}.weight"
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again

@@ -83,6 +83,39 @@ def test_a_new_process_gets_the_same_logits(imports, saved):
     assert fresh(code, saved) == dict.fromkeys(NAMES, True)
 
 
+REFUSED = """
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
+for path in (folder / "opt", folder / "stacks"):
+    for load in (
+        AutoModelForCausalLM.from_pretrained,
+        AutoModel.from_pretrained,
+        lambda path: pipeline("text-generation", model=str(path)),
+    ):
+        try:
+            load(path)
+        except (RuntimeError, ValueError) as error:
+            seen.setdefault(path.name, []).append("ignore_mismatched_sizes" in str(error))
+seen["quip"] = "quip" in sys.modules
+print(json.dumps(seen))
+"""
+
+
+def test_without_quip_transformers_refuses_what_it_would_fill_at_random(saved, tmp_path):
+    save(quantized("llama", {"codebook": "E8P12"}, blocks=2), tmp_path / "stacks")
+    (tmp_path / "opt").symlink_to(saved / "opt")
+    shutil.copy(saved / "expected.safetensors", tmp_path)
+    seen = fresh(START.format(imports="") + REFUSED, tmp_path)
+    assert seen == {"opt": [True] * 3, "stacks": [True] * 3, "quip": False}
+
+
+def test_checkpoints_without_a_guard_are_read_as_before(saved, tmp_path, models):
+    folder = Path(shutil.copytree(saved / "llama", tmp_path / "copy"))
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors.pop("model.layers.0.mlp.down_proj.weight").shape == (0,)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_answers(quip.load(folder), logits(models["llama"]))
+
+
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
