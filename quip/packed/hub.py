@@ -103,7 +103,8 @@ class QuipQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters on packed matrices can be trained; codes cannot (`is_qat_trainable`)."""
+        return True
 
 
 def check_files(model: nn.Module, files: Sequence[str]) -> None:

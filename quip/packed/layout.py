@@ -91,7 +91,7 @@ class Layout:
         )
 
     def within(self, model: nn.Module) -> "Layout":
-        """The same matrices by the names that they have in this model, with or without its head."""
+        """This layout by the names that this model has, whether with its head or without."""
         here = {name for name, _ in model.named_modules()}
         return Layout(
             {own_name(model, name, here): spec for name, spec in self.modules.items()},

@@ -251,10 +251,11 @@ def test_generation_goes_on_as_with_the_dense_model(name, saved):
     assert torch.equal(made, to_dense(model).generate(prompt, max_new_tokens=6, do_sample=False))
 
 
-def test_transformers_is_told_that_packed_models_are_saved_and_not_trained(saved):
+def test_transformers_is_told_that_packed_models_are_saved_and_take_adapters(saved):
     model = AutoModelForCausalLM.from_pretrained(saved / "opt")
     assert model.hf_quantizer.is_serializable()
-    assert not model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_trainable
+    assert not model.hf_quantizer.is_qat_trainable
 
 
 def test_a_pipeline_takes_a_checkpoint(saved):
