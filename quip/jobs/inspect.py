@@ -17,7 +17,7 @@ from quip.errors import QuipError, Unavailable, one_line
 from quip.evaluate.memory import module_bytes
 from quip.model.records import MatrixRecord
 from quip.packed.checkpoint import check_folder, skeleton
-from quip.packed.files import DAMAGED, header, weight_files
+from quip.packed.files import header, weight_files
 from quip.packed.hub import QuipConfig, QuipQuantizer
 from quip.packed.layout import Layout
 from quip.packed.linear import QuantizedLinear, quantized_layers
@@ -89,8 +89,6 @@ def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     model = skeleton(folder)
     quantizer = QuipQuantizer(QuipConfig(**model.config.quantization_config))
     quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
-    if not quantized_layers(model):
-        raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
     return model
 
 

@@ -70,6 +70,8 @@ class QuipQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         saved = self.quantization_config.layout
+        if not saved.names:
+            raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
         layout = saved.within(model)
         layout.make_room(model)
         check_files(model, kwargs.get("checkpoint_files") or ())
@@ -117,8 +119,11 @@ def check_files(model: nn.Module, files: Sequence[str]) -> None:
     for file in files:
         if file.endswith(".safetensors"):
             found |= header(Path(file))
-    here = model.state_dict().keys()
+    unread = guard(Layout.of(model))
+    here = {*model.state_dict(), unread}
     found = {own_name(model, name, here): entry for name, entry in found.items()}
+    if unread in found and 0 in found[unread].shape:
+        del found[unread]
     if files and not found:
         raise Unavailable(f"no safetensors among its files, and nothing else is read; {DAMAGED}")
     for name, layer in quantized_layers(model).items():
@@ -172,7 +177,7 @@ def guard(layout: Layout) -> str:
     transformers fills what is missing at random, and only warns of it. A weight of another shape
     is an error to it: so without quip it refuses a checkpoint that holds this one.
     """
-    return f"{min(layout.names, default='')}.weight"
+    return f"{min(layout.names)}.weight"
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again
