@@ -49,7 +49,7 @@ def test_every_command_has_a_section_with_its_flags():
 
 
 # Of other programs: pip, and the scripts.
-FOREIGN = {"--editable", "--constraint", "--quiet", "--check", "--add"}
+FOREIGN = {"--editable", "--constraint", "--quiet", "--check", "--add", "--model_args"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -14,7 +14,7 @@ ROOMS = {
     *("codebooks", "transforms", "kernels"),
 }
 GROUND = {"errors.py", "files.py", "stored.py", "reading.py", "shapes.py"}
-DOORS = {"__init__.py", "__main__.py", "run.py", "py.typed"}
+DOORS = {"__init__.py", "__main__.py", "lm_eval.py", "run.py", "py.typed"}
 LINES = 250
 
 FILES = sorted(HOUSE.rglob("*.py"))

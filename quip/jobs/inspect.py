@@ -18,7 +18,7 @@ from quip.jobs.report.folder import REMEDY, read_report
 from quip.model.records import MatrixRecord, record_of
 from quip.packed.checkpoint import check_folder, skeleton
 from quip.packed.digests import unverified, verify
-from quip.packed.files import DAMAGED, header, naming_damage, weight_files
+from quip.packed.files import header, naming_damage, weight_files
 from quip.packed.hub import QuipConfig, QuipQuantizer
 from quip.packed.layout import Layout
 from quip.packed.linear import QuantizedLinear, quantized_layers
@@ -97,8 +97,6 @@ def _skeleton(folder: Path, files: Sequence[Path]) -> PreTrainedModel:
     quantizer = QuipQuantizer(QuipConfig(**model.config.quantization_config))
     with unverified():
         quantizer.preprocess_model(model, checkpoint_files=[str(path) for path in files])
-    if not quantized_layers(model):
-        raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
     return model
 
 

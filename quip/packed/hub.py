@@ -5,7 +5,9 @@ wherever it says so, before the files are read. `import quip` brings this module
 transformers has its quantizers, and not before: importing them takes seconds.
 """
 
+import re
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from quip.packed.checks import check_counts, check_finite, check_left_over
 from quip.packed.digests import check_digests, verifying
 from quip.packed.files import DAMAGED, TensorEntry, header
 from quip.packed.gaps import lacking
-from quip.packed.layout import FORMATS, Layout, dense
+from quip.packed.layout import FORMATS, Layout, dense, own_name
 from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
@@ -76,7 +78,10 @@ class QuipQuantizer(HfQuantizer):
         return config
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        layout = self.quantization_config.layout
+        saved = self.quantization_config.layout
+        if not saved.names:
+            raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
+        layout = saved.within(model)
         layout.make_room(model)
         files = kwargs.get("checkpoint_files") or ()
         held = check_files(model, files)
@@ -85,6 +90,11 @@ class QuipQuantizer(HfQuantizer):
         self._renames = bool(lacking(model, held))
         for name in layout.names:
             _hold_weight(model.get_submodule(name))
+        ignored: Any = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        ignored |= {f"^{re.escape(guard(names))}$" for names in (saved, layout)}
+        model._keys_to_ignore_on_load_unexpected = ignored
+        self.quantization_config = copy(self.quantization_config)  # the caller may hold this one
+        self.quantization_config.layout = layout
 
     def update_weight_conversions(self, weight_conversions: Any, model: nn.Module) -> Any:
         """None where the files go by the names of the modules, as ours do; older ones may not."""
@@ -117,7 +127,8 @@ class QuipQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Whether adapters on packed matrices can be trained; codes cannot (`is_qat_trainable`)."""
+        return True
 
 
 def _hold_weight(module: Any) -> None:
@@ -141,6 +152,11 @@ def check_files(model: nn.Module, files: Sequence[str]) -> set[str]:
     for file in files:
         if file.endswith(".safetensors"):
             found |= header(Path(file))
+    unread = guard(Layout.of(model))
+    here = {*model.state_dict(), unread}
+    found = {own_name(model, name, here): entry for name, entry in found.items()}
+    if unread in found and 0 in found[unread].shape:
+        del found[unread]
     if files and not found:
         raise Unavailable(f"no safetensors among its files, and nothing else is read; {DAMAGED}")
     for name, layer in quantized_layers(model).items():
@@ -181,10 +197,22 @@ def narrowed(model: nn.Module) -> dict[str, Tensor]:
             )
         return made[key]
 
-    return {
+    state = {
         name: narrow(x) if x.dtype in (torch.float32, torch.float64) and name not in packed else x
         for name, x in model.state_dict().items()
     }
+    if layers:
+        state[guard(Layout.of(model))] = torch.empty(0, dtype=torch.float16)
+    return state
+
+
+def guard(layout: Layout) -> str:
+    """The name of a tensor without numbers: the dense weight of one of the packed matrices.
+
+    transformers fills what is missing at random, and only warns of it. A weight of another shape
+    is an error to it: so without quip it refuses a checkpoint that holds this one.
+    """
+    return f"{min(layout.names)}.weight"
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again

@@ -1,6 +1,6 @@
 """Which matrices of a model are quantized, and as what: enough to make room for their tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Any, NotRequired, TypedDict, cast
@@ -108,6 +108,17 @@ class Layout:
             {names: own for names, own in self.stacks.items() if own == spec},
         )
 
+    def within(self, model: nn.Module) -> "Layout":
+        """This layout by the names that this model has, whether with its head or without."""
+        here = {name for name, _ in model.named_modules()}
+        return Layout(
+            {own_name(model, name, here): spec for name, spec in self.modules.items()},
+            {
+                tuple(own_name(model, name, here) for name in names): spec
+                for names, spec in self.stacks.items()
+            },
+        )
+
     def _words(self, spec: Spec) -> dict[str, Any]:
         own = self.only(spec)
         words = {**spec.to_json(), "modules": list(own.modules)}
@@ -140,6 +151,17 @@ def _parts(words: Mapping[str, Any]) -> list[Words]:
             f"the quantization_config of its config.json is damaged ({error}); {DAMAGED}"
         ) from error
     return words["specs"] if several else [cast(Words, words)]
+
+
+def own_name(model: nn.Module, name: str, here: Collection[str]) -> str:
+    """The one of the names `here` that a name means which was given with or without a head.
+
+    A model with a head calls `model.layers.0` what the same model without it calls `layers.0`.
+    A name that means none of them stays as it is.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    meant = (name, name.removeprefix(prefix), prefix + name)
+    return next((each for each in meant if each in here), name)
 
 
 def empty_like(old: nn.Linear, spec: Spec) -> QuantizedLinear:

@@ -111,6 +111,11 @@ class QuantizedLinear(nn.Module):
         """The stored tensors by name."""
         return {name: x for name, x in self._buffers.items() if x is not None}
 
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes. peft asks a layer by this name where it is, and puts adapters there."""
+        return self.codes
+
     def extra_repr(self) -> str:
         parts = [self.spec.codebook, *self.spec.transforms]
         words = "; ".join(" ".join(f"{k}={v}" for k, v in part.items()) for part in parts)

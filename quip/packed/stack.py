@@ -144,6 +144,11 @@ class StackedLinear(nn.Module):
         """The stack, whoever owns it."""
         return self._shared[0]
 
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes. peft asks a layer by this name where it is, and puts adapters there."""
+        return self.whole.codes
+
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
         y = self.whole(x, self.index)
         return y if self.bias is None else y + self.bias.to(x.dtype)

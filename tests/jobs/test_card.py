@@ -100,6 +100,10 @@ def test_loading_begins_with_the_import_and_says_what_happens_without():
     assert 'quip.load("opt-2bit")' in card
     assert "Without `import quip`" in card
     assert "random" in card
+    words = " ".join(card.split())
+    for way in ("quip evaluate opt-2bit --tasks", "quip export opt-2bit OUT --dense"):
+        assert way in words
+    assert "python -m quip.lm_eval --model hf --model_args pretrained=opt-2bit " in words
 
 
 def test_sizes_and_scores_stand_beside_what_they_depend_on():

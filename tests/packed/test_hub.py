@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
 import quip
@@ -83,6 +83,68 @@ def test_a_new_process_gets_the_same_logits(imports, saved):
     # Where quip comes first it is told when transformers comes; otherwise it looks.
     code = START.format(imports=imports) + LOADED
     assert fresh(code, saved) == dict.fromkeys(NAMES, True)
+
+
+REFUSED = """
+from transformers import AutoModel, AutoModelForCausalLM, pipeline
+for path in (folder / "opt", folder / "stacks"):
+    for load in (
+        AutoModelForCausalLM.from_pretrained,
+        AutoModel.from_pretrained,
+        lambda path: pipeline("text-generation", model=str(path)),
+    ):
+        try:
+            load(path)
+        except (RuntimeError, ValueError) as error:
+            seen.setdefault(path.name, []).append("ignore_mismatched_sizes" in str(error))
+seen["quip"] = "quip" in sys.modules
+print(json.dumps(seen))
+"""
+
+
+def test_without_quip_transformers_refuses_what_it_would_fill_at_random(saved, tmp_path):
+    save(quantized("llama", {"codebook": "E8P12"}, blocks=2), tmp_path / "stacks")
+    (tmp_path / "opt").symlink_to(saved / "opt")
+    shutil.copy(saved / "expected.safetensors", tmp_path)
+    seen = fresh(START.format(imports="") + REFUSED, tmp_path)
+    assert seen == {"opt": [True] * 3, "stacks": [True] * 3, "quip": False}
+
+
+def test_checkpoints_without_a_guard_are_read_as_before(saved, tmp_path, models):
+    folder = Path(shutil.copytree(saved / "llama", tmp_path / "copy"))
+    tensors = load_file(folder / "model.safetensors")
+    assert tensors.pop("model.layers.0.mlp.down_proj.weight").shape == (0,)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_answers(quip.load(folder), logits(models["llama"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        *((name, INCOHERENT) for name in ("opt", "opt-350m", "llama", "gpt-neox")),
+        ("llama", {"codebook": "E8P12"}),
+    ],
+)
+def test_a_model_without_its_head_has_the_hidden_states_of_the_whole(name, flags, tmp_path):
+    whole = quantized(name, flags, blocks=2)
+    folder = save(whole, tmp_path / "whole")
+
+    @torch.no_grad()
+    def hidden(model: nn.Module) -> torch.Tensor:
+        base = model.requires_grad_(False).base_model
+        return base(input_ids=tokens(2)).last_hidden_state
+
+    expected = hidden(whole)
+    base, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert len(quantized_layers(base)) == len(quantized_layers(whole))
+    assert torch.equal(hidden(base), expected)
+    base.save_pretrained(tmp_path / "base")
+    again = AutoModel.from_pretrained(tmp_path / "base")
+    headed, info = AutoModelForCausalLM.from_pretrained(tmp_path / "base", output_loading_info=True)
+    assert not info["unexpected_keys"]
+    assert torch.equal(hidden(again), expected)
+    assert torch.equal(hidden(headed), expected)
 
 
 NEEDS_QUIP_ONLY_TO_PACK = """
@@ -191,10 +253,19 @@ def test_generation_goes_on_as_with_the_dense_model(name, saved):
     assert torch.equal(made, to_dense(model).generate(prompt, max_new_tokens=6, do_sample=False))
 
 
-def test_transformers_is_told_that_packed_models_are_saved_and_not_trained(saved):
+def test_transformers_is_told_that_packed_models_are_saved_and_take_adapters(saved):
     model = AutoModelForCausalLM.from_pretrained(saved / "opt")
     assert model.hf_quantizer.is_serializable()
-    assert not model.hf_quantizer.is_trainable
+    assert model.hf_quantizer.is_trainable
+    assert not model.hf_quantizer.is_qat_trainable
+
+
+def test_a_pipeline_takes_a_checkpoint(saved):
+    answer = pipeline("text-generation", model=str(saved / "llama"))
+    made = answer("ab", max_new_tokens=4, do_sample=False, return_full_text=False)
+    model, tokenizer = quip.load(saved / "llama"), answer.tokenizer
+    ids = model.generate(**tokenizer("ab", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert made[0]["generated_text"] == tokenizer.decode(ids[0, 2:])
 
 
 def test_a_model_that_was_loaded_is_saved_as_small_as_it_was(saved, tmp_path):

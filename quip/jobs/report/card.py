@@ -109,21 +109,20 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
-**Without `import quip`, transformers does not know the format. It only prints a warning, fills the
-quantized layers with random numbers, and returns a model that writes nonsense.** Loading with
-`model = quip.load("{name}")` cannot be got wrong, and refuses files that are incomplete. The
-package is `quip-quant`."""
+**Without `import quip`, transformers refuses these files, or, where these are old, fills the
+quantized layers with random numbers.** `quip.load("{name}")` cannot be got wrong. The package is
+`quip-quant`. Its `quip evaluate {name} --tasks TASKS` and `python -m quip.lm_eval --model hf
+--model_args pretrained={name} --tasks TASKS` run lm-eval; `quip export {name} OUT --dense` writes a
+plain model, which is larger, for tools that do not import quip."""
 
 
 def _sizes(report: Mapping[str, Any]) -> str:
     totals, checkpoint = report.get("totals") or {}, report.get("checkpoint") or {}
     rows = []
     if totals:
+        bits = _number(totals["bits_per_weight"], ".3f")
         rows += [
-            (
-                "bits per weight of the quantized matrices",
-                _number(totals["bits_per_weight"], ".3f"),
-            ),
+            ("bits per weight of the quantized matrices", bits),
             ("quantized matrices", f"{totals['matrices']:,}"),
             ("weights in them", f"{totals['weights']:,}"),
             ("mean proxy loss", _number(totals["mean_proxy_loss"], ".3g")),

@@ -1,0 +1,27 @@
+"""`python -m quip.lm_eval --model hf --model_args pretrained=DIR --tasks ...`: lm-eval itself.
+
+The command `lm-eval` does not import quip, and so cannot read packed checkpoints. This door does,
+and hands all arguments on.
+"""
+
+import sys
+from importlib.util import find_spec
+
+
+def main() -> int:
+    """`python -m quip.lm_eval`. Returns the exit status."""
+    if find_spec("lm_eval") is None:
+        print(
+            "quip: quip.lm_eval needs the package lm-eval; "
+            "install it with: pip install 'quip-quant[eval]'",
+            file=sys.stderr,
+        )
+        return 1
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
