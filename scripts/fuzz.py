@@ -20,13 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent / "dev"))
 from attack.cases import mutated
-from attack.children import Child, run_all
+from attack.children import FAULTS, Child, run_all
 from attack.lines import mistyped
 from bench_rounding import commit, cpu_name
 
 from quip.files import replacing
-
-FAULTS = ("traceback", "signal", "hang", "memory", "wordy", "different")
 
 
 def main() -> int:

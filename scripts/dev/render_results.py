@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from attack.children import FAULTS
 from bench_rounding import commit, cpu_name
 from blocks import ROOT, fill
 
@@ -99,20 +100,55 @@ def of_rounding(record: Mapping[str, Any]) -> str:
 
 
 def of_kills(record: Mapping[str, Any]) -> str:
-    """Each kill, and what it cost."""
+    """How often each command was killed, and what that cost."""
     lines = [
-        "| killed after | in | finished blocks | resumed in | lost | ends |",
-        "|---:|---|---:|---:|---:|---|",
+        "| command | moments | killed before the end | end equal | left over | lost at most |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    lines += [
-        f"| {r['killed_after']:.1f} s | {r['status']} | {r['blocks']} | {r['resumed_in']:.1f} s "
-        f"| {r['lost']:.1f} s | {'equal' if r['equal'] else 'differs'} |"
-        for r in sorted(record["rows"], key=lambda r: r["killed_after"])
-    ]
+    for name in dict.fromkeys(row["command"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["command"] == name]
+        killed, equal, left = (
+            sum(bool(row[x]) for row in rows) for x in ("killed", "equal", "left")
+        )
+        lost = max(row["lost"] for row in rows)
+        lines.append(f"| {name} | {len(rows)} | {killed} | {equal} | {left} | {lost:.1f} s |")
     return "\n".join(lines) + (
-        f"\n\n{record['model']}, `{' '.join(record['flags'])}`; a run that nothing interrupts "
-        f"takes {record['seconds']:.1f} s. What is lost holds a second start of the process.\n"
+        "\n\nOn `demo`; what is lost holds a second start of the process "
+        f"({record['cpu']}, commit {record['commit']}).\n"
     )
+
+
+def of_fuzz(record: Mapping[str, Any]) -> str:
+    """How so many attacks on each kind of thing ended."""
+    verdicts = ("equal", "done", "refused", *FAULTS)
+    lines = [
+        "| attacked | cases | " + " | ".join(verdicts) + " |",
+        "|---|---:|" + "---:|" * len(verdicts),
+    ]
+    for kind, counts in record["counts"].items():
+        cells = [str(counts.get(verdict, 0)) for verdict in verdicts]
+        lines.append(f"| {kind} | {sum(counts.values())} | {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        f"\n\nAt most {record['most_seconds']:.1f} s of processor time and "
+        f"{record['most_bytes'] / 1e6:.0f} MB ({record['cpu']}, commit {record['commit']}).\n"
+    )
+
+
+def of_soak(record: Mapping[str, Any]) -> str:
+    """What one process held after its first cycles and after its last."""
+    lines = [
+        "| | cycles | memory | descriptors | threads | files |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for what in ("cycles", "generations"):
+        rows = record[what]
+        for number in (record["warm"], len(rows) - 1):
+            row = rows[number]
+            lines.append(
+                f"| {what} | {number + 1} | {row['bytes'] / 1e6:.0f} MB | {row['descriptors']} "
+                f"| {row['threads']} | {row['files']} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def of_search(record: Mapping[str, Any]) -> str:
@@ -147,6 +183,8 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "rounding": of_rounding,
     "search": of_search,
     "kills": of_kills,
+    "fuzz": of_fuzz,
+    "soak": of_soak,
 }
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> int:
         checkpoint = load_model(str(folder / "saved"))
         answers = [answer(checkpoint, n) for n in tqdm(range(args.generations), unit="generation")]
     flat = is_flat(rows) and is_flat(answers)
-    record = {"kind": "soak", "commit": commit(), "cpu": cpu_name(), "flat": flat}
+    record = {"kind": "soak", "commit": commit(), "cpu": cpu_name(), "flat": flat, "warm": WARM}
     with replacing(args.out) as partial:
         text = json.dumps({**record, "cycles": rows, "generations": answers}, indent=1)
         partial.write_text(text + "\n")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+FAULTS = ("traceback", "signal", "hang", "memory", "wordy", "different")  # of verdicts
 SECONDS = 10.0  # of processor time
 WALL = 90.0  # on a machine with other work
 BYTES = 1_000_000_000
