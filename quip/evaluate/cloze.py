@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from quip.data.pydoc import pydoc_documents
-from quip.errors import Unavailable, UsageError
+from quip.errors import Unavailable, UsageError, shown
 
 OWN = ("lambada_quip", "quip_demo_cloze", "storycloze")
 
@@ -97,14 +97,16 @@ def story_rows(path: Path | None) -> list[dict[str, Any]]:
         raise Unavailable(f"{path}: is not a CSV file in UTF-8 ({error})") from error
     if missing := [column for column in (*TEXTS, ANSWER) if column not in columns]:
         raise UsageError(
-            f"{path}: no column {missing[0]}; found {', '.join(columns) or 'none'}; "
+            f"{path}: no column {missing[0]}; found {', '.join(columns)[:200] or 'none'}; "
             "give StoryCloze's validation or test file, with its header and its answers"
         )
     if not rows:
         raise UsageError(f"{path}: holds no story; give StoryCloze's validation or test file")
     for number, row in enumerate(rows, start=1):
         if row[ANSWER] not in ("1", "2"):
-            raise UsageError(f"{path}: story {number}: {ANSWER} is {row[ANSWER]!r}, not 1 or 2")
+            raise UsageError(
+                f"{path}: story {number}: {ANSWER} is {shown(row[ANSWER])}, not 1 or 2"
+            )
         if blank := [column for column in TEXTS if not (row[column] or "").strip()]:
             raise UsageError(f"{path}: story {number}: {blank[0]} is empty; repair the file")
     return [{column: row[column] for column in (*TEXTS, ANSWER)} for row in rows]

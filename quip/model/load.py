@@ -23,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.errors import Unavailable, UnsupportedModel, UsageError
+from quip.data.reach import reach_hub
+from quip.errors import Unavailable, UnsupportedModel, UsageError, how_to_install
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.hub import METHOD
 
@@ -120,7 +121,7 @@ def _locate(name: str) -> _Source:
         if missing:
             raise Unavailable(
                 f"{name}: GGUF files need the package {missing[0]}; "
-                "install it with: pip install 'quip-quant[gguf]'"
+                f"install it with: {how_to_install('gguf')}"
             )
         return _Source(str(path.parent), path.name)
     if path.is_file():
@@ -130,6 +131,7 @@ def _locate(name: str) -> _Source:
             f"{name}: no such file or folder, and not of the form of a hub id; "
             "give a folder, a .gguf file, an id such as facebook/opt-125m, or `demo`"
         )
+    reach_hub(name)
     return _Source(name)
 
 

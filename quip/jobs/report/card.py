@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from quip.errors import how_to_install
 from quip.jobs.report.text import size_words
 
 # Where a run worked and what it wrote, none of which the result depends on. Paths among them
@@ -112,7 +113,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 **Without `import quip`, transformers does not know the format. It only prints a warning, fills the
 quantized layers with random numbers, and returns a model that writes nonsense.** Loading with
 `model = quip.load("{name}")` cannot be got wrong, and refuses files that are incomplete. The
-package is `quip-quant`."""
+package is `quip-quant`: {how_to_install()}."""
 
 
 def _sizes(report: Mapping[str, Any]) -> str:
@@ -147,8 +148,7 @@ def _perplexities(report: Mapping[str, Any]) -> str:
     found, original = report.get("perplexity") or {}, report.get("original_perplexity") or {}
     if not found and not original:
         return ""
-    stamps = report.get("evaluation") or {}
-    rows = []
+    stamps, rows = report.get("evaluation") or {}, []
     for name in {**stamps, **original, **found}:
         values = [_number(values.get(name), ".4g") for values in (original, found)]
         rows.append((name, *values, *_stamp(stamps.get(name) or {})))
@@ -198,7 +198,8 @@ def _method(report: Mapping[str, Any]) -> str:
         before, after = tuned["kl_before"], tuned["kl_after"]
         lines.append(
             "Then fine-tuned (`quip finetune`): its KL divergence from the original, on windows "
-            f"held out, went from {before:.4g} to {after:.4g} nats per token."
+            f"held out, went from {before:.4g} to {after:.4g} nats per token"
+            f"{', which is within noise' if tuned.get('within_noise') else ''}."
         )
     if line := _command(report):
         lines.append(f"Made with\n\n```\n{line}\n```")
@@ -231,8 +232,7 @@ def _flags(flags: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _versions(versions: Mapping[str, str]) -> str:
-    named = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return f"## Versions\n\n{named}" if named else ""
+    return f"## Versions\n\n{', '.join(map(' '.join, versions.items()))}" if versions else ""
 
 
 def _number(value: Any, form: str) -> str:
