@@ -7,9 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from quip.cli.output import aligned
+from quip.cli.streams import say
 from quip.jobs.report.text import size_words
 
 HELP = "show what a saved checkpoint holds and takes"
+EXAMPLES = """
+quip inspect runs/demo-2bit
+quip inspect runs/demo-2bit --json
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +41,7 @@ def call(args: argparse.Namespace) -> None:
     found = inspect_checkpoint(args.folder)
     if args.plot:
         plot_losses(matrix_records(args.folder), args.plot)
-    print(json.dumps(found, indent=2, allow_nan=False) if args.json else inspection_table(found))
+    say(json.dumps(found, indent=2, allow_nan=False) if args.json else inspection_table(found))
 
 
 def inspection_table(found: Mapping[str, Any]) -> str:
