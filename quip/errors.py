@@ -1,9 +1,17 @@
 """The errors that a user meets: one line each, with the value and the remedy."""
 
+import math
+
 
 def one_line(error: Exception) -> str:
     """What an error of a library says, on one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def how_to_install(extra: str = "") -> str:
+    """What to type for this package, or an optional part of it, until it is on the index."""
+    what = f"'.[{extra}]'" if extra else "."
+    return f"pip install -e {what} (in a checkout of quip)"
 
 
 def shown(value: object) -> str:
@@ -25,7 +33,7 @@ class NotPositiveDefinite(QuipError):
 
 
 class NonFinite(QuipError):
-    """NaN or infinity in weights or activations; the message names the matrix."""
+    """NaN or infinity in weights, activations or a measure; the message names the place."""
 
 
 class UnsupportedModel(QuipError):
@@ -34,3 +42,10 @@ class UnsupportedModel(QuipError):
 
 class Unavailable(QuipError):
     """A model, dataset or file that cannot be found, reached or read."""
+
+
+def finite(value: float, what: str) -> float:
+    """The value of a measure. Raises NonFinite, which names `what` was measured, if it is none."""
+    if not math.isfinite(value):
+        raise NonFinite(f"{what} is {value}: give --dtype float32, or more bits")
+    return value

@@ -7,13 +7,15 @@ and hands all arguments on.
 import sys
 from importlib.util import find_spec
 
+from quip.errors import how_to_install
+
 
 def main() -> int:
     """`python -m quip.lm_eval`. Returns the exit status."""
     if find_spec("lm_eval") is None:
         print(
             "quip: quip.lm_eval needs the package lm-eval; "
-            "install it with: pip install 'quip-quant[eval]'",
+            f"install it with: {how_to_install('eval')}",
             file=sys.stderr,
         )
         return 1

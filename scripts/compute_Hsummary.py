@@ -10,6 +10,7 @@ import sys
 
 from quip.cli import main
 from quip.cli.parse import Parser
+from quip.cli.streams import complain
 from quip.errors import UsageError
 
 if __name__ == "__main__":
@@ -19,6 +20,6 @@ if __name__ == "__main__":
     try:
         args, further = parser.parse_known_args()
     except UsageError as error:
-        print(f"quip: {error}", file=sys.stderr)
+        complain(f"quip: {error}")
         sys.exit(2)
     sys.exit(main(["summary", args.dirname, "--out", args.savename, *further]))

@@ -48,8 +48,8 @@ def test_every_command_has_a_section_with_its_flags():
         assert f"<!-- docs command {name} -->\n" in text
 
 
-# Of other programs: pip, and the scripts.
-FOREIGN = {"--editable", "--constraint", "--quiet", "--check", "--add", "--model_args"}
+# Of `quip` itself, and of other programs: pip, and the scripts.
+FOREIGN = {"--version", "--editable", "--constraint", "--quiet", "--check", "--add", "--model_args"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

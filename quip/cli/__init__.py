@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from textwrap import indent
 
 from quip.cli import (
     evaluate,
@@ -17,7 +18,7 @@ from quip.cli import (
     summary,
     table,
 )
-from quip.cli.parse import Parser, guarded
+from quip.cli.parse import Parser, Version, guarded
 from quip.cli.theory import claims, counterexample, equivalence
 
 COMMANDS = {
@@ -43,13 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The `quip` command. Returns the exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and (command := COMMANDS.get(words[0])):
-        parser = Parser(prog=f"quip {words[0]}")
-        command.build(parser)
-        return guarded(parser, words[1:])
+        return guarded(parser_of(words[0]), words[1:])
     parser = Parser(
-        prog="quip", description="Compress language models to 2, 3 and 4 bits per weight."
+        prog="quip",
+        description="Compress language models to 2, 3 and 4 bits per weight.",
+        epilog="`quip COMMAND --help` explains a command, its flags, and shows examples.",
     )
+    parser.add_argument("--version", action=Version, help="print the version and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        command.build(commands.add_parser(name, help=command.HELP))
-    return guarded(parser, words)
+        commands.add_parser(name, help=command.HELP)
+    return guarded(parser, words or ["--help"])
+
+
+def parser_of(name: str) -> Parser:
+    """The parser of one command, whose help ends with examples."""
+    command = COMMANDS[name]
+    parser = Parser(
+        prog=f"quip {name}",
+        usage=getattr(command, "USAGE", None),
+        description=f"{command.HELP[0].upper()}{command.HELP[1:]}.",
+        epilog=f"examples:\n{indent(command.EXAMPLES.strip(), '  ')}",
+    )
+    command.build(parser)
+    return parser

@@ -5,16 +5,24 @@ import argparse
 from quip.cli.flags import machine_flags, refuse_tasks, task_flags, zero_shot
 from quip.cli.output import names
 from quip.cli.parse import Arguments, as_given, refuse_small
+from quip.cli.streams import say
+from quip.cli.values import place
 from quip.errors import UsageError
 from quip.jobs.requests import request
 
 HELP = "measure a checkpoint or a model as it is"
+EXAMPLES = """
+quip evaluate demo --datasets pydoc --nsamples 4
+quip evaluate runs/demo-2bit --reference demo --speed
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
     parser.add_argument(
-        "model", help="a checkpoint written by --save, or a model as `quip run` takes it"
+        "model",
+        type=place,
+        help="a checkpoint written by --save, or a model as `quip run` takes it",
     )
     group = parser.add_argument_group("what is measured")
     group.add_argument(
@@ -37,6 +45,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--reference",
+        type=place,
         metavar="MODEL",
         help="the original: adds its perplexities, the KL divergence from its predictions, and how "
         "often both predict the same token",
@@ -67,4 +76,4 @@ def call(args: Arguments) -> None:
     report = run_evaluation(
         request(Evaluation, args, datasets=datasets, tasks=zero_shot(args), flags=as_given(args))
     )
-    print(table(report))
+    say(table(report))

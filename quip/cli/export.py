@@ -3,9 +3,15 @@
 import argparse
 from pathlib import Path
 
+from quip.cli.streams import say
 from quip.errors import UsageError
 
 HELP = "write a saved checkpoint in a form for other tools"
+EXAMPLES = """
+quip export runs/demo-2bit runs/demo-dense --dense
+quip run meta-llama/Llama-2-7b-hf c4 --codebook E8P12 --range tensor --save runs/llama-e8p
+quip export runs/llama-e8p runs/llama-published --quip-sharp
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -57,4 +63,4 @@ def call(args: argparse.Namespace) -> None:
     else:
         size = export_quip_sharp(args.folder, args.out, overwrite=args.overwrite)
         what = "in the published layout of QuIP#"
-    print(f"{args.out}: {size_words(size)}, {what}")
+    say(f"{args.out}: {size_words(size)}, {what}")

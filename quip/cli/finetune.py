@@ -3,20 +3,26 @@
 import argparse
 from pathlib import Path
 
-from quip.cli.flags import TUNING
 from quip.cli.parse import as_given, refuse_small
+from quip.cli.streams import say
+from quip.cli.tuning import TUNING
+from quip.cli.values import place, seed
 from quip.jobs.requests import request
 
 HELP = "tune a checkpoint against the model it was quantized from"
+EXAMPLES = """
+quip finetune runs/demo-2bit pydoc --teacher demo --epochs 1 --save runs/demo-tuned
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
     add = parser.add_argument
     add("checkpoint", type=Path, help="a folder written by `quip run ... --save DIR`")
-    add("dataset", help="text to tune on: names as for `quip run`, or files")
+    add("dataset", type=place, help="text to tune on: names as for `quip run`, or files")
     add(
         "--teacher",
+        type=place,
         metavar="MODEL",
         help="the original, whose predictions are learnt (default: the model that the "
         "checkpoint's run.json names)",
@@ -68,7 +74,7 @@ def _data_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="tokens in a window (default: what the model can take, at most 2048)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of sampling and order (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of sampling and order (default 0)")
     add("--device", metavar="D", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add(
         "--dtype",
@@ -92,6 +98,14 @@ def call(args: argparse.Namespace) -> None:
         f"KL divergence on {record.windows_held_out} windows held out: {record.kl_before:.4g} -> "
         f"{record.kl_after:.4g} after {record.epochs} epochs"
     )
-    print(found if record.improved else f"{found}; nothing improved, so nothing is written")
+    if record.kl_std_error is not None:
+        found += (
+            f", a gain of {record.kl_before - record.kl_after:.2g} +- {record.kl_std_error:.2g}"
+        )
+    if not record.improved:
+        found += "; nothing improved, so nothing is written"
+    elif record.within_noise:
+        found += "; that is within noise: hold out more windows (--nsamples, --held_out)"
+    say(found)
     if record.improved:
-        print(f"{args.save}: the tuned checkpoint; measure it with: quip evaluate {args.save}")
+        say(f"{args.save}: the tuned checkpoint; measure it with: quip evaluate {args.save}")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from quip.cli.output import names
 from quip.cli.parse import Arguments
+from quip.cli.values import place, seed
 from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe, check_flags
@@ -14,11 +15,9 @@ from quip.matrix.flags import FLAGS, IGNORED, Flags, as_line
 if TYPE_CHECKING:
     from quip.evaluate.zeroshot import ZeroShot
     from quip.matrix.recipe import Recipe
-    from quip.model.tune import BlockTuning
 
 NAMED = ("wikitext2", "ptb", "ptb-new", "c4", "c4-new", "pydoc")
 NSAMPLES = 128  # as in the papers
-TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")  # what tuning takes
 
 
 def add_flag(group: argparse._ActionsContainer, name: str, **changes: Any) -> None:
@@ -109,11 +108,15 @@ def model_and_dataset(parser: argparse.ArgumentParser) -> argparse.Action:
     """MODEL and DATASET, which is returned."""
     parser.add_argument(
         "model",
+        metavar="MODEL",
+        type=place,
         help="a Hugging Face hub id, a local model folder, a .gguf file, or `demo`, the small "
         "OPT that comes with this package",
     )
     return parser.add_argument(
         "dataset",
+        metavar="DATASET",
+        type=place,
         help=f"calibration text: {', '.join(NAMED)} (the documentation inside CPython, no "
         "download), or a .txt, .json, .jsonl or .parquet file or a folder of such files",
     )
@@ -135,7 +138,7 @@ def calibration_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="tokens in a window (default: what the model can take, at most 2048)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of sampling and rotations (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of sampling and rotations (default 0)")
 
 
 def task_flags(group: argparse._ArgumentGroup) -> None:
@@ -206,42 +209,3 @@ def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
         help="write where files are: --out loses those of the run before, a "
         "checkpoint is replaced whole",
     )
-
-
-def tuning_flags(group: argparse._ArgumentGroup) -> None:
-    """Fine-tuning of blocks: TUNING, each behind --ft_."""
-    add = group.add_argument
-    add(
-        "--ft_epochs",
-        type=int,
-        default=0,
-        metavar="N",
-        help="after each group of matrices tune what is left of the block, its norms and signs, "
-        "to give the original outputs, for at most N passes (default 0: no tuning)",
-    )
-    add("--ft_lr", type=float, metavar="X", help="rate of weights and norms (default 5e-5)")
-    add("--ft_signs_lr", type=float, metavar="X", help="rate of sign vectors (default 5e-4)")
-    add("--ft_batch_size", type=int, metavar="N", help="windows in a step (default 8)")
-    add(
-        "--ft_patience",
-        type=int,
-        metavar="N",
-        help="stop after N passes without a smaller held-out loss (default 3)",
-    )
-    add(
-        "--ft_held_out",
-        type=float,
-        metavar="X",
-        help="the share of calibration windows that tuning is judged on (default 0.25)",
-    )
-
-
-def tuning_of(args: Arguments) -> "BlockTuning | None":
-    """What the flags of `tuning_flags` say; None: no tuning."""
-    if not args.ft_epochs:
-        return None
-
-    from quip.model.tune import BlockTuning
-
-    given = {name: getattr(args, f"ft_{name}") for name in TUNING if f"ft_{name}" in args.given}
-    return BlockTuning(**given)

@@ -1,7 +1,6 @@
 """`quip generate MODEL [PROMPT]`: text from a model or checkpoint, as it comes."""
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,7 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quip.cli.flags import device_flags
+from quip.cli.interrupts import INTERRUPTS
 from quip.cli.parse import Arguments, refuse_small
+from quip.cli.streams import complain, say
+from quip.cli.values import place, seed
 from quip.errors import UsageError
 from quip.serve.sampling import Sampling
 
@@ -20,15 +22,22 @@ if TYPE_CHECKING:
     Ask = Callable[[str | list[Message]], Answer]
 
 HELP = "write text with a model or checkpoint, or talk with it"
+EXAMPLES = """
+quip generate demo "The module" --max_new_tokens 20
+quip generate demo "The module" --temperature 0.8 --top_p 0.9 --seed 1 --max_new_tokens 20
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
     parser.add_argument(
-        "model", help="a checkpoint written by --save, or a model as `quip run` takes it"
+        "model",
+        type=place,
+        help="a checkpoint written by --save, or a model as `quip run` takes it",
     )
     parser.add_argument(
         "prompt",
+        type=str,  # of any length, and with a refusal of its own
         nargs="?",
         help="what to answer, or to continue where the model has no chat template; - or a pipe "
         "reads it from standard input, and without it on a terminal each line is answered: an "
@@ -71,7 +80,7 @@ def _sampling_flags(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="draw among the likeliest tokens only, whose probabilities sum to X",
     )
-    add("--seed", type=int, metavar="N", help="of drawing (default 0)")
+    add("--seed", type=seed, metavar="N", help="of drawing (default 0)")
 
 
 def call(args: Arguments) -> None:
@@ -103,14 +112,10 @@ def call(args: Arguments) -> None:
         rng=torch.Generator().manual_seed(args.seed or 0),
     )
     history = [] if args.system is None else [{"role": "system", "content": args.system}]
-    try:
-        if prompt is None:
-            _converse(ask, history if chat else None)
-        else:
-            _show(ask([*history, _user(prompt)] if chat else prompt))
-    except BrokenPipeError:
-        # The reader has what it wanted. Python would complain once more while it shuts down.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if prompt is None:
+        _converse(ask, history if chat else None)
+    else:
+        _show(ask([*history, _user(prompt)] if chat else prompt))
 
 
 def _sampling(args: Arguments) -> Sampling:
@@ -157,9 +162,10 @@ def _converse(ask: "Ask", history: "list[Message] | None") -> None:
             answer = ask(line if messages is None else messages)
             _show(answer)
         except UsageError as error:  # too long, say: another line may be right
-            print(f"quip: {error}", file=sys.stderr)
+            complain(f"quip: {error}")
         except KeyboardInterrupt:
-            print("quip: this answer was stopped", file=sys.stderr)
+            INTERRUPTS.forget()
+            complain("quip: this answer was stopped")
         if messages is not None and answer is not None and answer.text:
             history = [*messages, {"role": "assistant", "content": answer.text}]
 
@@ -168,7 +174,7 @@ def _line() -> str | None:
     try:
         return _utf8(partial(input, "> " if sys.stdout.isatty() else "")).strip() or None
     except (EOFError, KeyboardInterrupt):
-        print(file=sys.stderr)
+        complain("")
         return None
 
 
@@ -180,10 +186,10 @@ def _show(answer: "Answer") -> None:
     """Text to standard output as it comes, what it took to the other."""
     try:
         for piece in answer:
-            print(piece, end="", flush=True)
+            say(piece, end="")
     finally:
-        print(flush=True)
-    print(f"quip: {_words(answer)}", file=sys.stderr)
+        say()
+    complain(f"quip: {_words(answer)}")
 
 
 def _words(answer: "Answer") -> str:

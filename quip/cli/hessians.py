@@ -14,12 +14,17 @@ from quip.cli.flags import (
     settle_bits,
 )
 from quip.cli.parse import Arguments, refuse_both, refuse_small
+from quip.cli.streams import say
 from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
 from quip.jobs.requests import request
 from quip.matrix.flags import FLAGS, IGNORED
 
 HELP = "collect the second moments of all inputs in a store"
+EXAMPLES = """
+quip hessians demo pydoc --save demo-hessians
+quip run demo --hessians demo-hessians --wbits 2 --incoh_processing
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +65,7 @@ def call(args: Arguments) -> None:
 
     recipe = None if getattr(args, "from") == "original" else recipe_of(args)
     found = collect_hessians(request(Collection, args, recipe=recipe))
-    print(
+    say(
         f"{args.save}: {found.inputs} inputs of {found.matrices} matrices, {found.tokens:,} "
         f"tokens, {size_words(found.nbytes)}, {found.seconds:.1f} s; quantize from it with: "
         f"quip run {args.model} --hessians {args.save} {' '.join(_of_a_run(args))}"

@@ -3,7 +3,13 @@
 import argparse
 from pathlib import Path
 
+from quip.cli.streams import say
+from quip.cli.values import place
+
 HELP = "make a checkpoint of a model published in the layout of QuIP#"
+EXAMPLES = """
+quip import-quip-sharp runs/llama-published runs/llama-imported
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +24,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     add("out", type=Path, metavar="OUT", help="the folder to write; it must be new or empty")
     add(
         "--tokenizer",
+        type=place,
         metavar="NAME",
         help="the hub id or folder of the original model, where DIR has no tokenizer",
     )
@@ -27,13 +34,16 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> None:
     """Import, and say what came of it."""
+    from quip.data.reach import reach_hub
     from quip.jobs.report.text import size_words
     from quip.packed.quip_sharp.read import import_quip_sharp
 
+    if args.tokenizer is not None and not Path(args.tokenizer).expanduser().exists():
+        reach_hub(f"tokenizer {args.tokenizer}")
     made = import_quip_sharp(
         args.folder, args.out, tokenizer=args.tokenizer, overwrite=args.overwrite
     )
-    print(
+    say(
         f"{args.out}: {size_words(made.file_bytes)}, {made.matrices} matrices of {made.codebook} "
         f"({made.bits} bits), a checkpoint that quip loads"
     )

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from quip.cli.output import aligned
+from quip.cli.streams import say
 from quip.errors import Unavailable, shown
 from quip.jobs.report.text import size_words
 
 HELP = "show what a saved checkpoint holds and takes"
+EXAMPLES = """
+quip inspect runs/demo-2bit
+quip inspect runs/demo-2bit --json
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +48,7 @@ def call(args: argparse.Namespace) -> None:
     found = inspect_checkpoint(args.folder, verify_tensors=args.verify)
     if args.plot:
         plot_losses(matrix_records(args.folder), args.plot)
-    print(json.dumps(found, indent=2, allow_nan=False) if args.json else inspection_table(found))
+    say(json.dumps(found, indent=2, allow_nan=False) if args.json else inspection_table(found))
     if args.verify and (damaged := found["verification"]["damaged"]):
         raise Unavailable(
             f"{args.folder}: {damaged} of its tensors {'is' if damaged == 1 else 'are'} not what "

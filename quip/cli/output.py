@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from quip.errors import UsageError
+from quip.cli.values import MOST, place
+from quip.errors import UsageError, shown
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -20,20 +21,28 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def names(text: str, flag: str) -> tuple[str, ...]:
-    """A,B,... as a tuple. Raises UsageError if there is none."""
+    """A,B,... as a tuple. Raises UsageError if there is none, or one that cannot be looked up."""
     found = tuple(filter(None, text.split(",")))
     if not found:
-        raise UsageError(f"{flag} {text!r}: name one or more, as in {flag} A,B")
+        raise UsageError(f"{flag} {shown(text)}: name one or more, as in {flag} A,B")
+    for word in found:
+        try:
+            place(word)
+        except UsageError as error:
+            raise UsageError(f"{flag}: {error}") from error
     return found
 
 
-def numbers(text: str, flag: str, *, least: int, most: int | None = None) -> tuple[int, ...]:
+def numbers(text: str, flag: str, *, least: int, most: int = MOST) -> tuple[int, ...]:
     """A,B,... as whole numbers. Raises UsageError for what is none, or out of range."""
     found = []
     for word in text.split(","):
-        value = int(word) if word.strip().isdecimal() else least - 1
-        if value < least or (most is not None and value > most):
-            span = f"of at least {least}" if most is None else f"from {least} to {most}"
-            raise UsageError(f"{flag} {text}: {word!r} is no whole number {span}")
+        # Of more digits than Python converts it is enough to know that they are many.
+        digits = word if len(word) <= 20 else str(MOST + 1)
+        value = int(digits) if word.strip().isdecimal() else least - 1
+        if not least <= value <= most:
+            open_ended = most == MOST and value < least
+            span = f"of at least {least}" if open_ended else f"from {least} to {most:,}"
+            raise UsageError(f"{flag}: {shown(word)} is no whole number {span}")
         found.append(value)
     return tuple(found)

@@ -4,10 +4,14 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import quip
+from quip.cli import values
+from quip.cli.interrupts import Interrupts, noticed
+from quip.cli.streams import ReaderLeft, complain, say, set_up_streams
 from quip.errors import QuipError, UsageError, shown
 from quip.matrix.flags import FLAGS, as_line
 from quip.matrix.methods import RECIPES
@@ -15,6 +19,15 @@ from quip.reading import read_yaml
 
 NOT_IN_FILES = ("model", "dataset", "config", "call")
 UNSET: list[object] = []  # a list, since what appends to a value copies it first
+# What a flag's `type` stands for: one rule for every number, text and path of a line.
+READ: dict[Any, Callable[[str], Any]] = {
+    None: values.readable,
+    int: values.whole,
+    Path: values.path,
+    values.seed: values.seed,
+    values.place: values.place,
+}
+LARGEST = {"nsamples": 1_000_000, "samples": 100_000}  # what would take years, or all memory
 
 
 class Arguments(argparse.Namespace):
@@ -26,6 +39,14 @@ class Arguments(argparse.Namespace):
 
 class Parser(argparse.ArgumentParser):
     """A parser whose refusals are one line, like all others, instead of a page of usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+        for kind, read in READ.items():
+            self.register("type", kind, _reader(kind, read))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        say(message, end="")  # --help and --version: there is no other message
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help explains every flag)")
@@ -43,19 +64,75 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
 
+class Version(argparse.Action):
+    """Print the version of this package, which is looked up only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        try:
+            say(f"quip {quip.__version__}")
+        except ModuleNotFoundError:  # what the lookup raises of a package without metadata
+            say("quip, of a checkout that is not installed")
+        parser.exit()
+
+
+def _reader(kind: Any, read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """For argparse, which would put words of its own in the place of any other error's."""
+
+    def reads(word: str) -> Any:
+        try:
+            return read(word)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    reads.__name__ = getattr(kind, "__name__", "str")
+    return reads
+
+
 def guarded(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse and run; what a user can mend becomes one line and an exit status (2: usage)."""
+    set_up_streams()
     _set_up_logging()
+    with noticed() as interrupts:
+        return _run(parser, list(sys.argv[1:] if argv is None else argv), interrupts)
+
+
+def _run(parser: Parser, line: list[str], interrupts: Interrupts) -> int:
+    args = None
     try:
-        args = parse(parser, list(sys.argv[1:] if argv is None else argv))
+        args = parse(parser, line)
         args.call(args)
     except QuipError as error:
-        print(f"quip: {' '.join(str(error).split())}", file=sys.stderr)
+        if interrupts.came:  # as when half a library was imported, and is said to be missing
+            return _interrupted(args)
+        complain(f"quip: {values.bounded(' '.join(str(error).split()))}")
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("quip: interrupted", file=sys.stderr)
-        return 130
+        return _interrupted(args)
+    except ReaderLeft:
+        return 0
+    except Exception:
+        if interrupts.came:
+            return _interrupted(args)
+        raise
     return 0
+
+
+def _interrupted(args: Arguments | None) -> int:
+    complain(f"quip: interrupted{_to_resume(args)}")
+    return 130
+
+
+def _to_resume(args: Arguments | None) -> str:
+    """What to do after an interruption, where --resume would take the work up."""
+    given = vars(args) if args else {}
+    folder = given.get("out", given.get("save"))  # a store is its own folder
+    unquantized = given.get("wbits") == 16 and not given.get("plan")  # by `quip run`
+    if "resume" not in given or folder is None or unquantized:
+        return ""
+    return f"; the same line with --resume goes on with what {folder} holds by now"
 
 
 def _set_up_logging() -> None:
@@ -99,7 +176,7 @@ def _of_recipe(name: str | None) -> list[str]:
     if name is None:
         return []
     if name not in RECIPES:
-        raise UsageError(f"--recipe {name}: not one of {', '.join(RECIPES)}")
+        raise UsageError(f"--recipe {shown(name)}: not one of {', '.join(RECIPES)}")
     return as_line(RECIPES[name].flags)
 
 
@@ -131,11 +208,13 @@ def _words(found: Mapping[str, bool | str]) -> list[str]:
 
 
 def refuse_small(args: argparse.Namespace, **least: int) -> None:
-    """Raise UsageError for a number below what is needed at least."""
+    """Raise UsageError for a number below what is needed at least, or above what makes sense."""
     for name, low in least.items():
         value = getattr(args, name)
         if value is not None and value < low:
             raise UsageError(f"--{name} {value}: at least {low} is needed")
+        if value is not None and value > (most := LARGEST.get(name, values.MOST)):
+            raise UsageError(f"--{name} {value}: at most {most:,} make sense")
 
 
 def refuse_both(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from quip.cli.flags import add_flag, machine_flags
 from quip.cli.output import aligned, names
 from quip.cli.parse import Arguments, refuse_both
+from quip.cli.streams import say
+from quip.cli.values import place, seed
 from quip.codebooks.names import INTEGERS
 from quip.errors import UsageError
 from quip.jobs.requests import request
@@ -17,13 +19,16 @@ if TYPE_CHECKING:
     from quip.research.losses.bench import ProxyBench
 
 HELP = "compare methods by their proxy losses, matrix by matrix"
+EXAMPLES = """
+quip proxy demo demo-hessians --processing baseline,incoherence --out runs/demo-proxy
+"""
 OF_ALL = ("npasses", "percdamp", "rho", "faithful", "range")  # of each recipe
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
     add = parser.add_argument
-    add("model", metavar="MODEL", help="as for `quip run`")
+    add("model", type=place, metavar="MODEL", help="as for `quip run`")
     add("store", type=Path, metavar="STORE", help="its Hessians, from `quip hessians ... --save`")
     add_flags(parser)
     parser.set_defaults(call=call)
@@ -35,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method, of all that are compared")
     for name in OF_ALL:
         add_flag(group, name)
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of rotations (default 0)")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of rotations (default 0)")
     group = parser.add_argument_group("machine and output")
     group.add_argument(
         "--resume",
@@ -88,9 +93,9 @@ def call(args: Arguments) -> None:
     measures = {"mean_proxy_loss": "mean proxy loss", "mean_absolute_loss": "mean tr(E H E^T)"}
     for measure, title in measures.items():
         for lines in method_tables(losses, measure, title):
-            print(aligned(lines), end="\n\n")
+            say(aligned(lines), end="\n\n")
     count = len({loss.name for loss in losses})
-    print(f"over {count} matrices" + (f"; each of them in {args.out}" if args.out else ""))
+    say(f"over {count} matrices" + (f"; each of them in {args.out}" if args.out else ""))
 
 
 def asked(args: Arguments) -> "ProxyBench":

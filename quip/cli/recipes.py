@@ -3,10 +3,14 @@
 import argparse
 import json
 
+from quip.cli.streams import say
 from quip.matrix.flags import as_line
 from quip.matrix.methods import METHODS, RECIPES, Named
 
 HELP = "list the recipes that --recipe knows, and the methods of --quant"
+EXAMPLES = """
+quip recipes
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +27,12 @@ def call(args: argparse.Namespace) -> None:
     known = {**RECIPES, **methods}
     if args.json:
         rows = {name: {"title": r.title, "flags": r.flags} for name, r in known.items()}
-        print(json.dumps(rows, indent=2))
+        say(json.dumps(rows, indent=2))
         return
     width = max(map(len, known))
     titles = {"recipes (--recipe NAME)": RECIPES, "methods (--quant NAME)": methods}
     for title, listed in titles.items():
-        print(title)
+        say(title)
         for name, row in listed.items():
-            print(f"  {name:{width}}  {row.title}")
-            print(f"  {'':{width}}  {' '.join(as_line(row.flags))}")
+            say(f"  {name:{width}}  {row.title}")
+            say(f"  {'':{width}}  {' '.join(as_line(row.flags))}")

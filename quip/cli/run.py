@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from quip.cli.flags import (
     NAMED,
-    TUNING,
     calibration_flags,
     check_recipe,
     has_recipe,
@@ -18,12 +17,13 @@ from quip.cli.flags import (
     refuse_tasks,
     settle_bits,
     task_flags,
-    tuning_flags,
-    tuning_of,
     zero_shot,
 )
 from quip.cli.output import names
 from quip.cli.parse import Arguments, as_given, refuse_both, refuse_small
+from quip.cli.streams import say
+from quip.cli.tuning import refuse_tuning, tuning_flags, tuning_of
+from quip.cli.values import place
 from quip.errors import UsageError
 from quip.jobs.requests import request
 
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
     from quip.model.plan import Plan
 
 HELP = "quantize a model, evaluate it, and report"
+USAGE = "quip run MODEL (DATASET | --hessians DIR) [FLAGS]"
+EXAMPLES = """
+quip run demo pydoc --wbits 2 --incoh_processing --save runs/demo-2bit
+quip run demo pydoc --wbits 3 --quant gptq --compare --out runs/demo-gptq3
+quip run facebook/opt-125m c4 --recipe quip-2bit
+quip run model.gguf train.txt --wbits 4 --eval_datasets test.txt
+"""
 PAPER_SETS = "wikitext2,ptb-new,c4-new"
 
 
@@ -97,6 +104,7 @@ def _machine_flags(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--load",
+        type=place,
         metavar="DIR",
         help="evaluate this checkpoint of MODEL, which is then only read for --compare",
     )
@@ -117,7 +125,7 @@ def call(args: Arguments) -> None:
     settle_bits(args)
     _refuse_source(args)
     check_recipe(args)
-    _refuse_tuning(args)
+    refuse_tuning(args, quantizes=not _is_unquantized(args))
     evaluations = _evaluations(args)
     refuse_tasks(args)
     _refuse_values(args)
@@ -138,7 +146,7 @@ def call(args: Arguments) -> None:
             flags=as_given(args),
         )
     )
-    print(table(report))
+    say(table(report))
 
 
 def _plan(args: Arguments, recipe: "Recipe | None") -> "Recipe | Plan | None":
@@ -198,15 +206,6 @@ def _refuse_values(args: Arguments) -> None:
             f"--load {args.load} evaluates what is quantized already: leave out --wbits, "
             "--codebook and --recipe"
         )
-
-
-def _refuse_tuning(args: Arguments) -> None:
-    if not args.ft_epochs:
-        for name in TUNING:
-            if name != "epochs" and f"ft_{name}" in args.given:
-                raise UsageError(f"--ft_{name} speaks of fine-tuning: add --ft_epochs N")
-    elif _is_unquantized(args):
-        raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
 
 
 def _evaluations(args: Arguments) -> tuple[str, ...]:

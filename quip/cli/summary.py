@@ -8,10 +8,15 @@ from typing import Any
 
 from quip.cli.flags import add_flag
 from quip.cli.output import aligned
+from quip.cli.streams import say
+from quip.cli.values import place, seed
 from quip.errors import UsageError
 from quip.jobs.requests import request
 
 HELP = "statistics of stored Hessians, before and after incoherence processing"
+EXAMPLES = """
+quip summary demo-hessians --model demo --out runs/demo-summary
+"""
 COLUMNS = {
     "rank": "rank",
     "above_1_percent": "> 1 %",
@@ -31,6 +36,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     add("store", type=Path, metavar="DIR", help="a store written by `quip hessians ... --save DIR`")
     add(
         "--model",
+        type=place,
         metavar="MODEL",
         help="the model of the store: its weights are rescaled and rotated with the Hessians, and "
         "summarized too (without it Hessians are only rotated)",
@@ -42,7 +48,7 @@ def build(parser: argparse.ArgumentParser) -> None:
         "percdamp",
         help="damping before tr(D) and rescaling, as a share of the mean diagonal (default 0.01)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of rotations, as for a run (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of rotations, as for a run (default 0)")
     add(
         "--layer",
         metavar="NAME",
@@ -76,7 +82,7 @@ def call(args: argparse.Namespace) -> None:
         )
     )
     found = summary.as_json()
-    print(json.dumps(found, indent=2, allow_nan=False) if args.json else summary_table(found))
+    say(json.dumps(found, indent=2, allow_nan=False) if args.json else summary_table(found))
 
 
 def summary_table(found: Mapping[str, Any]) -> str:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from quip.cli.output import aligned, names
 from quip.cli.parse import refuse_small
+from quip.cli.streams import say
+from quip.cli.values import place, seed
 from quip.errors import UsageError
 from quip.jobs.requests import request
 
@@ -15,12 +17,23 @@ if TYPE_CHECKING:
     from quip.research.tables.description import Table
 
 HELP = "a table or figure of the paper: run the missing cells, show them beside the paper's"
+EXAMPLES = """
+quip table --list
+quip table perplexity --models facebook/opt-125m --dry_run     # the cells, with minutes and memory
+quip table perplexity --models facebook/opt-125m
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
     """Add the arguments, and what to call with them."""
     add = parser.add_argument
-    add("name", nargs="?", metavar="NAME", help="of the table (--list), or a .yaml file like them")
+    add(
+        "name",
+        type=place,
+        nargs="?",
+        metavar="NAME",
+        help="of the table (--list), or a .yaml file like them",
+    )
     add("--list", action="store_true", help="list the tables, and what stands in them")
     _choice_flags(parser.add_argument_group("what is run"))
     _data_flags(parser.add_argument_group("data and evaluation"))
@@ -58,7 +71,7 @@ def _choice_flags(group: argparse._ArgumentGroup) -> None:
 
 def _data_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--dataset", metavar="D", help="calibration text (default: the table's)")
+    add("--dataset", type=place, metavar="D", help="calibration text (default: the table's)")
     add(
         "--eval_datasets",
         metavar="A,B,...",
@@ -71,14 +84,14 @@ def _data_flags(group: argparse._ArgumentGroup) -> None:
     add("--limit", type=int, metavar="N", help="the first N documents of each task (default: all)")
     add("--batch_size", type=int, default=8, metavar="N", help="of zero-shot tasks (default 8)")
     add("--storycloze_csv", type=Path, metavar="FILE", help="the StoryCloze file")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling and rotations (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of sampling and rotations (default 0)")
 
 
 def call(args: argparse.Namespace) -> None:
     """List, estimate or run; then show the table."""
     refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1, limit=1, batch_size=1)
     if args.list:
-        print(_listing(args.name))
+        say(_listing(args.name))
         return
     if args.name is None:
         raise UsageError("name a table, or --list them")
@@ -98,7 +111,7 @@ def call(args: argparse.Namespace) -> None:
     models = _models(args, table)
     found = list(cells(table, models, settings, args.out))
     if args.dry_run:
-        print(_plan(found))
+        say(_plan(found))
         return
     try:
         if not args.render:
@@ -106,8 +119,8 @@ def call(args: argparse.Namespace) -> None:
     finally:  # what is known by then, whatever ended the run
         record = record_of(table, models, settings, args.out)
         paths = write_record(record, args.out)
-    print(markdown(record))
-    print("written:", ", ".join(map(str, paths)))
+    say(markdown(record))
+    say(f"written: {', '.join(map(str, paths))}")
 
 
 def _refuse(args: argparse.Namespace, table: "Table") -> None:

@@ -46,14 +46,15 @@ def evaluation_tokens(
     _require_positive(nsamples=nsamples, seqlen=seqlen)
     part = SOURCES[name].evaluation if name in SOURCES else local_part(_path(name), "test")
     documents = part.load(part.split)
-    count = min(part.windows, nsamples or part.windows)
+    count, whole = min(part.windows, nsamples or part.windows), part.windows
     if part.join is None:
         rng = random.Random(0)  # published: the same windows whatever the run's own seed
         ids = document_windows(documents, tokenizer, count=count, seqlen=seqlen, rng=rng, name=name)
     else:
         text = encode(tokenizer, part.join.join(documents[: part.documents]))
         ids = consecutive_windows(text, limit=count, seqlen=seqlen, name=name)
-    return TokenSet(ids, name, part.split, part.join)
+        whole = min(whole, len(text) // seqlen)
+    return TokenSet(ids, name, part.split, part.join, of=whole)
 
 
 def check_dataset(name: str, use: Literal["calibration", "evaluation"]) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quip.data.pydoc import pydoc_documents
+from quip.data.reach import reach_hub
 from quip.errors import Unavailable, one_line
 
 
@@ -93,6 +94,7 @@ SOURCES = {
 def _download(name: str, column: str, *calls: dict[str, Any]) -> Sequence[str]:
     """One column of a data set on the hub, or in its local cache; the first call that works."""
     failures = []
+    reach_hub(f"data set {name}")
     for call in calls:
         try:
             import datasets

@@ -30,6 +30,7 @@ class TokenSet:
     dataset: str
     split: str
     join: str | None  # between documents; None: every window lies within one document
+    of: int | None = None  # the windows that the protocol has, of which these are the first
 
     @property
     def seqlen(self) -> int:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from quip.errors import UsageError
 from quip.model.device import placed
+from quip.model.finite import finite_predictions, refuse
 from quip.model.tune.kl import CHUNK, kl_terms
 
 
@@ -22,8 +23,7 @@ from quip.model.tune.kl import CHUNK, kl_terms
 class Divergence:
     """KL(p_reference || p_model) = sum_v p_reference(v) log(p_reference(v) / p_model(v)), in nats.
 
-    All four are NaN if the KL of any position is, as when activations overflow float16: a result
-    to report, not an error. A token that the model alone excludes makes the mean infinite.
+    Every value is finite, but for the standard error of a single window, which is NaN.
     """
 
     kl: float  # mean over positions: the cost, in nats per token
@@ -47,19 +47,30 @@ def divergence(
     Both models are on the device during the evaluation, then back where they were. Of a single
     window the standard error is NaN. KL is not clamped at zero: rounding leaves some 1e-7 of
     either sign, which cancels in the mean, where a clamp would add it up.
+
+    Raises NonFinite where the KL of a position is not finite: activations overflow, or the model
+    alone excludes a token.
     """
     _check(model, reference, tokens)
     count, seqlen = tokens.shape
     kl = torch.empty(count, seqlen - 1, dtype=torch.float64)
     same = torch.empty(count, seqlen - 1, dtype=torch.bool)
     done, bar = 0, tqdm(total=count, desc="divergence", unit="window", disable=not progress)
-    with placed(model, device), placed(reference, device), bar:
+    with (
+        placed(model, device),
+        placed(reference, device),
+        finite_predictions(model, "KL divergence"),
+        finite_predictions(reference, "KL divergence, of the reference,"),
+        bar,
+    ):
         for batch in tokens.split(batch_size):
             ids, rows = batch.to(device), slice(done, done + len(batch))
             p = reference(input_ids=ids, use_cache=False).logits[:, :-1]
             q = model(input_ids=ids, use_cache=False).logits[:, :-1]
             _check_vocabularies(q.shape[-1], p.shape[-1])
             kl[rows] = _kl(p, q).cpu()
+            if not kl[rows].isfinite().all():
+                refuse(model, "KL divergence", input_ids=ids, use_cache=False)
             same[rows] = (p.argmax(-1) == q.argmax(-1)).cpu()
             done += len(batch)
             bar.update(len(batch))
@@ -104,12 +115,10 @@ def _summary(
     windows = kl.mean(dim=1)
     # One window says nothing about how windows differ.
     error = float(windows.std()) / math.sqrt(len(windows)) if len(windows) > 1 else math.nan
-    # A NaN has no likeliest token, though argmax names one.
-    agreement = same.double().masked_fill(kl.isnan(), math.nan)
     return Divergence(
         kl=float(windows.mean()),
         kl_std_error=error,
         # torch.quantile refuses more than 16 million values.
         kl_p99=float(np.quantile(kl.numpy(), 0.99, method="inverted_cdf")),
-        top1_agreement=float(agreement.mean()),
+        top1_agreement=float(same.double().mean()),
     )

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from quip.errors import UsageError
 from quip.model.device import placed
+from quip.model.finite import finite_predictions, refuse
 from quip.model.tune.kl import CHUNK
 
 
@@ -26,8 +27,8 @@ def perplexity(
 
     A window of seqlen tokens gives seqlen - 1 predictions; log p is computed in float32 from
     logits of any dtype. The model is on the device during the evaluation, then back where it
-    was. Returns inf where the mean is too large for exp, and NaN where the model's logits are
-    NaN or infinite, as when activations overflow float16: a result to report, not an error.
+    was. Raises NonFinite where it is not finite, as when activations overflow float16; the message
+    says in which block they do.
     """
     count, seqlen = tokens.shape
     if count == 0 or seqlen < 2:
@@ -36,7 +37,7 @@ def perplexity(
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
     total, done = 0.0, 0
     bar = tqdm(total=count, desc="perplexity", unit="window", disable=not progress)
-    with placed(model, device), bar:
+    with placed(model, device), finite_predictions(model, "perplexity"), bar:
         for batch in tokens.split(batch_size):
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits
@@ -44,7 +45,9 @@ def perplexity(
             done += len(batch)
             bar.update(len(batch))
             bar.set_postfix(perplexity=f"{_exp(total / done):.2f}")
-    return _exp(total / count)
+        if math.isinf(found := _exp(total / count)):
+            refuse(model, "perplexity", input_ids=ids, use_cache=False)
+    return found
 
 
 def _nll(logits: Float[Tensor, "b s vocab"], targets: Int[Tensor, "b s"]) -> Float[Tensor, " b"]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate.memory import measured, module_bytes
 from quip.model.device import placed
+from quip.model.finite import predicts, refuse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ def speed(
 
     What generate() adds around the model is left out; its tokens are the same, except that
     nothing ends the text early. The model is on the device meanwhile, then back where it was.
+    Raises NonFinite for a model that predicts nothing, whose tokens would be timed in vain.
     """
     _check(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
     rng = torch.Generator().manual_seed(seed)
@@ -96,6 +98,8 @@ def _decode(
         out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
         tokens.append(out.logits[:, -1:].argmax(-1))
     end = _now(prompt.device)
+    if not predicts(out.logits):  # what is NaN in the cache stays, so the last token tells
+        refuse(model, "what is decoded for its speed", input_ids=prompt, use_cache=False)
     return torch.cat(tokens, dim=1), first - start, end - first
 
 

@@ -7,23 +7,21 @@ the QuIP paper; `storycloze`, from a file of the user's; `quip_demo_cloze`, with
 import copy
 import difflib
 import logging
-import os
-import random
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quip.errors import Unavailable, UsageError, one_line, shown
+from quip.data.reach import reach_hub
+from quip.errors import Unavailable, UsageError, how_to_install, one_line, shown
 from quip.evaluate.cloze import OWN, story_rows, task_config
+from quip.evaluate.quiet import quiet
 from quip.model.device import placed
+from quip.model.finite import finite_predictions
 from quip.model.vocabulary import first_token
 
 BOOTSTRAP = 1000  # resamples, for the error of a perplexity; an accuracy's has a closed form
@@ -48,8 +46,7 @@ def check_tasks(asked: ZeroShot) -> None:
     """
     if find_spec("lm_eval") is None:
         raise Unavailable(
-            "zero-shot tasks need the package lm-eval; "
-            "install it with: pip install 'quip-quant[eval]'"
+            f"zero-shot tasks need the package lm-eval; install it with: {how_to_install('eval')}"
         )
     if not asked.tasks:
         raise UsageError("no zero-shot task is named; name one, such as quip_demo_cloze")
@@ -71,6 +68,19 @@ def check_tasks(asked: ZeroShot) -> None:
         story_rows(asked.storycloze_csv)
 
 
+def fetch_tasks(
+    asked: ZeroShot, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Any]:
+    """lm-eval's tasks with their data, downloaded where they must be: what `zeroshot` asks.
+
+    Raises whatever could be raised later, for want of a data set or of a first token.
+    """
+    check_tasks(asked)
+    first_token(model, tokenizer)
+    with quiet(progress=False):
+        return _build(asked)
+
+
 def zeroshot(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,6 +89,7 @@ def zeroshot(
     device: str,
     batch_size: int = 8,
     progress: bool = False,
+    tasks: list[Any] | None = None,
 ) -> dict[str, dict[str, float | int]]:
     """task -> {acc, acc_stderr, acc_norm, ...: whatever the task measures; samples; version}.
 
@@ -86,14 +97,17 @@ def zeroshot(
     each of its tasks. The same model gives the same numbers; no random state is touched. The
     model is on the device during the evaluation, then back where it was, its weights tied or
     untied as they were. Prompts longer than the model are cut from the left, with a warning.
+    `tasks` are those of `fetch_tasks`, once. Raises NonFinite where the model predicts nothing.
     """
-    check_tasks(asked)
+    tasks = fetch_tasks(asked, model, tokenizer) if tasks is None else tasks
     if model.training:
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
-    with _quiet(progress) as warnings:
-        tasks = _build(asked)
-        with placed(model, device):
-            found = _evaluate(model, tokenizer, tasks, asked, batch_size)
+    with (
+        quiet(progress) as warnings,
+        placed(model, device),
+        finite_predictions(model, "a zero-shot score"),
+    ):
+        found = _evaluate(model, tokenizer, tasks, asked, batch_size)
     if cut := sum("exceeds model's maximum length" in line for line in warnings):
         log.warning("zero-shot: %d prompts were longer than the model and cut from the left", cut)
     return {name: _row(name, found) for name in found["results"]}
@@ -123,6 +137,8 @@ def _build(asked: ZeroShot) -> list[Any]:
 
 def _load(name: str, asked: ZeroShot) -> Any:
     own = name in OWN
+    if not own:
+        reach_hub(f"task {name}")
     spec = task_config(name, storycloze_csv=asked.storycloze_csv) if own else name
     try:
         return _manager(not own).load([spec])
@@ -206,37 +222,3 @@ def _row(name: str, found: Any) -> dict[str, float | int]:
         row["samples"] = result["sample_len"]
     version = found["versions"].get(name)
     return row | ({"version": version} if isinstance(version, int | float) else {})
-
-
-class _Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@contextmanager
-def _quiet(progress: bool) -> Iterator[list[str]]:
-    """Keep what lm-eval logs, and what it prints or draws unless progress is asked for, to itself.
-
-    Yields its warnings. Bootstraps stay in this process: lm-eval would fork one for every core.
-    """
-    logger, handler = logging.getLogger("lm_eval"), _Lines()
-    level, propagate = logger.level, logger.propagate
-    with ExitStack() as stack:
-        logger.addHandler(handler)
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-        if "DISABLE_MULTIPROC" not in os.environ:
-            os.environ["DISABLE_MULTIPROC"] = "1"
-            stack.callback(os.environ.pop, "DISABLE_MULTIPROC")
-        stack.callback(random.setstate, random.getstate())  # lm-eval draws names from it
-        stack.callback(logger.removeHandler, handler)
-        stack.callback(logger.setLevel, level)
-        stack.callback(setattr, logger, "propagate", propagate)
-        stack.enter_context(redirect_stdout(StringIO()))
-        if not progress:
-            stack.enter_context(redirect_stderr(StringIO()))
-        yield handler.lines

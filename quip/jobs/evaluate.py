@@ -5,26 +5,25 @@ just quantized with the same functions, so that both give the same numbers.
 """
 
 import logging
-import sys
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from quip.data import TokenSet, check_dataset, evaluation_tokens
-from quip.errors import UsageError
+from quip.errors import UsageError, finite
 from quip.evaluate.divergence import divergence
 from quip.evaluate.perplexity import perplexity
 from quip.evaluate.speed import speed
-from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
+from quip.evaluate.zeroshot import ZeroShot, check_tasks
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
 from quip.jobs.requests import Machine, Place
+from quip.jobs.tasks import bar_wanted, fetched, measure_tasks, named
 from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
 from quip.model.records import Stopwatch, versions
-from quip.model.vocabulary import first_token
 from quip.packed.checkpoint import to_dense
 from quip.packed.linear import quantized_layers
 
@@ -58,8 +57,6 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         reference = e.reference and load_model(
             e.reference, dtype=loaded.dtype_name, seqlen=e.seqlen
         )
-    if e.tasks:
-        first_token(loaded.model, loaded.tokenizer)
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
     entries = {
@@ -69,19 +66,20 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "device": device_name(device),
         "dtype": loaded.dtype_name,
         "versions": versions(),
-        "evaluation": {name: windows.stamp for name, windows in tokens.items()},
+        **evaluation_entries(tokens),
         "seconds": watch.seconds,
     }
     report = Report(entries, folder=folder, device=device)
     report.save("started")
     with report.kept():
+        tasks = fetched(e.tasks, loaded, watch)
         if reference:
             measure_perplexities("original_perplexity", tokens, reference, report, watch)
         measure_perplexities("perplexity", tokens, loaded, report, watch)
         if reference:
             _measure_divergence(tokens, loaded, reference, report, watch)
         if e.tasks:
-            measure_tasks(e.tasks, loaded, report, watch, batch_size=e.batch_size)
+            measure_tasks(e.tasks, tasks, loaded, report, watch, batch_size=e.batch_size)
         if e.speed:
             del reference  # its memory is not the model's
             _measure_speed(loaded, report, watch)
@@ -108,6 +106,17 @@ def token_sets(
     }
 
 
+def evaluation_entries(token_sets: Mapping[str, TokenSet]) -> dict[str, Any]:
+    """What the report says of the windows: a stamp of each set, and how much it is of the whole."""
+    return {
+        "evaluation": {name: tokens.stamp for name, tokens in token_sets.items()},
+        "windows": {
+            name: {"measured": len(tokens.ids), "of": tokens.of}
+            for name, tokens in token_sets.items()
+        },
+    }
+
+
 def default_seqlen(loaded: LoadedModel) -> int:
     return min(2048, loaded.max_length)
 
@@ -121,74 +130,24 @@ def measure_perplexities(
     *,
     earlier: Mapping[str, Any] | None = None,
 ) -> None:
-    """Perplexity on each data set, except where `earlier`, a report, has it of the same windows."""
+    """Perplexity on each data set, except where `earlier`, a report, has it of the same windows.
+
+    Raises NonFinite at the first that is not finite; those before are in the report.
+    """
     found: dict[str, float] = {}
-    before = earlier or {}
+    before, what = earlier or {}, key.replace("_", " ")
     known, stamps = before.get(key) or {}, before.get("evaluation", {})
     for name, tokens in token_sets.items():
-        if name in known and stamps.get(name) == tokens.stamp:
-            found[name] = float(known[name])
-        else:
-            with watch("evaluate"):
-                found[name] = perplexity(
-                    loaded.model, tokens.ids, device=report.device, progress=_bar()
+        same = stamps.get(name) == tokens.stamp
+        value = float(known.get(name, math.nan)) if same else math.nan
+        if not math.isfinite(value):
+            with watch("evaluate"), named(f"{what} on {name}"):
+                value = perplexity(
+                    loaded.model, tokens.ids, device=report.device, progress=bar_wanted()
                 )
-        log.info("%s: %s %.4f", name, key.replace("_", " "), found[name])
+        found[name] = finite(value, f"{what} on {name}")
+        log.info("%s: %s %.4f", name, what, value)
         report.save("evaluating", **{key: found})
-
-
-def measure_tasks(
-    asked: ZeroShot,
-    loaded: LoadedModel,
-    report: Report,
-    watch: Stopwatch,
-    *,
-    batch_size: int,
-    earlier: Mapping[str, Any] | None = None,
-) -> None:
-    """Each task in turn, except where `earlier`, a report, has it as it is asked for.
-
-    A group or a tag of lm-eval has several rows of results.
-    """
-    terms = _terms(asked)
-    before = earlier or {}
-    known = before.get("tasks_asked", {}) if before.get("tasks_terms") == terms else {}
-    rows: dict[str, list[str]] = {}
-    found: dict[str, Mapping[str, float | int]] = {}
-    for name in asked.tasks:
-        if name in known and {*known[name]} <= (before.get("tasks") or {}).keys():
-            scores = {row: _numbers(before["tasks"][row]) for row in known[name]}
-        else:
-            with watch("tasks"):
-                scores = zeroshot(
-                    loaded.model,
-                    loaded.tokenizer,
-                    replace(asked, tasks=(name,)),
-                    device=report.device,
-                    batch_size=batch_size,
-                    progress=_bar(),
-                )
-        for row, values in scores.items():
-            log.info("%s: %s", row, ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
-        rows[name] = list(scores)
-        found |= scores
-        report.save("evaluating", tasks=found, tasks_asked=rows, tasks_terms=terms)
-
-
-def _terms(asked: ZeroShot) -> dict[str, Any]:
-    """What a score depends on beside the model and the task's name."""
-    csv, found = asked.storycloze_csv, versions()
-    return {
-        "num_fewshot": asked.num_fewshot,
-        "limit": asked.limit,
-        "storycloze_csv": csv and sha256(csv.read_bytes()).hexdigest(),
-        "versions": {name: found.get(name) for name in ("python", "lm-eval")},
-    }
-
-
-def _numbers(scores: Mapping[str, Any]) -> dict[str, float | int]:
-    """Scores as run.json holds them, where NaN and infinity are words."""
-    return {key: float(v) if isinstance(v, str) else v for key, v in scores.items()}
 
 
 def _measure_divergence(
@@ -200,9 +159,13 @@ def _measure_divergence(
 ) -> None:
     found: dict[str, Any] = {}
     for name, tokens in token_sets.items():
-        with watch("evaluate"):
+        with watch("evaluate"), named(name):
             moved = divergence(
-                loaded.model, reference.model, tokens.ids, device=report.device, progress=_bar()
+                loaded.model,
+                reference.model,
+                tokens.ids,
+                device=report.device,
+                progress=bar_wanted(),
             )
         found[name] = asdict(moved)
         report.save("evaluating", divergence=found)
@@ -244,7 +207,3 @@ def _as_when_saved(e: Evaluation, saved: Mapping[str, Any]) -> Evaluation:
 def _saved_report(model: str) -> dict[str, Any]:
     """What the run reported that saved this checkpoint; `demo` is always the packaged model."""
     return {} if model == "demo" else read_report(Path(model).expanduser())
-
-
-def _bar() -> bool:
-    return sys.stderr.isatty()

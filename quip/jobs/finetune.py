@@ -75,6 +75,7 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
             "tokens": tokens.stamp,
             "tuning": asdict(asked.tuning),
             **asdict(record),
+            "within_noise": record.within_noise,
             "seed": asked.seed,
             "device": device_name(device),
             "versions": versions(),

@@ -1,6 +1,5 @@
 """One run from names to numbers: load, calibrate, quantize, save, evaluate, report on the way."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from quip.errors import QuipError, UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.files import check_new
 from quip.jobs.calibration import calibration_of, store_for
-from quip.jobs.evaluate import check_measures, measure_perplexities, measure_tasks, token_sets
+from quip.jobs.evaluate import check_measures, evaluation_entries, measure_perplexities, token_sets
 from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
 from quip.jobs.requests import Machine, Place, Text
+from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device, device_name
 from quip.model.ledger import Ledger
@@ -29,11 +29,8 @@ from quip.model.plan import Plan, described
 from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
 from quip.model.tune import BlockTuning
-from quip.model.vocabulary import first_token
 from quip.model.walk import batch_size_for
 from quip.packed.checkpoint import check_replaced
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +67,6 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
         loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
         kept = _kept(e.recipe, loaded) if e.recipe else ()
         check_weights(loaded.model)
-    if e.tasks:
-        first_token(loaded.model, loaded.tokenizer)
     with watch("data"):
         source = _source(e, loaded) if e.recipe else None
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
@@ -80,7 +75,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     earlier = folder.earlier_report(fingerprint=fingerprint) if folder else {}
     entries = _entries(e, loaded, device) | {
         "calibration": source and source.stamp,
-        "evaluation": {name: tokens.stamp for name, tokens in windows.items()},
+        **evaluation_entries(windows),
         "kept_matrices": list(kept),
         "fingerprint": fingerprint,
         "seconds": watch.seconds,
@@ -88,6 +83,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     report = Report(entries, folder=folder, device=device)
     report.save("started")
     with report.kept():
+        tasks = fetched(e.tasks, loaded, watch, earlier=earlier)
         if e.compare and (e.recipe or e.load):
             original = load_model(e.model, dtype=loaded.dtype_name) if e.load else loaded
             measure_perplexities(
@@ -103,7 +99,9 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
                     )
         measure_perplexities("perplexity", windows, loaded, report, watch, earlier=earlier)
         if e.tasks:
-            measure_tasks(e.tasks, loaded, report, watch, batch_size=e.batch_size, earlier=earlier)
+            measure_tasks(
+                e.tasks, tasks, loaded, report, watch, batch_size=e.batch_size, earlier=earlier
+            )
         report.save("complete")
         if e.save:
             write_notes(e.save, report)
@@ -241,6 +239,8 @@ def _quantize(
     finally:
         if records:
             if e.tuning:
-                report.entries["tuned"] = [asdict(record) for record in run.tuned]
+                report.entries["tuned"] = [
+                    asdict(one) | {"within_noise": one.within_noise} for one in run.tuned
+                ]
             report.save_matrices("quantized", records)
     return records

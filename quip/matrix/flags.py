@@ -11,8 +11,11 @@ from functools import partial
 from typing import Any
 
 from quip.codebooks.names import CODEBOOKS, INTEGERS
-from quip.errors import UsageError
+from quip.errors import UsageError, shown
 from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS
+
+MOST = 10**9  # columns; no model comes near it
+MOST_PASSES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,12 @@ def number_or_auto(word: str) -> float | str:
         return word
 
 
+def _bad_passes(n: int) -> str | bool:
+    if n > MOST_PASSES:
+        return f"at most {MOST_PASSES:,} make sense: codes settle in tens of passes"
+    return n < 0 and "it cannot be negative"
+
+
 def _bad_rho(x: float | str) -> str | bool:
     good = x == "auto" if isinstance(x, str) else 0 < x < math.inf
     return not good and "a positive number or auto is needed"
@@ -81,7 +90,7 @@ class Flags:
         "after feedback (10 with --faithful) and 0 for grids",
         kind=int,
         metavar="N",
-        refuse=lambda n: n < 0 and "it cannot be negative",
+        refuse=_bad_passes,
     )
     unbiased: bool = of_method("round at random, so that the mean is exact", kind=bool)
     groupsize: int | None = of_method(
@@ -172,6 +181,9 @@ class Flags:
         "(the default with --faithful), or the running weights of each column (the default; a "
         "lattice: of 8) or of every N columns as the rounding reaches them",
         metavar="{tensor,column,N}",
+        refuse=lambda word: (
+            len(str(word)) > 9 and "say tensor, or fewer than 1,000,000,000 columns"
+        ),
     )
     rho: float | str | None = of_processing(
         "grid b reaches X times the RMS of the weights (default: of ten values around the Gaussian "
@@ -196,10 +208,17 @@ class Flags:
                 continue
             if said.choices is not None and value not in said.choices:
                 raise UsageError(
-                    f"--{name} {value}: not one of {', '.join(map(str, said.choices))}"
+                    f"--{name} {_short(value)}: not one of {', '.join(map(str, said.choices))}"
                 )
+            if isinstance(value, int) and value >= MOST:
+                raise UsageError(f"--{name} {shown(value)}: a number below {MOST:,} is needed")
             if said.refuse is not None and (wrong := said.refuse(value)):
-                raise UsageError(f"--{name} {value}: {wrong}")
+                raise UsageError(f"--{name} {_short(value)}: {wrong}")
+
+
+def _short(value: object) -> str:
+    """A value as it was given, unless it is too long to be read."""
+    return str(value) if len(str(value)) <= 200 else shown(value)
 
 
 FLAGS: dict[str, Field[Any]] = {one.name.rstrip("_"): one for one in fields(Flags)}  # as one types

@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.errors import Unavailable, UnsupportedModel, UsageError, shown
+from quip.data.reach import reach_hub
+from quip.errors import Unavailable, UnsupportedModel, UsageError, how_to_install, shown
 from quip.model.gguf.config import read_gguf_config
 from quip.model.gguf.header import read_header
 from quip.model.gguf.tokenizer import complete_tokenizer
@@ -129,7 +130,7 @@ def _locate(name: str) -> _Source:
         if missing:
             raise Unavailable(
                 f"{name}: GGUF files need the package {missing[0]}; "
-                "install it with: pip install 'quip-quant[gguf]'"
+                f"install it with: {how_to_install('gguf')}"
             )
         return _Source(str(path.parent), path.name)
     if is_file:
@@ -140,6 +141,7 @@ def _locate(name: str) -> _Source:
             f"{short}: no such file or folder, and not of the form of a hub id; "
             "give a folder, a .gguf file, an id such as facebook/opt-125m, or `demo`"
         )
+    reach_hub(name)
     return _Source(name)
 
 

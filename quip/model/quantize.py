@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip.data.hessians import HessianStore, StoredInput
-from quip.errors import UsageError
+from quip.errors import UsageError, finite
 from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
@@ -225,6 +225,7 @@ def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:
             damp,
             record.damp,
         )
+    finite(record.proxy_loss, f"{record.name}: the proxy loss")
     log.info(
         "%s: %.3f bits, proxy loss %.3g, %.2f s",
         record.name,

@@ -4,7 +4,7 @@ import argparse
 import re
 from collections.abc import Iterable, Iterator
 
-from quip.cli import COMMANDS
+from quip.cli import COMMANDS, parser_of
 from quip.cli.parse import Parser
 
 
@@ -21,7 +21,15 @@ def command(name: str) -> str:
     """The line of a command, and a table of its flags by group."""
     parser = built(name)
     groups = [(g.title, list(_shown(g._group_actions))) for g in parser._action_groups]
-    lines = [f"`{_usage(name, parser)}`", "", "| flag | meaning |", "|---|---|"]
+    examples = COMMANDS[name].EXAMPLES.strip()
+    lines = [
+        f"`{_usage(name, parser)}`",
+        "",
+        f"```\n{examples}\n```",
+        "",
+        "| flag | meaning |",
+        "|---|---|",
+    ]
     for title, actions in groups:
         if actions and title not in ("positional arguments", "options"):
             lines.append(f"| **{title}** | |")
@@ -31,9 +39,7 @@ def command(name: str) -> str:
 
 def built(name: str) -> Parser:
     """The parser of one command."""
-    parser = Parser(prog=f"quip {name}")
-    COMMANDS[name].build(parser)
-    return parser
+    return parser_of(name)
 
 
 def _shown(actions: Iterable[argparse.Action]) -> Iterator[argparse.Action]:
@@ -44,6 +50,8 @@ def _shown(actions: Iterable[argparse.Action]) -> Iterator[argparse.Action]:
 
 def _usage(name: str, parser: Parser) -> str:
     """The command with what it cannot do without."""
+    if shown := getattr(COMMANDS[name], "USAGE", None):
+        return shown
     words = ["quip", name]
     for action in _shown(parser._actions):
         word = _positional(action) if not action.option_strings else action.option_strings[0]

@@ -186,7 +186,7 @@ def test_16_bits_evaluate_the_model_as_it_is(quip, folder):
     status, out, _ = quip(f"MODEL train.txt {SMALL} --out run")
     assert status == 0
     assert "as it is" in out
-    assert re.search(r"^test.txt +\d+(\.\d+)?$", out, re.MULTILINE)
+    assert re.search(r"^test.txt +\d+(\.\d+)?  3 of \d+ windows x 16 tokens$", out, re.MULTILINE)
     assert json.loads((folder / "run" / "run.json").read_text())["recipe"] is None
 
 
@@ -196,7 +196,8 @@ def test_every_method_runs_and_is_compared(quip, quant):
     assert status == 0
     assert f"{quant}, 3 bits, without incoherence processing" in out
     assert "24 matrices at" in out
-    assert re.search(r"^test.txt( +[\d.]+){2} +[+-][\d.]+%$", out, re.MULTILINE)
+    line = r"^test.txt( +[\d.]+){2} +[+-][\d.]+%  3 of \d+ windows x 16 tokens$"
+    assert re.search(line, out, re.MULTILINE)
 
 
 def test_proxy_only_evaluates_nothing(quip, monkeypatch):

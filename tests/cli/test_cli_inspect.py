@@ -113,7 +113,7 @@ def test_a_plot_that_cannot_be_is_one_line_and_no_table(quip, packed, tmp_path, 
     monkeypatch.setattr("quip.jobs.report.plots.find_spec", lambda package: None)
     status, out, [line] = quip("inspect", packed, "--plot", tmp_path / "a.png")
     assert (status, out) == (1, "")
-    assert "pip install 'quip-quant[plot]'" in line
+    assert "pip install -e '.[plot]' (in a checkout of quip)" in line
 
 
 def test_what_is_no_checkpoint_is_one_line_and_status_1(quip, tmp_path):

@@ -81,7 +81,7 @@ def test_tuning_is_off_unless_asked_for(asked):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("--recipe zork", "--recipe zork: not one of quip-2bit, quip-3bit"),
+        ("--recipe zork", "--recipe 'zork': not one of quip-2bit, quip-3bit"),
         ("--recipe quip-sharp-2bit --wbits 3", "--wbits 3: E8P12 has 2 bits"),
         ("--codebook E8P12 --wbits 16", "--wbits 16: E8P12 has 2 bits"),
         ("--codebook E8P12 --qfn b", "--qfn b speaks of integer grids: say --codebook int"),

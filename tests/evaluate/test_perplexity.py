@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quip.errors import UsageError
+from quip.errors import NonFinite, UsageError
 from quip.evaluate import perplexity as exported
 from quip.evaluate.perplexity import CHUNK, perplexity
 from tests.support.tiny import VOCAB, tiny, tokens
@@ -76,12 +76,12 @@ def test_log_softmax_is_taken_in_float32_for_any_dtype():
     assert perplexity(model, ids, device="cpu") == pytest.approx(expected, rel=1e-5)
 
 
-def test_overflow_is_reported_as_a_number():
+@pytest.mark.parametrize("value", [1e4, math.nan, math.inf])
+def test_a_perplexity_that_is_not_finite_is_an_error(value):
     logits, ids = torch.zeros(1, 4, 5), torch.zeros(1, 4, dtype=torch.int64)
-    logits[..., 1] = 1e4
-    assert perplexity(Fixed(logits), ids, device="cpu") == math.inf
-    logits[..., 2] = torch.nan
-    assert math.isnan(perplexity(Fixed(logits), ids, device="cpu"))
+    logits[..., 1] = value
+    with pytest.raises(NonFinite, match=r"^perplexity is not finite"):
+        perplexity(Fixed(logits), ids, device="cpu")
 
 
 def test_a_window_without_predictions_is_refused():

@@ -14,6 +14,7 @@ import yaml
 from quip.errors import QuipError, Unavailable, UsageError
 from quip.evaluate import zeroshot as module
 from quip.evaluate.cloze import TEXTS, cloze_items, task_config
+from quip.evaluate.quiet import quiet
 from quip.evaluate.zeroshot import ZeroShot, check_tasks, zeroshot
 from tests.support.stories import STORY, write_stories
 from tests.support.tiny import CONFIGS
@@ -191,7 +192,7 @@ def test_nothing_of_the_caller_changes_and_nothing_is_printed(
     # Its state says nothing after a whole call: the checks of types draw from it.
     monkeypatch.setattr(random, "seed", None)
     drawn = random.getstate()
-    with module._quiet(False):
+    with quiet(False):
         random.random()
     assert random.getstate() == drawn
     asked = ZeroShot(tasks=("storycloze",), storycloze_csv=stories[0])
@@ -323,7 +324,7 @@ def test_a_file_of_stories_is_checked_at_the_door(tmp_path):
 
 def test_without_lm_eval_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(Unavailable, match=r"pip install 'quip-quant\[eval\]'"):
+    with pytest.raises(Unavailable, match=r"pip install -e '\.\[eval\]' \(in a checkout of quip\)"):
         check_tasks(ZeroShot(tasks=("quip_demo_cloze",)))
 
 

@@ -1,15 +1,16 @@
 """Evaluating what was saved: the same numbers as in the run, and beside the original."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 
 from quip import cli
-from quip.errors import UnsupportedModel, UsageError
+from quip.errors import NonFinite, UnsupportedModel, UsageError
 from quip.evaluate.zeroshot import ZeroShot
-from quip.jobs import evaluate, run
+from quip.jobs import evaluate, run, tasks
 from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.jobs.report.text import table
 from quip.jobs.run import Experiment, run_experiment
@@ -131,7 +132,7 @@ def test_tasks_run_on_a_checkpoint_and_in_a_run(made, tmp_path, monkeypatch):
     def never(*args: object, **options: object) -> None:
         raise AssertionError("these scores are known")
 
-    monkeypatch.setattr(evaluate, "zeroshot", never)
+    monkeypatch.setattr(tasks, "zeroshot", never)
     (tmp_path / "run" / "blocks").mkdir()  # as a run that quantizes leaves it
     again = run_experiment(Experiment(**{**options, "resume": True}))
     assert again["tasks"]["quip_demo_cloze"] == scores
@@ -157,9 +158,10 @@ def test_a_group_of_tasks_has_a_row_for_each_and_is_known_when_taken_up(
     made, tmp_path, monkeypatch
 ):
     experiment, _ = made
-    rows = {"one": {"acc": 0.5, "samples": 2}, "two": {"perplexity": float("inf"), "samples": 2}}
+    rows = {"one": {"acc": 0.5, "samples": 2}, "two": {"perplexity": 3.5, "samples": 2}}
     monkeypatch.setattr(evaluate, "check_tasks", lambda asked: None)
-    monkeypatch.setattr(evaluate, "zeroshot", lambda *args, **options: rows)
+    monkeypatch.setattr(tasks, "fetch_tasks", lambda *args: [])
+    monkeypatch.setattr(tasks, "zeroshot", lambda *args, **options: rows)
     options = {name: getattr(experiment, name) for name in experiment.__dataclass_fields__}
     options |= {"save": None, "compare": False, "eval_datasets": (), "out": tmp_path / "run"}
     asked = ZeroShot(tasks=("both",))
@@ -168,11 +170,29 @@ def test_a_group_of_tasks_has_a_row_for_each_and_is_known_when_taken_up(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("these scores are known")
 
-    monkeypatch.setattr(evaluate, "zeroshot", never)
+    monkeypatch.setattr(tasks, "zeroshot", never)
     options |= {"resume": True}
     assert run_experiment(Experiment(**{**options, "tasks": asked}))["tasks"] == rows
     with pytest.raises(AssertionError, match="known"):
         run_experiment(Experiment(**{**options, "tasks": ZeroShot(tasks=("both",), limit=3)}))
+
+
+def test_a_score_that_is_not_finite_is_an_error_once_it_is_written_down(
+    made, tmp_path, monkeypatch
+):
+    experiment, _ = made
+    rows = {"one": {"acc": 0.5, "acc_stderr": math.nan, "perplexity": math.inf, "samples": 1}}
+    monkeypatch.setattr(evaluate, "check_tasks", lambda asked: None)
+    monkeypatch.setattr(tasks, "fetch_tasks", lambda *args: [])
+    monkeypatch.setattr(tasks, "zeroshot", lambda *args, **options: rows)
+    asked = Evaluation(
+        model=experiment.model, tasks=ZeroShot(tasks=("one",)), device="cpu", out=tmp_path / "out"
+    )
+    with pytest.raises(NonFinite, match=r"^one: perplexity is inf"):
+        run_evaluation(asked)
+    found = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert found["tasks"]["one"]["acc"] == 0.5
+    assert found["status"] == "failed"
 
 
 def test_overwrite_replaces_checkpoints_only_and_never_our_inputs(made, tmp_path):

@@ -204,6 +204,28 @@ def test_the_table_of_one_model_has_one_column_and_prints_nan():
     assert lines[3].split() == [name, "nan"]
 
 
+def test_the_table_says_on_how_much_it_was_measured_and_zero_has_no_sign():
+    stamp = {"windows": 2, "seqlen": 2048}
+    report = {
+        "model": "m",
+        "method": "x",
+        "evaluation": {"a": stamp, "b": stamp, "c": stamp},
+        "windows": {"a": {"measured": 2, "of": 141}, "b": {"measured": 2, "of": 2}},
+        "perplexity": {"a": 20.001, "b": 19.999, "c": 30.0},
+        "original_perplexity": {"a": 20.0, "b": 20.0, "c": 20.0},
+        "tasks": {"piqa": {"acc": 0.5, "samples": 7}},
+        "tuned": [{"within_noise": True}, {"within_noise": False}, {}],
+    }
+    text = table(report)
+    lines = {line.split()[0]: line.split()[3:] for line in text.splitlines() if line}
+    assert lines["a"] == ["0.0%", *["2", "of", "141", "windows", "x", "2048", "tokens"]]
+    assert lines["b"] == ["0.0%", *["2", "windows", "x", "2048", "tokens"]]
+    assert lines["c"] == ["+50.0%", *["2", "windows", "x", "2048", "tokens"]]
+    assert "acc 0.5  (7 samples)" in text
+    assert "3 tunings of blocks, of which 1 gained nothing beyond noise" in text
+    assert table({**report, "original_perplexity": {}}).count("2 of 141 windows x 2048 tokens") == 1
+
+
 def test_versions_name_python_and_the_packages():
     assert {"python", "torch", "transformers", "quip-quant"} <= versions().keys()
 

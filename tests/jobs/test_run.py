@@ -2,12 +2,21 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from quip.errors import NonFinite, NotPositiveDefinite, QuipError, UnsupportedModel, UsageError
+from quip.errors import (
+    NonFinite,
+    NotPositiveDefinite,
+    QuipError,
+    Unavailable,
+    UnsupportedModel,
+    UsageError,
+)
+from quip.evaluate.zeroshot import ZeroShot
 from quip.jobs import evaluate, run
 from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
@@ -180,11 +189,34 @@ def test_a_hessian_that_no_damping_helps_is_named(plan, monkeypatch):
         run_experiment(plan())
 
 
-def test_nan_perplexities_are_reported_in_valid_json(plan, texts, tmp_path, monkeypatch):
+def test_a_perplexity_that_is_not_finite_fails_and_loses_nothing(
+    plan, texts, tmp_path, monkeypatch
+):
     monkeypatch.setattr(evaluate, "perplexity", lambda *args, **options: math.nan)
-    report = run_experiment(plan(out=tmp_path))
-    assert math.isnan(report["perplexity"][texts["test"]])
-    assert written(tmp_path)["perplexity"][texts["test"]] == "nan"
+    asked = plan(out=tmp_path / "run", save=tmp_path / "saved")
+    with pytest.raises(NonFinite, match=r"perplexity on .*test.txt is nan"):
+        run_experiment(asked)
+    found = written(tmp_path / "run")
+    assert found["status"] == "failed"
+    assert found["error"].startswith("NonFinite: perplexity on")
+    assert len(found["matrices"]) == 24
+    assert load_model(str(tmp_path / "saved"))
+    monkeypatch.undo()
+    report = run_experiment(replace(asked, resume=True))
+    assert math.isfinite(report["perplexity"][texts["test"]])
+
+
+def test_what_tasks_need_is_fetched_before_anything_is_quantized(plan, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "quantize_matrix_by_matrix", never)
+
+    def unreachable(*args: object) -> None:
+        raise Unavailable("piqa: its data set cannot be loaded")
+
+    monkeypatch.setattr("quip.jobs.tasks.fetch_tasks", unreachable)
+    asked = plan(out=tmp_path / "run", tasks=ZeroShot(tasks=("quip_demo_cloze",)))
+    with pytest.raises(Unavailable, match="piqa"):
+        run_experiment(asked)
+    assert written(tmp_path / "run")["status"] == "failed"
 
 
 def never(*args: object, **options: object) -> None:

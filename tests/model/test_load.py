@@ -268,4 +268,4 @@ def test_gguf_files_that_cannot_be_read_are_refused_with_the_reason(tmp_path, mo
     path.write_text("hello")
     assert "not a GGUF file" in refusal(path)
     monkeypatch.setattr("quip.model.load.find_spec", lambda package: None)
-    assert "pip install 'quip-quant[gguf]'" in refusal(path)
+    assert "pip install -e '.[gguf]' (in a checkout of quip)" in refusal(path)

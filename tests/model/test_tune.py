@@ -20,6 +20,7 @@ from quip.model.matrices import coverage
 from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.model.records import Stopwatch
 from quip.model.tune import BlockTuning, ModelTuning, tune_model, whole
+from quip.model.tune.descent import _std_error, is_noise
 from quip.model.tune.tunable import MasterWeights
 from quip.packed.checkpoint import load
 from quip.packed.linear import QuantizedLinear, quantized_layers
@@ -231,6 +232,17 @@ def test_numbers_that_mean_nothing_are_refused(name):
         BlockTuning(**{name: NONSENSE[name]})
 
 
+def test_the_standard_error_of_a_gain_is_that_of_its_windows():
+    before, after = [1.0, 2.0, 4.0, 3.0], [0.5, 2.1, 3.0, 2.5]
+    gains = torch.tensor(before) - torch.tensor(after)
+    assert _std_error(before, after) == pytest.approx(float(gains.std()) / 2)
+    assert _std_error([1.0], [0.5]) is None
+    assert is_noise(1.0, 0.5, None)
+    assert is_noise(1.0, 0.5, 0.5)
+    assert is_noise(1.0, 1.0, 0.0)
+    assert not is_noise(1.0, 0.5, 0.49)
+
+
 def test_windows_are_held_out_whatever_their_number():
     tuning = BlockTuning(held_out=0.25)
     assert tuning.split([2, 2, 2, 1]) == ([0, 1, 2], [3])
@@ -270,6 +282,23 @@ def test_the_divergence_from_the_teacher_falls_on_windows_held_out(packed, name)
     found = divergence(student, short(name), held, device="cpu").kl
     assert record.kl_after == pytest.approx(found, rel=1e-3)
     assert found < kl
+
+
+def test_a_tuning_says_whether_its_gain_is_more_than_noise(packed):
+    student, teacher, held = packed("opt"), short("opt"), FEW[-4:]
+
+    def each() -> Tensor:
+        return torch.tensor(
+            [divergence(student, teacher, one, device="cpu").kl for one in held.split(1)]
+        )
+
+    before = each()
+    record = tuned_whole(student, teacher=teacher)
+    gains = before - each()
+    assert record.kl_std_error == pytest.approx(float(gains.std()) / 2, rel=1e-2)
+    assert record.within_noise == (float(gains.mean()) <= float(gains.std()) / 2)
+    one_held = replace(WHOLE, held_out=0.01, epochs=1)
+    assert tuned_whole(packed("opt"), one_held).within_noise  # a single window says nothing
 
 
 @pytest.mark.parametrize(("name", "tied"), [("llama", False), ("opt", True)])

@@ -8,13 +8,17 @@ from typing import TYPE_CHECKING
 
 from quip.cli.output import aligned, names
 from quip.cli.parse import refuse_small
-from quip.cli.theory.shared import check_output, output_flags, write_and_print
+from quip.cli.theory.shared import check_output, output_flags, refuse_sizes, write_and_print
+from quip.cli.values import seed
 from quip.errors import UsageError
 
 if TYPE_CHECKING:
     from quip.research.theory import Claim
 
 HELP = "measure what the theorems of QuIP state"
+EXAMPLES = """
+quip theory --out runs/theory
+"""
 HEAD = ("measured", "std error", "predicted", "ratio", "verdict")
 
 
@@ -37,7 +41,7 @@ def build(parser: argparse.ArgumentParser) -> None:
         help="Hessians, weights or runs that a supremum or a probability is taken over "
         "(default 50)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of all that is drawn (default 0)")
     add(
         "--only",
         metavar="A,B,...",
@@ -51,6 +55,7 @@ def build(parser: argparse.ArgumentParser) -> None:
 def call(args: argparse.Namespace) -> None:
     """Measure, write, and print."""
     refuse_small(args, n=16, rows=1000, samples=2)  # of fewer rows four standard errors say little
+    refuse_sizes([args.n], args.rows)
     check_output(args)
 
     from quip.research.theory import GROUPS, Settings, measure

@@ -10,6 +10,7 @@ from quip.cli.theory.shared import (
     check_output,
     columns,
     output_flags,
+    refuse_sizes,
     rows_flag,
     write_and_print,
 )
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from quip.research.theory.counterexample import Size
 
 HELP = "the finite grid on which OPTQ is worse than plain rounding (QuIP, C.3)"
+EXAMPLES = """
+quip counterexample --n 16,64,256,1024 --out runs/counterexample
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +48,7 @@ def call(args: argparse.Namespace) -> None:
     sizes = numbers(args.n, "--n", least=3)
     if not 0 < args.c < 1:
         raise UsageError(f"--c {args.c}: a number between 0 and 1 is needed")
+    refuse_sizes(sizes, args.rows)
     check_output(args)
 
     from quip.research.theory.counterexample import VARIANTS, measure, plot_losses

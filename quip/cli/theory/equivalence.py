@@ -10,14 +10,19 @@ from quip.cli.theory.shared import (
     check_output,
     columns,
     output_flags,
+    refuse_sizes,
     rows_flag,
     write_and_print,
 )
+from quip.cli.values import seed
 
 if TYPE_CHECKING:
     from quip.research.theory.equivalence import Comparison
 
 HELP = "OPTQ and LDLQ give the same codes (QuIP, Theorem 6)"
+EXAMPLES = """
+quip equivalence --n 64,256,1000 --out runs/equivalence
+"""
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +36,7 @@ def build(parser: argparse.ArgumentParser) -> None:
         metavar="A,B,...",
         help="bits of the grids, 1 to 8; none for all whole numbers (default none,4,2)",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of weights and inputs (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help="of weights and inputs (default 0)")
     add(
         "--dtype",
         default="float64",
@@ -49,6 +54,7 @@ def call(args: argparse.Namespace) -> None:
         None if word == "none" else numbers(word, "--wbits", least=1, most=8)[0]
         for word in args.wbits.split(",")
     ]
+    refuse_sizes(sizes, args.rows)
     check_output(args)
 
     import torch

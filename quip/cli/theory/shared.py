@@ -7,8 +7,11 @@ from typing import Any
 
 from quip.cli.output import numbers
 from quip.cli.parse import as_given
+from quip.cli.streams import say
 from quip.errors import UsageError
 from quip.files import check_new
+
+MOST_NUMBERS = 100_000_000  # of a matrix in float64: 800 MB, of which several are needed
 
 
 def columns(parser: argparse.ArgumentParser, default: str) -> None:
@@ -28,7 +31,20 @@ def rows_flag(parser: argparse.ArgumentParser, default: int | None) -> None:
 
 def _rows(word: str) -> int | None:
     """None for `n`."""
-    return None if word == "n" else numbers(word, "--rows", least=1)[0]
+    try:
+        return None if word == "n" else numbers(word, "--rows", least=1)[0]
+    except UsageError as error:  # argparse would put words of its own in its place
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--rows: ")) from error
+
+
+def refuse_sizes(sizes: Sequence[int], rows: int | None) -> None:
+    """Raise UsageError for matrices too large to measure: W of rows (None: n) by n, H of n by n."""
+    for n in sizes:
+        if (most := max(n, rows or n)) * n > MOST_NUMBERS:
+            raise UsageError(
+                f"--n {n}: a matrix of {most:,} x {n:,} is beyond {MOST_NUMBERS:,} numbers, which "
+                "take hours and gigabytes: give fewer"
+            )
 
 
 def output_flags(parser: argparse.ArgumentParser, *, files: str) -> None:
@@ -64,4 +80,4 @@ def write_and_print(
         write_results(
             args.out, name, rows, settings=settings, plots=plots, overwrite=args.overwrite
         )
-    print(as_json({**settings, "rows": rows}).rstrip() if args.json else text())
+    say(as_json({**settings, "rows": rows}).rstrip() if args.json else text())

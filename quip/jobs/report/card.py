@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from quip.errors import how_to_install
 from quip.jobs.report.text import size_words
 
 # Where a run worked and what it wrote, none of which the result depends on. Paths among them
@@ -111,9 +112,10 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 
 **Without `import quip`, transformers refuses these files, or, where these are old, fills the
 quantized layers with random numbers.** `quip.load("{name}")` cannot be got wrong. The package is
-`quip-quant`. Its `quip evaluate {name} --tasks TASKS` and `python -m quip.lm_eval --model hf
---model_args pretrained={name} --tasks TASKS` run lm-eval; `quip export {name} OUT --dense` writes a
-plain model, which is larger, for tools that do not import quip."""
+`quip-quant`: {how_to_install()}. lm-eval runs by `quip evaluate {name} --tasks TASKS` or
+`python -m quip.lm_eval --model hf --model_args pretrained={name} --tasks TASKS`;
+`quip export {name} OUT --dense` writes a plain model, which is larger,
+for tools that do not import quip."""
 
 
 def _sizes(report: Mapping[str, Any]) -> str:
@@ -146,8 +148,7 @@ def _perplexities(report: Mapping[str, Any]) -> str:
     found, original = report.get("perplexity") or {}, report.get("original_perplexity") or {}
     if not found and not original:
         return ""
-    stamps = report.get("evaluation") or {}
-    rows = []
+    stamps, rows = report.get("evaluation") or {}, []
     for name in {**stamps, **original, **found}:
         values = [_number(values.get(name), ".4g") for values in (original, found)]
         rows.append((name, *values, *_stamp(stamps.get(name) or {})))
@@ -197,7 +198,8 @@ def _method(report: Mapping[str, Any]) -> str:
         before, after = tuned["kl_before"], tuned["kl_after"]
         lines.append(
             "Then fine-tuned (`quip finetune`): its KL divergence from the original, on windows "
-            f"held out, went from {before:.4g} to {after:.4g} nats per token."
+            f"held out, went from {before:.4g} to {after:.4g} nats per token"
+            f"{', which is within noise' if tuned.get('within_noise') else ''}."
         )
     if line := _command(report):
         lines.append(f"Made with\n\n```\n{line}\n```")
@@ -230,8 +232,7 @@ def _flags(flags: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _versions(versions: Mapping[str, str]) -> str:
-    named = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return f"## Versions\n\n{named}" if named else ""
+    return f"## Versions\n\n{', '.join(map(' '.join, versions.items()))}" if versions else ""
 
 
 def _number(value: Any, form: str) -> str:

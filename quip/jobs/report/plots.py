@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quip.errors import Unavailable
+from quip.errors import Unavailable, how_to_install
 from quip.files import replacing
 from quip.model.records import MatrixRecord
 
@@ -22,7 +22,7 @@ def check_plots(flag: str) -> None:
     """Raise Unavailable, naming the flag that asks for a plot, where none can be made."""
     if not can_plot():
         raise Unavailable(
-            f"{flag} needs the package matplotlib; install it with: pip install 'quip-quant[plot]'"
+            f"{flag} needs the package matplotlib; install it with: {how_to_install('plot')}"
         )
 
 

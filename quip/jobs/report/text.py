@@ -1,7 +1,7 @@
 """The result of a run in a few lines for a person."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -16,16 +16,22 @@ def table(report: Mapping[str, Any]) -> str:
     if saved := report.get("checkpoint"):
         size, dense = size_words(saved["bytes"]), size_words(saved["dense_bytes"])
         lines.append(f"saved in {size}, against {dense} in 16 bits")
+    if tuned := report.get("tuned"):
+        lines.append(_tunings(tuned))
     if perplexity := report.get("perplexity"):
-        lines += ["", *_perplexities(perplexity, report.get("original_perplexity", {}))]
+        measured = {name: windows_words(report, name) for name in perplexity}
+        lines += ["", *_perplexities(perplexity, report.get("original_perplexity", {}), measured)]
     for name, moved in report.get("divergence", {}).items():
+        error = moved["kl_std_error"]  # NaN of a single window
+        spread = f" +- {error:.4f}" if math.isfinite(error) else ""
         lines.append(
-            f"{name}: KL {moved['kl']:.4f} +- {moved['kl_std_error']:.4f} nats per token from the "
-            f"reference, same top token {moved['top1_agreement']:.1%}"
+            f"{name}: KL {moved['kl']:.4f}{spread} nats per token from the reference, "
+            f"same top token {moved['top1_agreement']:.1%}"
         )
     lines += [""] if "tasks" in report else []
     for name, scores in report.get("tasks", {}).items():
-        lines.append(f"{name:<28}" + "  ".join(_score(scores)))
+        on = f"  ({scores['samples']} samples)" if "samples" in scores else ""
+        lines.append(f"{name:<28}" + "  ".join(_score(scores)) + on)
     lines += _speeds(report.get("speed", {}))
     spent = ", ".join(f"{stage} {s:.1f} s" for stage, s in report.get("seconds", {}).items())
     peak = report.get("peak_memory", {})
@@ -53,18 +59,42 @@ def _speeds(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _perplexities(found: Mapping[str, float], original: Mapping[str, float]) -> list[str]:
+def windows_words(report: Mapping[str, Any], name: str) -> str:
+    """On how much of a data set a perplexity was measured: 2 of 141 windows x 2048 tokens."""
+    stamp = report.get("evaluation", {}).get(name)
+    if stamp is None:
+        return ""
+    whole = report.get("windows", {}).get(name, {}).get("of")
+    part = "" if whole in (None, stamp["windows"]) else f" of {whole}"
+    return f"{stamp['windows']}{part} windows x {stamp['seqlen']} tokens"
+
+
+def _tunings(tuned: Sequence[Mapping[str, Any]]) -> str:
+    noise = sum(one.get("within_noise", False) for one in tuned)
+    return f"{len(tuned)} tunings of blocks, of which {noise} gained nothing beyond noise"
+
+
+def _perplexities(
+    found: Mapping[str, float], original: Mapping[str, float], measured: Mapping[str, str]
+) -> list[str]:
     width = max(28, *(len(name) + 2 for name in found))
     if not original:
-        rows = [f"{name:<{width}}{value:>12.4g}" for name, value in found.items()]
-        return ["perplexity", *rows]
+        rows = [f"{name:<{width}}{value:>12.4g}  {measured[name]}" for name, value in found.items()]
+        return ["perplexity", *map(str.rstrip, rows)]
     lines = [f"{'perplexity':<{width}}{'original':>12}{'quantized':>12}{'change':>10}"]
     for name, value in found.items():
         before = original[name]
         finite = math.isfinite(before) and math.isfinite(value)
-        change = f"{value / before - 1:+.1%}" if finite else "-"
-        lines.append(f"{name:<{width}}{before:>12.4g}{value:>12.4g}{change:>10}")
+        change = _signed(value / before - 1) if finite else "-"
+        line = f"{name:<{width}}{before:>12.4g}{value:>12.4g}{change:>10}  {measured[name]}"
+        lines.append(line.rstrip())
     return lines
+
+
+def _signed(share: float) -> str:
+    """A change in percent, which has no sign where it rounds to nothing."""
+    words = f"{share:+.1%}"
+    return "0.0%" if words in ("-0.0%", "+0.0%") else words
 
 
 def size_words(count: int) -> str:

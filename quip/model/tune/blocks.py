@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quip.errors import finite
 from quip.matrix.seeds import rng_for
 from quip.model.block import Block
-from quip.model.tune.descent import Tuning, descend
+from quip.model.tune.descent import Tuning, descend, is_noise
 from quip.model.tune.tunable import MasterWeights
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,11 @@ class TuningRecord:
     loss_after: float
     epochs: int
     seconds: float
+    std_error: float | None = None  # of loss_before - loss_after, over the windows held out
+
+    @property
+    def within_noise(self) -> bool:
+        return is_noise(self.loss_before, self.loss_after, self.std_error)
 
 
 class BlockTuner:
@@ -83,19 +89,23 @@ class BlockTuner:
             loss_after=found.after,
             epochs=found.epochs,
             seconds=time.perf_counter() - start,
+            std_error=found.std_error,
         )
+        finite(record.loss_before, f"{name}: the held-out loss")
         log.info(
-            "%s: held-out loss %.3g -> %.3g, %d epochs, %.2f s",
+            "%s: held-out loss %.3g -> %.3g%s, %d epochs, %.2f s",
             name,
             record.loss_before,
             record.loss_after,
+            " (within noise)" if record.within_noise else "",
             record.epochs,
             record.seconds,
         )
         return record
 
-    def _losses(self, batches: Sequence[int]) -> Iterator[Tensor]:
+    def _losses(self, batches: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         found = self.block.run(batches, dtype=torch.float32)
         for i, (_, leaving) in zip(batches, found, strict=True):
             target = self._targets[i].to(leaving.device, leaving.dtype)
-            yield (leaving - target).square().mean() / self._scale
+            squares = (leaving - target).square()
+            yield squares.mean() / self._scale, squares.detach().mean(dim=(1, 2)) / self._scale

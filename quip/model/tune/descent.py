@@ -6,6 +6,7 @@ States are compared as they would be stored, so that no rounding comes after the
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from statistics import stdev
 
 import torch
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from quip.errors import UsageError
 from quip.model.tune.tunable import MasterWeights
 
-# The mean loss of each of these batches, by number.
-Losses = Callable[[Sequence[int]], Iterator[Tensor]]
+# The mean loss of each of these batches, by number, and without gradients that of each window.
+Losses = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,15 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Descent:
-    """What tuning came to: the held-out loss of the state before and of the one kept."""
+    """What tuning came to: the held-out loss of the state before and of the one kept.
+
+    `std_error` is that of their difference, over the windows held out; None of a single one.
+    """
 
     before: float
     after: float
     epochs: int
+    std_error: float | None
 
 
 def descend(
@@ -79,14 +84,15 @@ def descend(
     """Tune, inside the context of the masters, on batches of these sizes (in windows).
 
     The state of the least held-out loss is kept, and none if that is the one before. `tell` hears
-    of each epoch's held-out loss.
+    of each epoch's held-out loss. Where the loss before is not finite, nothing is tuned.
     """
     train, held = tuning.split(sizes)
-    best = before = _mean(losses, held, sizes)
+    before, first = _held_out(losses, held, sizes)
+    best, kept = before, first
     groups = [(masters.signs, tuning.signs_lr), (masters.others, tuning.lr)]
     rates = [{"params": params, "lr": lr} for params, lr in groups if params]
-    if not rates:
-        return Descent(before, before, 0)
+    if not rates or not math.isfinite(before):
+        return Descent(before, before, 0, None)
     optimizer, best_epoch, epoch = torch.optim.Adam(rates), 0, 0
     while epoch < tuning.epochs and epoch - best_epoch < tuning.patience:
         epoch += 1
@@ -94,15 +100,15 @@ def descend(
         for step in _steps(order, sizes, tuning.batch_size):
             _descend_once(optimizer, losses, step, sizes)
         with masters.as_stored() as state:
-            loss = _mean(losses, held, sizes)
+            loss, found = _held_out(losses, held, sizes)
         if tell:
             tell(epoch, loss)
         if loss < best:
-            best, best_epoch = loss, epoch
+            best, best_epoch, kept = loss, epoch, found
             masters.keep(state)
         if not math.isfinite(loss):  # from where no step leads back
             break
-    return Descent(before, best, epoch)
+    return Descent(before, best, epoch, _std_error(first, kept))
 
 
 def _steps(order: Sequence[int], sizes: Sequence[int], least: int) -> Iterator[list[int]]:
@@ -123,14 +129,33 @@ def _descend_once(
     optimizer.zero_grad()
     count = sum(sizes[i] for i in step)
     with torch.enable_grad():
-        for size, loss in zip([sizes[i] for i in step], losses(step), strict=True):
+        for size, (loss, _) in zip([sizes[i] for i in step], losses(step), strict=True):
             (loss * (size / count)).backward()
     optimizer.step()
 
 
 @torch.no_grad()
-def _mean(losses: Losses, batches: Sequence[int], sizes: Sequence[int]) -> float:
-    """Over the windows of these batches."""
-    weights = [sizes[i] for i in batches]
-    found = zip(weights, losses(batches), strict=True)
-    return sum(size * float(loss) for size, loss in found) / sum(weights)
+def _held_out(
+    losses: Losses, batches: Sequence[int], sizes: Sequence[int]
+) -> tuple[float, list[float]]:
+    """The mean loss over the windows of these batches, and the loss of each window."""
+    weights, windows, total = [sizes[i] for i in batches], [], 0.0
+    for size, (loss, each) in zip(weights, losses(batches), strict=True):
+        total += size * float(loss)
+        windows += each.tolist()
+    return total / sum(weights), windows
+
+
+def _std_error(before: Sequence[float], after: Sequence[float]) -> float | None:
+    """std(before - after) / sqrt(windows): the standard error of the mean gain of a window."""
+    if len(before) < 2:
+        return None
+    return stdev(x - y for x, y in zip(before, after, strict=True)) / math.sqrt(len(before))
+
+
+def is_noise(before: float, after: float, std_error: float | None) -> bool:
+    """Whether a held-out loss fell by no more than the standard error of its fall, if at all.
+
+    None is the standard error of a single window, which cannot tell a gain from noise.
+    """
+    return std_error is None or before - after <= std_error

@@ -6,6 +6,7 @@ constant). The teacher runs beside the student, window by window: no distributio
 """
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -20,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from quip.errors import UnsupportedModel, UsageError
+from quip.errors import UnsupportedModel, UsageError, finite
 from quip.matrix.seeds import rng_for
 from quip.model.calls import forwards
 from quip.model.device import placed
+from quip.model.finite import finite_predictions
 from quip.model.matrices import find_blocks
-from quip.model.tune.descent import Tuning, descend
+from quip.model.tune.descent import Tuning, descend, is_noise
 from quip.model.tune.kl import CHUNK, kl_terms
 from quip.model.tune.tunable import MasterWeights
 from quip.packed.linear import quantized_layers
@@ -61,10 +63,15 @@ class ModelTuningRecord:
     parameters: int  # numbers that were tuned
     head: bool  # whether those of lm_head were
     seconds: float
+    kl_std_error: float | None = None  # of kl_before - kl_after, over those windows; None of one
 
     @property
     def improved(self) -> bool:
         return self.kl_after < self.kl_before
+
+    @property
+    def within_noise(self) -> bool:
+        return is_noise(self.kl_before, self.kl_after, self.kl_std_error)
 
 
 def tune_model(
@@ -100,6 +107,7 @@ def tune_model(
                 rng=rng_for(seed, "the whole model"),
                 tell=progress.report,
             )
+        _check_finite(found.before, student, teacher, tokens[-held:].to(device))
     return ModelTuningRecord(
         kl_before=found.before,
         kl_after=found.after,
@@ -109,7 +117,22 @@ def tune_model(
         parameters=sum(p.numel() for p in (*masters.signs, *masters.others)),
         head=head is not None,
         seconds=time.perf_counter() - start,
+        kl_std_error=found.std_error,
     )
+
+
+@torch.no_grad()
+def _check_finite(
+    kl: float, student: nn.Module, teacher: nn.Module, held: Int[Tensor, "held seqlen"]
+) -> None:
+    """Raise NonFinite for a KL before tuning that is not finite, with where it began."""
+    if math.isfinite(kl):
+        return
+    for name, model in (("teacher", teacher), ("student", student)):
+        for ids in held.split(1):
+            with finite_predictions(model, f"the {name}'s KL divergence"):
+                model(input_ids=ids, use_cache=False)
+    finite(kl, "the KL divergence on windows held out")
 
 
 def _check(
@@ -156,13 +179,14 @@ def _losses(
     tokens: Int[Tensor, "count seqlen"],
     progress: "_Progress",
     windows: Sequence[int],
-) -> Iterator[Tensor]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     for i in windows:
         ids = tokens[i : i + 1]
         with torch.no_grad():
             p_logits = teacher(input_ids=ids, use_cache=False).logits[0, :-1]
         q_logits = student(input_ids=ids, use_cache=False).logits[0, :-1]
-        yield _kl(p_logits, q_logits)
+        loss = _kl(p_logits, q_logits)
+        yield loss, loss.detach()[None]
         progress.bar.update()
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from quip.codebooks import CODEBOOKS, LATTICES, RmsGrid
 from quip.codebooks.names import INTEGERS
 from quip.data.hessians import HessianStore, StoredInput
-from quip.errors import Unavailable, UsageError, shown
+from quip.errors import Unavailable, UsageError, finite, shown
 from quip.jobs.calibration import store_for
 from quip.jobs.requests import Machine, Place
 from quip.matrix.build import build_recipe, flags_read
@@ -164,7 +164,7 @@ def _losses(
             rows=W.shape[0],
             columns=W.shape[1],
             **vars(case),
-            proxy_loss=error / scale if scale else error,
+            proxy_loss=finite(error / scale if scale else error, f"{name}: the proxy loss"),
             absolute_loss=error,
             bits_per_weight=found.bits_per_weight,
             damp=found.damp,

@@ -1,0 +1,61 @@
+"""The flags of fine-tuning by block, and what they say."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from quip.cli.parse import Arguments
+from quip.errors import UsageError
+
+if TYPE_CHECKING:
+    from quip.model.tune import BlockTuning
+
+TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")  # what tuning takes
+
+
+def tuning_flags(group: argparse._ArgumentGroup) -> None:
+    """Fine-tuning of blocks: TUNING, each behind --ft_."""
+    add = group.add_argument
+    add(
+        "--ft_epochs",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after each group of matrices tune what is left of the block, its norms and signs, "
+        "to give the original outputs, for at most N passes (default 0: no tuning)",
+    )
+    add("--ft_lr", type=float, metavar="X", help="rate of weights and norms (default 5e-5)")
+    add("--ft_signs_lr", type=float, metavar="X", help="rate of sign vectors (default 5e-4)")
+    add("--ft_batch_size", type=int, metavar="N", help="windows in a step (default 8)")
+    add(
+        "--ft_patience",
+        type=int,
+        metavar="N",
+        help="stop after N passes without a smaller held-out loss (default 3)",
+    )
+    add(
+        "--ft_held_out",
+        type=float,
+        metavar="X",
+        help="the share of calibration windows that tuning is judged on (default 0.25)",
+    )
+
+
+def tuning_of(args: Arguments) -> "BlockTuning | None":
+    """What the flags of `tuning_flags` say; None: no tuning."""
+    if not args.ft_epochs:
+        return None
+
+    from quip.model.tune import BlockTuning
+
+    given = {name: getattr(args, f"ft_{name}") for name in TUNING if f"ft_{name}" in args.given}
+    return BlockTuning(**given)
+
+
+def refuse_tuning(args: Arguments, *, quantizes: bool) -> None:
+    """Raise UsageError for flags that speak of tuning where nothing is tuned."""
+    if not args.ft_epochs:
+        for name in TUNING:
+            if name != "epochs" and f"ft_{name}" in args.given:
+                raise UsageError(f"--ft_{name} speaks of fine-tuning: add --ft_epochs N")
+    elif not quantizes:
+        raise UsageError("--ft_epochs needs weights to quantize: give --wbits or --codebook")
