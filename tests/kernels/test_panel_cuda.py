@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from quip.codebooks import RmsGrid, candidate_rhos
-from quip.kernels import panel
+from quip.kernels import native, panel
+from quip.kernels.cuda import Nvcc
 from quip.kernels.panel import cuda, reference
 from quip.matrix.sweep import sweep
 from tests.support import ptxas
@@ -134,6 +135,12 @@ def test_nothing_is_spilled(capability, tmp_path):
     for kernel in found:
         assert (kernel.spilled, kernel.stack) == (0, 0), kernel
         assert kernel.registers <= 128, kernel  # of 65,536, for 512 threads
+
+
+@pytest.mark.parametrize("capability", ptxas.CAPABILITIES, ids=str)
+def test_what_nvcc_makes_can_be_opened(capability):
+    ptxas.require_nvcc(capability)
+    assert native.library(cuda.SOURCE, Nvcc(capability)) is not None
 
 
 # On a device

@@ -24,15 +24,20 @@ class Compiled:
 
 def kernels(source: Path, capability: tuple[int, int], folder: Path) -> list[Compiled]:
     """All kernels of a source for one compute capability; skips the test where nvcc is not."""
-    nvcc = Nvcc(capability)
-    try:
-        compiler = nvcc.compiler()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    flags = [flag for flag in nvcc.flags() if flag not in ("-shared", "-Xcompiler=-fPIC")]
+    compiler, flags = require_nvcc(capability)
+    flags = [flag for flag in flags if flag not in ("-shared", "-Xcompiler=-fPIC")]
     command = [*compiler, *flags, "-Xptxas=-v", "-cubin", str(source), "-o", str(folder / "cubin")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     return list(map(_read, done.stderr.split("Compiling entry function")[1:]))
+
+
+def require_nvcc(capability: tuple[int, int]) -> tuple[tuple[str, ...], list[str]]:
+    """The compiler and its flags; skips the test where there is none."""
+    nvcc = Nvcc(capability)
+    try:
+        return nvcc.compiler(), list(nvcc.flags())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def _read(said: str) -> Compiled:

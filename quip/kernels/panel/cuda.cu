@@ -9,15 +9,7 @@
 
 #include <cstdint>
 
-namespace {
-
-constexpr int WIDTH = 128, BLOCK = 16, LANES = 32, MAX_WARPS = 16;
-constexpr int AT_ONCE = 8;  // loads that are asked for together
-constexpr unsigned ALL = 0xffffffffu;
-constexpr unsigned EMPTY = 0xffffffffu;  // no sum: a NaN that comes out of a sum has other bits
-constexpr float TINY = 1.17549435e-38f;
-
-struct Panel {  // as in cuda.py
+struct Panel {  // as in cuda.py; nvcc exports no function of a nameless namespace's types
     int64_t width, m;
     const float *X, *K, *base;  // [width, m], [width, width], [width, m] or null; eta may be X
     float *eta;                 // [width, m], out
@@ -31,7 +23,17 @@ struct Panel {  // as in cuda.py
     int32_t top, bfloat16;  // bfloat16: round fitted steps to it
 };
 
-__host__ __device__ int padded(int64_t width) { return static_cast<int>((width + BLOCK - 1) / BLOCK * BLOCK); }
+namespace {
+
+constexpr int WIDTH = 128, BLOCK = 16, LANES = 32, MAX_WARPS = 16;
+constexpr int AT_ONCE = 8;  // loads that are asked for together
+constexpr unsigned ALL = 0xffffffffu;
+constexpr unsigned EMPTY = 0xffffffffu;  // no sum: a NaN that comes out of a sum has other bits
+constexpr float TINY = 1.17549435e-38f;
+
+__host__ __device__ int padded(int64_t width) {
+    return static_cast<int>((width + BLOCK - 1) / BLOCK * BLOCK);
+}
 
 // K[j, k] for j < k, else 0, at j * WIDTH + k
 __device__ void load_feedback(const Panel &p, float *K) {
