@@ -179,22 +179,28 @@ class Exchange {
         return total;
     }
 
+    // Whether the sums of every `warps`-th thread block from `first` on are there. Volatile: a load
+    // by __ldcv, compiled, is moved out of the loop that waits for it.
+    __device__ bool arrived(int first, int warps, int lane, unsigned (&bits)[AT_ONCE]) const {
+        const volatile unsigned *from = slots + lane;
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int block = first + i * warps;
+            bits[i] = block < static_cast<int>(gridDim.x) ? from[block * LANES] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) all &= bits[i] != EMPTY;
+        return all;
+    }
+
     // Every `warps`-th thread block's sum, some of them asked for at once
     __device__ float of_blocks(int warp, int warps, int lane) const {
         const int blocks = gridDim.x;
         float total = 0;
         for (int block = warp; block < blocks; block += warps * AT_ONCE) {
             unsigned bits[AT_ONCE];
-            bool missing;
-            do {
-                missing = false;
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) {
-                    const int other = block + i * warps;
-                    bits[i] = other < blocks ? __ldcv(slots + other * LANES + lane) : 0;
-                    missing |= bits[i] == EMPTY;
-                }
-            } while (missing);
+            while (!arrived(block, warps, lane, bits)) __nanosleep(20);
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) total += __uint_as_float(bits[i]);
         }
