@@ -148,15 +148,13 @@ def _round_panel(
         step, zero = _stacked(books, "step", X), _stacked(books, "zero", X)
         return round_columns(X, K, eta, step, zero, top=grid.top, base=base), books
     assert isinstance(grid, RmsGrid)
-    rhos, dtype = _constants(grid.rhos, X.dtype, X.device), grid.step_dtype
+    rhos, dtype = _tensor(grid.rhos, X.dtype, X.device), grid.step_dtype
     codes, steps = fit_and_round_columns(X, K, eta, rhos, top=grid.top, step_dtype=dtype, base=base)
     return codes, _with_steps(grid, steps)
 
 
-@lru_cache(maxsize=64)  # a copy to a GPU would wait there for all panels before
-def _constants(
-    values: tuple[float, ...], dtype: torch.dtype, device: torch.device
-) -> Float[Tensor, " n"]:
+@lru_cache(maxsize=64)  # a copy to a GPU waits there for all panels before
+def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
 
 
