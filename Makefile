@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test sanitize clean
+.PHONY: demo test gpu sanitize clean
 
 # Quantize the model inside the package to 2 bits and show what it cost.
 demo: $(READY)
@@ -15,6 +15,14 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -n auto --dist loadfile
+
+# On a CUDA GPU: what the kernels do, into results/gpu.json, then the tests that need one. Any Python
+# with torch, transformers, jaxtyping and pytest will do, where there is no .venv.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu: export PYTHONPATH := $(CURDIR)
+gpu:
+	$(GPU_PYTHON) scripts/bench_gpu.py
+	$(GPU_PYTHON) -m pytest -m gpu
 
 # The tests of the kernels, compiled with address and undefined behaviour sanitizers (g++). Both
 # libraries stand before all others: that of C++ because torch throws and brings none. Optimized

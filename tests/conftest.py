@@ -1,5 +1,6 @@
 """Before the package is imported: its shapes are enforced, and the hub is out of reach."""
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -13,11 +14,19 @@ import torch
 import transformers
 from hypothesis import settings
 
-jaxtyping.install_import_hook("quip", "beartype.beartype")
+if importlib.util.find_spec("beartype"):  # not on every machine that lends a GPU
+    jaxtyping.install_import_hook("quip", "beartype.beartype")
 pytest.register_assert_rewrite("tests.laws")
 settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
 settings.load_profile("same every time")
 torch.set_num_threads(1)  # sums in one order, and no fight for cores
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m gpu, no file is imported that has no such test, nor what only it needs."""
+    if config.option.markexpr == "gpu" and collection_path.name.startswith("test_"):
+        return "mark.gpu" not in collection_path.read_text() or None
+    return None
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Annotated, TypeAlias, TypeVar
 
 import torch
@@ -149,9 +150,14 @@ def _round_panel(
         step, zero = _stacked(books, "step", X), _stacked(books, "zero", X)
         return round_columns(X, K, eta, step, zero, top=grid.top, base=base), books
     assert isinstance(grid, RmsGrid)
-    rhos, dtype = X.new_tensor(grid.rhos), grid.step_dtype
+    rhos, dtype = _tensor(grid.rhos, X.dtype, X.device), grid.step_dtype
     codes, steps = fit_and_round_columns(X, K, eta, rhos, top=grid.top, step_dtype=dtype, base=base)
     return codes, _with_steps(grid, steps)
+
+
+@lru_cache(maxsize=64)  # a copy to a GPU waits there for all panels before
+def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 def _stacked(books: Sequence[Grid], name: str, X: Tensor) -> Float[Tensor, "books_or_1 m_or_1"]:
@@ -161,7 +167,7 @@ def _stacked(books: Sequence[Grid], name: str, X: Tensor) -> Float[Tensor, "book
 
 def _with_steps(grid: RmsGrid, steps: Float[Tensor, " n"]) -> list[RmsGrid]:
     """`replace(grid, ...)` for each step, at a tenth of its time: there is one for each column."""
-    shared = grid.__dict__ | {"zero": steps.new_tensor(grid.top / 2)}
+    shared = grid.__dict__ | {"zero": steps.new_full((), grid.top / 2)}
     books = [object.__new__(RmsGrid) for _ in steps]
     for book, step in zip(books, steps.unbind(), strict=True):
         book.__dict__.update(shared, step=step)
@@ -212,10 +218,8 @@ class Grids(Decoder):
         return {"bits": self.bits, "group": self.groups.size, "symmetric": self.zero is None}
 
     def tensors(self) -> dict[str, Tensor]:
-        stored = {"step": self.step}
-        if self.zero is None:
-            return stored
-        return stored | {"zero": pack(self.zero.flatten(), self.bits)}
+        zero = {} if self.zero is None else {"zero": pack(self.zero.flatten(), self.bits)}
+        return {"step": self.step} | zero
 
     @classmethod
     def empty(

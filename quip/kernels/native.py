@@ -32,11 +32,30 @@ EXPORTED = re.compile(r'extern "C" [^({;]*?(\w+)\(')
 log = logging.getLogger(__name__)
 
 
+class Toolchain:
+    """C++ for this machine's processor; a subclass compiles another language for another one."""
+
+    def compiler(self) -> tuple[str, ...]:
+        """The words of a command. Raises FileNotFoundError, with the remedy, for want of one."""
+        return _compiler()
+
+    def flags(self) -> tuple[str, ...]:
+        """What the command is given besides the source and the library's path."""
+        return _flags()
+
+    def target(self) -> str:
+        """What the library depends on beyond source, flags and the compiler's version."""
+        return _processor()
+
+
+CPP = Toolchain()
+
+
 @cache
-def library(source: Path) -> ctypes.CDLL | None:
+def library(source: Path, toolchain: Toolchain = CPP) -> ctypes.CDLL | None:
     """The compiled source; None where that fails, and one line in the log says why."""
     try:
-        return _load(source)
+        return _load(source, toolchain)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None)
         lines = said.strip().splitlines() if isinstance(said, str) else [str(error)]
@@ -50,19 +69,20 @@ def _short(source: Path) -> str:
     return f"{source.parent.name}/{source.name}"
 
 
-def _load(source: Path) -> ctypes.CDLL:
-    compiler = _compiler()
-    name = f"{source.parent.name}-{_fingerprint(source, compiler)}.so"
+def _load(source: Path, toolchain: Toolchain) -> ctypes.CDLL:
+    compiler = toolchain.compiler()
+    command = *compiler, *toolchain.flags()
+    name = f"{source.parent.name}-{_fingerprint(source, compiler, toolchain)}.so"
     _ignore_relative(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        return _kept(source, compiler, make_ours(cache_folder()) / name)
+        return _kept(source, command, make_ours(cache_folder()) / name)
     except OSError as error:
         _give_up_cache(f"{error.filename}: {error.strerror}" if error.filename else one_line(error))
     with tempfile.TemporaryDirectory(prefix="quip-") as folder:  # once loaded it needs no name
-        return _compile(source, compiler, Path(folder) / name)
+        return _compile(source, command, Path(folder) / name)
 
 
-def _kept(source: Path, compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
+def _kept(source: Path, command: tuple[str, ...], path: Path) -> ctypes.CDLL:
     """The library at a path of the cache, compiled unless it is there as it was kept."""
     if fits(path):
         try:
@@ -72,7 +92,7 @@ def _kept(source: Path, compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
     with building(path.parent) as folder:
         # Opened before it takes its name: a process keeps to the first library that it has
         # opened by a name.
-        compiled = _compile(source, compiler, folder / path.name)
+        compiled = _compile(source, command, folder / path.name)
         keep(folder / path.name, path)
     return compiled
 
@@ -114,9 +134,10 @@ def _words(variable: str) -> tuple[str, ...]:
         raise OSError(f"{variable}={given[:200]}: {error}") from error
 
 
-def _fingerprint(source: Path, compiler: tuple[str, ...]) -> str:
+def _fingerprint(source: Path, compiler: tuple[str, ...], toolchain: Toolchain = CPP) -> str:
     version = _run(*compiler, "--version")
-    parts = (source.read_bytes(), *map(os.fsencode, (" ".join(_flags()), version, _processor())))
+    words = " ".join(toolchain.flags()), version, toolchain.target()
+    parts = (source.read_bytes(), *map(os.fsencode, words))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
@@ -130,10 +151,10 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(kinds)} or lines[:1]))
 
 
-def _compile(source: Path, compiler: tuple[str, ...], path: Path) -> ctypes.CDLL:
+def _compile(source: Path, command: tuple[str, ...], path: Path) -> ctypes.CDLL:
     """The library at a path that did not exist; the compiler's own files lie beside it."""
     try:
-        _run(*compiler, *_flags(), str(source), "-o", str(path), TMPDIR=str(path.parent))
+        _run(*command, str(source), "-o", str(path), TMPDIR=str(path.parent))
     except subprocess.CalledProcessError as error:
         for code in (errno.ENOSPC, errno.EDQUOT):  # a fault of the folder, not of the compiler
             if os.strerror(code) in error.stderr:

@@ -34,6 +34,15 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     written: tuple[int, ...] = ()  # which args count as results
 
+    def move(self, device: torch.device) -> None:
+        """The tensors to a device."""
+
+        def there(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        self.args = tuple(map(there, self.args))
+        self.options = {key: there(value) for key, value in self.options.items()}
+
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -155,18 +164,25 @@ def name(operation: Operation[Any, Any]) -> str:
 
 
 FORMS = [
-    pytest.param(operation, form, id=f"{name(operation)} {label}")
+    pytest.param(
+        *(operation, form, label),
+        id=f"{name(operation)} {label}",
+        marks=[pytest.mark.gpu] if label == "cuda" else [],
+    )
     for operation in OPERATIONS
     for label, form in operation.forms.items()
 ]
 
 
-@pytest.mark.parametrize(("operation", "form"), FORMS)
-def test_every_form_computes_what_the_reference_does(operation, form, request):
+@pytest.mark.parametrize(("operation", "form", "label"), FORMS)
+def test_every_form_computes_what_the_reference_does(operation, form, label, request):
     if not form.available():
         pytest.skip(f"{request.node.callspec.id} is not available on this machine")
     tested, served = OPERATIONS[operation], 0
+    device = torch.device("cuda" if label == "cuda" else "cpu")
     for ours, expected in zip(tested.cases(), tested.cases(), strict=True):
+        ours.move(device)
+        expected.move(device)
         if not form.serves(*ours.args, **ours.options):
             continue
         served += 1

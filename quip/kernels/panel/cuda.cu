@@ -1,0 +1,347 @@
+// Round the columns of a panel in order, with feedback inside it, on a GPU: reference.py, float32.
+//
+// K's upper triangle lies in shared memory. BLOCK columns of a row sit in the registers of a
+// thread, which rounds them one after the other. With the steps known, rows know nothing of each
+// other. A step that is fitted needs sums over all rows of its column: the thread blocks, all
+// resident, write theirs to slots that each of them reads, once a column (`Exchange`).
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+struct Panel {  // as in cuda.py; nvcc exports no function of a nameless namespace's types
+    int64_t width, m;
+    const float *X, *K, *base;  // [width, m], [width, width], [width, m] or null; eta may be X
+    float *eta;                 // [width, m], out
+    uint8_t *codes;             // [width, m], out
+    float *step;                // strides below; out [width] if there are rhos
+    const float *zero;
+    int64_t step_column, step_row, zero_column, zero_row;
+    const float *rhos;
+    int64_t candidates;
+    unsigned *slots;  // [exchanges, thread blocks, LANES], all EMPTY, if there are rhos
+    int32_t top, bfloat16;  // bfloat16: round fitted steps to it
+};
+
+namespace {
+
+constexpr int WIDTH = 128, BLOCK = 16, LANES = 32, MAX_WARPS = 16;
+constexpr int AT_ONCE = 8;  // loads that are asked for together
+constexpr unsigned ALL = 0xffffffffu;
+constexpr unsigned EMPTY = 0xffffffffu;  // no sum: a NaN that comes out of a sum has other bits
+constexpr float TINY = 1.17549435e-38f;
+
+__host__ __device__ int padded(int64_t width) {
+    return static_cast<int>((width + BLOCK - 1) / BLOCK * BLOCK);
+}
+
+// K[j, k] for j < k, else 0, at j * WIDTH + k
+__device__ void load_feedback(const Panel &p, float *K) {
+    const int width = static_cast<int>(p.width), columns = padded(p.width);
+    const int lane = threadIdx.x % LANES, warps = blockDim.x / LANES;
+#pragma unroll 4
+    for (int j = threadIdx.x / LANES; j < columns; j += warps)
+#pragma unroll
+        for (int k = lane; k < WIDTH; k += LANES)
+            K[j * WIDTH + k] = j < k && k < width ? __ldg(p.K + j * width + k) : 0.0f;
+}
+
+// clamp(floor(t + 1/2), 0, top) for t_half = t + 1/2
+__device__ float nearest(float t_half, float top) {
+    return fminf(fmaxf(floorf(t_half), 0.0f), top);
+}
+
+// ------------------------------------------------------------------------------ steps are known
+
+// LANES rows a thread block, one a lane. Its warps all round the BLOCK columns that come next, for
+// that is a chain, and share the work on the columns after them.
+__global__ void __launch_bounds__(128) round_columns(Panel p) {
+    extern __shared__ __align__(16) float memory[];
+    float *K = memory, *running = memory + padded(p.width) * WIDTH;  // [width, LANES]
+    const int width = static_cast<int>(p.width), columns = padded(p.width);
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * LANES + lane;
+    const bool inside = row < p.m;
+    const float top = static_cast<float>(p.top);
+
+    load_feedback(p, K);
+    for (int first = AT_ONCE * warp; first < columns; first += AT_ONCE * warps) {
+        float x[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++)
+            x[i] = inside && first + i < width ? p.X[(first + i) * p.m + row] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) running[(first + i) * LANES + lane] = x[i];
+    }
+
+    for (int first = 0; first < columns; first += BLOCK) {
+        __syncthreads();
+        float x[BLOCK], e[BLOCK];
+#pragma unroll
+        for (int c = 0; c < BLOCK; c++) x[c] = running[(first + c) * LANES + lane];
+        uint32_t codes[BLOCK / 4] = {};
+#pragma unroll
+        for (int c = 0; c < BLOCK; c++) {
+            const int k = first + c;
+            const bool real = inside && k < width;
+            const float step = real ? __ldg(p.step + k * p.step_column + row * p.step_row) : 1.0f;
+            const float zero = real ? __ldg(p.zero + k * p.zero_column + row * p.zero_row) : 0.0f;
+            const float q = nearest(fmaf(x[c], 1.0f / step, zero + 0.5f), top);
+            const float target = p.base && real ? __ldg(p.base + k * p.m + row) : x[c];
+            e[c] = target - step * (q - zero);
+            codes[c / 4] |= static_cast<uint32_t>(q) << 8 * (c % 4);
+#pragma unroll
+            for (int j = c + 1; j < BLOCK; j++) x[j] += K[k * WIDTH + first + j] * e[c];
+        }
+#pragma unroll
+        for (int c = 0; c < BLOCK; c++) {  // not before: a store would hold up the loads behind it
+            const int64_t at = (first + c) * p.m + row;
+            if (inside && first + c < width && c % warps == warp) {
+                p.eta[at] = e[c];
+                p.codes[at] = static_cast<uint8_t>(codes[c / 4] >> 8 * (c % 4));
+            }
+        }
+        for (int k = first + BLOCK + 4 * warp; k < columns; k += 4 * warps) {
+            float sums[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) sums[i] = running[(k + i) * LANES + lane];
+#pragma unroll
+            for (int c = 0; c < BLOCK; c++) {
+                const float4 weights =
+                    *reinterpret_cast<const float4 *>(K + (first + c) * WIDTH + k);
+                sums[0] += weights.x * e[c];
+                sums[1] += weights.y * e[c];
+                sums[2] += weights.z * e[c];
+                sums[3] += weights.w * e[c];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++) running[(k + i) * LANES + lane] = sums[i];
+        }
+    }
+}
+
+// -------------------------------------------------------------------------- steps fitted on the way
+
+// Sums over the rows of all thread blocks, in an order that does not change from run to run.
+class Exchange {
+  public:
+    __device__ Exchange(unsigned *slots, float *scratch)
+        : slots(slots), ours(scratch), theirs(scratch + MAX_WARPS * LANES) {}
+
+    // The lane i < COUNT of each warp gets the sum of values[i]; COUNT is a power of 2, and values
+    // from USED on are none.
+    template <int USED, int COUNT> __device__ float sum(float (&values)[COUNT]) {
+        const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+        const int warps = blockDim.x / LANES;
+        ours[warp * LANES + lane] = of_copies<COUNT>(of_warp(values, lane));
+        __syncthreads();
+        if (warp == 0 && lane < USED) {
+            float total = 0;
+            for (int w = 0; w < warps; w++) total += ours[w * LANES + lane];
+            volatile unsigned *slot = slots + blockIdx.x * LANES + lane;
+            const unsigned bits = __float_as_uint(total);
+            *slot = bits == EMPTY ? EMPTY >> 1 : bits;
+        }
+        theirs[warp * LANES + lane] = lane < USED ? of_blocks(warp, warps, lane) : 0.0f;
+        __syncthreads();
+        float total = 0;
+        for (int w = 0; w < warps; w++) total += theirs[w * LANES + lane];
+        slots += gridDim.x * LANES;
+        return total;
+    }
+
+  private:
+    unsigned *slots;  // of the next exchange
+    float *ours, *theirs;
+
+    // Half of the values go to the lane across, until each lane has one
+    template <int COUNT> __device__ static float of_warp(float (&values)[COUNT], int lane) {
+        if constexpr (COUNT > 1) {
+            constexpr int HALF = COUNT / 2;
+            float halves[HALF];
+#pragma unroll
+            for (int i = 0; i < HALF; i++) {
+                const float sent = lane & HALF ? values[i] : values[i + HALF];
+                const float kept = lane & HALF ? values[i + HALF] : values[i];
+                halves[i] = kept + __shfl_xor_sync(ALL, sent, HALF);
+            }
+            return of_warp(halves, lane);
+        } else {
+            return values[0];
+        }
+    }
+
+    // Of lanes that hold the same value of COUNT
+    template <int COUNT> __device__ static float of_copies(float total) {
+#pragma unroll
+        for (int across = COUNT; across < LANES; across *= 2)
+            total += __shfl_xor_sync(ALL, total, across);
+        return total;
+    }
+
+    // Whether the sums of every `warps`-th thread block from `first` on are there. Volatile: a load
+    // by __ldcv, compiled, is moved out of the loop that waits for it.
+    __device__ bool arrived(int first, int warps, int lane, unsigned (&bits)[AT_ONCE]) const {
+        const volatile unsigned *from = slots + lane;
+        bool all = true;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int block = first + i * warps;
+            bits[i] = block < static_cast<int>(gridDim.x) ? from[block * LANES] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) all &= bits[i] != EMPTY;
+        return all;
+    }
+
+    // Every `warps`-th thread block's sum, some of them asked for at once
+    __device__ float of_blocks(int warp, int warps, int lane) const {
+        const int blocks = gridDim.x;
+        float total = 0;
+        for (int block = warp; block < blocks; block += warps * AT_ONCE) {
+            unsigned bits[AT_ONCE];
+            while (!arrived(block, warps, lane, bits)) __nanosleep(20);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) total += __uint_as_float(bits[i]);
+        }
+        return total;
+    }
+};
+
+// To nearest, ties to even; x is finite and positive
+__device__ float to_bfloat16(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return __uint_as_float((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
+}
+
+// The lane whose value is least, the first of several
+__device__ int least(float value) {
+    float low = value;
+#pragma unroll
+    for (int across = LANES / 2; across; across /= 2)
+        low = fminf(low, __shfl_xor_sync(ALL, low, across));
+    const int lane = __ffs(__ballot_sync(ALL, value == low)) - 1;
+    return lane < 0 ? 0 : lane;  // all are NaN
+}
+
+// A row a thread. Of y = x_{k+1} without the feedback of column k, sums of y^2, of y e and of e^2
+// for each candidate's errors e say what x_{k+1} = y + K[k, k+1] e sums to in squares, whichever is
+// taken: so a column costs one exchange and not two.
+template <int CANDIDATES, int COUNT> __global__ void __launch_bounds__(32 * MAX_WARPS)
+fit_and_round_columns(Panel p) {
+    extern __shared__ __align__(16) float memory[];
+    __shared__ float scratch[2 * MAX_WARPS * LANES];
+    float *K = memory;
+    const int width = static_cast<int>(p.width), lane = threadIdx.x % LANES;
+    const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const bool inside = row < p.m;
+    const float top = static_cast<float>(p.top), zero = 0.5f * top;
+    const float rho = p.rhos[lane < p.candidates ? lane : p.candidates - 1];
+    const float *x_in = p.X + row;
+    Exchange exchange(p.slots, scratch);
+
+    load_feedback(p, K);
+    __syncthreads();
+    for (int first = 0; first < width; first += BLOCK) {
+        float x[BLOCK];
+#pragma unroll
+        for (int c = 0; c < BLOCK; c++)
+            x[c] = inside && first + c < width ? x_in[(first + c) * p.m] : 0.0f;
+#pragma unroll 4
+        for (int j = 0; j < first; j++) {
+            const float e = inside ? p.eta[j * p.m + row] : 0.0f;
+            const float4 *weights = reinterpret_cast<const float4 *>(K + j * WIDTH + first);
+#pragma unroll
+            for (int i = 0; i < BLOCK / 4; i++) {
+                const float4 w = weights[i];
+                x[4 * i] += w.x * e;
+                x[4 * i + 1] += w.y * e;
+                x[4 * i + 2] += w.z * e;
+                x[4 * i + 3] += w.w * e;
+            }
+        }
+        float of_first[1] = {x[0] * x[0]};
+        float squares = exchange.sum<1>(of_first);
+        squares = __shfl_sync(ALL, squares, 0);
+
+        const int last = min(first + BLOCK, width);
+        for (int k = first; k < last; k++) {
+            // Lane i holds candidate i
+            const float rms = sqrtf(fmaxf(squares, 0.0f) / static_cast<float>(p.m));
+            float candidate = fmaxf(rho * (static_cast<float>(2.0 / p.top) * rms), TINY);
+            if (p.bfloat16) candidate = to_bfloat16(candidate);
+            const float its_inverse = 1.0f / candidate;
+            const float y = inside ? x[1] : 0.0f;
+            float weights[BLOCK - 1];
+#pragma unroll
+            for (int i = 0; i + 1 < BLOCK; i++)
+                weights[i] = k + 1 + i < last ? K[k * WIDTH + k + 1 + i] : 0.0f;
+            float sums[COUNT];
+#pragma unroll
+            for (int i = 0; i < COUNT; i++) sums[i] = 0;
+#pragma unroll
+            for (int i = 0; i < CANDIDATES; i++) {
+                const float step = __shfl_sync(ALL, candidate, i);
+                const float inverse = __shfl_sync(ALL, its_inverse, i);
+                const float q = nearest(fmaf(x[0], inverse, zero + 0.5f), top);
+                const float e = inside ? x[0] - step * (q - zero) : 0.0f;
+                sums[i] = e * e;
+                sums[CANDIDATES + i] = y * e;
+            }
+            sums[2 * CANDIDATES] = y * y;
+            const float total = exchange.sum<2 * CANDIDATES + 1>(sums);
+
+            const int chosen = least(lane < CANDIDATES ? total : INFINITY);
+            const float step = __shfl_sync(ALL, candidate, chosen);
+            const float q = nearest(fmaf(x[0], 1.0f / step, zero + 0.5f), top);
+            const float e = x[0] - step * (q - zero);
+            const float of_e = __shfl_sync(ALL, total, chosen);
+            const float of_both = __shfl_sync(ALL, total, CANDIDATES + chosen);
+            squares = __shfl_sync(ALL, total, 2 * CANDIDATES) +
+                      weights[0] * (2.0f * of_both + weights[0] * of_e);
+            // x moves on by a column. What comes in at its end is not looked at.
+#pragma unroll
+            for (int i = 0; i + 1 < BLOCK; i++) x[i] = x[i + 1] + weights[i] * e;
+
+            if (inside) {
+                p.eta[k * p.m + row] = e;
+                p.codes[k * p.m + row] = static_cast<uint8_t>(q);
+            }
+            if (blockIdx.x == 0 && threadIdx.x == 0) p.step[k] = step;
+        }
+    }
+}
+
+template <class Kernel> cudaError_t allow(Kernel *kernel, size_t bytes) {
+    return cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+template <class Kernel>
+cudaError_t start_together(Kernel *kernel, Panel &p, int blocks, int threads, cudaStream_t stream) {
+    const size_t bytes = sizeof(float) * padded(p.width) * WIDTH;
+    void *arguments[] = {&p};
+    if (const cudaError_t error = allow(kernel, bytes)) return error;
+    return cudaLaunchCooperativeKernel(
+        kernel, dim3(blocks), dim3(threads), arguments, bytes, stream);
+}
+
+}  // namespace
+
+extern "C" int round_panel(const Panel *panel, cudaStream_t stream) {
+    Panel p = *panel;
+    const size_t bytes = sizeof(float) * padded(p.width) * (WIDTH + LANES);
+    const unsigned blocks = static_cast<unsigned>((p.m + LANES - 1) / LANES);
+    void *arguments[] = {&p};
+    if (const cudaError_t error = allow(round_columns, bytes)) return error;
+    return cudaLaunchKernel(round_columns, dim3(blocks), dim3(128), arguments, bytes, stream);
+}
+
+// All thread blocks must be resident at once, or the driver refuses.
+extern "C" int fit_and_round_panel(
+    const Panel *panel, int blocks, int threads, cudaStream_t stream) {
+    Panel p = *panel;
+    if (p.candidates == 1)
+        return start_together(fit_and_round_columns<1, 4>, p, blocks, threads, stream);
+    return start_together(fit_and_round_columns<10, 32>, p, blocks, threads, stream);
+}

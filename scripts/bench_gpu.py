@@ -1,0 +1,99 @@
+"""What the kernels do on a CUDA GPU: right or wrong, and how fast. Writes results/gpu.json.
+
+    python scripts/bench_gpu.py --minutes 4               (--only panel --out FILE: a part of it)
+
+A section is a program of its own, scripts/dev/gpu/SECTION.py, that prints a row as a line of JSON
+as soon as it has measured it: one that hangs or dies costs its own rows alone. Needs torch and
+nvcc, and nothing that only other tests need.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SECTIONS = sorted(p.stem for p in (ROOT / "scripts/dev/gpu").glob("[a-z]*.py"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=4, help="for all sections together")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/gpu.json")
+    parser.add_argument("--device", default="cuda", help="cpu: a dry run at tiny sizes")
+    parser.add_argument("--commit", default=commit(), help="where there is no checkout to ask")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "bench_gpu: torch sees no CUDA device; say --device cpu for a dry run", file=sys.stderr
+        )
+        return 2
+    record = described(args.device, args.commit)
+    until = time.monotonic() + 60 * args.minutes
+    for left, name in zip(range(len(args.only), 0, -1), args.only, strict=True):
+        section: dict[str, Any] = {"rows": []}
+        record["sections"][name] = section
+        started = time.monotonic()
+        for row in rows(name, args.device, (until - started) / left, section):
+            section["rows"].append(row)
+            print(f"{name}: {json.dumps(row)}", flush=True)
+            args.out.write_text(json.dumps(record, indent=2) + "\n")
+        section["seconds"] = round(time.monotonic() - started, 1)
+        print(f"{name}: {section['ended']} after {section['seconds']} s", flush=True)
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+    return int(any(s["ended"] != "done" for s in record["sections"].values()))
+
+
+def rows(name: str, device: str, seconds: float, section: dict[str, Any]):
+    """The rows of a section as they come; section["ended"] says how it ended."""
+    section["ended"] = "running"
+    command = [sys.executable, str(ROOT / f"scripts/dev/gpu/{name}.py"), "--device", device]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        late = threading.Event()
+        timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+        status = process.wait()
+        timer.cancel()
+    ended = "done" if status == 0 else f"failed with status {status}"
+    section["ended"] = f"stopped at its limit of {seconds:.0f} s" if late.is_set() else ended
+
+
+def described(device: str, commit: str | None) -> dict[str, Any]:
+    """The record without rows: on what it was made."""
+    on_gpu = device == "cuda"
+    return {
+        "kind": "gpu",
+        "device": torch.cuda.get_device_name() if on_gpu else "CPU (dry run, tiny sizes)",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if on_gpu else None,
+        },
+        "commit": commit,
+        "sections": {},
+    }
+
+
+def commit() -> str | None:
+    """The commit of the checkout, marked if it has changes; None outside one."""
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

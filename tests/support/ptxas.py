@@ -1,0 +1,53 @@
+"""What nvcc makes of a kernel: registers, spills and stack, as ptxas tells them."""
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from quip.kernels.cuda import Nvcc
+
+CAPABILITIES = [(8, 0), (9, 0)]  # A100, H100
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel of a source."""
+
+    name: str  # mangled
+    registers: int
+    spilled: int  # bytes stored and loaded
+    stack: int  # bytes
+
+
+def kernels(source: Path, capability: tuple[int, int], folder: Path) -> list[Compiled]:
+    """All kernels of a source for one compute capability; skips the test where nvcc is not."""
+    compiler, flags = require_nvcc(capability)
+    flags = [flag for flag in flags if flag not in ("-shared", "-Xcompiler=-fPIC")]
+    command = [*compiler, *flags, "-Xptxas=-v", "-cubin", str(source), "-o", str(folder / "cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    return list(map(_read, done.stderr.split("Compiling entry function")[1:]))
+
+
+def require_nvcc(capability: tuple[int, int]) -> tuple[tuple[str, ...], list[str]]:
+    """The compiler and its flags; skips the test where there is none."""
+    nvcc = Nvcc(capability)
+    try:
+        return nvcc.compiler(), list(nvcc.flags())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def _read(said: str) -> Compiled:
+    def number(pattern: str) -> int:
+        found = re.search(pattern, said)
+        assert found is not None, said
+        return int(found[1])
+
+    name = re.search(r"'(\w+)'", said)
+    assert name is not None, said
+    spilled = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+    stack = number(r"(\d+) bytes stack frame")
+    return Compiled(name[1], number(r"Used (\d+) registers"), spilled, stack)
