@@ -1,10 +1,12 @@
 """`quip generate MODEL [PROMPT]`: text from a model or checkpoint, as it comes."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quip.cli.flags import device_flags
@@ -25,6 +27,7 @@ HELP = "write text with a model or checkpoint, or talk with it"
 EXAMPLES = """
 quip generate demo "The module" --max_new_tokens 20
 quip generate demo "The module" --temperature 0.8 --top_p 0.9 --seed 1 --max_new_tokens 20
+quip generate demo "The module" --max_new_tokens 20 --out answer.json
 """
 
 
@@ -45,7 +48,15 @@ def build(parser: argparse.ArgumentParser) -> None:
     )
     _text_flags(parser.add_argument_group("text"))
     _sampling_flags(parser.add_argument_group("choice of the next token"))
-    device_flags(parser.add_argument_group("machine"))
+    group = parser.add_argument_group("machine and output")
+    device_flags(group)
+    group.add_argument(
+        "--out",
+        type=place,
+        metavar="FILE",
+        help="write the answer to one prompt, and what it took, there as JSON once it is complete",
+    )
+    group.add_argument("--overwrite", action="store_true", help="let --out be a file that exists")
     parser.set_defaults(call=call)
 
 
@@ -89,7 +100,9 @@ def call(args: Arguments) -> None:
     sampling = _sampling(args)
     if args.no_chat and args.system is not None:
         raise UsageError("--system speaks of the chat template, which --no_chat leaves out")
-    prompt = _prompt(args.prompt)
+    prompt, out = _prompt(args.prompt), args.out and Path(args.out)
+    if out or args.overwrite:
+        _check_out(out, prompt, overwrite=args.overwrite)
 
     import torch
 
@@ -115,7 +128,32 @@ def call(args: Arguments) -> None:
     if prompt is None:
         _converse(ask, history if chat else None)
     else:
-        _show(ask([*history, _user(prompt)] if chat else prompt))
+        answer = ask([*history, _user(prompt)] if chat else prompt)
+        _show(answer)
+        if out:
+            _write(out, args.model, prompt, answer)
+
+
+def _check_out(out: Path | None, prompt: str | None, *, overwrite: bool) -> None:
+    """Raise UsageError for a file that cannot be written, or that is not to be lost."""
+    if out is None:
+        raise UsageError("--overwrite speaks of a file: name it with --out FILE")
+    if prompt is None:
+        raise UsageError("--out holds the answer to one prompt: give it on the line")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UsageError(f"--out {out}: no file can be written there; name another")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out}: it exists; name another file or add --overwrite")
+
+
+def _write(out: Path, model: str, prompt: str, answer: "Answer") -> None:
+    from quip.files import replacing
+    from quip.jobs.report.folder import as_json
+
+    keys = ("text", "ended", "prompt_tokens", "new_tokens", "prefill_seconds", "decode_seconds")
+    words = {"model": model, "prompt": prompt, **{key: getattr(answer, key) for key in keys}}
+    with replacing(out) as partial_file:
+        partial_file.write_text(as_json(words))
 
 
 def _sampling(args: Arguments) -> Sampling:

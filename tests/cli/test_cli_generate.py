@@ -1,6 +1,7 @@
 """`quip generate`: text alone on standard output, and conversations on a terminal."""
 
 import io
+import json
 import os
 import re
 import select
@@ -101,6 +102,20 @@ def test_a_text_goes_on_without_a_template_or_where_it_is_not_wanted(quip, speak
     assert seen(err[0]) == 4
 
 
+def test_an_answer_is_written_whole_and_replaced_when_asked(quip, plain, tmp_path):
+    file = tmp_path / "answer.json"
+    assert quip("generate", plain, "wx", "--out", file)[:2] == (0, "yz!\n")
+    words = json.loads(file.read_text())
+    assert (words["model"], words["prompt"], words["text"]) == (plain, "wx", "yz!")
+    assert (words["ended"], words["prompt_tokens"], words["new_tokens"]) == ("stop", 2, 4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answer.json"]
+    status, _, err = quip("generate", plain, "wx", "--out", file)
+    assert status == 2
+    assert err == [f"quip: --out {file}: it exists; name another file or add --overwrite"]
+    assert quip("generate", plain, "w", "--out", file, "--overwrite")[0] == 0
+    assert json.loads(file.read_text())["prompt"] == "w"
+
+
 def test_flags_may_stand_anywhere(quip, plain):
     for words in (
         ("--no_chat", plain, "wx"),
@@ -162,6 +177,9 @@ def test_packed_checkpoints_and_the_demo_speak(quip, tmp_path):
         (["x", "--temperature", "1", "--top_p", "2"], "--top_p 2.0: above 0 and at most 1"),
         (["x", "--top_p", "0.9"], "--top_p 0.9 speaks of drawing at random: add a temperature"),
         (["x", "--seed", "3"], "--seed 3 speaks of drawing at random: add a temperature"),
+        (["x", "--overwrite"], "--overwrite speaks of a file: name it with --out FILE"),
+        (["x", "--out", "/no/such/file"], "--out /no/such/file: no file can be written there"),
+        (["x", "--out", "/"], "--out /: no file can be written there"),
         (["x", "--no_chat", "--system", "s"], "--system speaks of the chat template, which"),
         ([""], "the prompt is empty: say what to answer or to continue"),
         ([" \n"], "the prompt is empty"),
