@@ -7,16 +7,16 @@ and hands all arguments on.
 import sys
 from importlib.util import find_spec
 
+from quip.cli.streams import complain
 from quip.errors import how_to_install
 
 
 def main() -> int:
     """`python -m quip.lm_eval`. Returns the exit status."""
     if find_spec("lm_eval") is None:
-        print(
+        complain(
             "quip: quip.lm_eval needs the package lm-eval; "
-            f"install it with: {how_to_install('eval')}",
-            file=sys.stderr,
+            f"install it with: {how_to_install('eval')}"
         )
         return 1
     from lm_eval.__main__ import cli_evaluate

@@ -63,7 +63,9 @@ def check_finite(model: nn.Module, remedy: str = DAMAGED) -> None:
             continue
         seen.add(key)
         if not _finite(tensor):
-            raise NonFinite(f"{name}: it holds NaN or infinity, as {tensor.dtype}; {remedy}")
+            half = tensor.dtype == torch.float16
+            wider = ", or numbers beyond its range: give --dtype bfloat16" if half else ""
+            raise NonFinite(f"{name}: it holds NaN or infinity, as {tensor.dtype}{wider}; {remedy}")
 
 
 def _finite(x: Tensor) -> bool:

@@ -104,7 +104,7 @@ def test_weights_beyond_float16_are_refused_and_nothing_is_written(copy, tmp_pat
     tensors = load_file(copy / "model.safetensors")
     tensors[EMBEDDING] = torch.full_like(tensors[EMBEDDING], 1e5)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NonFinite, match=f"{EMBEDDING} .* beyond .* give --dtype bfloat16"):
+    with pytest.raises(NonFinite, match=f"{EMBEDDING}: .* beyond .* give --dtype bfloat16"):
         export_dense(copy, tmp_path / "dense", dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
     export_dense(copy, tmp_path / "dense", dtype="bfloat16")

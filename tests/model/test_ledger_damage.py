@@ -92,7 +92,7 @@ def test_a_ledger_whose_records_say_more_is_taken_up(blocks: Path):
         (said("layout", "{"), "Expecting property name"),
         (said("layout", []), "it is [], not a mapping"),
         (said("layout", "[" * 200_000), "more than 64 deep"),
-        (said("layout", {}), "lacks 'codebook'"),
+        (said("layout", {}), "codebook is missing"),
         (said("records", {}), "it is {}, not a list"),
         (said("records", [5]), "[0] is 5, not a mapping"),
         (said("records", '[{"name": "a", "name": "b"}]'), "the key 'name' stands there twice"),
