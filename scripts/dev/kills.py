@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from attack.cases import TEXT
 from attack.children import content
 from bench_rounding import commit, cpu_name
 
@@ -28,6 +29,7 @@ from quip.files import replacing
 
 KILLS = 10  # of each kind
 SMALL = ("--nsamples", "16", "--seqlen", "128")
+FEW = ("--eval_nsamples", "8")
 PANEL = """
 import torch
 from quip.codebooks.grid import RmsGrid
@@ -56,30 +58,32 @@ def quip(*words: str) -> list[str]:
 
 
 def kinds(base: Path) -> Iterator[Kind]:
-    """`base` holds a checkpoint, in saved/."""
+    """`base` holds a checkpoint, in saved/, and a text to calibrate with."""
+    text = str(base / "text.txt")
 
     def run(folder: Path) -> list[str]:
         places = ("--out", str(folder / "run"), "--save", str(folder / "saved"))
-        return quip("run", "demo", "pydoc", *SMALL, *places, "--wbits", "2", "--incoh_processing")
+        method = ("--wbits", "2", "--incoh_processing", "--eval_datasets", text)
+        return quip("run", "demo", text, *SMALL, *FEW, *places, *method)
 
     yield Kind("run", run, ("--resume",), of_run)
 
     def hessians(folder: Path) -> list[str]:
-        return quip("hessians", "demo", "pydoc", *SMALL, "--save", str(folder / "store"))
+        return quip("hessians", "demo", text, *SMALL, "--save", str(folder / "store"))
 
     yield Kind("hessians", hessians, ("--resume",), lambda f, _: files(f / "store"))
 
     def finetune(folder: Path) -> list[str]:
-        places = (str(base / "saved"), "pydoc", "--save", str(folder / "tuned"))
+        places = (str(base / "saved"), text, "--save", str(folder / "tuned"))
         return quip("finetune", *places, *SMALL, "--epochs", "2")
 
     yield Kind("finetune", finetune, ("--overwrite",), lambda f, _: files(f / "tuned"))
 
     def table(folder: Path) -> list[str]:
-        few = ("--rows", "ldlq;nearest", "--columns", "2", "--eval_nsamples", "8")
+        few = ("--rows", "LDLQ;Near", "--columns", "2 bits", *FEW)
         return quip(
-            *("table", "perplexity", "--models", "demo", "--dataset", "pydoc"),
-            *("--eval_datasets", "pydoc", *SMALL, *few, "--out", str(folder / "table")),
+            *("table", "perplexity", "--models", "demo", "--dataset", text),
+            *("--eval_datasets", text, *SMALL, *few, "--out", str(folder / "table")),
         )
 
     yield Kind("table", table, (), of_table)
@@ -135,12 +139,22 @@ def main() -> int:
     args = parser.parse_args()
     work = args.work.resolve()
     shutil.rmtree(work, ignore_errors=True)
-    finish(
-        quip("run", "demo", "pydoc", *SMALL, "--wbits", "2", "--save", str(work / "base/saved")),
-        work,
+    base = work / "base"
+    base.mkdir(parents=True)
+    (base / "text.txt").write_text(TEXT)
+    line = (
+        "run",
+        "demo",
+        str(base / "text.txt"),
+        *SMALL,
+        "--wbits",
+        "2",
+        "--eval_datasets",
+        "none",
     )
+    finish(quip(*line, "--wbits", "2", "--save", str(base / "saved")), work)
     rng, rows = random.Random(args.seed), []
-    for kind in kinds(work / "base"):
+    for kind in kinds(base):
         if args.only and kind.name not in args.only.split(","):
             continue
         whole = work / kind.name / "whole"
@@ -175,6 +189,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 def finish(line: list[str], folder: Path) -> tuple[float, str]:
     """Run to the end: the seconds that took, and what was printed."""
+    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     done = subprocess.run(
         line, env=environment(folder), capture_output=True, text=True, check=False
@@ -186,6 +201,7 @@ def finish(line: list[str], folder: Path) -> tuple[float, str]:
 
 def kill(line: list[str], folder: Path, moment: float) -> bool:
     """Whether the command and all that it started were killed before they ended."""
+    folder.mkdir(parents=True)
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(
         line, env=environment(folder), stdout=quiet, stderr=quiet, start_new_session=True

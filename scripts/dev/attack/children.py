@@ -21,7 +21,7 @@ FAULTS = ("traceback", "signal", "hang", "memory", "wordy", "different")  # of v
 SECONDS = 10.0  # of processor time
 WALL = 90.0  # on a machine with other work
 BYTES = 1_000_000_000
-MANY_LINES, LONG_LINE = 12, 1000  # of what is said when something is refused
+LONG_LINE = 1100  # of what is said when something is refused
 WORKERS = os.cpu_count() or 1
 
 
@@ -127,8 +127,9 @@ def _verdict(child: Child, status: int, said: str, seconds: float, size: int, va
     if size > BYTES:
         return "memory"
     if os.WEXITSTATUS(status):
-        lines = said.splitlines()
-        wordy = len(lines) > MANY_LINES or any(len(line) > LONG_LINE for line in lines)
+        lines = said.splitlines()  # progress, warnings and the one line that says what is wrong
+        reasons = sum(line.startswith("quip: ") for line in lines)
+        wordy = reasons > 1 or any(len(line) > LONG_LINE for line in lines)
         return "wordy" if wordy or not lines else "refused"
     if child.expected is None:
         return "done"
