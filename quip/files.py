@@ -90,7 +90,7 @@ def new_folder(final: Path, *, overwrite: bool) -> Iterator[Path]:
         with writing(final):
             make_folder(partial, exist_ok=False)
             yield partial
-            _complete(partial)
+            complete(partial)
             _take_place(partial, place, overwrite=overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -133,8 +133,8 @@ def _mode_of_new(path: Path) -> int:
     return mode
 
 
-def _complete(folder: Path) -> None:
-    """All files get the mode of new ones, and all there is goes to the disk."""
+def complete(folder: Path) -> None:
+    """Give all files of a folder the mode of new ones, and send all there is to the disk."""
     mode = stat.S_IMODE(folder.stat().st_mode) & 0o666  # of the umask, as the folder's own
     for path, _, names in os.walk(folder, topdown=False):
         for file in (Path(path, name) for name in names):
@@ -153,9 +153,7 @@ def _take_place(partial: Path, final: Path, *, overwrite: bool) -> None:
     except OSError as error:
         if aside and not final.exists():
             os.replace(old, final)
-        kept = free_name(final)
-        os.replace(partial, kept)
-        sync(kept.parent)
+        kept = keep_aside(partial, final)
         raise Unavailable(
             f"{final} cannot be written ({error.strerror or error}); "
             f"what was to go there is in {kept}"
@@ -197,7 +195,10 @@ def runs(number: str) -> bool:
     return True
 
 
-def free_name(path: Path) -> Path:
-    """The first of path-2, path-3 ... that is not taken."""
-    names = (path.with_name(f"{path.name}-{n}") for n in count(2))
-    return next(name for name in names if not name.exists())
+def keep_aside(partial: Path, final: Path) -> Path:
+    """Where a folder is put that cannot take its place: the first free one of final-2, final-3."""
+    names = (final.with_name(f"{final.name}-{n}") for n in count(2))
+    kept = next(name for name in names if not name.exists())
+    os.replace(partial, kept)
+    sync(kept.parent)
+    return kept

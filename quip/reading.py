@@ -110,13 +110,15 @@ def read_yaml(path: Path, shape: Any = Any, *, flag: str = "") -> Any:
     return value
 
 
-def parse_json(text: str, shape: Any = Any, *, constants: bool = False) -> Any:
+def parse_json(
+    text: str, shape: Any = Any, *, constants: bool = False, values: float = VALUES
+) -> Any:
     """The value of a JSON text of the declared shape; NaN and infinity only with `constants`.
 
-    Raises ValueError, with the key and the reason on one line.
+    Of at most so many `values`. Raises ValueError, with the key and the reason on one line.
     """
-    if sum(map(text.count, "[{,:")) > VALUES:
-        raise ValueError(f"more than {VALUES} values")
+    if sum(map(text.count, "[{,:")) > values:
+        raise ValueError(f"more than {values} values")
     number, constant = (float, float) if constants else (_finite, partial(_refuse, NO_NUMBER))
     try:
         value = json.loads(
@@ -144,7 +146,7 @@ def parse_yaml(text: str, shape: Any = Any) -> Any:
             return None
         _count(node, {}, yaml.SafeLoader(""))
         value = yaml.SafeLoader("").construct_document(node)
-    except (yaml.YAMLError, RecursionError, OverflowError) as error:
+    except (yaml.YAMLError, RecursionError, ArithmeticError, LookupError, AttributeError) as error:
         raise ValueError(_reason(error)) from error
     _check_sound(value)
     check_shape(value, shape)

@@ -74,6 +74,10 @@ BOMB = "a0: &a0 [x]\n" + "".join(
         ("{[1]: 2}", "while constructing a mapping"),
         ("a: \x00", "unacceptable character"),
         ("a\nb: c", "mapping values are not allowed"),
+        ('a: !!int ""', "string index out of range"),
+        ('!!int "": 1', "string index out of range"),
+        ("a: !!bool foo", "foo"),
+        ("a: !!timestamp x", "groupdict"),
     ],
 )
 def test_yaml_that_is_no_yaml_is_refused_in_a_line(text: str, says: str):

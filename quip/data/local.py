@@ -1,6 +1,7 @@
 """Texts in local files: .txt whole; .json, .jsonl and .parquet by their column `text`."""
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -60,7 +61,7 @@ def _json(path: Path) -> list[str]:
     """One list of records, or one record a line: both are found under both suffixes."""
     [text] = _whole(path)
     try:
-        value = parse_json(text, constants=True)
+        value = parse_json(text, constants=True, values=math.inf)  # of any size
         records = value if isinstance(value, list) else [value]
     except ValueError as error:
         if not isinstance(error.__cause__, json.JSONDecodeError):
@@ -72,7 +73,7 @@ def _json(path: Path) -> list[str]:
 
 def _record(path: Path, number: int, line: str) -> Any:
     try:
-        return parse_json(line, constants=True)
+        return parse_json(line, constants=True, values=math.inf)
     except ValueError as error:
         damaged = isinstance(error.__cause__, json.JSONDecodeError)
         what = "is not JSON" if damaged else "cannot be used"

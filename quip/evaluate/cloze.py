@@ -81,6 +81,15 @@ def cloze_items(documents: Iterable[str] | None = None) -> list[dict[str, str | 
     return items
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a StoryCloze file. Raises Unavailable where it cannot be read."""
+    check_regular(path.expanduser())
+    try:
+        return sha256(path.expanduser().read_bytes()).hexdigest()
+    except OSError as error:
+        raise Unavailable(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def story_rows(path: Path | None) -> list[dict[str, Any]]:
     """The rows of a StoryCloze file, every one complete."""
     if path is None:

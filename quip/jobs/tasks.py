@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from hashlib import sha256
 from typing import Any
 
 from quip.errors import NonFinite, finite
+from quip.evaluate.cloze import digest_of
 from quip.evaluate.zeroshot import ZeroShot, fetch_tasks, zeroshot
 from quip.jobs.report.report import Report
 from quip.model.load import LoadedModel
@@ -95,11 +95,11 @@ def set_aside(
 
 def _terms(asked: ZeroShot) -> dict[str, Any]:
     """What a score depends on beside the model and the task's name."""
-    csv, found = asked.storycloze_csv, versions()
+    found = versions()
     return {
         "num_fewshot": asked.num_fewshot,
         "limit": asked.limit,
-        "storycloze_csv": csv and sha256(csv.read_bytes()).hexdigest(),
+        "storycloze_csv": asked.storycloze_csv and digest_of(asked.storycloze_csv),
         "versions": {name: found.get(name) for name in ("python", "lm-eval")},
     }
 

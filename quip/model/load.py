@@ -31,6 +31,7 @@ from quip.model.gguf.header import read_header
 from quip.model.gguf.tokenizer import complete_tokenizer
 from quip.model.vocabulary import check_rows
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
+from quip.packed.checks import check_counts
 from quip.packed.hub import METHOD
 from quip.reading import check_regular
 
@@ -167,6 +168,10 @@ def _config(name: str, source: _Source) -> PretrainedConfig:
 
 
 def _check_causal(name: str, config: PretrainedConfig) -> None:
+    try:
+        check_counts(config)
+    except Unavailable as error:
+        raise Unavailable(f"{name}: {error}") from error
     made = config.architectures or []
     if config.is_encoder_decoder:
         raise UnsupportedModel(f"{name} is an encoder-decoder; give a decoder-only model")

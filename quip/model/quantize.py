@@ -14,10 +14,10 @@ from quip.errors import UsageError, finite
 from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
-from quip.model.gaps import check_all, check_block
 from quip.model.ledger import Ledger
 from quip.model.matrices import covered, find_blocks, places
 from quip.model.plan import Plan
+from quip.model.promised import check_all, check_block
 from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.siblings import quantize_siblings
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line, shown
-from quip.files import free_name, new_folder
+from quip.files import complete, keep_aside, new_folder
 from quip.packed.checks import check_counts, check_finite
 from quip.packed.digests import sign, unverified
 from quip.packed.files import DAMAGED, INDEX, weight_files
@@ -74,8 +74,8 @@ def save_checkpoint(
         try:
             check_saved(partial)
         except QuipError as error:
-            kept = free_name(folder.resolve())
-            partial.replace(kept)
+            complete(partial)
+            kept = keep_aside(partial, folder.resolve())
             raise type(error)(
                 f"{folder}: what was saved could not be loaded ({error}); it is in {kept}, and its "
                 "kind of model is to be reported"

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quip.errors import NonFinite, UsageError
+from quip.errors import NonFinite, UsageError, one_line
 from quip.packed.checkpoint import positions
 from quip.serve.sampling import Sampling
 from quip.serve.text import IncrementalDecoder
@@ -150,9 +150,9 @@ def _steps(
             out = model(**inputs, return_dict=True)
         model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
         logits = out.logits[:, -1].float()
-        if logits.isnan().any():
+        if not logits.amax().isfinite():  # NaN is the largest; some models rule tokens out by -inf
             raise NonFinite(
-                f"{type(model).__name__} computes NaN in {model.dtype}; "
+                f"{type(model).__name__} computes NaN or infinity in {model.dtype}; "
                 "choose another dtype, or repair its weights"
             )
         token = _choose(logits_processor(input_ids, logits), rng)
@@ -183,8 +183,8 @@ def _tokens(
         except Exception as error:  # a template may raise anything, also on purpose
             roles = ", ".join(message["role"] for message in prompt)
             raise UsageError(
-                f"the chat template refuses messages of the roles {roles}: {error}; leave out a "
-                "system message, or give the prompt as plain text"
+                f"the chat template refuses messages of the roles {roles}: {one_line(error)}; "
+                "leave out a system message, or give the prompt as plain text"
             ) from error
         # The template has written all special tokens that it wants.
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 
 from quip.data import DATASETS, TokenSet, calibration_tokens, evaluation_tokens, tokens
 from quip.data import pydoc as pydoc_source
+from quip.data.local import local_part
 from quip.data.pydoc import pydoc_documents
 from quip.errors import Unavailable, UsageError
+from quip.reading import VALUES
 
 SEQLEN = 16
 
@@ -264,6 +266,13 @@ def test_every_local_format_gives_the_same_tokens(tokenizer, tmp_path, suffix):
     drawn = calibration_tokens(str(path), tokenizer, nsamples=4, seqlen=SEQLEN, seed=5)
     published = published_from_text("\n\n".join(documents), tokenizer, 4, 5)
     assert torch.equal(drawn.ids, published)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_data_may_hold_more_values_than_words_may(tmp_path, suffix):
+    text = "," * (VALUES + 1)
+    (tmp_path / f"data{suffix}").write_text(json.dumps({"text": text}) + "\n" + '{"text": "b"}')
+    assert local_part(tmp_path / f"data{suffix}", "train").load("whole") == [text, "b"]
 
 
 def test_one_record_is_a_json_file_too(tokenizer, tmp_path):

@@ -194,3 +194,4 @@ def test_models_of_the_papers_are_known_without_the_network():
     assert set(read_table("perplexity").models) == set(known_models())
     assert slug("facebook/opt-1.3b") == "opt-1.3b"
     assert slug("/a/b/Smol.Q4_1.gguf") == "Smol.Q4_1"
+    assert {slug(".."), slug("../.."), slug("a/.."), slug(""), slug(".")} == {"model"}

@@ -257,7 +257,7 @@ def test_a_model_that_predicts_nan_is_not_let_speak():
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight[3, 4] = torch.nan
-    with pytest.raises(NonFinite, match=r"LlamaForCausalLM computes NaN in torch\.float32"):
+    with pytest.raises(NonFinite, match=r"LlamaForCausalLM computes NaN or infinity in torch"):
         list(generate(model, NUMBERS, WORDS))
 
 

@@ -171,7 +171,7 @@ def slug(text: str) -> str:
     """As part of a file's name; of a file its name alone."""
     path = Path(text)
     name = path.stem if path.suffix == ".gguf" else path.name
-    return re.sub(r"[^\w.]+", "-", name).strip("-")
+    return re.sub(r"[^\w.]+", "-", name).strip("-.") or "model"
 
 
 def identity(name: str) -> list[Any]:

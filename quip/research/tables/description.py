@@ -92,9 +92,11 @@ class Measure:
             if not isinstance(found, Mapping) or key not in found:
                 return None
             found = found[key]
-        if isinstance(found, bool) or not isinstance(found, int | float | str):
+        try:
+            value = float("none" if isinstance(found, bool) else found)
+            return self.scale / value if self.inverse else self.scale * value
+        except (TypeError, ValueError, ArithmeticError):
             return None
-        return self.scale / float(found) if self.inverse else self.scale * float(found)
 
 
 @dataclass(frozen=True, kw_only=True)
