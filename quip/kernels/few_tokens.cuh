@@ -19,16 +19,7 @@
 
 #include "device.cuh"
 
-namespace {
-
-constexpr int ROWS = 16;            // of a warp, and of its block
-constexpr int RUN = 64;             // columns of a slice
-constexpr int WIDTH = 8;            // columns of x that tensor cores multiply at once
-constexpr int SPACED = ROWS + 4;    // floats from one column of sums to the next: no bank conflicts
-constexpr int COPIES = 32;          // of each entry of a table, one a lane: no bank conflicts either
-constexpr int ENTRIES = 256;        // of a table
-enum Kind { FLOAT, BFLOAT, HALF };  // what a number is stored as
-
+// Not in the namespace below: nvcc makes what takes it invisible outside the library then.
 struct Product {  // as in few_tokens.py
     int64_t m, n, tokens, row_bytes, plane_bytes;
     const uint8_t *words;     // [m, row_bytes]: planes, each with 1, 2, 4 or 8 codes a byte
@@ -43,6 +34,16 @@ struct Product {  // as in few_tokens.py
     float middle, unit, second;  // unit (codes - middle); what a second stage is multiplied by
     int32_t factor_kind, step_kind, parts, warps, layers;
 };
+
+namespace {
+
+constexpr int ROWS = 16;            // of a warp, and of its block
+constexpr int RUN = 64;             // columns of a slice
+constexpr int WIDTH = 8;            // columns of x that tensor cores multiply at once
+constexpr int SPACED = ROWS + 4;    // floats from one column of sums to the next: no bank conflicts
+constexpr int COPIES = 32;          // of each entry of a table, one a lane: no bank conflicts either
+constexpr int ENTRIES = 256;        // of a table
+enum Kind { FLOAT, BFLOAT, HALF };  // what a number is stored as
 
 DEVICE float number(const void *from, int64_t at, int kind) {
     if (kind == FLOAT) return ((const float *)from)[at];
