@@ -37,10 +37,10 @@ def main() -> int:
             "bench_gpu: torch sees no CUDA device; say --device cpu for a dry run", file=sys.stderr
         )
         return 2
-    record = described(args.device, args.commit)
+    record = described(args.device)
     until = time.monotonic() + 60 * args.minutes
     for left, name in zip(range(len(args.only), 0, -1), args.only, strict=True):
-        section: dict[str, Any] = {"rows": []}
+        section: dict[str, Any] = {"commit": args.commit, "rows": []}
         record["sections"][name] = section
         started = time.monotonic()
         for row in rows(name, args.device, (until - started) / left, section):
@@ -72,7 +72,7 @@ def rows(name: str, device: str, seconds: float, section: dict[str, Any]):
     section["ended"] = f"stopped at its limit of {seconds:.0f} s" if late.is_set() else ended
 
 
-def described(device: str, commit: str | None) -> dict[str, Any]:
+def described(device: str) -> dict[str, Any]:
     """The record without rows: on what it was made."""
     on_gpu = device == "cuda"
     return {
@@ -83,7 +83,6 @@ def described(device: str, commit: str | None) -> dict[str, Any]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda if on_gpu else None,
         },
-        "commit": commit,
         "sections": {},
     }
 

@@ -1,7 +1,7 @@
 """C++ compiled at first use and called through ctypes: no build step, no torch headers.
 
 The library is kept in the user's cache under a name that holds a hash of all it depends on:
-source, flags, compiler and processor.
+source and what it includes, flags, compiler and processor.
 """
 
 import ctypes
@@ -29,6 +29,7 @@ FLAGS = (
 )
 SECONDS = 120  # that a compilation may take
 EXPORTED = re.compile(r'extern "C" [^({;]*?(\w+)\(')
+INCLUDED = re.compile(rb'^#include "(.+)"', re.MULTILINE)
 log = logging.getLogger(__name__)
 
 
@@ -137,8 +138,15 @@ def _words(variable: str) -> tuple[str, ...]:
 def _fingerprint(source: Path, compiler: tuple[str, ...], toolchain: Toolchain = CPP) -> str:
     version = _run(*compiler, "--version")
     words = " ".join(toolchain.flags()), version, toolchain.target()
-    parts = (source.read_bytes(), *map(os.fsencode, words))
+    parts = (*_texts(source), *map(os.fsencode, words))
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _texts(source: Path) -> list[bytes]:
+    """The source, and what it includes by name, and so on."""
+    text = source.read_bytes()
+    included = [source.parent / os.fsdecode(name) for name in INCLUDED.findall(text)]
+    return [text, *(part for path in included for part in _texts(path))]
 
 
 def _processor() -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from attack.children import FAULTS
 from bench_rounding import commit, cpu_name
 from blocks import ROOT, fill
+from gpu_tables import of_gpu
 
 from quip.jobs.report.folder import as_json
 from quip.jobs.report.text import table
@@ -185,6 +186,7 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "kills": of_kills,
     "fuzz": of_fuzz,
     "soak": of_soak,
+    "gpu": of_gpu,
 }
 
 if __name__ == "__main__":

@@ -305,6 +305,15 @@ def test_a_compiler_may_print_any_bytes(source, tmp_path, monkeypatch, caplog, f
     assert [line.split(": ")[-1] for line in caplog.messages] == ["caf\ufffd is no text"] * fails
 
 
+def test_a_header_that_changes_makes_another_library(source, folder):
+    source.write_text('#include "one.h"\nextern "C" int two() { return VALUE; }\n')
+    source.with_name("one.h").write_text('#include "other.h"\n')
+    for value in (2, 3):
+        source.with_name("other.h").write_text(f"#define VALUE {value}\n")
+        forget()
+        assert native.library(source).two() == value
+
+
 def test_more_flags_make_another_library(source, folder, monkeypatch):
     native.library(source)
     monkeypatch.setenv("QUIP_CXXFLAGS", "-O0 '-DNAME=a b'")

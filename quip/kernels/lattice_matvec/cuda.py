@@ -1,0 +1,79 @@
+"""Multiply a few vectors by a matrix of packed lattice codes on a CUDA device, by cuda.cu."""
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int32, Int64
+from torch import Tensor
+
+from quip.kernels import cuda, few_tokens
+from quip.kernels.few_tokens import KINDS, Matrix, Product, readable
+from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage, code_bits
+from quip.kernels.operation import Form
+
+SOURCE = Path(__file__).with_name("cuda.cu")
+UNIT_COLUMNS = 16 * DIM  # that 16 bytes of each plane hold
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word, that of each coordinate
+MIDDLES = {E8P: 7.5, E81B: 8.0}  # the nibble of 0
+
+
+def multiply(
+    x: Float[Tensor, "*batch n"],
+    words: Int32[Tensor, "m words"],
+    stages: Sequence[Stage],
+    scales: Float[Tensor, " groups"],
+    *,
+    group: int | None,
+    ratio: float | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch m"]:
+    """x W~^T without a gradient; x is rounded as few_tokens.py tells, and W~ to no dtype."""
+    second = 0.0 if ratio is None else 1 / ratio
+    matrix = Matrix(
+        words=words.contiguous(),
+        unit_columns=UNIT_COLUMNS,
+        factors=(scales if scales.dtype in KINDS else scales.float()).contiguous(),
+        factor_columns=DIM * group if group else x.shape[-1],
+        tables=packed_tables(tuple(stages)),
+        middle=sum(w * MIDDLES[type(s)] for s, w in zip(stages, (1.0, second), strict=False)),
+        unit=0.5,
+        second=second,
+    )
+
+    def start(call: Product) -> None:
+        cuda.launch(
+            SOURCE, "multiply_lattice", x.device, ctypes.byref(call), code_bits(stages) // 8
+        )
+
+    return few_tokens.multiply(x, matrix, dtype, start)
+
+
+@cache
+def packed_tables(stages: tuple[Stage, ...]) -> Int32[Tensor, "tables 256"]:
+    """The enum Table of cuda.cu: a word for each byte of signs, of magnitudes, and of E81B."""
+    first = stages[0]
+    assert isinstance(first, E8P)
+    device = first.magnitudes.device
+    signs, shifts = first.signs.cpu() < 0, first.shifts.cpu() < 0
+    nibbles = [14 * signs.long() ^ shifts.long().unsqueeze(1), _nibbles(first.magnitudes)]
+    nibbles += [_nibbles(stage.points) for stage in stages if isinstance(stage, E81B)]
+    return torch.stack([_words(x) for x in nibbles]).to(device)
+
+
+def _nibbles(points: Float[Tensor, "256 8"]) -> Int64[Tensor, "256 8"]:
+    return (2 * points.cpu() + 8).long()
+
+
+def _words(nibbles: Int64[Tensor, "256 8"]) -> Int32[Tensor, " 256"]:
+    words = (nibbles << 4 * torch.tensor(NIBBLES)).sum(1)
+    return torch.where(words < 2**31, words, words - 2**32).int()
+
+
+def _serves(x: Tensor, *_: object, **__: object) -> bool:
+    return readable(x, x.shape[-1])
+
+
+FORM = Form(multiply, _serves, lambda: cuda.available(SOURCE))
