@@ -142,16 +142,7 @@ def main() -> int:
     base = work / "base"
     base.mkdir(parents=True)
     (base / "text.txt").write_text(TEXT)
-    line = (
-        "run",
-        "demo",
-        str(base / "text.txt"),
-        *SMALL,
-        "--wbits",
-        "2",
-        "--eval_datasets",
-        "none",
-    )
+    line = ("run", "demo", str(base / "text.txt"), *SMALL, "--eval_datasets", "none")
     finish(quip(*line, "--wbits", "2", "--save", str(base / "saved")), work)
     rng, rows = random.Random(args.seed), []
     for kind in kinds(base):
@@ -160,14 +151,18 @@ def main() -> int:
         whole = work / kind.name / "whole"
         seconds, said = finish(kind.line(whole), whole)
         expected = kind.outcome(whole, said)
-        for number in range(KILLS):
+        number = struck = 0
+        while struck < KILLS:
             folder, moment = work / kind.name / str(number), rng.uniform(0.1, 1) * seconds
-            ended = kill(kind.line(folder), folder, moment)
+            number += 1
+            if not kill(kind.line(folder), folder, moment):
+                continue  # it had ended
+            struck += 1
             again, said = finish([*kind.line(folder), *kind.again], folder)
             row = {
                 "command": kind.name,
+                "commit": commit(),
                 "killed_after": moment,
-                "killed": ended,
                 "resumed_in": again,
                 "lost": moment + again - seconds,
                 "equal": kind.outcome(folder, said) == expected,
@@ -175,7 +170,7 @@ def main() -> int:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-    record = {"kind": "kills", "seed": args.seed, "commit": commit(), "cpu": cpu_name()}
+    record = {"kind": "kills", "seed": args.seed, "cpu": cpu_name()}
     with replacing(args.out) as partial:
         partial.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     return int(not all(row["equal"] and not row["left"] for row in rows))

@@ -103,19 +103,18 @@ def of_rounding(record: Mapping[str, Any]) -> str:
 def of_kills(record: Mapping[str, Any]) -> str:
     """How often each command was killed, and what that cost."""
     lines = [
-        "| command | moments | killed before the end | end equal | left over | lost at most |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| command | kills | end equal | left over | lost at most |",
+        "|---|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(row["command"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["command"] == name]
-        killed, equal, left = (
-            sum(bool(row[x]) for row in rows) for x in ("killed", "equal", "left")
-        )
+        equal, left = (sum(bool(row[x]) for row in rows) for x in ("equal", "left"))
         lost = max(row["lost"] for row in rows)
-        lines.append(f"| {name} | {len(rows)} | {killed} | {equal} | {left} | {lost:.1f} s |")
+        lines.append(f"| {name} | {len(rows)} | {equal} | {left} | {lost:.1f} s |")
+    commits = dict.fromkeys(row["commit"] for row in record["rows"])
     return "\n".join(lines) + (
         "\n\nOn `demo`; what is lost holds a second start of the process "
-        f"({record['cpu']}, commit {record['commit']}).\n"
+        f"({record['cpu']}, commit {', '.join(commits)}).\n"
     )
 
 
