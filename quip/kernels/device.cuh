@@ -1,6 +1,6 @@
 // What kernels need of a CUDA device beyond C++: its instructions by name, and a launch.
 //
-// tests/support/cuda_on_host.h stands in for this file, and defines QUIP_DEVICE, where a source is
+// tests/support/emulated/device.h stands in for this file, and defines QUIP_DEVICE, where a source is
 // compiled for the host.
 
 #ifndef QUIP_DEVICE

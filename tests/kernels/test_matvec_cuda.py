@@ -15,7 +15,8 @@ from quip.kernels.cuda import Nvcc
 from quip.kernels.few_tokens import FEW
 from quip.kernels.grid_matvec import cuda as grid_form
 from quip.kernels.lattice_matvec import cuda as lattice_form
-from tests.support import cuda_on_host, ptxas
+from tests.support import ptxas
+from tests.support.emulation import emulated, launch, needs_compiler  # noqa: F401
 
 BITS = sorted(grid_form.UNIT_COLUMNS)
 SOURCES = [grid_form.SOURCE, lattice_form.SOURCE]
@@ -25,12 +26,6 @@ STEPS = {torch.bfloat16: 1 / (127 * 256), torch.float32: 1e-6}
 # Bytes that a kernel stores and loads, by compute capability. This one, of 3 bits, is held to the
 # 128 registers at which two blocks of 256 threads are on a processor, and needs a few more.
 SPILLED = {"DecodedILi3EEELi2ELb0E": {(8, 0): 48, (9, 0): 12}}
-
-
-@pytest.fixture
-def on_host(monkeypatch):
-    """Kernels for CUDA are computed by the CPU, if they are called by name."""
-    monkeypatch.setattr("quip.kernels.cuda.launch", cuda_on_host.launch)
 
 
 def grids(
@@ -78,6 +73,14 @@ def check(decoder: Decoder, codes, x, dtype, *, device: str = "cpu"):
     return ours
 
 
+def check_on_the_host(decoder: Decoder, codes, batch: tuple[int, ...], dtype):
+    """The same by the CPU; hypothesis wants no fixture of a function."""
+    n, rng = codes.shape[1] * decoder.dim, torch.Generator().manual_seed(len(codes))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("quip.kernels.cuda.launch", launch)
+        check(decoder, codes, torch.randn(*batch, n, generator=rng), dtype)
+
+
 def moved(decoder: Decoder, device: str) -> Decoder:
     names = ("step", "zero", "scale")
     held = {k: v for k in names if isinstance(v := getattr(decoder, k, None), torch.Tensor)}
@@ -95,7 +98,7 @@ RAGGED = st.sampled_from([32, 64, 96, 160, 512, 544, 608, 1056])
 BATCHES = st.sampled_from([(), (1,), (2,), (3,), (5,), (2, 4), (16,)])
 
 
-@cuda_on_host.needs_compiler
+@needs_compiler
 @settings(max_examples=20)
 @given(
     m=st.integers(1, 40),
@@ -106,18 +109,10 @@ BATCHES = st.sampled_from([(), (1,), (2,), (3,), (5,), (2, 4), (16,)])
     dtype=st.sampled_from(sorted(STEPS, key=str)),
 )
 def test_grids_of_shared_steps_on_the_host(m, n, bits, group, batch, dtype):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("quip.kernels.cuda.launch", cuda_on_host.launch)
-        decoder, codes = grids(m, n, bits, group, symmetric=True)
-        check(
-            decoder,
-            codes,
-            torch.randn(*batch, n, generator=torch.Generator().manual_seed(m)),
-            dtype,
-        )
+    check_on_the_host(*grids(m, n, bits, group, symmetric=True), batch, dtype)
 
 
-@cuda_on_host.needs_compiler
+@needs_compiler
 @settings(max_examples=20)
 @given(
     m=st.integers(1, 40),
@@ -127,29 +122,22 @@ def test_grids_of_shared_steps_on_the_host(m, n, bits, group, batch, dtype):
     dtype=st.sampled_from(sorted(STEPS, key=str)),
 )
 def test_grids_of_a_step_a_row_on_the_host(m, n, bits, batch, dtype):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("quip.kernels.cuda.launch", cuda_on_host.launch)
-        decoder, codes = grids(m, n, bits, None, symmetric=False)
-        check(
-            decoder,
-            codes,
-            torch.randn(*batch, n, generator=torch.Generator().manual_seed(m)),
-            dtype,
-        )
+    check_on_the_host(*grids(m, n, bits, None, symmetric=False), batch, dtype)
 
 
-@cuda_on_host.needs_compiler
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [64, 128, 192])
 @pytest.mark.parametrize("tokens", [1, 6])
-def test_grids_of_groups_of_each_row_on_the_host(on_host, bits, group, tokens):
+def test_grids_of_groups_of_each_row_on_the_host(bits, group, tokens):
     n = 5 * 512  # a whole number of runs of 64 in each plane, for any number of bits
     decoder, codes = grids(19, n, bits, group, symmetric=False)
     for dtype in STEPS:
         check(decoder, codes, torch.randn(tokens, n), dtype)
 
 
-@cuda_on_host.needs_compiler
+@needs_compiler
 @settings(max_examples=20)
 @given(
     m=st.integers(1, 40),
@@ -160,20 +148,13 @@ def test_grids_of_groups_of_each_row_on_the_host(on_host, bits, group, tokens):
     dtype=st.sampled_from(sorted(STEPS, key=str)),
 )
 def test_lattices_on_the_host(m, n, name, group, batch, dtype):
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("quip.kernels.cuda.launch", cuda_on_host.launch)
-        decoder, codes = lattices(m, n, name, group)
-        check(
-            decoder,
-            codes,
-            torch.randn(*batch, n, generator=torch.Generator().manual_seed(m)),
-            dtype,
-        )
+    check_on_the_host(*lattices(m, n, name, group), batch, dtype)
 
 
-@cuda_on_host.needs_compiler
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
 @pytest.mark.parametrize("name", LATTICES)
-def test_every_point_of_every_stage_is_read_as_it_is_decoded(on_host, name):
+def test_every_point_of_every_stage_is_read_as_it_is_decoded(name):
     """A column at a time, where no other hides a wrong sign or magnitude."""
     decoder, _ = lattices(1, 32, name, None)
     codes = (257 * torch.arange(2**8))[:, None]  # all signs, and all magnitudes
@@ -185,25 +166,28 @@ def test_every_point_of_every_stage_is_read_as_it_is_decoded(on_host, name):
     torch.testing.assert_close(ours, decoder.decode(codes)[:, 8:16].T, rtol=0, atol=1e-5)
 
 
-@cuda_on_host.needs_compiler
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
 @pytest.mark.parametrize("bits", [2, 3])
-def test_columns_that_fit_no_block_are_shared_out_to_layers(on_host, monkeypatch, bits):
+def test_columns_that_fit_no_block_are_shared_out_to_layers(monkeypatch, bits):
     monkeypatch.setattr(few_tokens, "ROOM", 2**13)
     assert few_tokens._shared_out(8192, 2, 16 * 8 // bits)[1] > 1
     decoder, codes = grids(17, 8192, bits, None, symmetric=False)
     check(decoder, codes, torch.randn(1, 8192), torch.bfloat16)
 
 
-@cuda_on_host.needs_compiler
-def test_long_rows_are_split_among_sixteen_warps(on_host):
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
+def test_long_rows_are_split_among_sixteen_warps():
     n = few_tokens.LONG
     assert few_tokens._shared_out(n, 2, 64) == (16, 1)
     decoder, codes = grids(3, n, 2, None, symmetric=False)
     check(decoder, codes, torch.randn(1, n), torch.bfloat16)
 
 
-@cuda_on_host.needs_compiler
-def test_equal_inputs_give_equal_bits_wherever_they_stand(on_host):
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
+def test_equal_inputs_give_equal_bits_wherever_they_stand():
     decoder, codes = grids(40, 608, 3, None, symmetric=False)
     x, words = torch.randn(3, 608), pack(codes, 3)
     together = multiply(x, words, decoder, torch.bfloat16)
@@ -215,8 +199,9 @@ def test_equal_inputs_give_equal_bits_wherever_they_stand(on_host):
     assert torch.equal(multiply(shifted, words, decoder, torch.bfloat16), together[0])
 
 
-@cuda_on_host.needs_compiler
-def test_what_is_no_number_stays_none_and_zeros_stay_zeros(on_host):
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
+def test_what_is_no_number_stays_none_and_zeros_stay_zeros():
     decoder, codes = grids(5, 64, 2, None, symmetric=False)
     x = torch.zeros(4, 64)
     x[1, 3], x[2, 5], x[3] = torch.nan, torch.inf, 1e-38
@@ -226,8 +211,9 @@ def test_what_is_no_number_stays_none_and_zeros_stay_zeros(on_host):
     assert float(y[3].abs().max()) < 1e-30
 
 
-@cuda_on_host.needs_compiler
-def test_one_large_input_costs_no_more_than_its_own_rounding(on_host):
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
+def test_one_large_input_costs_no_more_than_its_own_rounding():
     decoder, codes = grids(16, 4096, 4, None, symmetric=True)
     x = torch.randn(1, 4096)
     x[0, 17] = 1000

@@ -26,8 +26,8 @@ class Host(native.Toolchain):
         return (COMPILER,)
 
     def flags(self) -> tuple[str, ...]:
-        options = ("-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas")
-        return (*options, f"-I{HEADERS}", "-x", "c++")
+        options = ("-std=c++17", "-O2", "-shared", "-fPIC", "-pthread", "-Wno-unknown-pragmas")
+        return (*options, f"-I{HEADERS}", "-x", "c++", "-include", "device.h")
 
     def target(self) -> str:
         return "".join(path.read_text() for path in sorted(HEADERS.iterdir()))

@@ -27,15 +27,15 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-struct float4 {
+struct __align__(16) float4 {
     float x, y, z, w;
 };
 
 namespace {
 
 thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
-constexpr size_t SHARED = 227 << 10;  // bytes
-__shared__ __align__(16) float memory[SHARED / sizeof(float)];
+constexpr size_t SHARED = 227 << 10, BEHIND = 1 << 10;  // bytes
+__shared__ __align__(1024) float memory[(SHARED + BEHIND) / sizeof(float)];
 
 namespace emulated {
 
@@ -48,7 +48,7 @@ struct Thread {
     bool done = false;
 };
 
-constexpr size_t STACK = 64 << 10;
+constexpr size_t STACK = 128 << 10;
 thread_local std::vector<Thread> threads;
 thread_local std::vector<Barrier> barriers;  // of the block, and of each warp
 thread_local std::vector<uint32_t> sent;     // two of each thread
@@ -76,8 +76,8 @@ void enter() {
     yield();
 }
 
-void run_block(unsigned block, dim3 grid, dim3 size, const std::function<void()> &kernel) {
-    blockIdx = dim3(block), gridDim = grid, blockDim = size, body = kernel;
+void run_block(dim3 block, dim3 grid, dim3 size, const std::function<void()> &kernel) {
+    blockIdx = block, gridDim = grid, blockDim = size, body = kernel;
     std::memset(memory, 0xff, sizeof memory);  // NaN: what was not written shows
     threads.clear();
     threads.resize(size.x);
@@ -167,6 +167,7 @@ void __nanosleep(unsigned) {
 }
 
 int min(int a, int b) { return a < b ? a : b; }
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class Kernel> cudaError_t cudaFuncSetAttribute(Kernel *, int, int) { return 0; }
 
