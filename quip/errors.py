@@ -20,6 +20,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:150]}...{text[-40:]}"
 
 
+def short(text: object) -> str:
+    """Foreign text as it is, or as `shown` where it has more than 200 characters."""
+    return str(text) if len(str(text)) <= 200 else shown(text)
+
+
 class QuipError(Exception):
     """Something outside the program is in the way. The command line prints it and exits with 1."""
 

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.errors import Unavailable, shown
-from quip.packed.files import opened
+from quip.packed.digests import bytes_of
+from quip.packed.files import opened, tensors_of
 from quip.reading import inside, read_json
 from quip.shapes import Within, check_shape
 
@@ -158,18 +159,18 @@ def read_tensors(folder: Path, name: str, size: int, digest: str) -> dict[str, T
     check_header(folder, name, size)
     path = file_of(folder, name)
     with opened(path, f"{path} is damaged", REMADE) as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if digest_of(tensors) != digest:
+        tensors = tensors_of(file)
+    if moments_digest(tensors) != digest:
         raise Unavailable(f"{path} is damaged (its hash is not the manifest's); {REMADE}")
     return tensors
 
 
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
+def moments_digest(tensors: Mapping[str, Tensor]) -> str:
     """A hash of the tensors' names and bytes."""
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()
 
 

@@ -25,11 +25,11 @@ from quip.data.hessian_files import (
     MANIFEST,
     RESUME,
     check_header,
-    digest_of,
     file_of,
     is_long_enough,
     is_of_a_store,
     is_whole,
+    moments_digest,
     read_manifest,
     read_tensors,
     rows_before,
@@ -188,7 +188,7 @@ class StoreWriter:
                     "size": len(H),
                     "block": block,
                     "count": hessian.count,
-                    "digest": digest_of(tensors),
+                    "digest": moments_digest(tensors),
                 }
             )
         kept = [row for row in self._rows if row["block"] != block]

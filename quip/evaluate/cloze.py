@@ -81,7 +81,7 @@ def cloze_items(documents: Iterable[str] | None = None) -> list[dict[str, str | 
     return items
 
 
-def digest_of(path: Path) -> str:
+def story_digest(path: Path) -> str:
     """The SHA-256 of a StoryCloze file. Raises Unavailable where it cannot be read."""
     check_regular(path.expanduser())
     try:

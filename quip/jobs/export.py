@@ -12,6 +12,7 @@ from quip.errors import NonFinite, QuipError, UsageError
 from quip.files import check_new, new_folder
 from quip.model.load import LoadedModel, load_model
 from quip.packed.checkpoint import SHARD, check_folder, to_dense
+from quip.packed.checks import is_finite
 from quip.packed.files import weight_bytes
 from quip.packed.quip_sharp.read import GENERATION
 from quip.packed.quip_sharp.write import published_config, published_tensors
@@ -76,7 +77,7 @@ def _loaded(folder: Path, out: Path, *, dtype: str, overwrite: bool) -> LoadedMo
 def _check_range(model: nn.Module) -> None:
     """float16 ends at 65504: what is beyond would become infinite."""
     for name, parameter in model.named_parameters():
-        if not bool(parameter.isfinite().all()):
+        if not is_finite(parameter.detach()):
             raise NonFinite(
                 f"{name} holds values beyond the range of {parameter.dtype}; "
                 "give --dtype bfloat16 or float32"

@@ -15,6 +15,7 @@ from quip.model.load import LoadedModel
 from quip.model.plan import Plan, described
 from quip.model.records import versions
 from quip.model.tune import BlockTuning
+from quip.packed.digests import bytes_of
 
 Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matrices
 
@@ -57,6 +58,5 @@ def _digest(model: nn.Module) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

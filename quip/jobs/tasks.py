@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from quip.errors import NonFinite, finite
-from quip.evaluate.cloze import digest_of
+from quip.evaluate.cloze import story_digest
 from quip.evaluate.zeroshot import ZeroShot, fetch_tasks, zeroshot
 from quip.jobs.report.report import Report
 from quip.model.load import LoadedModel
@@ -99,7 +99,7 @@ def _terms(asked: ZeroShot) -> dict[str, Any]:
     return {
         "num_fewshot": asked.num_fewshot,
         "limit": asked.limit,
-        "storycloze_csv": asked.storycloze_csv and digest_of(asked.storycloze_csv),
+        "storycloze_csv": asked.storycloze_csv and story_digest(asked.storycloze_csv),
         "versions": {name: found.get(name) for name in ("python", "lm-eval")},
     }
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from quip.codebooks.names import CODEBOOKS, INTEGERS
-from quip.errors import UsageError, shown
+from quip.errors import UsageError, short, shown
 from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS
 
 MOST = 10**9  # columns; no model comes near it
@@ -208,17 +208,12 @@ class Flags:
                 continue
             if said.choices is not None and value not in said.choices:
                 raise UsageError(
-                    f"--{name} {_short(value)}: not one of {', '.join(map(str, said.choices))}"
+                    f"--{name} {short(value)}: not one of {', '.join(map(str, said.choices))}"
                 )
             if isinstance(value, int) and value >= MOST:
                 raise UsageError(f"--{name} {shown(value)}: a number below {MOST:,} is needed")
             if said.refuse is not None and (wrong := said.refuse(value)):
-                raise UsageError(f"--{name} {_short(value)}: {wrong}")
-
-
-def _short(value: object) -> str:
-    """A value as it was given, unless it is too long to be read."""
-    return str(value) if len(str(value)) <= 200 else shown(value)
+                raise UsageError(f"--{name} {short(value)}: {wrong}")
 
 
 FLAGS: dict[str, Field[Any]] = {one.name.rstrip("_"): one for one in fields(Flags)}  # as one types

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quip.errors import NonFinite, UnsupportedModel
 from quip.model.matrices import find_blocks
+from quip.packed.checks import is_finite
 
 REMEDY = "evaluate with --dtype float32 or bfloat16, or quantize with more bits"
 
@@ -81,7 +82,7 @@ def _see_entering(
     found: list[str], name: str, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     x = args[0] if args else kwargs.get("hidden_states")
-    if not found and isinstance(x, Tensor) and not _is_finite(x):
+    if not found and isinstance(x, Tensor) and not is_finite(x):
         found.append(f"{_kind(x)} before {name}")
 
 
@@ -89,12 +90,8 @@ def _see_leaving(
     found: list[str], name: str, _: nn.Module, args: tuple[Any, ...], output: Any
 ) -> None:
     x = output[0] if isinstance(output, tuple) else output
-    if not found and isinstance(x, Tensor) and not _is_finite(x):
+    if not found and isinstance(x, Tensor) and not is_finite(x):
         found.append(f"{_kind(x)} in {name}")
-
-
-def _is_finite(x: Tensor) -> bool:
-    return bool(x.isfinite().all())
 
 
 def _kind(x: Tensor) -> str:

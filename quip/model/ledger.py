@@ -26,14 +26,14 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quip.errors import QuipError, Unavailable, UsageError, one_line, shown
+from quip.errors import QuipError, Unavailable, UsageError, one_line, short, shown
 from quip.files import make_folder, replacing, writing
 from quip.model.block import BlockModule
 from quip.model.matrices import find_blocks
 from quip.model.records import MatrixRecord, parse_records
 from quip.model.tune import TuningRecord
 from quip.packed.digests import SEAL, seal_of
-from quip.packed.files import naming_damage, opened
+from quip.packed.files import naming_damage, opened, tensors_of
 from quip.packed.layout import Layout
 from quip.reading import parse_json, read_json
 from quip.shapes import Within, check_shape
@@ -212,12 +212,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> 
         if isinstance(a, dict) and isinstance(b, dict):
             yield from _changes(a, b, f"{prefix}{key}.")
         elif a != b:
-            yield f"{_short(f'{prefix}{key}')} was {_short(a)}, is now {_short(b)}"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+            yield f"{short(f'{prefix}{key}')} was {short(a)}, is now {short(b)}"
 
 
 def _entered(words: Any) -> int:
@@ -235,7 +230,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a file holds. Raises Unavailable unless its seal, where it has one, is of just that."""
     with opened(path, *_damaged(path)) as file:
         words = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = tensors_of(file)
         if words.get(SEAL, seal := seal_of(tensors, words)) != seal:
             raise ValueError("it is not what was written: the digests differ")
         return tensors, words

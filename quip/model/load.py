@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from quip.data.reach import reach_hub
-from quip.errors import Unavailable, UnsupportedModel, UsageError, how_to_install, shown
+from quip.errors import Unavailable, UnsupportedModel, UsageError, how_to_install, short, shown
 from quip.model.gguf.config import read_gguf_config
 from quip.model.gguf.header import read_header
 from quip.model.gguf.tokenizer import complete_tokenizer
@@ -137,9 +137,8 @@ def _locate(name: str) -> _Source:
     if is_file:
         raise Unavailable(f"{name} is a file other than .gguf; give the folder it is in")
     if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name):
-        short = name if len(name) <= 200 else shown(name)
         raise Unavailable(
-            f"{short}: no such file or folder, and not of the form of a hub id; "
+            f"{short(name)}: no such file or folder, and not of the form of a hub id; "
             "give a folder, a .gguf file, an id such as facebook/opt-125m, or `demo`"
         )
     reach_hub(name)

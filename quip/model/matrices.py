@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from quip.errors import NonFinite, UnsupportedModel
 from quip.model.probe import is_product, is_scale
 from quip.packed.checkpoint import check_loadable
+from quip.packed.checks import is_finite
 from quip.packed.linear import quantized_layers
 
 
@@ -173,7 +174,7 @@ def check_quantizable(model: PreTrainedModel, name: str) -> Coverage:
 def check_weights(model: nn.Module) -> None:
     """Raise NonFinite, naming the first parameter that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
-        if parameter.numel() and not all(x.isfinite() for x in parameter.detach().aminmax()):
+        if not is_finite(parameter.detach()):
             raise NonFinite(
                 f"{name}: NaN or infinity among the weights ({parameter.dtype}); the checkpoint "
                 "is damaged, or was cast to a dtype of too small a range (try float32)"

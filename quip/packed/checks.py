@@ -62,13 +62,14 @@ def check_finite(model: nn.Module, remedy: str = DAMAGED) -> None:
         if name in packed or key in seen or tensor.is_meta:
             continue
         seen.add(key)
-        if not _finite(tensor):
+        if not is_finite(tensor):
             half = tensor.dtype == torch.float16
             wider = ", or numbers beyond its range: give --dtype bfloat16" if half else ""
             raise NonFinite(f"{name}: it holds NaN or infinity, as {tensor.dtype}{wider}; {remedy}")
 
 
-def _finite(x: Tensor) -> bool:
+def is_finite(x: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
     if not x.is_floating_point() or not x.numel():
         return True
     # One pass and no copy; both ends are NaN if any number is.

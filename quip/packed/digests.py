@@ -39,11 +39,16 @@ def unverified() -> Iterator[None]:
         verifying.reset(token)
 
 
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's numbers, in the order of its entries."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
 def digest_of(tensor: Tensor) -> str:
     """XXH3 of 128 bits, in hexadecimal, of `int32 [8, 4]`, say, and the bytes of such a tensor."""
     words = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     digest = xxhash.xxh3_128(words.encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

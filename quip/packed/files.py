@@ -54,6 +54,11 @@ def opened(path: Path, what: str, remedy: str) -> Iterator[Any]:
             yield file
 
 
+def tensors_of(file: Any) -> dict[str, Tensor]:
+    """All tensors of a file that is open."""
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorEntry:
     """A tensor of a file, not yet read."""

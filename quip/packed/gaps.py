@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from quip.errors import Unavailable, shown
+from quip.errors import Unavailable, short
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +34,13 @@ def refuse_gaps(name: str, info: Mapping[str, Any], needed: Collection[str]) -> 
         if keys:
             raise Unavailable(
                 f"{name}: the checkpoint does not fit its config.json: {len(keys)} "
-                f"{kind.replace('_', ' ')} such as {_named(keys)}; download it again"
+                f"{kind.replace('_', ' ')} such as {short(min(map(str, keys)))}; download it again"
             )
     if left:
         log.warning(
             "%s: left out %d entries of its files that the model has no use for, such as %s",
-            *(name, len(left), _named(left)),
+            *(name, len(left), short(min(left))),
         )
-
-
-def _named(keys: Collection[Any]) -> str:
-    """The first of some names, which a file may have made long."""
-    first = min(map(str, keys))
-    return first if len(first) <= 200 else shown(first)
 
 
 def _contradictions(left: Collection[str], needed: Collection[str]) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 from quip.data.pydoc import pydoc_documents
 from quip.errors import QuipError, Unavailable, UsageError
 from quip.evaluate import cloze
-from quip.evaluate.cloze import ANSWER, TEXTS, cloze_items, digest_of, story_rows
+from quip.evaluate.cloze import ANSWER, TEXTS, cloze_items, story_digest, story_rows
 from tests.support.stories import STORY, write_stories
 
 
@@ -139,6 +139,6 @@ def test_a_file_that_cannot_be_read_is_unavailable(tmp_path):
 def test_a_file_of_stories_has_a_digest_wherever_it_is(tmp_path, monkeypatch):
     (tmp_path / "stories.csv").write_text("a,b\n")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert digest_of(Path("~/stories.csv")) == sha256(b"a,b\n").hexdigest()
+    assert story_digest(Path("~/stories.csv")) == sha256(b"a,b\n").hexdigest()
     with pytest.raises(Unavailable, match=r"missing.csv: cannot be read \(No such file"):
-        digest_of(tmp_path / "missing.csv")
+        story_digest(tmp_path / "missing.csv")

@@ -15,6 +15,7 @@ from quip.errors import QuipError
 from quip.matrix.build import build_recipe
 from quip.model.ledger import Ledger, differences
 from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.packed.files import tensors_of
 from tests.support.tiny import tiny, tokens
 
 RECIPE = build_recipe(quant="nearest", wbits=4)
@@ -50,7 +51,7 @@ def rewrite(path: Path, change: Callable[[dict, dict], object]) -> None:
     """The file with other tensors and words, without the seal that it had."""
     with safe_open(path, "pt") as file:
         words = dict(file.metadata())
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = tensors_of(file)
     words = {
         key: words[key] for key in ("name", "layout", "records", "tuned", "block") & words.keys()
     }

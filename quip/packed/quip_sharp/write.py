@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from quip.codebooks import LATTICES
 from quip.errors import NonFinite, UnsupportedModel, UsageError
 from quip.kernels.bits import unpack
+from quip.packed.checks import is_finite
 from quip.packed.layout import Layout
 from quip.packed.quip_sharp.codes import pack_codes
 from quip.packed.quip_sharp.format import (
@@ -141,7 +142,7 @@ def _scale(name: str, scale: Tensor) -> Tensor:
 
 def _half(name: str, x: Tensor) -> Tensor:
     half = x.to(torch.float16)
-    if not bool(half.isfinite().all()):
+    if not is_finite(half):
         raise NonFinite(
             f"{name} holds values beyond the range of float16, which the published layout has; "
             "export it with --dense --dtype bfloat16"

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from quip.packed.digests import bytes_of
+
 FAULTS = ("traceback", "signal", "hang", "memory", "wordy", "different")  # of verdicts
 SECONDS = 10.0  # of processor time
 WALL = 90.0  # on a machine with other work
@@ -153,5 +155,5 @@ def content(file: Path) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(file).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
