@@ -15,7 +15,7 @@ from torch import Tensor
 
 import quip.kernels
 from quip.codebooks import e8p, e81b
-from quip.kernels import grid_matvec, lattice_matvec, lattice_points, panel
+from quip.kernels import centroid_matvec, grid_matvec, lattice_matvec, lattice_points, panel
 from quip.kernels.bits import pack
 from quip.kernels.hadamard import rotations
 from quip.kernels.lattice_points import operations
@@ -106,6 +106,16 @@ def lattice_products() -> Iterator[Case]:
                 yield Case(args, {**options, "dtype": torch.float32})
 
 
+def centroid_products() -> Iterator[Case]:
+    for d, bits in ((1, 2), (2, 4), (2, 6), (4, 8), (4, 9)):
+        words, n = pack(integers(bits, 7, 33), bits), 33 * d
+        known = {"columns": 20 * d, "bits": bits, "dtype": torch.float32}
+        for x in (randn(n), randn(1, n), randn(2, 4, n)):
+            args = x, words, randn(2, 3, 2**bits, d)
+            yield Case((*args, None), {**known, "block": None})
+            yield Case((*args, randn(7, 3).abs()), {**known, "block": 12 * d})
+
+
 def roundings() -> Iterator[Case]:
     for stages in STAGES:
         ratio = 2.5 if len(stages) > 1 else None
@@ -152,6 +162,7 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     panel.fit_and_round_columns: Check(fitted_panels),
     grid_matvec.multiply: Check(grid_products),
     lattice_matvec.multiply: Check(lattice_products),
+    centroid_matvec.multiply: Check(centroid_products),
     lattice_points.nearest: Check(roundings, equal_but_for_ties),
     lattice_points.decode: Check(decodings, torch.testing.assert_close),
     lattice_points.error: Check(errors),

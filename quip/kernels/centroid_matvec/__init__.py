@@ -1,0 +1,7 @@
+"""Multiply vectors by a matrix of packed codes of learned codebooks."""
+
+from quip.kernels.centroid_matvec import reference
+from quip.kernels.operation import Operation
+
+decode = reference.decode
+multiply = Operation(reference.multiply, parts=reference.PARTS)
