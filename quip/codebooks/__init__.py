@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quip.codebooks.base import Codebook, Decoder, Groups
     from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, candidate_rhos
     from quip.codebooks.lattice import Lattice, Lattices
+    from quip.codebooks.learned import Centroids, Learned
 
     DECODERS: dict[str, Any]  # by the name that a file gives them
 
@@ -19,18 +20,21 @@ _HOMES = {
     **dict.fromkeys(("Codebook", "Decoder", "Groups"), "base"),
     **dict.fromkeys(("Grids", "MinMaxGrid", "RmsGrid", "candidate_rhos"), "grid"),
     **dict.fromkeys(("Lattice", "Lattices"), "lattice"),
+    **dict.fromkeys(("Centroids", "Learned"), "learned"),
 }
 
 __all__ = [
     "CODEBOOKS",
     "DECODERS",
     "LATTICES",
+    "Centroids",
     "Codebook",
     "Decoder",
     "Grids",
     "Groups",
     "Lattice",
     "Lattices",
+    "Learned",
     "MinMaxGrid",
     "RmsGrid",
     "candidate_rhos",

@@ -4,7 +4,7 @@ A codebook inherits from `Codebook`, and what a file holds of it from `Decoder`:
 for what only some of them do faster.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol, TypeAlias, runtime_checkable
 
@@ -40,7 +40,11 @@ def tiles(m: int, rows: int) -> list[int]:
 
     Equal but for 1, so that no tile is much shorter than the others (256 of 576: 288 and 288).
     """
-    count = max(1, round(m / rows))
+    return even(m, max(1, round(m / rows)))
+
+
+def even(m: int, count: int) -> list[int]:
+    """The sizes of `count` parts of m, in order: the first ones may be larger by 1."""
     size, more = divmod(m, count)
     return [size + 1] * more + [size] * (count - more)
 
@@ -72,6 +76,20 @@ class Decoder(Stored, Protocol):
         codes = unpack(words, self.index_bits, x.shape[-1] // self.dim)
         return linear(x.to(dtype), self.decode(codes).to(dtype)).to(x.dtype)
 
+    def learnable(self) -> dict[str, Tensor]:
+        """What tuning may move, in float32: numbers from which weights are decoded."""
+        return {}
+
+    def decode_with(
+        self, codes: Integer[Tensor, "m k"], values: Mapping[str, Tensor]
+    ) -> Float[Tensor, "m n"]:
+        """W~ with these in place of what is `learnable`; gradients reach them."""
+        return self.decode(codes)
+
+    def learned(self, values: Mapping[str, Tensor]) -> "Decoder":
+        """The decoder with these in place of what is `learnable`, rounded as a file holds them."""
+        return self
+
 
 @runtime_checkable
 class Codebook(Protocol):
@@ -98,6 +116,20 @@ class Codebook(Protocol):
 
     @property
     def index_bits(self) -> int: ...
+
+    def check(self, m: int, n: int) -> None:
+        """Raise UsageError for an m x n matrix that it cannot serve; of it the message speaks."""
+
+    def sized(self, m: int, n: int, group: int | None) -> tuple["Codebook", int | None]:
+        """The codebook for an m x n matrix, and the columns of its groups, where `group` are named.
+
+        Groups may be made more even than the named ones, of which the last one may be short.
+        """
+        return self, group
+
+    def at(self, column: int) -> "Codebook":
+        """The fitted codebook as it serves what follows the first `column` columns of its group."""
+        return self
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "Codebook":
         """The codebook scaled to the columns X, whose errors weigh h."""

@@ -63,6 +63,12 @@ CODEBOOKS = {
         )
         for name, row in LATTICES.items()
     },
+    "vq": Entry(
+        title="--vq_dim neighbours together to one of 2^(wbits vq_dim) learned centroids",
+        bits=tuple(range(1, 9)),
+        home="learned",
+        decoder="Centroids",
+    ),
 }
 INTEGERS = next(iter(CODEBOOKS))  # the default
 
@@ -83,3 +89,4 @@ class Choice:
     stack: bool = False
     rotation: str | None = None
     passes: int = 0
+    update: int = 0

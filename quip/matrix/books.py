@@ -4,14 +4,14 @@ Other codebooks have their `of(take)` in their own file.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quip.codebooks.names import LATTICES, Choice
 from quip.errors import UsageError
-from quip.matrix.flags import Flags
 from quip.matrix.methods import METHODS
+from quip.matrix.takes import Take
+from quip.matrix.vectors import learned
 
 if TYPE_CHECKING:
     from quip.codebooks import Lattice, MinMaxGrid, RmsGrid
@@ -25,23 +25,6 @@ LATTICE_RANGE = "8"
 # (rho, ratio) around which a fit looks, best for proxy losses of rotated weights; and how far.
 CENTRES = {"E8P12": (1.0, None), "E8P12RVQ3B": (0.98, 2.1), "E8P12RVQ4B": (0.9, 3.8)}
 SHARES = (0.8, 0.87, 0.93, 1.0, 1.07, 1.15)
-
-
-@dataclass(frozen=True)
-class Take:
-    """The values of flags for one part of a recipe, which is noted as their reader."""
-
-    flags: Flags
-    name: str
-    readers: dict[str, str]  # of each flag that was read, the first
-
-    def __call__(self, name: str) -> Any:
-        self.readers.setdefault(name, self.name)
-        return getattr(self.flags, name)
-
-    def part(self, name: str) -> "Take":
-        """The values of the same flags for a part of this name, which a refusal may speak of."""
-        return replace(self, name=name)
 
 
 def grid(take: Take) -> Choice:
@@ -118,7 +101,12 @@ def lattice(take: Take) -> Choice:
     )
 
 
-READERS: dict[str, Callable[[Take], Choice]] = {"grid": grid, "lattice": lattice}  # by home
+# By home.
+READERS: dict[str, Callable[[Take], Choice]] = {
+    "grid": grid,
+    "lattice": lattice,
+    "learned": learned,
+}
 
 
 def _columns(range_: str, *, least: int) -> int | None:

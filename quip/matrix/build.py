@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from quip.codebooks.names import CODEBOOKS, Choice
 from quip.errors import UsageError
-from quip.matrix.books import READERS, Take
+from quip.matrix.books import READERS
 from quip.matrix.flags import IGNORED, Flags, as_line
-from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, Method
+from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, UNROTATED, Method
+from quip.matrix.takes import Take
 
 if TYPE_CHECKING:
+    from quip.matrix.polish import Polish
     from quip.matrix.recipe import Recipe
 
 
@@ -29,7 +31,6 @@ def build_recipe(**flags: Any) -> "Recipe":
 
     from quip import transforms
     from quip.matrix import feedback, order
-    from quip.matrix.polish import Greedy
     from quip.matrix.recipe import Recipe
 
     choice, book = parts.choice, parts.choice.codebook()
@@ -42,10 +43,22 @@ def build_recipe(**flags: Any) -> "Recipe":
         feedback=getattr(feedback, parts.method.feedback),
         group=choice.group,
         damp=parts.damp,
-        polish=(Greedy(passes),) if passes else (),
+        polish=_polish(passes, choice.update),
         clamp_target=choice.clamp_target,
         stack=choice.stack,
     )
+
+
+def _polish(passes: int, update: int) -> "tuple[Polish, ...]":
+    """Greedy passes; with an update of centroids before them all and after each."""
+    from quip.matrix.polish import Greedy
+
+    if not update:
+        return (Greedy(passes),) if passes else ()
+
+    from quip.matrix.centroids import UpdateCentroids
+
+    return (UpdateCentroids(update), *(Greedy(1), UpdateCentroids(update)) * passes)
 
 
 def check_flags(**flags: Any) -> "Parts":
@@ -92,7 +105,7 @@ def _read(f: Flags, readers: dict[str, str]) -> Parts:
     if rescales or incoherent:
         draws.append(("RescaleDraw", {}))
     if rotates or incoherent or choice.rotation:
-        draws.append(_rotation(take, choice.rotation))
+        draws += _rotation(take, choice.rotation, asked=rotates or incoherent)
     return Parts(
         method=method,
         choice=choice,
@@ -118,15 +131,24 @@ def _bits(f: Flags) -> int:
     return found
 
 
-def _rotation(take: Take, default: str | None) -> tuple[str, Mapping[str, Any]]:
+def _rotation(
+    take: Take, default: str | None, *, asked: bool
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The rotation, if it is any."""
     one = take.part("rotations")
     name, extra = one("rotation"), one("pre_proj_extra")
     if name is not None and extra is not None:
         raise UsageError("--rotation and --pre_proj_extra both choose a rotation: leave one out")
+    if name == UNROTATED:
+        if asked:
+            raise UsageError(
+                "--rotation none with --pre_proj or --incoh_processing, which rotate: leave one out"
+            )
+        return []
     name = name or default or "kronecker"
     row = ROTATIONS[name] if extra is None else EXTRAS[extra]
     own = take.part(f"--rotation {name}")
-    return row.draw, {**row.options, **{key: own(flag) for key, flag in row.takes.items()}}
+    return [(row.draw, {**row.options, **{key: own(flag) for key, flag in row.takes.items()}})]
 
 
 def _passes(take: Take, method: Method, choice: Choice) -> int:

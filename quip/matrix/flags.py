@@ -12,7 +12,7 @@ from typing import Any
 
 from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.errors import UsageError, short, shown
-from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS
+from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, UNROTATED
 
 MOST = 10**9  # columns; no model comes near it
 MOST_PASSES = 10_000
@@ -38,6 +38,7 @@ def flag(group: str, words: str, *, default: Any = None, **more: Any) -> Any:
 
 of_method = partial(flag, "method")
 of_codebook = partial(flag, "codebook")
+of_vectors = partial(flag, "vector codebooks (vq)")
 of_processing = partial(flag, "incoherence processing")
 
 
@@ -78,7 +79,7 @@ class Flags:
         "bits per weight; 16, the default, evaluates the model as it is (a lattice has its own: "
         "leave it out)",
         kind=int,
-        choices=(*range(2, 9), 16),
+        choices=(*range(1, 9), 16),
     )
     quant: str = of_method(
         f"how weights are rounded (default ldlq): {_listed(METHODS)}",
@@ -94,7 +95,8 @@ class Flags:
     )
     unbiased: bool = of_method("round at random, so that the mean is exact", kind=bool)
     groupsize: int | None = of_method(
-        "columns of a row that share one range in grid a (by default the whole row)",
+        "columns of a row that share one range in grid a (by default the whole row); weights that "
+        "share one codebook of vq (by default 65,536)",
         kind=int,
         metavar="N",
         refuse=lambda n: n < 1 and "a group has at least one column",
@@ -141,6 +143,71 @@ class Flags:
         "quantize q, k and v, and up and gate, one by one instead of stacked (lattices only)",
         kind=bool,
     )
+    vq_dim: int | None = of_vectors(
+        "neighbours of a row that are rounded together to one centroid (default 2)",
+        kind=int,
+        choices=(1, 2, 4),
+    )
+    columns_per_group: int | None = of_vectors(
+        "columns of a group of weights that share a codebook (default 256, or 128 where the group "
+        "has 128 weights; groups of a matrix are made even)",
+        kind=int,
+        metavar="N",
+        refuse=lambda n: n < 1 and "a group has at least one column",
+    )
+    bits_per_value: float | None = of_vectors(
+        "choose the --groupsize with which codes, codebooks and scales come to X bits per weight",
+        kind=float,
+        metavar="X",
+        refuse=lambda x: not 0 < x <= 32 and "a number of bits up to 32 is needed",
+    )
+    em_iters: int | None = of_vectors(
+        "iterations of EM for each codebook (default 100)",
+        kind=int,
+        metavar="N",
+        refuse=lambda n: (
+            (n < 0 and "it cannot be negative")
+            or (n > MOST_PASSES and f"at most {MOST_PASSES:,} make sense: it settles in hundreds")
+        ),
+    )
+    vq_seed: str | None = of_vectors(
+        "where EM starts (default mahalanobis): mahalanobis, vectors at even ranks of their "
+        "distance to the mean; kpp, k-means++; cdf, quantiles (--vq_dim 1)",
+        choices=("mahalanobis", "kpp", "cdf"),
+    )
+    vq_weights: str | None = of_vectors(
+        "what errors weigh in EM and rounding: loss, the default, what they cost in the sweep; "
+        "none, all alike",
+        choices=("loss", "none"),
+    )
+    vq_scaling: int | None = of_vectors(
+        "divide every N weights of a row by a scale of 4 bits before they meet their codebook",
+        kind=int,
+        metavar="N",
+        refuse=lambda n: n < 1 and "a scale serves at least one weight",
+    )
+    codebook_update: str | None = of_vectors(
+        "after the sweep, and after each of --npasses: cg, the default, moves centroids to where "
+        "the loss is least, codes fixed, by conjugate gradients; none leaves them",
+        choices=("cg", "none"),
+    )
+    codebook_bits: int | None = of_vectors(
+        "bits of the entries of codebooks (default 8); 4: whole numbers in units of 128 weights",
+        kind=int,
+        choices=(16, 8, 4),
+    )
+    codebook_scale: str | None = of_vectors(
+        "what shares a scale of the entries of codebooks: each codebook its own (the default), or "
+        "all of the same columns one",
+        choices=("codebook", "columns"),
+    )
+    svd_rank: float | None = of_vectors(
+        "store the codebooks of --vq_dim 1 as a product of factors whose rank is a share X of "
+        "their size",
+        kind=float,
+        metavar="X",
+        refuse=lambda x: not 0 < x <= 1 and "a share above 0, up to 1, is needed",
+    )
     incoh_processing: bool = of_processing(
         "QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b", kind=bool
     )
@@ -162,8 +229,9 @@ class Flags:
     )
     rotation: str | None = of_processing(
         "the rotation by name: kronecker (QuIP), blocked (a factor for each block), hadamard "
-        "(QuIP#: random signs and a Hadamard matrix; the default for lattices)",
-        choices=ROTATIONS,
+        "(QuIP#: random signs and a Hadamard matrix; the default for lattices and vq), or none in "
+        "place of that default",
+        choices=(*ROTATIONS, UNROTATED),
     )
     hadamard_block: int | None = of_processing(
         "one Hadamard matrix for every N columns, where none fits them all",
@@ -196,7 +264,8 @@ class Flags:
     )
     faithful: bool = of_processing(
         "the paper's algorithm as printed: weights clipped before feedback, and for grid b one "
-        "range of 2.4 RMS for the matrix; for lattices one published scale for the matrix",
+        "range of 2.4 RMS for the matrix; for lattices one published scale for the matrix; for vq "
+        "no rotation, and groups of an eighth of a bit",
         kind=bool,
     )
 

@@ -45,6 +45,7 @@ ROTATIONS = {
     "blocked": Rotation(draw="KroneckerDraw", options={"blocked": True}),
     "hadamard": Rotation(draw="HadamardDraw", takes={"block": "hadamard_block"}),
 }
+UNROTATED = "none"  # where a codebook would rotate by default
 UNPERMUTED = Rotation(draw="KroneckerDraw", options={"blocked": True, "permute": False})
 EXTRAS = (ROTATIONS["blocked"], ROTATIONS["kronecker"], UNPERMUTED)  # by --pre_proj_extra
 
@@ -57,6 +58,9 @@ class Named:
     flags: dict[str, Any]
 
 
+# Dimensions and bits per value of the rows of GPTVQ's Tables 2 and 9.
+GPTVQ = [(dim, bits) for bits in (2.125, 2.25, 3.125, 4.125) for dim in (1, 2)]
+GPTVQ += [(4, bits) for bits in (2.125, 2.25)]
 RECIPES = {
     **{
         f"quip-{bits}bit": Named(
@@ -71,5 +75,18 @@ RECIPES = {
             flags={"wbits": row.bits, "quant": "ldlq", "codebook": name},
         )
         for name, row in LATTICES.items()
+    },
+    **{
+        f"gptvq-{dim}d-{bits}": Named(
+            title=f"GPTVQ: {dim} weights to one of {2 ** (dim * int(bits))} centroids, {bits} bits",
+            flags={
+                "wbits": int(bits),
+                "quant": "gptq",
+                "codebook": "vq",
+                "vq_dim": dim,
+                "bits_per_value": bits,
+            },
+        )
+        for dim, bits in GPTVQ
     },
 }

@@ -46,7 +46,7 @@ def round_panel(
     for i, lo in enumerate(range(0, len(X), d)):
         span = slice(lo, lo + d)
         x = torch.addmm(X[span], K[:lo, span].T, eta[:lo]).T if lo else X[span].T  # [m, d]
-        book = books[i if len(books) > 1 else 0]
+        book = books[i] if len(books) > 1 else books[0].at(lo)
         used.append(book.fit(x, h[span]) if refit else book)
         code = used[-1].round(x, h[span])
         codes.append(code if kept is None else _nearer(code, kept[0][i], x, used[-1], kept[1][i]))

@@ -83,7 +83,7 @@ def greedy(
     codes_T = codes.T.clone(memory_format=torch.contiguous_format)
     E = torch.empty_like(W_T)
     for k, lo in enumerate(range(0, n, d)):
-        book = books[lo // group if group else 0]
+        book = books[lo // group if group else 0].at(lo % group if group else lo)
         E[lo : lo + d] = W_T[lo : lo + d] - book.decode(codes_T[k]).T
 
     for _ in range(passes):
@@ -93,9 +93,17 @@ def greedy(
         for width, lo, hi in cascade(X, J, E, {panel, fit}, block=block):
             if width == panel:
                 at, here = slice(lo, hi), slice(lo // d, -(-hi // d))
-                used = books[lo // group : -(-hi // group)] if group else books
+                used = _serving(books, group, lo, hi)
                 kept = (codes_T[here], metrics[here]) if d > 1 or rows > 1 else None
                 codes_T[here], _ = round_panel(
                     X[at], J[at, at], E[at], h[at], used, base=W_T[at], kept=kept
                 )
     return codes_T.T
+
+
+def _serving(books: Sequence[Codebook], group: int | None, lo: int, hi: int) -> Sequence[Codebook]:
+    """The books of these columns: one for each group, of which there is one or all are whole."""
+    if group is None:
+        return [books[0].at(lo)]
+    first, last = lo // group, -(-hi // group)
+    return [books[first].at(lo % group)] if last - first == 1 else books[first:last]

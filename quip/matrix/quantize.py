@@ -35,7 +35,7 @@ def quantize_matrix(
         NonFinite: W or H holds NaN or infinity.
         NotPositiveDefinite: H has no Cholesky factor after three escalations of damping.
     """
-    return _quantize(W, Factorisations(H), recipe, rng, name)
+    return _quantize(W, Factorisations(H), recipe.sized(*W.shape), rng, name)
 
 
 def quantize_matrices(
@@ -69,12 +69,13 @@ def quantize_by_many(
     factorisations = Factorisations(H)
     bases: dict[Hashable, dict[Hashable, list[tuple[str, Label]]]] = {}
     for name, label in product(weights, recipes):
-        basis, factored = keys(name, recipes[label])
+        basis, factored = keys(name, recipes[label].sized(*weights[name].shape))
         bases.setdefault(basis, {}).setdefault(factored, []).append((name, label))
     for work in bases.values():
         for name, label in chain.from_iterable(work.values()):
-            rng = rng_for(seed, name)
-            yield name, label, _quantize(weights[name], factorisations, recipes[label], rng, name)
+            W, rng = weights[name], rng_for(seed, name)
+            sized = recipes[label].sized(*W.shape)
+            yield name, label, _quantize(W, factorisations, sized, rng, name)
 
 
 def _quantize(

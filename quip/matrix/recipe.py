@@ -1,6 +1,6 @@
 """A Recipe says how one matrix is quantized: algorithms, not flags."""
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -45,11 +45,21 @@ class Recipe:
                 f"{name}: its {n} inputs are no multiple of {self.codebook.dim}, and the codebook "
                 "rounds so many weights together; use --codebook int"
             )
+        try:
+            self.codebook.check(m, n)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
         for draw in self.transforms:
             try:
                 draw.check(m, n)
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from error
+
+    def sized(self, m: int, n: int) -> "Recipe":
+        """The recipe for an m x n matrix, whose groups the codebook may make even."""
+        codebook, group = self.codebook.sized(m, n, self.group)
+        trials = tuple(book.sized(m, n, self.group)[0] for book in self.trials)
+        return replace(self, codebook=codebook, group=group, trials=trials)
 
     def can_do(self, m: int, n: int) -> bool:
         """Whether `check` lets such a matrix pass."""

@@ -49,12 +49,14 @@ def sweep(
     eta = X  # each error takes the place of its weight, which nobody needs any more
     codes: list[Tensor] = []
     books: list[Codebook] = [] if group else [book]
+    begun = 0  # the first column that is served by the last book
     for width, lo, hi in cascade(X, K, eta, {panel, fit}, block=block):
         at = slice(lo, hi)
         if width == fit and refits:
             books.append(book.fit(X[at].T, h[at]))
+            begun = lo
         if width == panel:
-            used = [book] if own else books[-1:]
+            used = [book] if own else [books[-1].at(lo - begun)]
             rounded, fitted = round_panel(X[at], K[at, at].to(X), eta[at], h[at], used, refit=own)
             codes.append(rounded)
             if own:

@@ -1,0 +1,23 @@
+"""The values of flags as the parts of a recipe take them, with a note of who took which."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from quip.matrix.flags import Flags
+
+
+@dataclass(frozen=True)
+class Take:
+    """The values of flags for one part of a recipe, which is noted as their reader."""
+
+    flags: Flags
+    name: str
+    readers: dict[str, str]  # of each flag that was read, the first
+
+    def __call__(self, name: str) -> Any:
+        self.readers.setdefault(name, self.name)
+        return getattr(self.flags, name)
+
+    def part(self, name: str) -> "Take":
+        """The values of the same flags for a part of this name, which a refusal may speak of."""
+        return replace(self, name=name)
