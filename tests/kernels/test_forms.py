@@ -15,7 +15,14 @@ from torch import Tensor
 
 import quip.kernels
 from quip.codebooks import e8p, e81b
-from quip.kernels import centroid_matvec, grid_matvec, lattice_matvec, lattice_points, panel
+from quip.kernels import (
+    centroid_matvec,
+    centroids,
+    grid_matvec,
+    lattice_matvec,
+    lattice_points,
+    panel,
+)
 from quip.kernels.bits import pack
 from quip.kernels.hadamard import rotations
 from quip.kernels.lattice_points import operations
@@ -138,6 +145,31 @@ def errors() -> Iterator[Case]:
         yield Case((X, h, stages), {"scale": torch.tensor(0.8), "ratio": ratio})
 
 
+# d, centroids, columns, rows, row groups: small and large ones, of sizes that differ by 1
+LEARNED = [
+    *((1, 4, 33, 40, 40), (1, 16, 20, 41, 10), (2, 16, 36, 83, 10), (2, 64, 30, 97, 3)),
+    *((4, 256, 64, 70, 1), (4, 16, 64, 5, 2), (2, 300, 20, 33, 2), (8, 4, 16, 20, 2)),
+]
+
+
+def learned() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """X, centroids and h."""
+    for d, k, g, m, groups in LEARNED:
+        yield randn(g, m), 0.8 * randn(groups, k, d, seed=1), 0.1 + randn(g, seed=2).abs()
+
+
+def assignments() -> Iterator[Case]:
+    for X, centroids_, h in learned():
+        yield Case((X, centroids_, h))
+
+
+def improvements() -> Iterator[Case]:
+    for X, centroids_, h in learned():
+        mass = randn(len(X) // centroids_.shape[2], X.shape[1], seed=3).square()
+        for options in ({"iterations": 1, "mass": mass}, {"iterations": 3}):
+            yield Case((X, centroids_, h), options)
+
+
 def near(ours: Tensor, expected: Tensor) -> None:
     """The noise of float32 in sums of some 50 numbers, or of 528 in a rotation."""
     size = float(expected.abs().max()) if expected.numel() else 0.0
@@ -147,7 +179,7 @@ def near(ours: Tensor, expected: Tensor) -> None:
 def equal_but_for_ties(ours: Tensor, expected: Tensor) -> None:
     """Codes of vectors that lie between two points may be either."""
     assert (ours.dtype, ours.shape) == (expected.dtype, expected.shape)
-    assert int((ours != expected).sum()) <= len(expected) // 100
+    assert int((ours != expected).sum()) <= expected.numel() // 100
 
 
 @dataclass
@@ -166,6 +198,8 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     lattice_points.nearest: Check(roundings, equal_but_for_ties),
     lattice_points.decode: Check(decodings, torch.testing.assert_close),
     lattice_points.error: Check(errors),
+    centroids.assign: Check(assignments, equal_but_for_ties),
+    centroids.improve: Check(improvements),
 }
 
 

@@ -1,0 +1,50 @@
+// Vectors of floats as wide as the processor's registers, and numbers in and out of them.
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 2;  // 16 registers
+#elif defined(__aarch64__)
+constexpr int LANES = 4, VECTORS = 4;
+#else
+constexpr int LANES = 4, VECTORS = 2;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+inline int64_t divide_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
+
+inline Floats all(float value) { return value - Floats{}; }
+
+inline Floats load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
+
+// LANES numbers of which `left` are there
+inline Floats load(const float *from, int64_t left, float fill = 0) {
+    if (left >= LANES) return load(from);
+    Floats lanes = all(fill);
+    for (int64_t i = 0; i < left; i++) lanes[i] = from[i];
+    return lanes;
+}
+
+template <class Number, class Vector> void store(Number *to, const Vector &lanes, int64_t left) {
+    if (left >= LANES)
+        std::memcpy(to, &lanes, sizeof lanes);
+    else
+        for (int64_t i = 0; i < left; i++) to[i] = lanes[i];
+}
+
+// Bit l is that of lane l, which is 0 or -1
+inline uint32_t bits_of(Ints lanes) {
+    constexpr uint32_t BITS[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
+                                 8192, 16384, 32768};
+    uint32_t bits[LANES], all = 0;
+    std::memcpy(bits, &lanes, sizeof bits);
+    for (int l = 0; l < LANES; l++) all |= bits[l] & BITS[l];
+    return all;
+}
