@@ -119,6 +119,7 @@ class Codebook(Protocol):
 
     def check(self, m: int, n: int) -> None:
         """Raise UsageError for an m x n matrix that it cannot serve; of it the message speaks."""
+        return
 
     def sized(self, m: int, n: int, group: int | None) -> tuple["Codebook", int | None]:
         """The codebook for an m x n matrix, and the columns of its groups, where `group` are named.

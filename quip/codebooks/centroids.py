@@ -93,8 +93,9 @@ class Centroids(Decoder):
     def decode_with(
         self, codes: Integer[Tensor, "m k"], values: Mapping[str, Tensor]
     ) -> Float[Tensor, "m n"]:
+        band = self.scheme.grouping.band(codes.shape[1] * self.dim)
         return centroid_matvec.reference.decode(
-            codes, values["centroids"], self._scales(), **self._cut(codes.shape[1] * self.dim)
+            codes, values["centroids"], self._scales(), columns=band, block=self.scheme.run
         )
 
     def multiply(
@@ -105,9 +106,10 @@ class Centroids(Decoder):
             words,
             self._centroids(),
             self._scales(),
+            columns=self.scheme.grouping.band(x.shape[-1]),
+            block=self.scheme.run,
             bits=self.index_bits,
             dtype=dtype,
-            **self._cut(x.shape[-1]),
         )
 
     def learnable(self) -> dict[str, Tensor]:
@@ -165,9 +167,7 @@ class Centroids(Decoder):
         if n % dim:
             raise QuipError(f"codes of {dim} weights need a multiple of {dim} inputs, not {n}")
         grouping, scaling = scheme.grouping, scheme.scaling
-        codes = torch.empty(
-            m, words(n // dim, scheme.index_bits), dtype=torch.int32, device="meta"
-        )
+        codes = torch.empty(m, words(n // dim, scheme.index_bits), dtype=torch.int32, device="meta")
         return {
             "codes": codes,
             **scheme.entries.empty(grouping.bands(n), grouping.tiles(m, n)),
@@ -183,7 +183,9 @@ class Centroids(Decoder):
         stored = {name: tensors[name] for name in layout}
         for name, x in stored.items():
             if x.is_floating_point() and not bool(x.isfinite().all()):
-                raise QuipError(f"a number of its codebooks ({name}) is not finite: the file is damaged")
+                raise QuipError(
+                    f"a number of its codebooks ({name}) is not finite: the file is damaged"
+                )
         if "centroid_scale" in stored and not bool((stored["centroid_scale"] > 0).all()):
             raise QuipError("a scale of its codebooks is not positive: the file is damaged")
         scaling = scheme.scaling
@@ -196,6 +198,3 @@ class Centroids(Decoder):
     def _scales(self) -> Float[Tensor, "m runs"] | None:
         scaling = self.scheme.scaling
         return None if scaling is None else scaling.values(self.scale_parts, torch.float32)
-
-    def _cut(self, n: int) -> dict[str, int | None]:
-        return {"columns": self.scheme.grouping.band(n), "block": self.scheme.run}

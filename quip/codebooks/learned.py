@@ -105,7 +105,7 @@ class Learned(Codebook):
         return replace(self, stored=stored, centroids=rounded)
 
     def where(self, chosen: Bool[Tensor, " tiles"], other: "Learned") -> "Learned":
-        """These codebooks in the chosen tiles, the other ones elsewhere; each is stored by itself."""
+        """These codebooks in the chosen tiles, the others elsewhere; each is stored by itself."""
         stored = {
             name: torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x, other.stored[name])
             for name, x in self.stored.items()
@@ -154,9 +154,7 @@ class Learned(Codebook):
     def _tiles(self, Y: Tensor) -> int:
         return self.tile_count or self.scheme.grouping.tiles(Y.shape[1], len(Y))
 
-    def _kept(
-        self, Y: Tensor, h: Tensor, mass: Tensor | None, centroids: Tensor
-    ) -> dict[str, Any]:
+    def _kept(self, Y: Tensor, h: Tensor, mass: Tensor | None, centroids: Tensor) -> dict[str, Any]:
         """The centroids as they are stored; of low rank, they are wanted sorted and weighed."""
         entries, weight = self.scheme.entries, centroids.new_ones(centroids.shape[:2])
         if entries.rank is not None:
@@ -173,7 +171,9 @@ def weigh(
     """The mass of the vectors of each centroid of each tile."""
     at = (tile_of_rows(codes.shape[1], count, codes.device) * k + codes.long()).flatten()
     total = mass.new_zeros(count * k, dtype=torch.float64)
-    return total.index_add_(0, at, mass.expand(codes.shape).flatten().double()).view(count, k).to(mass)
+    return (
+        total.index_add_(0, at, mass.expand(codes.shape).flatten().double()).view(count, k).to(mass)
+    )
 
 
 def tile_of_rows(m: int, count: int, device: torch.device) -> Int64[Tensor, " m"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ RANGE = 2.0**16  # of the scales of a run: rows of zeros must not stretch it
 SHARES = tuple(0.4 + 0.05 * i for i in range(14))  # of the largest weight, tried as 7 units
 
 
+@runtime_checkable
 class Scaling(Protocol):
     """A scale for each row and run of `size` columns.
 
@@ -56,7 +57,7 @@ class LogScales(Scaling):
 
     size: int
 
-    axis = {"scale_codes": 1, "scale_range": 0}
+    axis: ClassVar = {"scale_codes": 1, "scale_range": 0}
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> dict[str, Tensor]:
         largest = torch.stack([x.abs().amax(1) for x in X.split(self.size, 1)], 1)
@@ -99,7 +100,7 @@ class UnitScales(Scaling):
 
     size: int
 
-    axis = {"units": 1}
+    axis: ClassVar = {"units": 1}
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> dict[str, Tensor]:
         runs = zip(X.split(self.size, 1), h.split(self.size), strict=True)

@@ -33,7 +33,7 @@ def kpp(
     k: int,
     rng: torch.Generator | None,
 ) -> Float[Tensor, "groups k d"]:
-    """k-means++ (Arthur and Vassilvitskii): each next vector is drawn in proportion to its error."""
+    """k-means++ (Arthur and Vassilvitskii): the next vector is drawn in proportion to its error."""
     groups, n, _ = V.shape
     chosen = torch.empty(groups, k, dtype=torch.long, device=V.device)
     draws = torch.rand(k, groups, generator=rng).to(V)

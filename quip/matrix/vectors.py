@@ -1,4 +1,4 @@
-"""What learned vector codebooks (GPTVQ) read of the flags. No torch, so that refusals come at once."""
+"""What learned vector codebooks (GPTVQ) read of the flags. No torch: refusals come at once."""
 
 import math
 from functools import partial
@@ -127,7 +127,7 @@ def _weights(
     scales = 0.0 if run is None else (SCALE if entry_bits != 4 else 16) / run
     left = OVERHEAD if wanted is None else wanted - bits - scales
     entries = 2 ** (bits * dim) * dim * entry_bits  # bits of a codebook
-    if not 0 < left or entries / left > 10**12:
+    if left <= 0 or entries / left > 10**12:
         fixed = f"{bits} bits" + (f" and {scales:g} of scales" if run else "")
         raise UsageError(
             f"--bits_per_value {wanted:g}: codes take {fixed} of it, and no group is so large that "
