@@ -10,7 +10,8 @@ from quip.cli.values import place, seed
 from quip.codebooks.names import CODEBOOKS
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe, check_flags
-from quip.matrix.flags import FLAGS, IGNORED, Flags, as_line
+from quip.matrix.flags import FLAGS, IGNORED, Flags
+from quip.matrix.said import as_line
 
 if TYPE_CHECKING:
     from quip.evaluate.zeroshot import ZeroShot

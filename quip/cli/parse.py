@@ -13,8 +13,9 @@ from quip.cli import values
 from quip.cli.interrupts import Interrupts, noticed
 from quip.cli.streams import ReaderLeft, complain, say, set_up_streams
 from quip.errors import QuipError, UsageError, shown
-from quip.matrix.flags import FLAGS, as_line
+from quip.matrix.flags import FLAGS
 from quip.matrix.methods import RECIPES
+from quip.matrix.said import as_line
 from quip.reading import read_yaml
 
 NOT_IN_FILES = ("model", "dataset", "config", "call")

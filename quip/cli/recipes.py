@@ -4,8 +4,8 @@ import argparse
 import json
 
 from quip.cli.streams import say
-from quip.matrix.flags import as_line
 from quip.matrix.methods import METHODS, RECIPES, Named
+from quip.matrix.said import as_line
 
 HELP = "list the recipes that --recipe knows, and the methods of --quant"
 EXAMPLES = """

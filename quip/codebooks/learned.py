@@ -105,7 +105,7 @@ class Learned(Codebook):
         return replace(self, stored=stored, centroids=rounded)
 
     def where(self, chosen: Bool[Tensor, " tiles"], other: "Learned") -> "Learned":
-        """These codebooks in the chosen tiles, the others elsewhere; each is stored by itself."""
+        """Take these codebooks in chosen tiles, the others elsewhere; each is stored by itself."""
         stored = {
             name: torch.where(chosen.view(-1, *[1] * (x.ndim - 1)), x, other.stored[name])
             for name, x in self.stored.items()

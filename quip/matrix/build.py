@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from quip.codebooks.names import CODEBOOKS, Choice
 from quip.errors import UsageError
 from quip.matrix.books import READERS
-from quip.matrix.flags import IGNORED, Flags, as_line
+from quip.matrix.flags import IGNORED, Flags
 from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, UNROTATED, Method
+from quip.matrix.said import as_line
 from quip.matrix.takes import Take
 
 if TYPE_CHECKING:

@@ -5,70 +5,28 @@ Which flags a part of a recipe reads is said by the part (quip.matrix.books, qui
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, fields
 from functools import partial
 from typing import Any
 
 from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.errors import UsageError, short, shown
 from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, UNROTATED
-
-MOST = 10**9  # columns; no model comes near it
-MOST_PASSES = 10_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Said:
-    """What is known of a flag beside its name and default."""
-
-    help: str
-    group: str  # of the help
-    kind: Callable[[str], Any] = str  # makes its value of a word; bool: a switch, without one
-    metavar: str | None = None
-    choices: Collection[Any] | None = None
-    refuse: Callable[[Any], str | bool] | None = None  # what is wrong with a value, if anything
-
-
-def flag(group: str, words: str, *, default: Any = None, **more: Any) -> Any:
-    """A field of `Flags`; `more` is of `Said`. A switch is off unless it is said."""
-    said = Said(help=words, group=group, **more)
-    return field(default=False if said.kind is bool else default, metadata={"said": said})
-
+from quip.matrix.said import (
+    MOST,
+    MOST_PASSES,
+    bad_passes,
+    bad_rho,
+    bad_scale,
+    flag,
+    listed,
+    number_or_auto,
+)
 
 of_method = partial(flag, "method")
 of_codebook = partial(flag, "codebook")
 of_vectors = partial(flag, "vector codebooks (vq)")
 of_processing = partial(flag, "incoherence processing")
-
-
-def _listed(rows: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name}, {row.title}" for name, row in rows.items())
-
-
-def number_or_auto(word: str) -> float | str:
-    """A number, where the word is one; what else is no good is refused with all other values."""
-    try:
-        return float(word)
-    except ValueError:
-        return word
-
-
-def _bad_passes(n: int) -> str | bool:
-    if n > MOST_PASSES:
-        return f"at most {MOST_PASSES:,} make sense: codes settle in tens of passes"
-    return n < 0 and "it cannot be negative"
-
-
-def _bad_rho(x: float | str) -> str | bool:
-    good = x == "auto" if isinstance(x, str) else 0 < x < math.inf
-    return not good and "a positive number or auto is needed"
-
-
-def _bad_scale(x: float) -> str | bool:
-    if isinstance(x, str) or not 0 < x < math.inf:
-        return "a positive number is needed"
-    return not 0.01 <= x <= 100 and "scales of lattices lie between 0.01 and 100"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +40,7 @@ class Flags:
         choices=(*range(1, 9), 16),
     )
     quant: str = of_method(
-        f"how weights are rounded (default ldlq): {_listed(METHODS)}",
+        f"how weights are rounded (default ldlq): {listed(METHODS)}",
         default="ldlq",
         choices=METHODS,
     )
@@ -91,7 +49,7 @@ class Flags:
         "after feedback (10 with --faithful) and 0 for grids",
         kind=int,
         metavar="N",
-        refuse=_bad_passes,
+        refuse=bad_passes,
     )
     unbiased: bool = of_method("round at random, so that the mean is exact", kind=bool)
     groupsize: int | None = of_method(
@@ -113,7 +71,7 @@ class Flags:
         "accepted and ignored: updates are always blocked, with the same codes", kind=bool
     )
     codebook: str = of_codebook(
-        f"what weights are rounded to (default {INTEGERS}): {_listed(CODEBOOKS)}. A lattice brings "
+        f"what weights are rounded to (default {INTEGERS}): {listed(CODEBOOKS)}. A lattice brings "
         "its own --wbits, --rotation hadamard, two greedy passes after feedback (--npasses) and "
         "stacks of q, k and v (--no_fuse)",
         default=INTEGERS,
@@ -130,21 +88,22 @@ class Flags:
         "the published one)",
         kind=float,
         metavar="X",
-        refuse=_bad_scale,
+        refuse=bad_scale,
     )
     resid_scale_override: float | None = of_codebook(
         "by how much the second stage of a lattice magnifies what the first one left (default: 2.1 "
         "at 3 bits, 3.8 at 4; with --faithful the published 2.04 and 3.45)",
         kind=float,
         metavar="X",
-        refuse=_bad_scale,
+        refuse=bad_scale,
     )
     no_fuse: bool = of_codebook(
         "quantize q, k and v, and up and gate, one by one instead of stacked (lattices only)",
         kind=bool,
     )
     vq_dim: int | None = of_vectors(
-        "neighbours of a row that are rounded together to one centroid (default 2)",
+        "neighbours of a row that are rounded together to one centroid (default 4 up to 2 bits, else "
+        "2)",
         kind=int,
         choices=(1, 2, 4),
     )
@@ -260,7 +219,7 @@ class Flags:
         "values, and keep the result with the smallest proxy loss",
         kind=number_or_auto,
         metavar="{X,auto}",
-        refuse=_bad_rho,
+        refuse=bad_rho,
     )
     faithful: bool = of_processing(
         "the paper's algorithm as printed: weights clipped before feedback, and for grid b one "
@@ -287,15 +246,3 @@ class Flags:
 
 FLAGS: dict[str, Field[Any]] = {one.name.rstrip("_"): one for one in fields(Flags)}  # as one types
 IGNORED = ("lazy_batch", "pre_gptqH")  # so that the command lines of the papers' code run
-
-
-def as_line(flags: Mapping[str, Any]) -> list[str]:
-    """The flags as they would stand on a command line, by the names of `Flags`."""
-    words = []
-    for name, value in flags.items():
-        shown = name.rstrip("_")
-        if isinstance(value, bool):
-            words.append(f"--{shown}" if value else f"--no-{shown}")
-        elif value is not None:
-            words.append(f"--{shown}={value}")
-    return words

@@ -11,7 +11,6 @@ from quip.matrix.takes import Take
 if TYPE_CHECKING:
     from quip.codebooks import Learned
 
-DIM = 2
 COLUMNS = 256  # of a group, so that it is fitted to weights which carry the feedback before it
 WEIGHTS = 256 * COLUMNS  # of a group of rotated weights, which are alike everywhere
 OVERHEAD = 0.125  # bits per weight, of the paper's groups
@@ -25,11 +24,16 @@ PASSES = 1
 def learned(take: Take) -> Choice:
     """Learned centroids of --vq_dim neighbours."""
     bits, faithful, update = take("wbits"), take("faithful"), take("codebook_update")
-    dim = take("vq_dim") or DIM
+    dim = take("vq_dim") or (4 if bits <= 2 else 2)
     if bits * dim > 16:
         raise UsageError(
             f"--wbits {bits} --vq_dim {dim}: codebooks of 2^{bits * dim} centroids, and 2^16 are "
             "the most; say a smaller --vq_dim"
+        )
+    if dim > 1 and take("quant") == "ldlbal_admm":
+        raise UsageError(
+            f"--quant ldlbal_admm --vq_dim {dim}: it bounds the feedback of single columns; say "
+            "--vq_dim 1, or ldlq"
         )
     entry_bits, rank = _entries(take, bits, dim)
     run = _run(take, dim, entry_bits)

@@ -8,8 +8,8 @@ from quip import cli
 from quip import run as door
 from quip.codebooks import LATTICES
 from quip.matrix.build import build_recipe
-from quip.matrix.flags import as_line
 from quip.matrix.methods import METHODS, RECIPES
+from quip.matrix.said import as_line
 from quip.model.tune import BlockTuning
 
 pytestmark = pytest.mark.usefixtures("command")
