@@ -102,8 +102,8 @@ class Flags:
         kind=bool,
     )
     vq_dim: int | None = of_vectors(
-        "neighbours of a row that are rounded together to one centroid (default 4 up to 2 bits, else "
-        "2)",
+        "neighbours of a row that are rounded together to one centroid (default 4 up to 2 bits, "
+        "else 2)",
         kind=int,
         choices=(1, 2, 4),
     )

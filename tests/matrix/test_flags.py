@@ -143,7 +143,7 @@ def parsed(line: str) -> dict[str, object]:
         ({"wbits": 2, "hadamard_block": 8}, "say --pre_proj --rotation hadamard, or leave it out"),
         (
             {"wbits": 2, "pre_proj": True, "qfn": "b", "groupsize": 8},
-            "grid a and vq: say --qfn a, or",
+            "and vq: say --qfn a, or",
         ),
         ({"codebook": "E8P12", "rho": 3.0}, "say --codebook int --wbits 2 --incoh_processing, or"),
     ],
