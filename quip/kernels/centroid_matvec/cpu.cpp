@@ -25,12 +25,11 @@ constexpr int LANES = 16, SUMS = 16;  // SUMS: how many stay in registers
 constexpr int LANES = 8, SUMS = 8;
 #endif
 constexpr int ROWS = 8;   // that are unpacked together
-constexpr int SPARE = 16;  // bytes after the codes of a row: vectors reach beyond its end
+constexpr int SPARE = 64;  // bytes after the codes of a row: vectors reach beyond its end
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef float Four __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 struct CentroidMatvec {  // as in cpu.py; columns are counted in codes
     int64_t m, n, tokens, row_bytes;
@@ -50,25 +49,26 @@ struct CentroidMatvec {  // as in cpu.py; columns are counted in codes
 
 struct Run {
     int64_t start, codes, column_group, block;
-    int64_t vectors, x;  // of each of `planes`, and where the inputs of the first one are
+    int64_t steps, x;  // of HELD x PLANES vectors, and where the inputs of the first one are
 };
 
-// What the rows are multiplied with: runs one after the other, zeros up to whole vectors in each.
-// A run is `planes` lists of the coordinates i, planes + i ... , vectors of all T tokens in turn.
-template <int T>
+// What the rows are multiplied with, in the order in which `Weights` has those of a run: zeros after
+// the last one, and vectors of all T tokens in turn.
+template <int T, typename Weights>
 struct Inputs {
     std::vector<Run> runs;
     std::vector<float> x;
 
-    Inputs(const CentroidMatvec &a, int planes) {
+    explicit Inputs(const CentroidMatvec &a) {
+        constexpr int PLANES = Weights::PLANES, HELD = Weights::HELD;
         int64_t size = 0;
         for (int64_t start = 0; start < a.n;) {
             const int64_t group = start / a.columns, block = start / a.block;
             const int64_t end = std::min({a.n, (group + 1) * a.columns, (block + 1) * a.block});
-            const int64_t numbers = (end - start) * (a.dim / planes);
-            const int64_t vectors = (numbers + LANES - 1) / LANES;
-            runs.push_back({start, end - start, group, block, vectors, size});
-            size += vectors * planes * T * LANES;
+            const int64_t codes = end - start, numbers = codes * (a.dim / PLANES);
+            const int64_t steps = (numbers + HELD * LANES - 1) / (HELD * LANES);
+            runs.push_back({start, codes, group, block, steps, size});
+            size += steps * HELD * PLANES * T * LANES;
             start = end;
         }
         x.resize(size);
@@ -76,8 +76,10 @@ struct Inputs {
             for (int64_t t = 0; t < a.tokens; t++) {
                 const float *from = a.x + (t * a.n + run.start) * a.dim;
                 for (int64_t i = 0; i < run.codes * a.dim; i++) {
-                    const int64_t at = i / planes, vector = at / LANES * planes + i % planes;
-                    x[run.x + (vector * T + t) * LANES + at % LANES] = from[i];
+                    const int64_t number = i / PLANES, step = number / (HELD * LANES);
+                    const int64_t lane = number % (HELD * LANES) / HELD;
+                    const int64_t vector = (step * HELD + number % HELD) * PLANES + i % PLANES;
+                    x[run.x + (vector * T + t) * LANES + lane] = from[i];
                 }
             }
     }
@@ -100,17 +102,14 @@ float total(const Floats &lanes) {
 // sums += scales w x of a run, for the weights of R rows and T tokens
 template <int R, int T, typename Weights>
 [[gnu::always_inline]] inline void add_products(const Weights *rows, const float *scales,
-                                                const float *x, int64_t vectors, Floats *sums) {
+                                                const float *x, int64_t steps, Floats *sums) {
     Floats now[R][T] = {};
-    for (int64_t v = 0; v < vectors; v++) {
-        typename Weights::Codes codes[R];
+    for (int64_t step = 0; step < steps; step++) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) codes[r] = rows[r].codes(v);
-#pragma GCC unroll 8
-        for (int plane = 0; plane < Weights::PLANES; plane++, x += T * LANES) {
+        for (int i = 0; i < Weights::HELD * Weights::PLANES; i++, x += T * LANES) {
             Floats w[R];
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++) w[r] = rows[r].weights(codes[r], plane);
+            for (int r = 0; r < R; r++) w[r] = rows[r].weights(step, i);
 #pragma GCC unroll 8
             for (int t = 0; t < T; t++) {
                 const auto one = load<Floats>(x + t * LANES);
@@ -126,11 +125,11 @@ template <int R, int T, typename Weights>
 }
 
 #ifdef PERMUTED
-// Codes of a row that are looked up in a codebook of K points of D numbers
+// Codes of a row that are looked up in a codebook of K points of D numbers. A word holds four, and a
+// permutation reads no more of its lanes than the lowest bits.
 template <int K, int D>
 struct Permuted {
-    typedef Ints Codes;
-    static constexpr int PLANES = D, PARTS = (K + LANES - 1) / LANES;
+    static constexpr int PLANES = D, HELD = 4, PARTS = (K + LANES - 1) / LANES;
     static_assert(PARTS <= 4);
     Floats table[D][PARTS];
     const uint8_t *from;
@@ -150,29 +149,24 @@ struct Permuted {
         return __builtin_shuffle(pair[0], pair[1], at);
     }
 
-    Ints codes(int64_t v) const {
-        return __builtin_convertvector(load<Bytes>(from + v * LANES), Ints);
-    }
-
-    Floats weights(Ints codes, int plane) const {
-        const Floats *parts = table[plane];
+    Floats weights(int64_t step, int i) const {
+        const Ints codes = load<Ints>(from + step * HELD * LANES) >> (8 * (i / PLANES));
+        const Floats *parts = table[i % PLANES];
         if constexpr (PARTS == 1) return __builtin_shuffle(parts[0], codes);
         const Floats low = __builtin_shuffle(parts[0], parts[1], codes);
         if constexpr (PARTS == 2) return low;
         const Floats high = __builtin_shuffle(parts[2], parts[3], codes);
-        return codes >= 2 * LANES ? high : low;
+        return (codes & 2 * LANES) != 0 ? high : low;
     }
 };
 #endif
 
 // Weights of a row that were looked up before
 struct Decoded {
-    typedef const float *Codes;
-    static constexpr int PLANES = 1;
+    static constexpr int PLANES = 1, HELD = 1;
     const float *from;
 
-    const float *codes(int64_t v) const { return from + v * LANES; }
-    Floats weights(const float *from, int) const { return load<Floats>(from); }
+    Floats weights(int64_t step, int) const { return load<Floats>(from + step * LANES); }
 };
 
 // The centroids of codes, whose bits from the ninth on are in `high` if there are any
@@ -197,7 +191,7 @@ struct Row {
 
 // y; `add` adds the products of ROWS rows of a run to their sums
 template <int T, typename Add>
-void multiply_rows(const CentroidMatvec &a, const Inputs<T> &in, Add add) {
+void multiply_rows(const CentroidMatvec &a, const std::vector<Run> &runs, Add add) {
     const int64_t pitch = a.n + SPARE, blocks = (a.n + a.block - 1) / a.block;
     const bool wide = a.bits > 8;
     std::vector<uint8_t> unpacked(ROWS * pitch);
@@ -210,7 +204,7 @@ void multiply_rows(const CentroidMatvec &a, const Inputs<T> &in, Add add) {
             unpack(row, wide ? a.bits - 8 : a.bits, a.n, unpacked.data() + i * pitch);
         }
         Floats sums[ROWS * T] = {};
-        for (const Run &run : in.runs) {
+        for (const Run &run : runs) {
             Row rows[ROWS];
             for (int i = 0; i < ROWS; i++) {
                 const uint8_t *codes = unpacked.data() + i * pitch + run.start;
@@ -232,8 +226,8 @@ void multiply_rows(const CentroidMatvec &a, const Inputs<T> &in, Add add) {
 template <int T, int K, int D>
 void multiply_permuted(const CentroidMatvec &a) {
     constexpr int R = K * D > 64 ? 1 : std::min(K * D > 16 ? 4 : ROWS, SUMS / T);
-    const Inputs<T> in(a, D);
-    multiply_rows<T>(a, in, [&](const Run &run, const Row *rows, Floats *sums) {
+    const Inputs<T, Permuted<K, D>> in(a);
+    multiply_rows<T>(a, in.runs, [&](const Run &run, const Row *rows, Floats *sums) {
         for (int i = 0; i < ROWS; i += R) {
             Permuted<K, D> some[R];
             float scales[R];
@@ -241,7 +235,7 @@ void multiply_permuted(const CentroidMatvec &a) {
                 some[r].set(rows[i + r].codebook, rows[i + r].low);
                 scales[r] = rows[i + r].scale;
             }
-            add_products<R, T>(some, scales, in.x.data() + run.x, run.vectors, sums + i * T);
+            add_products<R, T>(some, scales, in.x.data() + run.x, run.steps, sums + i * T);
         }
     });
 }
@@ -250,25 +244,25 @@ void multiply_permuted(const CentroidMatvec &a) {
 template <int T>
 void multiply_decoded(const CentroidMatvec &a) {
     constexpr int R = std::max(1, std::min(4, SUMS / T));
-    const Inputs<T> in(a, 1);
+    const Inputs<T, Decoded> in(a);
     const auto copy = a.dim == 1 ? look_up<1> : a.dim == 2 ? look_up<2>
                     : a.dim == 4 ? look_up<4> : look_up<0>;
-    int64_t vectors = 0;
-    for (const Run &run : in.runs) vectors = std::max(vectors, run.vectors);
-    std::vector<float> weights(ROWS * vectors * LANES);
-    multiply_rows<T>(a, in, [&](const Run &run, const Row *rows, Floats *sums) {
+    int64_t steps = 0;
+    for (const Run &run : in.runs) steps = std::max(steps, run.steps);
+    std::vector<float> weights(ROWS * steps * LANES);
+    multiply_rows<T>(a, in.runs, [&](const Run &run, const Row *rows, Floats *sums) {
         for (int i = 0; i < ROWS; i += R) {
             Decoded some[R];
             float scales[R];
             for (int r = 0; r < R; r++) {
                 const Row &row = rows[i + r];
-                float *to = weights.data() + (i + r) * vectors * LANES;
+                float *to = weights.data() + (i + r) * steps * LANES;
                 copy(row.codebook, row.low, row.high, run.codes, a.dim, to);
-                std::fill(to + run.codes * a.dim, to + run.vectors * LANES, 0.0f);
+                std::fill(to + run.codes * a.dim, to + run.steps * LANES, 0.0f);
                 some[r] = {to};
                 scales[r] = row.scale;
             }
-            add_products<R, T>(some, scales, in.x.data() + run.x, run.vectors, sums + i * T);
+            add_products<R, T>(some, scales, in.x.data() + run.x, run.steps, sums + i * T);
         }
     });
 }
