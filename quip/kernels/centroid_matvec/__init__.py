@@ -1,7 +1,7 @@
 """Multiply vectors by a matrix of packed codes of learned codebooks."""
 
-from quip.kernels.centroid_matvec import reference
+from quip.kernels.centroid_matvec import cpu, reference
 from quip.kernels.operation import Operation
 
 decode = reference.decode
-multiply = Operation(reference.multiply, parts=reference.PARTS)
+multiply = Operation(reference.multiply, cpu=cpu.FORM, parts=reference.PARTS)

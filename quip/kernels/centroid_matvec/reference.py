@@ -29,7 +29,7 @@ def decode(
     columns: int,
     block: int | None,
 ) -> Float[Tensor, "m n"]:
-    """W~, n = d vectors columns, in the dtype of the centroids: differentiable in them, and in s."""
+    """W~ in the dtype of the centroids, n = d vectors; differentiable in centroids and scales."""
     groups = row_groups(len(codes), centroids.shape[1], codes.device)
     return _decode_rows(codes, groups, centroids, scales, columns, block)
 

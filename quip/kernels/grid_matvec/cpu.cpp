@@ -5,13 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "../unpack.h"
 
 namespace {
 
 constexpr int SUMS = 64;  // independent ones, so that products need not wait for each other
-typedef uint64_t Words __attribute__((vector_size(64)));
 
 struct Matvec {  // as in cpu.py
     int64_t m, n, tokens, row_bytes, group;  // group: columns that share a step and a zero
@@ -22,37 +22,6 @@ struct Matvec {  // as in cpu.py
     float *y;  // [tokens, m], out
     int32_t bits;
 };
-
-// to = (from >> shift & mask) << low, or that added to it, for `size` bytes
-template <bool add>
-void extract(const uint8_t *__restrict from, uint8_t *__restrict to, int64_t size, int shift,
-             uint8_t mask, int low) {
-    const Words masks = Words{} + 0x0101010101010101u * mask;
-    int64_t j = 0;
-    for (; j + int64_t(sizeof(Words)) <= size; j += sizeof(Words)) {
-        Words bytes, sum = {};  // what a shift brings in from the next byte is masked off
-        std::memcpy(&bytes, from + j, sizeof bytes);
-        if (add) std::memcpy(&sum, to + j, sizeof sum);
-        sum |= (bytes >> shift & masks) << low;
-        std::memcpy(to + j, &sum, sizeof sum);
-    }
-    for (; j < size; j++) to[j] = (add ? to[j] : 0) | (from[j] >> shift & mask) << low;
-}
-
-// The codes of a row, one a byte: planes of 8, 4, 2 and 1 bits as in bits.py
-void unpack(const uint8_t *row, int bits, int64_t n, uint8_t *codes) {
-    int low = 0;
-    for (int width : {8, 4, 2, 1}) {
-        if (!(bits & width)) continue;
-        const int64_t size = (n * width + 7) / 8;
-        const uint8_t mask = (1 << width) - 1;
-        for (int held = 0; held < 8 / width; held++)
-            (low ? extract<true> : extract<false>)(row, codes + held * size, size, held * width,
-                                                   mask, low);
-        row += size;
-        low += width;
-    }
-}
 
 float dot(const uint8_t *codes, const float *x, int64_t n) {
     float sums[SUMS] = {};  // a loop over them becomes a few vector operations

@@ -1,0 +1,300 @@
+// Multiply a few vectors by a packed matrix of learned codebooks: the fast form of the product with
+// decoded weights.
+//
+// Columns that share a codebook and a scale are a run. Codebooks of up to 64 single numbers or
+// pairs stay in registers, a permutation looks up a vector of codes, and pairs are taken apart: x
+// is brought into their order once. The centroids of others are copied from the codebook, which
+// stays in the cache, to rows of weights.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../unpack.h"
+
+#if defined(__AVX2__) && !defined(__clang__)
+#define PERMUTED  // a codebook in registers
+#endif
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, SUMS = 16;  // SUMS: how many stay in registers
+#else
+constexpr int LANES = 8, SUMS = 8;
+#endif
+constexpr int ROWS = 8;   // that are unpacked together
+constexpr int SPARE = 64;  // bytes after the codes of a row: vectors reach beyond its end
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+struct CentroidMatvec {  // as in cpu.py; columns are counted in codes
+    int64_t m, n, tokens, row_bytes;
+    int64_t columns, row_groups, block, dim;  // of a codebook; of a scale
+    const uint8_t *words;                     // [m, row_bytes]
+    const float *x;                           // [tokens, dim n]
+    const float *centroids;                   // [column groups, row groups, 2^bits, dim]
+    const float *scales;                      // [m, blocks]; null: all are 1
+    float *y;                                 // [tokens, m], out
+    int32_t bits;
+
+    int64_t row_group(int64_t row) const {
+        const int64_t size = m / row_groups, more = m % row_groups, longer = more * (size + 1);
+        return row < longer ? row / (size + 1) : more + (row - longer) / size;
+    }
+};
+
+struct Run {
+    int64_t start, codes, column_group, block;
+    int64_t steps, x;  // of HELD x PLANES vectors, and where the inputs of the first one are
+};
+
+// What the rows are multiplied with, in the order in which `Weights` has those of a run: zeros after
+// the last one, and vectors of all T tokens in turn.
+template <int T, typename Weights>
+struct Inputs {
+    std::vector<Run> runs;
+    std::vector<float> x;
+
+    explicit Inputs(const CentroidMatvec &a) {
+        constexpr int PLANES = Weights::PLANES, HELD = Weights::HELD;
+        int64_t size = 0;
+        for (int64_t start = 0; start < a.n;) {
+            const int64_t group = start / a.columns, block = start / a.block;
+            const int64_t end = std::min({a.n, (group + 1) * a.columns, (block + 1) * a.block});
+            const int64_t codes = end - start, numbers = codes * (a.dim / PLANES);
+            const int64_t steps = (numbers + HELD * LANES - 1) / (HELD * LANES);
+            runs.push_back({start, codes, group, block, steps, size});
+            size += steps * HELD * PLANES * T * LANES;
+            start = end;
+        }
+        x.resize(size);
+        for (const Run &run : runs)
+            for (int64_t t = 0; t < a.tokens; t++) {
+                const float *from = a.x + (t * a.n + run.start) * a.dim;
+                for (int64_t i = 0; i < run.codes * a.dim; i++) {
+                    const int64_t number = i / PLANES, step = number / (HELD * LANES);
+                    const int64_t lane = number % (HELD * LANES) / HELD;
+                    const int64_t vector = (step * HELD + number % HELD) * PLANES + i % PLANES;
+                    x[run.x + (vector * T + t) * LANES + lane] = from[i];
+                }
+            }
+    }
+};
+
+template <typename To>
+To load(const void *from) {
+    To to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+
+float total(const Floats &lanes) {
+    Four parts[LANES / 4];
+    std::memcpy(parts, &lanes, sizeof parts);
+    for (int i = 1; i < LANES / 4; i++) parts[0] += parts[i];
+    return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
+}
+
+// sums += scales w x of a run, for the weights of R rows and T tokens
+template <int R, int T, typename Weights>
+[[gnu::always_inline]] inline void add_products(const Weights *rows, const float *scales,
+                                                const float *x, int64_t steps, Floats *sums) {
+    Floats now[R][T] = {};
+    for (int64_t step = 0; step < steps; step++) {
+#pragma GCC unroll 8
+        for (int i = 0; i < Weights::HELD * Weights::PLANES; i++, x += T * LANES) {
+            Floats w[R];
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) w[r] = rows[r].weights(step, i);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                const auto one = load<Floats>(x + t * LANES);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++) now[r][t] += w[r] * one;
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sums[r * T + t] += scales[r] * now[r][t];
+}
+
+#ifdef PERMUTED
+// Codes of a row that are looked up in a codebook of K points of D numbers. A word holds four, and a
+// permutation reads no more of its lanes than the lowest bits.
+template <int K, int D>
+struct Permuted {
+    static constexpr int PLANES = D, HELD = 4, PARTS = (K + LANES - 1) / LANES;
+    static_assert(PARTS <= 4);
+    Floats table[D][PARTS];
+    const uint8_t *from;
+
+    void set(const float *codebook, const uint8_t *codes) {
+        Floats raw[D * PARTS] = {};
+        std::memcpy(raw, codebook, sizeof(float) * K * D);
+        for (int plane = 0; plane < D; plane++)
+            for (int part = 0; part < PARTS; part++)
+                table[plane][part] = D == 1 ? raw[part] : every_other(raw + D * part, plane);
+        from = codes;
+    }
+
+    static Floats every_other(const Floats *pair, int first) {
+        Ints at;
+        for (int i = 0; i < LANES; i++) at[i] = 2 * i + first;
+        return __builtin_shuffle(pair[0], pair[1], at);
+    }
+
+    Floats weights(int64_t step, int i) const {
+        const Ints codes = load<Ints>(from + step * HELD * LANES) >> (8 * (i / PLANES));
+        const Floats *parts = table[i % PLANES];
+        if constexpr (PARTS == 1) return __builtin_shuffle(parts[0], codes);
+        const Floats low = __builtin_shuffle(parts[0], parts[1], codes);
+        if constexpr (PARTS == 2) return low;
+        const Floats high = __builtin_shuffle(parts[2], parts[3], codes);
+        return (codes & 2 * LANES) != 0 ? high : low;
+    }
+};
+#endif
+
+// Weights of a row that were looked up before
+struct Decoded {
+    static constexpr int PLANES = 1, HELD = 1;
+    const float *from;
+
+    Floats weights(int64_t step, int) const { return load<Floats>(from + step * LANES); }
+};
+
+// The centroids of codes, whose bits from the ninth on are in `high` if there are any
+template <int D>
+void look_up(const float *codebook, const uint8_t *low, const uint8_t *high, int64_t count,
+             int64_t dim, float *to) {
+    const int64_t size = D ? D : dim;
+    if (high)
+        for (int64_t j = 0; j < count; j++)
+            std::memcpy(to + j * size, codebook + (low[j] | high[j] << 8) * size, 4 * size);
+    else
+        for (int64_t j = 0; j < count; j++)
+            std::memcpy(to + j * size, codebook + low[j] * size, 4 * size);
+}
+
+// What a row is in a run: codes, whose bits from the ninth on are in `high` if there are any
+struct Row {
+    const uint8_t *low, *high;
+    const float *codebook;
+    float scale;
+};
+
+// y; `add` adds the products of ROWS rows of a run to their sums
+template <int T, typename Add>
+void multiply_rows(const CentroidMatvec &a, const std::vector<Run> &runs, Add add) {
+    const int64_t pitch = a.n + SPARE, blocks = (a.n + a.block - 1) / a.block;
+    const bool wide = a.bits > 8;
+    std::vector<uint8_t> unpacked(ROWS * pitch);
+    for (int64_t first = 0; first < a.m; first += ROWS) {
+        int64_t numbers[ROWS], groups[ROWS];
+        for (int i = 0; i < ROWS; i++) {
+            numbers[i] = std::min(first + i, a.m - 1);
+            groups[i] = a.row_group(numbers[i]);
+            const uint8_t *row = a.words + numbers[i] * a.row_bytes + (wide ? a.n : 0);
+            unpack(row, wide ? a.bits - 8 : a.bits, a.n, unpacked.data() + i * pitch);
+        }
+        Floats sums[ROWS * T] = {};
+        for (const Run &run : runs) {
+            Row rows[ROWS];
+            for (int i = 0; i < ROWS; i++) {
+                const uint8_t *codes = unpacked.data() + i * pitch + run.start;
+                const uint8_t *low = a.words + numbers[i] * a.row_bytes + run.start;
+                const int64_t tile = run.column_group * a.row_groups + groups[i];
+                rows[i] = {wide ? low : codes, wide ? codes : nullptr,
+                           a.centroids + (tile * a.dim << a.bits),
+                           a.scales ? a.scales[numbers[i] * blocks + run.block] : 1};
+            }
+            add(run, rows, sums);
+        }
+        for (int64_t t = 0; t < a.tokens; t++)
+            for (int i = 0; i < ROWS && first + i < a.m; i++)
+                a.y[t * a.m + first + i] = total(sums[i * T + t]);
+    }
+}
+
+#ifdef PERMUTED
+template <int T, int K, int D>
+void multiply_permuted(const CentroidMatvec &a) {
+    constexpr int R = K * D > 64 ? 1 : std::min(K * D > 16 ? 4 : ROWS, SUMS / T);
+    const Inputs<T, Permuted<K, D>> in(a);
+    multiply_rows<T>(a, in.runs, [&](const Run &run, const Row *rows, Floats *sums) {
+        for (int i = 0; i < ROWS; i += R) {
+            Permuted<K, D> some[R];
+            float scales[R];
+            for (int r = 0; r < R; r++) {
+                some[r].set(rows[i + r].codebook, rows[i + r].low);
+                scales[r] = rows[i + r].scale;
+            }
+            add_products<R, T>(some, scales, in.x.data() + run.x, run.steps, sums + i * T);
+        }
+    });
+}
+#endif
+
+template <int T>
+void multiply_decoded(const CentroidMatvec &a) {
+    constexpr int R = std::max(1, std::min(4, SUMS / T));
+    const Inputs<T, Decoded> in(a);
+    const auto copy = a.dim == 1 ? look_up<1> : a.dim == 2 ? look_up<2>
+                    : a.dim == 4 ? look_up<4> : look_up<0>;
+    int64_t steps = 0;
+    for (const Run &run : in.runs) steps = std::max(steps, run.steps);
+    std::vector<float> weights(ROWS * steps * LANES);
+    multiply_rows<T>(a, in.runs, [&](const Run &run, const Row *rows, Floats *sums) {
+        for (int i = 0; i < ROWS; i += R) {
+            Decoded some[R];
+            float scales[R];
+            for (int r = 0; r < R; r++) {
+                const Row &row = rows[i + r];
+                float *to = weights.data() + (i + r) * steps * LANES;
+                copy(row.codebook, row.low, row.high, run.codes, a.dim, to);
+                std::fill(to + run.codes * a.dim, to + run.steps * LANES, 0.0f);
+                some[r] = {to};
+                scales[r] = row.scale;
+            }
+            add_products<R, T>(some, scales, in.x.data() + run.x, run.steps, sums + i * T);
+        }
+    });
+}
+
+template <int T>
+void multiply_tokens(const CentroidMatvec &a) {
+#ifdef PERMUTED
+    const int64_t form = 10 * a.bits + a.dim;
+    if (form == 11) return multiply_permuted<T, 2, 1>(a);
+    if (form == 21) return multiply_permuted<T, 4, 1>(a);
+    if (form == 31) return multiply_permuted<T, 8, 1>(a);
+    if (form == 41) return multiply_permuted<T, 16, 1>(a);
+    if (form == 22) return multiply_permuted<T, 4, 2>(a);
+    if (form == 42) return multiply_permuted<T, 16, 2>(a);
+    if constexpr (LANES == 16) {
+        if (form == 62) return multiply_permuted<T, 64, 2>(a);
+    }
+#endif
+    multiply_decoded<T>(a);
+}
+
+}  // namespace
+
+extern "C" void multiply_centroids(const CentroidMatvec *given) {
+    CentroidMatvec a = *given;
+    for (int64_t left = a.tokens; left > 0; left -= 8) {
+        a.tokens = std::min<int64_t>(8, left);
+        (a.tokens == 1   ? multiply_tokens<1>
+         : a.tokens == 2 ? multiply_tokens<2>
+         : a.tokens <= 4 ? multiply_tokens<4>
+                         : multiply_tokens<8>)(a);
+        a.x += 8 * a.dim * a.n;
+        a.y += 8 * a.m;
+    }
+}
