@@ -11,7 +11,9 @@
 #include <utility>
 #include <vector>
 
-#include "lanes.h"
+#include "../lanes.h"
+
+namespace {
 
 // Which of G even row groups a row belongs to: the first m % G have one row more than the others.
 struct Groups {
@@ -242,3 +244,5 @@ template <> class Lanes<1> {
         for (int n = 0; n < N; n++) sink(j + n, 0, code[n]);
     }
 };
+
+}  // namespace
