@@ -43,6 +43,13 @@ template <class Number, class Vector> void store(Number *to, const Vector &lanes
         for (int64_t i = 0; i < left; i++) to[i] = lanes[i];
 }
 
+inline void store_codes(void *to, bool wide, int64_t at, Ints codes, int64_t left) {
+    if (wide)
+        store(static_cast<int32_t *>(to) + at, codes, left);
+    else
+        store(static_cast<uint8_t *>(to) + at, __builtin_convertvector(codes, Bytes), left);
+}
+
 inline Floats without_padding(Floats lanes, int64_t left) {
     for (int64_t i = left > 0 ? left : 0; i < LANES; i++) lanes[i] = 0;
     return lanes;
