@@ -6,8 +6,8 @@
 namespace {
 
 template <template <int, template <int> class> class Work, class Given, class Call>
-void with(const Given &given, Call call) {
-    const bool shared = fills_registers({given.m, given.groups}, given.dim);
+void with(const Given &given, int64_t unit, Call call) {
+    const bool shared = fills({given.m, given.groups}, given.dim, unit);
     if (given.dim == 1) call(Work<1, Lanes>(given));
     if (given.dim == 2) shared ? call(Work<2, Shared>(given)) : call(Work<2, Lanes>(given));
     if (given.dim == 4) shared ? call(Work<4, Shared>(given)) : call(Work<4, Lanes>(given));
@@ -16,13 +16,13 @@ void with(const Given &given, Call call) {
 }  // namespace
 
 extern "C" void assign(const Problem *p) {
-    with<Quantizer>(*p, [](auto quantizer) { quantizer.assign(); });
+    with<Quantizer>(*p, LANES, [](auto quantizer) { quantizer.assign(); });
 }
 
 extern "C" void improve(const Problem *p) {
-    with<Quantizer>(*p, [](auto quantizer) { quantizer.improve(); });
+    with<Quantizer>(*p, LANES, [](auto quantizer) { quantizer.improve(); });
 }
 
 extern "C" void round_columns(const Panel *p) {
-    with<Rounder>(*p, [](auto rounder) { rounder.round(); });
+    with<Rounder>(*p, ROWS, [](auto rounder) { rounder.round(); });
 }

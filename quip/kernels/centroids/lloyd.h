@@ -13,7 +13,7 @@
 namespace {
 
 struct Problem {  // as in cpu.py
-    int64_t g, m, groups, k;  // columns and rows of W
+    int64_t g, m, groups, k;    // columns and rows of W
     const float *X, *h, *mass;  // [g, m], [g], [g / d, m] or null
     float *centroids;           // [groups, k, d], improved in place
     void *codes;                // [g / d, m], uint8 or int32, out

@@ -41,10 +41,10 @@ struct Books {
     }
 };
 
-// Whether groups are so large that few lanes stay idle if those of a register share a group
-inline bool fills_registers(const Groups &groups, int dim) {
+// Whether groups are so large that few lanes stay idle if each begins a unit of rows of its own
+inline bool fills(const Groups &groups, int dim, int64_t unit) {
     const int64_t rows = std::max<int64_t>(groups.m / groups.count, 1);
-    return dim > 1 && (dim + 3) * divide_up(rows, LANES) * LANES <= (2 * dim + 3) * rows;
+    return dim > 1 && (dim + 3) * divide_up(rows, unit) * unit <= (2 * dim + 3) * rows;
 }
 
 template <int D> class Shared {

@@ -1,7 +1,7 @@
 // Round the columns of a panel to learned centroids, d at a time, with feedback inside it.
 //
 // Rows know nothing of each other. A chunk of them has its running columns in the cache: rows of
-// one group where groups fill registers (`Shared`), else any rows, with a table for each register.
+// one group where groups fill tiles (`Shared`), else any rows, with a table for each register.
 
 #pragma once
 
