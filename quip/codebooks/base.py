@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quip.kernels.bits import unpack
+from quip.kernels.groups import even
 from quip.shapes import Within
 from quip.stored import Stored
 
@@ -41,12 +42,6 @@ def tiles(m: int, rows: int) -> list[int]:
     Equal but for 1, so that no tile is much shorter than the others (256 of 576: 288 and 288).
     """
     return even(m, max(1, round(m / rows)))
-
-
-def even(m: int, count: int) -> list[int]:
-    """The sizes of `count` parts of m, in order: the first ones may be larger by 1."""
-    size, more = divmod(m, count)
-    return [size + 1] * more + [size] * (count - more)
 
 
 @runtime_checkable
