@@ -160,11 +160,14 @@ def spread_seeds(
 
     With power 1/2 in proportion to the distance, as in the published code.
     """
-    C = X[torch.randint(len(X), (1,), generator=rng)]
+    chosen, distance = (
+        [torch.randint(len(X), (1,), generator=rng)],
+        torch.full_like(X[:, 0], torch.inf),
+    )
     for _ in range(k - 1):
-        _, distance = nearest(X, D, C)
-        C = torch.cat([C, X[torch.multinomial(distance**power, 1, generator=rng)]])
-    return C
+        distance = distance.minimum(nearest(X, D, X[chosen[-1]])[1])
+        chosen.append(torch.multinomial(distance**power, 1, generator=rng))
+    return X[torch.cat(chosen)]
 
 
 def fit(
@@ -315,7 +318,7 @@ def sweep(
 def vector_metrics(
     metric: Metric, U: Float64[Tensor, "n n"], d: int, down: bool
 ) -> Float64[Tensor, "p d d"]:
-    """The metric of each vector of a row, or of a vector of each column, whose weights are alike."""
+    """The metric of each vector in a row, or of one in each column, whose weights count alike."""
     return metric(U, 1) * torch.eye(d, dtype=U.dtype) if down else metric(U, d)
 
 
