@@ -267,6 +267,7 @@ def sweep(
     reseed: bool = True,
     codebook_bits: int | None = 8,
     scaling: int | None = None,
+    scaled_errors: bool = False,
     stale: bool = False,
     exact: bool = False,
     feedback: bool = True,
@@ -278,8 +279,9 @@ def sweep(
     At the start of a group of columns its block scales (of `scaling` weights each) and then its
     codebooks are fitted to the running weights X. For the columns P of the next vectors,
     Q_P = nearest centroid, and X_rest <- X_rest - (X_P - Q_P) T^-1 U_P,rest, where T = U_PP
-    (`exact`) or its diagonal. `stale` looks up the scaled weights as they were at the start of
-    their 128 columns, which the published code does.
+    (`exact`) or its diagonal. `scaled_errors` weighs errors of scaled weights in EM by the square
+    of their scale, which the paper does not. `stale` looks up the scaled weights as they were at
+    the start of their 128 columns, which the published code does.
     """
     (m, n), k, width = W.shape, 2 ** (bits * d), 1 if down else d
     rng = rng or torch.Generator().manual_seed(0)
@@ -296,6 +298,8 @@ def sweep(
                 S[:, here] = log_scales(X[:, here], scaling)
             V = vectors(X[:, here] / S[:, here], d, down)
             D = D_em[here.start // width : here.stop // width].expand(len(V), -1, -1, -1)
+            if scaled_errors:
+                D = D * vectors(S[:, here], d, down)[..., None] ** 2
             for g in range(count):
                 V_g, D_g = V[group == g].flatten(0, 1), D[group == g].flatten(0, 1)
                 C = fit(V_g, D_g, seeds(V_g, D_g, k, rng), iterations, reseed=reseed)

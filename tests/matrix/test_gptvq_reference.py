@@ -85,6 +85,25 @@ def test_thirty_steps_of_the_update_gain_what_is_known(case):
     assert 0.05 < gain < 0.45
 
 
+def test_collapsed_clusters_cost_what_is_said_where_half_of_the_rows_are_zero():
+    W, H = problem(0)
+    W = W * (torch.arange(len(W)) % 2)[:, None]
+    right, published = (
+        ref.sweep(W, ref.damp(H), d=2, rows=8, iterations=25, reseed=reseed).decode()
+        for reseed in (True, False)
+    )
+    assert ref.decibels(W, right, H) > ref.decibels(W, published, H) + 0.2
+
+
+def test_errors_of_scaled_weights_weigh_the_square_of_their_scale():
+    W, H = problem(0)
+    wrong, right = (
+        ref.sweep(W, ref.damp(H), **TWO | SCALED, scaled_errors=each).decode()
+        for each in (False, True)
+    )
+    assert ref.decibels(W, right, H) > ref.decibels(W, wrong, H)
+
+
 # The parts
 
 
