@@ -28,6 +28,15 @@ WIDTHS = {
 }
 PERMUTED, UNPERMUTED = ({"incoh_processing": True, "pre_proj_extra": i} for i in (0, 2))
 PLAIN = {"pre_proj": True, "qfn": "a"}
+VQ = {"codebook": "vq", "quant": "gptq", "wbits": 2, "groupsize": 128, "em_iters": 3}
+LEARNED = (
+    {"vq_dim": 1},
+    {"vq_dim": 2, "columns_per_group": 16},
+    {"vq_dim": 4, "wbits": 1, "groupsize": 256, "codebook_bits": 16, "rotation": "none"},
+    {"vq_dim": 2, "vq_scaling": 8, "columns_per_group": 24, "codebook_scale": "columns"},
+    {"vq_dim": 2, "codebook_bits": 4, "faithful": True},
+    {"vq_dim": 1, "wbits": 3, "svd_rank": 0.5},
+)
 KINDS = [
     *(("llama", {"wbits": 2 + i % 7, **flags}) for i, flags in enumerate(GRIDS.values())),
     ("odd", {"wbits": 3, "incoh_processing": True}),
@@ -40,6 +49,8 @@ KINDS = [
     ("llama", {"codebook": "E8P12RVQ3B", "range_": "tensor", "no_fuse": True}),
     ("llama", {"codebook": "E8P12RVQ4B", "range_": "16", "pre_rescale": True}),
     ("llama", {**SHARP, "rotation": "kronecker"}),
+    *(("llama", VQ | more) for more in LEARNED),
+    ("opt", {**VQ, "vq_dim": 2, "faithful": True}),
     ("opt", {**SHARP, "hadamard_block": 8}),
 ]
 

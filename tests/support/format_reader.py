@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
+from tests.support import format_learned
+
 TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 PATTERNS = re.findall(r"\b[13]{8}\b", TEXT)
 WILLIAMSON = {
@@ -51,10 +53,17 @@ def part(tensors: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
 
 def matrix(spec: Mapping[str, Any], own: Mapping[str, np.ndarray], m: int, n: int) -> np.ndarray:
     book = spec["codebook"]
-    W = {"grid": grid, "lattice": lattice}[book["kind"]](own, m, n, book)
+    W = {"grid": grid, "lattice": lattice, "learned": learned}[book["kind"]](own, m, n, book)
     for transform in reversed(spec["transforms"]):
         W = UNDO[transform["kind"]](W, own, transform)
     return W
+
+
+def learned(own: Mapping, m: int, n: int, book: Mapping) -> np.ndarray:
+    codes = np.stack(
+        [unpack(x, book["bits"] * book["dim"], n // book["dim"]) for x in own["codes"]]
+    )
+    return format_learned.weights(own, codes, n, book, unpack)
 
 
 def unpack(row: np.ndarray, bits: int, count: int) -> np.ndarray:
