@@ -21,7 +21,7 @@ class Entries:
     With 16 and 8 bits an entry is a float16 or an int8 times a scale in bfloat16: of each codebook,
     or with `shared` of all in a group of columns. With 4 bits it is a whole number from -8 to 7,
     in units that weights are divided by before (GPTVQ, section 5.3). With a `rank`, the codebooks
-    of a group of columns, sorted, are a product of two factors in float16 (section 3.4).
+    of a group of columns, sorted, are a product of two factors in float16.
     """
 
     bits: int

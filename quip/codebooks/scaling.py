@@ -50,7 +50,7 @@ class Scaling(Protocol):
 
 @dataclass(frozen=True)
 class LogScales(Scaling):
-    """s = 2^(z + a q), q = 0 ... 15, near to the largest |w| of the run (GPTVQ, section 3.3).
+    """s = 2^(z + a q), q = 0 ... 15, near to the largest |w| of the run (GPTVQ).
 
     Offset z and step a belong to the runs of all rows in the same columns.
     """

@@ -1,4 +1,4 @@
-"""Where EM starts: k vectors of each group, chosen by one of three rules (GPTVQ, section 3.2)."""
+"""Where EM starts: k vectors of each group, chosen by one of three rules (GPTVQ)."""
 
 from collections.abc import Callable
 

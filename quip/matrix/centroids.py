@@ -1,4 +1,4 @@
-"""Learned codebooks moved to where the loss is least, codes fixed (GPTVQ, section 3.3).
+"""Learned codebooks moved to where the loss is least, codes fixed (GPTVQ).
 
 With codes fixed, W_hat = A c is linear in the centroids c, and
 
@@ -22,6 +22,7 @@ from quip.codebooks.learned import Learned
 from quip.kernels import centroid_matvec
 from quip.kernels.groups import even, row_groups
 
+COLUMNS = 1024  # of H that are cast together
 CHUNK = 2**22  # weights of the tiles that are solved together
 SETTLED = 1e-4  # share of the loss that a step must be worth
 
@@ -44,7 +45,7 @@ class UpdateCentroids:
         """The codes as they came, and books of no larger loss."""
         own = [book for book in books if isinstance(book, Learned)]
         old = torch.stack([book.centroids for book in own])  # [bands, tiles, k, d]
-        parts = [*_cut(W, H.to(W), codes, own, group or W.shape[1])]
+        parts = [*_cut(W, H, codes, own, group or W.shape[1])]
         solved = [part.solve(old[:, part.tiles], self.steps) for part in parts]
         moved, mass = (torch.cat(x, 1) for x in zip(*solved, strict=True))
         new = [book.with_centroids(*both) for book, *both in zip(own, moved, mass, strict=True)]
@@ -73,7 +74,7 @@ class _Tiles:
     def losses(self, c: Float[Tensor, "bands tiles k d"]) -> Float[Tensor, " tiles"]:
         """tr(E H E^T) of the rows of each tile, E = W - A c."""
         E = self.W - self._decode(c)
-        rows = ((E @ self.H) * E).sum(1, dtype=torch.float64)
+        rows = (_product(E, self.H) * E).sum(1, dtype=torch.float64)
         return rows.new_zeros(c.shape[1]).index_add_(0, self._tile_of_row, rows)
 
     def solve(
@@ -81,15 +82,18 @@ class _Tiles:
     ) -> tuple[Float[Tensor, "bands tiles k d"], Float[Tensor, "bands tiles k"]]:
         """c of a smaller loss, by preconditioned conjugate gradients; and the mass of centroids."""
         E = self.W - self._decode(c)
-        G = E @ self.H
+        G = _product(E, self.H)
         enough = SETTLED * (G * E).sum(dtype=torch.float64)
-        residual, curvature = self._gather(G), self._gather(self.H.diagonal()[None], squared=True)
+        residual, curvature = (
+            self._gather(G),
+            self._gather(self.H.diagonal()[None].to(c), squared=True),
+        )
         scale = 1 / curvature.clamp_min(torch.finfo(c.dtype).tiny ** 0.5)
         scale = torch.where(curvature > 0, scale, 0)
         z = residual * scale
         p, rz = z, _dot(residual, z)
         for _ in range(steps):
-            q = self._gather(self._decode(p) @ self.H)
+            q = self._gather(_product(self._decode(p), self.H))
             pq = _dot(p, q)
             step = torch.where(pq > 0, rz / pq.clamp_min(1e-300), 0)[:, None, None].to(c)
             c, residual = c + step * p, residual - step * q
@@ -152,6 +156,11 @@ def _cut(
             tiles=slice(first, last),
             shape=(len(books), last - first, k),
         )
+
+
+def _product(E: Float[Tensor, "m n"], H: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
+    """E H in the type of E, without a copy of all H in it: that may be larger than W."""
+    return torch.cat([E @ columns.to(E) for columns in H.split(COLUMNS, 1)], 1)
 
 
 def _dot(x: Tensor, y: Tensor) -> Float[Tensor, " tiles"]:
