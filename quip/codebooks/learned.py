@@ -166,7 +166,7 @@ class Learned(Codebook):
 
 
 def weigh(
-    codes: Integer[Tensor, "k m"], mass: Float[Tensor, "k m_or_1"], count: int, k: int
+    codes: Integer[Tensor, "vectors m"], mass: Float[Tensor, "vectors m_or_1"], count: int, k: int
 ) -> Float[Tensor, "count k"]:
     """The mass of the vectors of each centroid of each tile."""
     at = (tile_of_rows(codes.shape[1], count, codes.device) * k + codes.long()).flatten()
