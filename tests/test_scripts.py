@@ -16,6 +16,9 @@ DOORS = (
     *("opt.py", "llama.py", "main.py", "opt_saveH.py", "opt_proxy.py", "compute_Hsummary.py"),
     *("optq_counter.py", "optq_ldlq_equiv.py"),
 )
+GPTVQ_TABLES = ("bigtable", "target_bitwidth", "scaling", "m_step", "kmeans_init")
+GPTVQ_TABLES += ("hessian_weighting",)
+GPTVQ = (*(f"gptvq/{name}.py" for name in GPTVQ_TABLES), "gptvq/non_unif_no_opt.py")
 EVALUATED = ("--eval_datasets", "text.txt", "--eval_nsamples", "2")
 SMALL = ("--nsamples", "2", "--seqlen", "12", "--device", "cpu")
 
@@ -45,7 +48,7 @@ def script(command, capsys, monkeypatch, here):
     return call
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", [*DOORS, *GPTVQ])
 def test_every_door_is_thin_and_refuses_what_it_does_not_know_in_one_line(script, name):
     assert len((SCRIPTS / name).read_text().splitlines()) < 40
     needed = {
@@ -55,6 +58,7 @@ def test_every_door_is_thin_and_refuses_what_it_does_not_know_in_one_line(script
         "compute_Hsummary.py": ["--dirname", "a", "--savename", "b"],
         "main.py": ["opt", "c4", "--task", "arc_easy"],
         "opt_saveH.py": ["opt", "c4", "--save", "a"],
+        **{f"gptvq/{table}.py": [] for table in GPTVQ_TABLES},
     }
     status, out, err = script(name, *needed.get(name, ["opt", "c4"]), "--slow")
     assert (status, out, len(err)) == (2, "", 1)
@@ -180,3 +184,31 @@ def test_opt_proxy_collects_by_itself(script):
 def test_the_two_of_optq_print_their_tables(script):
     assert "16" in script("optq_counter.py", "--n", "16")[1]
     assert "20 x 20" in script("optq_ldlq_equiv.py", "--n", "20")[1]
+
+
+# The scripts of GPTVQ's experiments; its llama.py has a file of its own
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("bigtable", "Learned vector codebooks beside GPTQ"),
+        ("target_bitwidth", "The precision of the codebooks at equal bits"),
+        ("scaling", "Block scaling at equal bits"),
+        ("m_step", "The update of the codebooks after the sweep"),
+        ("kmeans_init", "Seeds of the codebooks"),
+        ("hessian_weighting", "Codebooks fitted to what errors cost, and to the weights alone"),
+    ],
+)
+def test_an_experiment_of_gptvq_is_a_table_of_any_models(script, tmp_path, name, title):
+    words = ("--models", "opt", "--render", "--out", tmp_path)
+    status, out, err = script(f"gptvq/{name}.py", *words)
+    assert status == 0, err
+    assert out.startswith(f"## {title}\n")
+    assert "| opt |" in out
+
+
+def test_codebooks_without_feedback_are_a_run(script, asked):
+    words = ("--vq_dim", "2", "--wbits", "2", "--groupsize", "64")
+    assert script("gptvq/non_unif_no_opt.py", "opt", "c4", *words)[0] == 0
+    assert (asked[0].flags["quant"], asked[0].flags["codebook"]) == ("nearest", "vq")

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from quip.codebooks.base import FITTED, Codebook, Groups, even
+from quip.codebooks.base import FITTED, Codebook, Groups, Kept, Panel, even
 from quip.codebooks.centroids import Centroids, Scheme
 from quip.codebooks.scaling import joined
 from quip.codebooks.seeds import SEEDS
 from quip.errors import UsageError
-from quip.kernels.centroids import assign, improve
+from quip.kernels.centroids import assign, improve, round_columns
 
 UNFITTED = torch.empty(0)
 
@@ -131,6 +131,16 @@ class Learned(Codebook):
         parts = {} if scaling is None else joined(scaling, [book.scale_parts for book in own])
         return Centroids(scheme=self.scheme, stored=stored, scale_parts=parts)
 
+    def panel(self, W: Float[Tensor, "m n"], *, refit: bool) -> Panel | None:
+        return None if refit else _round_panel
+
+    def scales_from_here(self, codes: int) -> Float[Tensor, "codes m"] | None:
+        """The scale of each of the next columns of codes, in each row."""
+        if self.scales is None or self.scheme.scaling is None:
+            return None
+        first = torch.arange(codes, device=self.scales.device) * self.dim + self.column
+        return self.scales[:, first // self.scheme.scaling.size].T.contiguous()
+
     def _weights(self, h: Tensor) -> Tensor:
         return h if self.weighted else torch.ones_like(h)
 
@@ -194,3 +204,25 @@ def _vectors(X: Float[Tensor, "g m"], d: int, count: int) -> Float[Tensor, "coun
     """The vectors of each of `count` tiles of equal size, column of codes after column of codes."""
     g, m = X.shape
     return X.view(g // d, d, count, m // count).permute(2, 0, 3, 1).reshape(count, -1, d)
+
+
+def _round_panel(
+    X: Float[Tensor, "n m"],
+    K: Float[Tensor, "n n"],
+    eta: Float[Tensor, "n m"],
+    h: Float[Tensor, " n"],
+    books: Sequence[Learned],
+    *,
+    base: Float[Tensor, "n m"] | None = None,
+    kept: Kept | None = None,
+    refit: bool = False,
+) -> tuple[Integer[Tensor, "k m"], Sequence[Learned]]:
+    """`round_panel` of matrix/panel.py, of columns that share one book, by kernels/centroids."""
+    (book,) = books
+    scales = book.scales_from_here(len(X) // book.dim)
+    h = h if book.weighted else torch.ones_like(h)
+    block = None if scales is None else book.dim
+    codes = round_columns(
+        X, K, eta, h, book.centroids, scales=scales, block=block, base=base, kept=kept
+    )
+    return codes, books

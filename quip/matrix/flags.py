@@ -130,8 +130,9 @@ class Flags:
         ),
     )
     vq_seed: str | None = of_vectors(
-        "where EM starts (default mahalanobis): mahalanobis, vectors at even ranks of their "
-        "distance to the mean; kpp, k-means++; cdf, quantiles (--vq_dim 1)",
+        "where EM starts: cdf, quantiles (the default of --vq_dim 1, and for that alone); "
+        "mahalanobis, vectors at even ranks of their distance to the mean (of others); kpp, "
+        "k-means++",
         choices=("mahalanobis", "kpp", "cdf"),
     )
     vq_weights: str | None = of_vectors(

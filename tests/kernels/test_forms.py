@@ -170,6 +170,17 @@ def improvements() -> Iterator[Case]:
             yield Case((X, centroids_, h), options)
 
 
+def learned_panels() -> Iterator[Case]:
+    for X, centroids_, h in learned():
+        (_, k, d), (n, m) = centroids_.shape, X.shape
+        K, A = 0.1 * randn(n, n, seed=4), randn(n // d, d, d, seed=5)
+        old = torch.arange(n // d * m).remainder(k).view(n // d, m)
+        scaled = {"scales": 0.3 + randn(-(-n // (2 * d)), m, seed=6).abs(), "block": 2 * d}
+        for options in ({}, scaled, {**scaled, "base": X + 0.1, "kept": (old, A @ A.mT)}):
+            eta = torch.full_like(X, torch.nan)
+            yield Case((X, K.T, eta, h, centroids_), options, (2,))
+
+
 def near(ours: Tensor, expected: Tensor) -> None:
     """The noise of float32 in sums of some 50 numbers, or of 528 in a rotation."""
     size = float(expected.abs().max()) if expected.numel() else 0.0
@@ -200,6 +211,7 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     lattice_points.error: Check(errors),
     centroids.assign: Check(assignments, equal_but_for_ties),
     centroids.improve: Check(improvements),
+    centroids.round_columns: Check(learned_panels),
 }
 
 

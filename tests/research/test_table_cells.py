@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from quip.errors import Unavailable, UsageError
+from quip.research.tables import entries as shown
 from quip.research.tables import quantized, stored
 from quip.research.tables.cells import Settings, cells
-from quip.research.tables.description import FOLDER, read_table
+from quip.research.tables.description import FOLDER, Measure, read_table
 from quip.research.tables.entries import entries
 from quip.research.tables.record import record_of
 from quip.research.tables.running import run_missing
@@ -121,6 +122,41 @@ def test_a_difference_or_ratio_is_that_of_its_two_rows(own):
     ours = {(e.row, e.column): e.ours for e in entries(table, models, settings, root)}
     near, quip = ours["Near", "2 bits"], ours["QuIP", "2 bits"]
     assert (ours["gain", "2 bits"], ours["share", "2 bits"]) == (near - quip, near / quip)
+
+
+def test_the_numbers_of_another_model_stand_beside_ours_and_judge_nothing(own, monkeypatch):
+    table, models, settings, root = own
+    measure = Measure(label="Wiki", path=("mean_perplexity",))
+    one = select(table, rows=("original",), columns=("2 bits",))
+    one = replace(one, beside="OPT-125m", measures=(measure,))
+    [cell] = cells(one, models, settings, root)
+    cell.write({"perplexity": {settings.evaluate[0]: 1e6}})
+    cell.keep()
+    [beside] = entries(one, models, settings, root)
+    assert (beside.ours, beside.paper, beside.state) == (1e6, 27.66, "done")
+    monkeypatch.setattr(shown, "papers_name", lambda model: "OPT-125m")
+    [judged] = entries(one, models, settings, root)
+    assert (judged.paper, judged.state) == (27.66, "missed")
+
+
+def test_a_row_that_is_published_alone_is_no_cell(own, tmp_path):
+    _, models, settings, root = own
+    row = "  Other: {published: true, paper: {method: Near, processing: baseline}}\n"
+    (tmp_path / "mine.yaml").write_text(OWN.replace("  gain:", f"{row}  gain:"))
+    table = replace(read_table(str(tmp_path / "mine.yaml")), beside="OPT-125m")
+    folders = [cell.folder for cell in cells(own[0], models, settings, root)]
+    assert [cell.folder for cell in cells(table, models, settings, root)] == folders
+    [entry] = entries(select(table, rows=("Other",), columns=("2 bits",)), models, settings, root)
+    assert (entry.ours, entry.paper, entry.state) == (None, 5375.0, "none")
+
+
+def test_the_mean_accuracy_is_that_of_all_tasks_asked_for(own):
+    table, models, settings, root = own
+    one = select(table, rows=("original",), columns=("2 bits",))
+    for tasks, mean in ((("a", "b"), 0.5), (("b",), 0.75), (("a", "c"), None), ((), None)):
+        [cell] = cells(one, models, replace(settings, tasks=tasks), root)
+        cell.write({"tasks": {"a": {"acc": 0.25}, "b": {"acc": 0.75}}})
+        assert cell.report()["mean_accuracy"] == mean
 
 
 def test_what_fails_is_noted_and_the_others_are_run(own, tmp_path):

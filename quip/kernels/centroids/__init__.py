@@ -5,3 +5,4 @@ from quip.kernels.operation import Operation
 
 assign = Operation(reference.assign, cpu=cpu.ASSIGN)
 improve = Operation(reference.improve, cpu=cpu.IMPROVE)
+round_columns = Operation(reference.round_columns, cpu=cpu.ROUND)

@@ -6,12 +6,16 @@
 // having a table of its own: 2 d + 3. Of numbers (d = 1) the nearest centroid is the last whose
 // lower bound is passed: 2, and h has no say.
 
+#pragma once
+
 #include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
-#include "lanes.h"
+#include "../lanes.h"
+
+namespace {
 
 // Which of G even row groups a row belongs to: the first m % G have one row more than the others.
 struct Groups {
@@ -25,17 +29,22 @@ struct Groups {
     }
 };
 
-struct Books {  // the centroids of all groups
+struct Books {
     Groups groups;
     int64_t k;
-    const float *centroids;  // [G, k, D]
-    int32_t *order;          // [G, k], where D is 1: each group's centroids as they were sorted
+    const float *centroids;      // [G, k, d]
+    std::vector<int32_t> order;  // [G, k], where d is 1: how the centroids of a group are sorted
+
+    Books(Groups groups, int64_t k, const float *centroids, int dim)
+        : groups(groups), k(k), centroids(centroids), order(dim == 1 ? groups.count * k : 0) {
+        for (size_t i = 0; i < order.size(); i++) order[i] = static_cast<int32_t>(i % k);
+    }
 };
 
-// Whether groups are so large that few lanes stay idle if those of a register share a group
-inline bool fills_registers(const Groups &groups, int dim) {
+// Whether groups are so large that few lanes stay idle if each begins a unit of rows of its own
+inline bool fills(const Groups &groups, int dim, int64_t unit) {
     const int64_t rows = std::max<int64_t>(groups.m / groups.count, 1);
-    return dim > 1 && (dim + 3) * divide_up(rows, LANES) * LANES <= (2 * dim + 3) * rows;
+    return dim > 1 && (dim + 3) * divide_up(rows, unit) * unit <= (2 * dim + 3) * rows;
 }
 
 template <int D> class Shared {
@@ -52,14 +61,15 @@ template <int D> class Shared {
             for (int i = 0; i < D; i++) coordinate(i)[c] = from[c * D + i];
     }
 
-    // sink(column, vector, codes) for x [columns, D, vectors]
-    template <class Sink>
-    void each(const Floats *x, int vectors, const float *h, int64_t columns, Sink sink) {
-        if (vectors == 1) return each_of<1>(x, h, columns, sink);
-        if (vectors == 2) return each_of<2>(x, h, columns, sink);
-        if constexpr (MOST > 2) {
-            if (vectors == 3) return each_of<3>(x, h, columns, sink);
-            each_of<4>(x, h, columns, sink);
+    // codes [columns, vectors] of x [columns, D, vectors]
+    void find(const Floats *x, int vectors, const float *h, int64_t columns, Ints *codes) {
+        for (int64_t j = 0; j < columns; j++, x += D * vectors, h += D, codes += vectors) {
+            if (vectors == 1) find_in<1>(x, h, codes);
+            if (vectors == 2) find_in<2>(x, h, codes);
+            if constexpr (MOST > 2) {
+                if (vectors == 3) find_in<3>(x, h, codes);
+                if (vectors == 4) find_in<4>(x, h, codes);
+            }
         }
     }
 
@@ -69,16 +79,7 @@ template <int D> class Shared {
 
     float *coordinate(int i) { return reinterpret_cast<float *>(centroids.data() + i * stride); }
 
-    template <int V, class Sink>
-    void each_of(const Floats *x, const float *h, int64_t columns, Sink sink) {
-        for (int64_t j = 0; j < columns; j++, x += D * V, h += D) {
-            Ints code[V];
-            find<V>(x, h, code);
-            for (int v = 0; v < V; v++) sink(j, v, code[v]);
-        }
-    }
-
-    template <int V> void find(const Floats *x, const float *h, Ints *code) {
+    template <int V> void find_in(const Floats *x, const float *h, Ints *code) {
         for (int64_t s = 0; s < stride; s++) {
             norms[s] = Floats{};
             for (int i = 0; i < D; i++) {
@@ -124,11 +125,11 @@ template <int D> class Lanes {
                 table[2 * D * c + D + i] = table[2 * D * c + i] * table[2 * D * c + i];
     }
 
-    template <class Sink>
-    void each(const Floats *x, int, const float *h, int64_t columns, Sink sink) {
+    void find(const Floats *x, int, const float *h, int64_t columns, Ints *codes) {
         int64_t j = 0;
-        for (; j + TOGETHER <= columns; j += TOGETHER) some<TOGETHER>(x, h, j, sink);
-        for (; j < columns; j++) some<1>(x, h, j, sink);
+        for (; j + TOGETHER <= columns; j += TOGETHER)
+            find_some<TOGETHER>(x + j * D, h + j * D, codes + j);
+        for (; j < columns; j++) find_some<1>(x + j * D, h + j * D, codes + j);
     }
 
   private:
@@ -136,13 +137,7 @@ template <int D> class Lanes {
     int64_t k = 0;
     std::vector<Floats> table;  // [k, 2 D]: c_i and their squares
 
-    template <int N, class Sink> void some(const Floats *x, const float *h, int64_t j, Sink sink) {
-        Ints code[N];
-        find<N>(x + j * D, h + j * D, code);
-        for (int n = 0; n < N; n++) sink(j + n, 0, code[n]);
-    }
-
-    template <int N> void find(const Floats *x, const float *h, Ints *code) {
+    template <int N> void find_some(const Floats *x, const float *h, Ints *code) {
         Floats y[N][D], metric[N][D], best[N];
         for (int n = 0; n < N; n++) {
             for (int i = 0; i < D; i++) {
@@ -170,7 +165,7 @@ template <> class Lanes<1> {
   public:
     static constexpr int MOST = 1;
 
-    void set(const Books &books, int64_t row, int64_t rows) {
+    void set(Books &books, int64_t row, int64_t rows) {
         k = books.k;
         bounds.assign(k, Floats{});
         codes.assign(k, Ints{});
@@ -183,11 +178,10 @@ template <> class Lanes<1> {
         for (int64_t r = k - 1; r > 0; r--) bounds[r] = bound(r);
     }
 
-    template <class Sink>
-    void each(const Floats *x, int, const float *, int64_t columns, Sink sink) {
+    void find(const Floats *x, int, const float *, int64_t columns, Ints *found) {
         int64_t j = 0;
-        for (; j + TOGETHER <= columns; j += TOGETHER) some<TOGETHER>(x, j, sink);
-        for (; j < columns; j++) some<1>(x, j, sink);
+        for (; j + TOGETHER <= columns; j += TOGETHER) find_some<TOGETHER>(x + j, found + j);
+        for (; j < columns; j++) find_some<1>(x + j, found + j);
     }
 
   private:
@@ -215,15 +209,15 @@ template <> class Lanes<1> {
         return bits_of(wrong);
     }
 
-    void sort(const Books &books, int64_t group) {
-        const float *of = books.centroids + group * k;
+    static void sort(Books &books, int64_t group) {
+        const float *of = books.centroids + group * books.k;
         const auto key = [of](int32_t c) {  // in the order of floats, and total for all of them
             int32_t bits;
             std::memcpy(&bits, of + c, sizeof bits);
             return std::make_pair(bits ^ (bits >> 31 & INT32_MAX), c);
         };
-        int32_t *order = books.order + group * k;
-        std::sort(order, order + k, [key](int32_t a, int32_t b) { return key(a) < key(b); });
+        const auto order = books.order.begin() + group * books.k;
+        std::sort(order, order + books.k, [key](int32_t a, int32_t b) { return key(a) < key(b); });
     }
 
     // The least float that is nearer to the r-th centroid than to the one before it
@@ -234,11 +228,13 @@ template <> class Lanes<1> {
         return codes[r] < codes[r - 1] ? middle : (Floats)next;  // ties: the lowest code
     }
 
-    template <int N, class Sink> void some(const Floats *x, int64_t j, Sink sink) {
+    template <int N> void find_some(const Floats *x, Ints *found) {
         Ints code[N];
         for (int n = 0; n < N; n++) code[n] = codes[0];
         for (int64_t r = 1; r < k; r++)
-            for (int n = 0; n < N; n++) code[n] = x[j + n] >= bounds[r] ? codes[r] : code[n];
-        for (int n = 0; n < N; n++) sink(j + n, 0, code[n]);
+            for (int n = 0; n < N; n++) code[n] = x[n] >= bounds[r] ? codes[r] : code[n];
+        for (int n = 0; n < N; n++) found[n] = code[n];
     }
 };
+
+}  // namespace

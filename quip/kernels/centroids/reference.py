@@ -68,6 +68,52 @@ def improve(
     return improved
 
 
+def round_columns(
+    X: Float[Tensor, "n m"],
+    K: Float[Tensor, "n n"],
+    eta: Float[Tensor, "n m"],
+    h: Float[Tensor, " n"],
+    centroids: Float[Tensor, "G k d"],
+    *,
+    scales: Float[Tensor, "blocks m"] | None = None,
+    block: int | None = None,
+    base: Float[Tensor, "n m"] | None = None,
+    kept: tuple[Integer[Tensor, "n//d m"], Float[Tensor, "n//d d d"]] | None = None,
+) -> Integer[Tensor, "n//d m"]:
+    """The codes of the columns X, d at a time, each with the errors of those before it.
+
+        x = X[span] + sum_{j<lo} K[j, span] eta[j]     span = lo ... lo + d - 1
+        eta[span] = x - s c, or base[span] - s c       c is nearest to x / s in h[span]
+
+    s is that of the row in `scales` for each `block` columns, 1 without. `kept` are codes and a
+    metric for each span: a code stays where the new one is no nearer to x in e^T metric e.
+    """
+    (G, k, d), (n, m) = centroids.shape, X.shape
+    group = torch.cat(
+        [torch.arange(G)[g].repeat_interleave(_height(g, r)) for g, r in _batches(m, G)]
+    )
+    group = group.to(X.device)
+    codes = torch.empty(n // d, m, dtype=code_dtype(k), device=X.device)
+    for j, lo in enumerate(range(0, n, d)):
+        span = slice(lo, lo + d)
+        x = torch.addmm(X[span], K[:lo, span].T, eta[:lo]) if lo else X[span]
+        s = x.new_ones(m) if scales is None else scales[lo // (block or n)]
+        code = assign(x / s, centroids, h[span])[0].long()
+        w_hat = s * centroids[group, code].T
+        if kept is not None:
+            old = kept[0][j].long()
+            w_old = s * centroids[group, old].T
+            better = _squares(x - w_old, kept[1][j]) - _squares(x - w_hat, kept[1][j]) > 0
+            code, w_hat = torch.where(better, code, old), torch.where(better, w_hat, w_old)
+        codes[j] = code
+        eta[span] = (x if base is None else base[span]) - w_hat
+    return codes
+
+
+def _squares(e: Tensor, metric: Tensor) -> Float[Tensor, " m"]:
+    return ((metric.T @ e) * e).sum(0)
+
+
 def _batches(m: int, G: int) -> Iterator[tuple[slice, slice]]:
     """(groups, their rows): those of one size are served together."""
     size, more = divmod(m, G)

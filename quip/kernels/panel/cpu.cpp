@@ -1,32 +1,15 @@
 // Round the columns of a panel in order, with feedback inside it: the fast form of reference.py.
-//
-// A tile is ROWS rows of a column of W, held in VECTORS registers. COLUMNS columns are brought
-// up to date together, so that every load of eta serves COLUMNS products.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+
+#include "../columns.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, VECTORS = 4;
-#elif defined(__AVX__)
-constexpr int LANES = 8, VECTORS = 2;  // 16 registers
-#elif defined(__aarch64__)
-constexpr int LANES = 4, VECTORS = 4;
-#else
-constexpr int LANES = 4, VECTORS = 2;
-#endif
-constexpr int COLUMNS = 4, ROWS = LANES * VECTORS;
 constexpr int64_t CHUNK = 32 * ROWS;  // rows whose columns stay in the cache
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 struct Panel {  // as in cpu.py
     int64_t width, m;
@@ -42,30 +25,6 @@ struct Panel {  // as in cpu.py
     int32_t top, bfloat16;  // bfloat16: round fitted steps to it
 };
 
-int64_t round_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
-
-Floats all(float value) { return value - Floats{}; }
-
-// LANES numbers of a column, of which `left` belong to it
-Floats load(const float *from, int64_t left, float fill = 0) {
-    if (left >= LANES) return *reinterpret_cast<const Unaligned *>(from);
-    Floats lanes = all(fill);
-    for (int64_t i = 0; i < left; i++) lanes[i] = from[i];
-    return lanes;
-}
-
-template <class Number, class Lanes> void store(Number *to, const Lanes &lanes, int64_t left) {
-    if (left >= LANES)
-        std::memcpy(to, &lanes, sizeof lanes);
-    else
-        for (int64_t i = 0; i < left; i++) to[i] = lanes[i];
-}
-
-Floats without_padding(Floats lanes, int64_t left) {
-    for (int64_t i = std::max<int64_t>(left, 0); i < LANES; i++) lanes[i] = 0;
-    return lanes;
-}
-
 float sum(Floats lanes) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += lanes[i];
@@ -79,55 +38,6 @@ inline Ints nearest(Floats t, float top) {
     t = t < top ? t : top - Floats{};
     return __builtin_convertvector(t, Ints);
 }
-
-// The running columns of one panel and, once they are rounded, their errors; padded with 0.
-class Columns {
-  public:
-    Columns(const Panel &p, int64_t stride) : padded(round_up(p.width, COLUMNS)), stride(stride) {
-        static thread_local std::vector<Floats> scratch;  // kept: fresh pages are dear
-        scratch.resize(padded * stride + padded * padded / LANES + 1);
-        x = scratch.data();
-        K = reinterpret_cast<float *>(x + padded * stride);
-        std::fill(at(p.width, 0), at(padded, 0), Floats{});
-        for (int64_t k = 0; k < p.width; k++)
-            for (int64_t j = 0; j < k; j++) *feedback(j, k) = p.K[j * p.K_row + k * p.K_column];
-    }
-
-    Floats *at(int64_t k, int64_t tile) { return x + k * stride + tile * VECTORS; }
-
-    // x_k += sum_{j < first} K[j, k] eta_j for the COLUMNS columns k from `first` on
-    void feed_block(int64_t first, int64_t tile) {
-        Floats sums[COLUMNS][VECTORS];
-        for (int c = 0; c < COLUMNS; c++)
-            for (int v = 0; v < VECTORS; v++) sums[c][v] = at(first + c, tile)[v];
-        for (int64_t j = 0; j < first; j++) {
-            const Floats *eta = at(j, tile);
-            const float *weights = feedback(j, first);
-            for (int c = 0; c < COLUMNS; c++)
-                for (int v = 0; v < VECTORS; v++) sums[c][v] += weights[c] * eta[v];
-        }
-        for (int c = 0; c < COLUMNS; c++)
-            for (int v = 0; v < VECTORS; v++) at(first + c, tile)[v] = sums[c][v];
-    }
-
-    // The same for column k alone, from the columns of its own block
-    void feed(int64_t k, int64_t tile) {
-        Floats sums[VECTORS];
-        for (int v = 0; v < VECTORS; v++) sums[v] = at(k, tile)[v];
-        for (int64_t j = k / COLUMNS * COLUMNS; j < k; j++)
-            for (int v = 0; v < VECTORS; v++) sums[v] += *feedback(j, k) * at(j, tile)[v];
-        for (int v = 0; v < VECTORS; v++) at(k, tile)[v] = sums[v];
-    }
-
-  private:
-    int64_t padded, stride;
-    Floats *x;
-    float *K;
-
-    float *feedback(int64_t j, int64_t k) {  // COLUMNS neighbours in k lie side by side
-        return K + (k / COLUMNS * padded + j) * COLUMNS + k % COLUMNS;
-    }
-};
 
 // A tile of column k from `row` on: codes and errors go out, and errors take the place of x.
 void round_tile(const Panel &p, int64_t k, int64_t row, Floats *x) {
@@ -189,7 +99,7 @@ float fitted_step(const Panel &p, const Floats *x, double squares, float zero) {
 // column before any of them is rounded.
 void round_rows(const Panel &p, int64_t start, int64_t stop) {
     const int64_t tiles = (stop - start + ROWS - 1) / ROWS;
-    Columns columns(p, (tiles + 1) * VECTORS);  // columns a power of 2 apart would evict each other
+    Columns columns(p.width, p.K, p.K_row, p.K_column, tiles);
     for (int64_t k = 0; k < p.width; k++)
         for (int64_t i = 0, row = start; i < tiles * VECTORS; i++, row += LANES)
             columns.at(k, 0)[i] = load(p.X + k * p.m + row, p.m - row);
@@ -197,7 +107,7 @@ void round_rows(const Panel &p, int64_t start, int64_t stop) {
         double squares = 0;
         for (int64_t tile = 0; tile < tiles; tile++) {
             if (k % COLUMNS == 0) columns.feed_block(k, tile);
-            columns.feed(k, tile);
+            columns.feed(k, tile, k);
             const Floats *x = columns.at(k, tile);
             for (int v = 0; p.candidates && v < VECTORS; v++) squares += sum(x[v] * x[v]);
         }

@@ -109,12 +109,14 @@ class Cell:
         }
         whole = len(known) == len(self.settings.evaluate) > 0
         mean = fmean(known.values()) if whole else None
+        right = [found["tasks"].get(task, {}).get("acc") for task in self.settings.tasks]
         made = [s for stage, s in run.get("seconds", {}).items() if stage not in MEASURING]
         return {
             **run,
             **found,
             "perplexity": known,
             "mean_perplexity": mean,
+            "mean_accuracy": fmean(right) if right and None not in right else None,
             "minutes": sum(made) / 60 if made else None,  # of making it, not of measuring it
         }
 
@@ -190,7 +192,7 @@ def cells(table: Table, models: Sequence[str], settings: Settings, root: Path) -
     for model in models:
         for row in table.rows:
             for column in table.columns:
-                if row.parts:
+                if not row.is_run:
                     continue
                 cell = cell_of(table, model, row, column, settings, root)
                 if cell.folder not in seen:

@@ -8,61 +8,22 @@ of its table, column and row (a row's win), and each measure is a path into that
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypeAlias, TypedDict
+from typing import Any
 
 from quip.errors import UsageError, shown
 from quip.jobs.plan import flag_value
 from quip.matrix.build import build_recipe
 from quip.matrix.flags import FLAGS
+from quip.matrix.methods import RECIPES
 from quip.matrix.recipe import Recipe
 from quip.reading import read_yaml
 from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
-from quip.shapes import Within, check_shape
+from quip.research.tables.words import Description, Label
+from quip.shapes import check_shape
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
 TEXTS = ("run", "saved")  # kinds that are measured on texts and tasks
-Label: TypeAlias = str | int | float
-
-
-class LineWords(TypedDict):
-    """What a description says of a row or a column, beside its flags."""
-
-    difference: NotRequired[list[str]]
-    ratio: NotRequired[list[str]]
-    paper: NotRequired[dict[str, Label]]
-
-
-Lines: TypeAlias = Annotated[dict[Label, LineWords | None], Within(1)]
-
-
-class MeasureWords(TypedDict):
-    """What a description says of a measure."""
-
-    path: Annotated[list[str], Within(1)]
-    scale: NotRequired[float]
-    inverse: NotRequired[bool]
-    better: NotRequired[Literal["lower", "higher", "neither"]]
-
-
-class Description(TypedDict):
-    """A file that describes a table; its name is the file's."""
-
-    title: str
-    source: str
-    models: list[str]
-    rows: Lines
-    columns: Lines
-    kind: NotRequired[Literal["run", "saved", "speed", "proxy", "hessians"]]
-    flags: NotRequired[dict[str, Any]]
-    paper: NotRequired[dict[str, Label]]
-    dataset: NotRequired[str]
-    evaluate: NotRequired[list[str]]
-    tasks: NotRequired[list[str]]
-    measures: NotRequired[dict[str, MeasureWords] | None]
-    by: NotRequired[Literal["columns", "models"]]
-    note: NotRequired[str]
-    cost: NotRequired[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +69,12 @@ class Line:
     paper: Mapping[str, str] = field(default_factory=dict)  # what finds its published cells
     difference: tuple[str, ...] = ()  # of two rows, which this one is instead of runs
     ratio: tuple[str, ...] = ()
+    published: bool = False  # of another method: nothing is run, the paper's numbers stand alone
+
+    @property
+    def is_run(self) -> bool:
+        """Whether its cells are runs of their own."""
+        return not (self.parts or self.published)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -117,7 +84,7 @@ class Line:
     def combine(self, values: Sequence[float | None]) -> float | None:
         """Its number, of its parts' numbers or its own."""
         known = [value for value in values if value is not None]
-        if len(known) < len(values):
+        if not known or len(known) < len(values):
             return None
         if self.difference:
             return known[0] - known[1]
@@ -139,6 +106,7 @@ class Table:
     kind: str = "run"
     flags: Mapping[str, Any] = field(default_factory=dict)  # of every cell
     paper: Mapping[str, str] = field(default_factory=dict)  # of every cell
+    beside: str = ""  # the paper's model whose numbers stand beside models that no paper has
     dataset: str = "c4"
     evaluate: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
@@ -195,6 +163,7 @@ def _table(name: str, given: Mapping[str, Any]) -> Table:
     words = {k: v for k, v in given.items() if k not in ("rows", "columns", "measures")}
     for key in ("models", "evaluate", "tasks"):
         words[key] = tuple(words.get(key, ()))
+    words["paper"] = _words(words.get("paper", {}))
     measures = given.get("measures") or {}
     table = Table(
         name=name,
@@ -222,14 +191,29 @@ def perplexities(datasets: Sequence[str]) -> tuple[Measure, ...]:
     )
 
 
-def _lines(given: Mapping[str, Mapping[str, Any] | None]) -> tuple[Line, ...]:
+def _lines(given: Mapping[Label, Mapping[str, Any] | None]) -> tuple[Line, ...]:
     lines = []
     for label, spec in given.items():
         spec = dict(spec or {})
         parts = {key: tuple(spec.pop(key, ())) for key in ("difference", "ratio")}
-        paper = {key: str(value) for key, value in spec.pop("paper", {}).items()}
-        lines.append(Line(label=str(label), flags=spec, paper=paper, **parts))
+        published = spec.pop("published", False)
+        paper = _words(spec.pop("paper", {}))
+        if (recipe := spec.pop("recipe", None)) is not None:
+            spec = {**_of_recipe(recipe), **spec}
+        lines.append(Line(label=str(label), flags=spec, paper=paper, published=published, **parts))
     return tuple(lines)
+
+
+def _words(paper: Mapping[str, Label]) -> dict[str, str]:
+    """What finds published cells, as their files have it."""
+    return {key: str(value) for key, value in paper.items()}
+
+
+def _of_recipe(name: str) -> Mapping[str, Any]:
+    """The flags of a named recipe, so that a cell is kept by what is run."""
+    if name not in RECIPES:
+        raise UsageError(f"recipe {shown(name)}: not one of {', '.join(RECIPES)}")
+    return RECIPES[name].flags
 
 
 def _check(table: Table) -> None:
@@ -239,7 +223,7 @@ def _check(table: Table) -> None:
     for row in table.rows:
         if row.parts and not (set(row.parts) <= labels and len(row.parts) == 2):
             raise UsageError(f"row {shown(row.label)}: it is made of two rows, by label")
-        if row.parts or table.kind == "hessians":
+        if not row.is_run or table.kind == "hessians":
             continue
         for column in table.columns:
             flags = table.flags_of(row, column)

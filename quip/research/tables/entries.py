@@ -43,14 +43,16 @@ def entries(
 def _of_place(
     table: Table, model: str, row: Line, column: Line, settings: Settings, root: Path
 ) -> Iterator[Entry]:
-    lines = [table.find(label) for label in row.parts] or [row]
+    lines = [row] if row.is_run else [table.find(label) for label in row.parts]
     cells = [cell_of(table, model, line, column, settings, root) for line in lines]
     reports = [cell.report() for cell in cells]
     failed = any(report.get("status") == "failed" for report in reports)
-    own = {} if row.parts else reports[0]
+    own = reports[0] if row.is_run else {}
+    name = papers_name(model)
+    judged = row.is_run and name is not None  # not by the numbers of another model
     for measure in table.measures:
         ours = row.combine([measure.of(report) for report in reports])
-        words = {"model": papers_name(model) or "", "metric": measure.label}
+        words = {"model": name or table.beside, "metric": measure.label}
         papers = lookup({**words, **table.paper, **column.paper, **row.paper})
         yield Entry(
             model=model,
@@ -60,8 +62,9 @@ def _of_place(
             ours=ours,
             paper=papers,
             state="none"
-            if ours is None and any(has_none(measure, report) for report in reports)
-            else state_of(ours, papers, "neither" if row.parts else measure.better, failed=failed),
+            if row.published
+            or (ours is None and any(has_none(measure, report) for report in reports))
+            else state_of(ours, papers, measure.better if judged else "neither", failed=failed),
             seconds=sum(own.get("seconds", {}).values()) or None,
             bits_per_weight=own.get("totals", {}).get("bits_per_weight"),
         )

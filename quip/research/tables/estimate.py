@@ -6,6 +6,8 @@ With N calibration tokens, a matrix of m outputs and n inputs costs
     observe       2 n^2 N for each distinct input, of which panels skip three eighths
     quantize      m n^2 for the sweep, 2 m n^2 for each greedy pass, 5 n^3 to factorise; Algorithm 5
                   solves twice 2 n^3 in each of up to 100 iterations
+    learn         codebooks of k centroids: 3 k m n for each iteration of EM, 2 m n^2 for each of
+                  up to 30 steps of their update
     evaluate      2 (m n) for each token, and the vocabulary
     tune          6 m n for each token and epoch, of a block after each of its inputs, of a
                   whole model with the vocabulary
@@ -27,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quip.errors import QuipError
 from quip.evaluate.memory import module_bytes
 from quip.matrix.build import METHODS
+from quip.matrix.vectors import DIM, STEPS
 from quip.model.device import choose_device
 from quip.model.load import DTYPES, read_config
 from quip.model.matrices import coverage, find_blocks
@@ -120,9 +123,18 @@ def _operations(cell: Cell, shape: Shape) -> float:
     solve = 5.0 if quant != "ldlbal_admm" else 400.0
     rotated = bool(flags.get("incoh_processing") or flags.get("pre_proj"))
     for m, n in shape.matrices:
-        total += (1.0 + 2.0 * passes) * m * n * n
+        total += (1.0 + 2.0 * passes) * m * n * n + _learning(flags, m, n)
         total += solve * n**3 if rotated else solve * n**3 / 2  # inputs that are shared
     return total
+
+
+def _learning(flags: Mapping[str, Any], m: int, n: int) -> float:
+    """Operations that learned codebooks of a matrix take."""
+    if flags.get("codebook") != "vq":
+        return 0.0
+    centroids = 2 ** (flags["wbits"] * flags.get("vq_dim", DIM))
+    steps = 0 if flags.get("codebook_update") == "none" else STEPS
+    return 3.0 * centroids * flags.get("em_iters", 100) * m * n + 2.0 * steps * m * n * n
 
 
 def _bytes(cell: Cell, shape: Shape) -> float:
@@ -142,17 +154,13 @@ def _bytes(cell: Cell, shape: Shape) -> float:
 def _shape(model: str) -> Shape | str:
     """From the config alone, or why there is none. Models of the papers are known by heart."""
     known: Mapping[str, Any] | None = known_models().get(model)
-    if known:
-        words = dict(known["config"])
-        config = AutoConfig.for_model(words.pop("model_type"), **words)
-    else:
-        try:
-            config = read_config(model)
-        except QuipError as error:
-            return str(error)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config)
-    names = coverage(empty).quantized
+    try:
+        config = AutoConfig.for_model(**known["config"]) if known else read_config(model)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        names = coverage(empty).quantized
+    except QuipError as error:
+        return str(error)
     matrices = [tuple(empty.get_submodule(name).weight.shape) for name in names]
     _, blocks = find_blocks(empty)
     inputs = [n for name, (_, n) in zip(names, matrices, strict=True) if not name.endswith(SHARING)]

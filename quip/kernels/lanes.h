@@ -1,7 +1,11 @@
 // Vectors of floats as wide as the processor's registers, and numbers in and out of them.
 
+#pragma once
+
 #include <cstdint>
 #include <cstring>
+
+namespace {  // a library is one source
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16, VECTORS = 4;
@@ -39,6 +43,18 @@ template <class Number, class Vector> void store(Number *to, const Vector &lanes
         for (int64_t i = 0; i < left; i++) to[i] = lanes[i];
 }
 
+inline void store_codes(void *to, bool wide, int64_t at, Ints codes, int64_t left) {
+    if (wide)
+        store(static_cast<int32_t *>(to) + at, codes, left);
+    else
+        store(static_cast<uint8_t *>(to) + at, __builtin_convertvector(codes, Bytes), left);
+}
+
+inline Floats without_padding(Floats lanes, int64_t left) {
+    for (int64_t i = left > 0 ? left : 0; i < LANES; i++) lanes[i] = 0;
+    return lanes;
+}
+
 // Bit l is that of lane l, which is 0 or -1
 inline uint32_t bits_of(Ints lanes) {
     constexpr uint32_t BITS[] = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096,
@@ -48,3 +64,5 @@ inline uint32_t bits_of(Ints lanes) {
     for (int l = 0; l < LANES; l++) all |= bits[l] & BITS[l];
     return all;
 }
+
+}  // namespace
