@@ -32,6 +32,7 @@ from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
 FILE_DTYPES = {
+    torch.int8: "I8",
     torch.int32: "I32",
     torch.float32: "F32",
     torch.bfloat16: "BF16",

@@ -133,8 +133,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_as_one_that_was_not(
     assert len(list(tmp_path.glob("block-*"))) == BLOCKS
 
 
-@pytest.mark.parametrize("dim", VECTORS)
-@pytest.mark.parametrize("name", ["opt", "llama", "qwen2"])
+@pytest.mark.parametrize(("name", "dim"), [("opt", "1D"), ("llama", "2D"), ("qwen2", "4D")])
 def test_learned_codebooks_are_taken_up_bitwise(name, dim, tmp_path, monkeypatch):
     recipe = build_recipe(**VECTORS[dim], vq_seed="kpp")
     expected, _ = quantized(None, name, recipe)

@@ -155,7 +155,9 @@ def test_copies_and_pickles_share_a_stack_of_their_own(model, mode):
         assert torch.equal(logits(made), expected)
 
 
-def test_casts_leave_scales_and_signs_alone(model):
+@pytest.mark.parametrize("flags", [SHARP, *VECTORS.values()])
+def test_casts_leave_what_is_stored_alone(flags):
+    model = quantized("llama", flags, blocks=1)
     before = {name: x.clone() for name, x in model.get_submodule(f"{Q}.stack").stored().items()}
     stack = model.bfloat16().get_submodule(f"{Q}.stack")
     assert all(torch.equal(x, before[name]) for name, x in stack.stored().items())
