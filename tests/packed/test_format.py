@@ -17,7 +17,7 @@ from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
 from tests.laws import GRIDS
 from tests.support import format_reader, tiny
-from tests.support.checkpoints import SHARP, mixed, quantized, save
+from tests.support.checkpoints import SHARP, VECTORS, mixed, quantized, save
 
 # W_hat is decoded in float32, with up to three roundings of 2^-24 a weight; rotations keep the norm
 # of what they leave, and rescaling keeps it nearly.
@@ -28,6 +28,7 @@ WIDTHS = {
 }
 PERMUTED, UNPERMUTED = ({"incoh_processing": True, "pre_proj_extra": i} for i in (0, 2))
 PLAIN = {"pre_proj": True, "qfn": "a"}
+COLUMNS = {"columns_per_group": 24, "rotation": "none"}
 KINDS = [
     *(("llama", {"wbits": 2 + i % 7, **flags}) for i, flags in enumerate(GRIDS.values())),
     ("odd", {"wbits": 3, "incoh_processing": True}),
@@ -41,6 +42,12 @@ KINDS = [
     ("llama", {"codebook": "E8P12RVQ4B", "range_": "16", "pre_rescale": True}),
     ("llama", {**SHARP, "rotation": "kronecker"}),
     ("opt", {**SHARP, "hadamard_block": 8}),
+    *zip(("opt", "llama", "qwen2"), VECTORS.values(), strict=True),
+    ("odd", {**VECTORS["1D"], "rotation": "none", "no_fuse": True, "codebook_bits": 8}),
+    ("odd", {**VECTORS["1D"], "rotation": "kronecker", "svd_rank": 0.5}),
+    ("products", {**VECTORS["2D"], "vq_scaling": 6, "codebook_scale": "columns"} | COLUMNS),
+    ("llama", {**VECTORS["2D"], "vq_scaling": None, "codebook_bits": 4, "columns_per_group": 128}),
+    ("products", {**VECTORS["4D"], "groupsize": 10**6, "faithful": True}),
 ]
 
 
