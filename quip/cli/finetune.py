@@ -44,6 +44,12 @@ def _tuning_flags(group: argparse._ArgumentGroup) -> None:
         help="Adam's rate for norms, biases and lm_head, unless that is tied (default 5e-5)",
     )
     add("--signs_lr", type=float, metavar="X", help="the same for sign vectors (default 5e-4)")
+    add(
+        "--centroids_lr",
+        type=float,
+        metavar="X",
+        help="the same for learned centroids, as a share of their RMS (default 5e-3)",
+    )
     add("--batch_size", type=int, metavar="N", help="windows a step (default 2)")
     add(
         "--patience",

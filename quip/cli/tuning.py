@@ -9,7 +9,8 @@ from quip.errors import UsageError
 if TYPE_CHECKING:
     from quip.model.tune import BlockTuning
 
-TUNING = ("epochs", "lr", "signs_lr", "batch_size", "patience", "held_out")  # what tuning takes
+# What tuning takes.
+TUNING = ("epochs", "lr", "signs_lr", "centroids_lr", "batch_size", "patience", "held_out")
 
 
 def tuning_flags(group: argparse._ArgumentGroup) -> None:
@@ -20,11 +21,17 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="after each group of matrices tune what is left of the block, its norms and signs, "
-        "to give the original outputs, for at most N passes (default 0: no tuning)",
+        help="after each group of matrices tune what is left of the block, its norms, signs "
+        "and centroids, to give the original outputs, for at most N passes (default 0: no tuning)",
     )
     add("--ft_lr", type=float, metavar="X", help="rate of weights and norms (default 5e-5)")
     add("--ft_signs_lr", type=float, metavar="X", help="rate of sign vectors (default 5e-4)")
+    add(
+        "--ft_centroids_lr",
+        type=float,
+        metavar="X",
+        help="rate of learned centroids, as a share of their RMS (default 5e-3)",
+    )
     add("--ft_batch_size", type=int, metavar="N", help="windows in a step (default 8)")
     add(
         "--ft_patience",

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quip.kernels.bits import unpack
+from quip.kernels.groups import even
 from quip.shapes import Within
 from quip.stored import Stored
 
@@ -46,12 +47,6 @@ def tiles(m: int, rows: int) -> list[int]:
 def tile_count(m: int, rows: int) -> int:
     """How many tiles `tiles` makes."""
     return max(1, round(m / rows))
-
-
-def even(m: int, count: int) -> list[int]:
-    """The sizes of `count` parts of m, in order: the first ones may be larger by 1."""
-    size, more = divmod(m, count)
-    return [size + 1] * more + [size] * (count - more)
 
 
 @runtime_checkable

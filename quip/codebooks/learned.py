@@ -12,15 +12,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import FITTED, Codebook, Groups, Kept, Panel, even
+from quip.codebooks.base import FITTED, Codebook, Groups, Kept, Panel
 from quip.codebooks.centroids import Centroids, Scheme
 from quip.codebooks.scaling import joined
 from quip.codebooks.seeds import SEEDS
 from quip.errors import UsageError
 from quip.kernels.centroids import assign, improve, round_columns
+from quip.kernels.groups import row_groups
 
 UNFITTED = torch.empty(0)
 
@@ -120,7 +121,7 @@ class Learned(Codebook):
         return assign(Y.T.contiguous(), self.centroids, self._weights(h))[0]
 
     def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]:
-        tile = tile_of_rows(len(codes), len(self.centroids), codes.device)
+        tile = row_groups(len(codes), len(self.centroids), codes.device)
         points = self.centroids[tile, codes.long()]
         return points if self.scales is None else points * self._scale()[:, None]
 
@@ -181,17 +182,11 @@ def weigh(
     codes: Integer[Tensor, "vectors m"], mass: Float[Tensor, "vectors m_or_1"], count: int, k: int
 ) -> Float[Tensor, "count k"]:
     """The mass of the vectors of each centroid of each tile."""
-    at = (tile_of_rows(codes.shape[1], count, codes.device) * k + codes.long()).flatten()
+    at = (row_groups(codes.shape[1], count, codes.device) * k + codes.long()).flatten()
     total = mass.new_zeros(count * k, dtype=torch.float64)
     return (
         total.index_add_(0, at, mass.expand(codes.shape).flatten().double()).view(count, k).to(mass)
     )
-
-
-def tile_of_rows(m: int, count: int, device: torch.device) -> Int64[Tensor, " m"]:
-    """The tile of each of m rows."""
-    sizes = torch.tensor(even(m, count), device=device)
-    return torch.arange(count, device=device).repeat_interleave(sizes)
 
 
 def _sizes(m: int, count: int) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
-"""Numbers that a run of columns shares, such as the step of a grid."""
+"""What runs of rows and of columns share: a codebook, or a number such as the step of a grid."""
 
-from jaxtyping import Shaped
+import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 
@@ -14,3 +15,15 @@ def spread(
     if size is None or size == 1 or size >= count:
         return x
     return x.repeat_interleave(size, dim=1)[:, :count]
+
+
+def even(m: int, count: int) -> list[int]:
+    """The sizes of `count` parts of m, in order: the first ones may be larger by 1."""
+    size, more = divmod(m, count)
+    return [size + 1] * more + [size] * (count - more)
+
+
+def row_groups(m: int, count: int, device: torch.device) -> Int64[Tensor, " m"]:
+    """The group of each of m rows, which are cut into `count` groups as `even` does."""
+    sizes = torch.tensor(even(m, count), device=device)
+    return torch.arange(count, device=device).repeat_interleave(sizes)

@@ -17,9 +17,10 @@ import torch
 from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook, even
-from quip.codebooks.learned import Learned, tile_of_rows
+from quip.codebooks.base import Codebook
+from quip.codebooks.learned import Learned
 from quip.kernels import centroid_matvec
+from quip.kernels.groups import even, row_groups
 
 CHUNK = 2**22  # weights of the tiles that are solved together
 SETTLED = 1e-4  # share of the loss that a step must be worth
@@ -117,7 +118,7 @@ class _Tiles:
 
     @cached_property
     def _tile_of_row(self) -> Int64[Tensor, " m"]:
-        return tile_of_rows(len(self.codes), self.shape[1], self.codes.device)
+        return row_groups(len(self.codes), self.shape[1], self.codes.device)
 
     @cached_property
     def _entry(self) -> Int64[Tensor, " codes"]:

@@ -21,6 +21,7 @@ from quip.model.promised import check_all, check_block
 from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.siblings import quantize_siblings
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
+from quip.model.tune.tunable import learns
 from quip.model.walk import blocks_at_rest, walk
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,9 @@ class Run:
 
     With a ledger, finished blocks are written down; those that it holds already are taken from it
     instead of being quantized again, and come out bitwise the same. With `tuning`, what is left of
-    a block is tuned after each group of matrices but the last, and what that comes to is added to
-    `tuned`. `observed` is shown the Hessians of each block before it is touched.
+    a block is tuned after each group of matrices but the last, and after that where its centroids
+    can be moved; what that comes to is added to `tuned`. `observed` is shown the Hessians of each
+    block before it is touched.
     """
 
     recipe: Recipe | Plan  # of all matrices, or of each
@@ -73,8 +75,8 @@ def quantize_model(
     First block to last: each block sees the calibration tokens as the quantized blocks before it
     pass them on; the second moments of a block come from one pass before any of its own matrices is
     touched. With `tuning`, what is left of a block is tuned after each group of matrices but the
-    last. Raises UsageError, before anything runs, where a recipe cannot do a matrix and where the
-    plan does not fit the model's names.
+    last, and after that where its centroids can be moved. Raises UsageError, before anything runs,
+    where a recipe cannot do a matrix and where the plan does not fit the model's names.
     """
     run = Run(recipe=recipe, seed=seed, device=device, batch_size=batch_size, tuning=tuning)
     return list(quantize_matrix_by_matrix(model, tokens, run))
@@ -211,7 +213,8 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
         H = hessians[names[0]].value()
         found = quantize_siblings(block, names, H, work.recipes, run.seed)
         yield from watch.each("quantize", found)
-        if tuner and names is not groups[-1]:  # after which no matrix is left to tune
+        # After the last group no matrix is left to tune: only what was learnt of those before.
+        if tuner and (names is not groups[-1] or learns(block.module)):
             with watch("tune"):
                 run.tuned.append(tuner.tune(names))
             work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from quip import cli
 from quip.evaluate.divergence import divergence
+from quip.jobs.inspect import inspect_checkpoint
 from quip.matrix.build import build_recipe
 from quip.model.load import load_model
 from quip.packed.checkpoint import load
@@ -15,6 +17,7 @@ from tests.support.checkpoints import save_quantized
 from tests.support.runs import write_text
 from tests.support.tiny import tokens
 
+VECTORS = build_recipe(wbits=2, codebook="vq", vq_dim=2, groupsize=256, columns_per_group=16)
 LATTICE = build_recipe(quant="ldlq", codebook="E8P12")
 FAST = ["--epochs", "2", "--lr", "1e-3", "--signs_lr", "1e-2", "--nsamples", "24", "--seqlen", "16"]
 
@@ -74,6 +77,25 @@ def test_the_new_run_json_says_what_was_done_and_nothing_that_no_longer_holds(
         assert run[key] == earlier[key]
     assert "quip.load" in (out / "README.md").read_text()
     assert quip("inspect", out)[0] == 0
+
+
+def test_the_centroids_of_a_checkpoint_are_tuned_and_saved(quip, text, tmp_path):
+    folder, out = tmp_path / "vq", tmp_path / "tuned"
+    save_quantized(folder, recipe=VECTORS)
+    rates = ["--lr", "0", "--signs_lr", "0", "--centroids_lr", "5e-3"]
+    line = ["finetune", folder, text, "--save", out, "--teacher", f"{folder}-original"]
+    status, _, err = quip(*line, *FAST, *rates, "--epochs", "1")
+    assert status == 0, err
+    old, new = (load(x).state_dict() for x in (folder, out))
+    moved = {name for name, x in old.items() if not torch.equal(x, new[name])}
+    assert {name.rpartition(".")[2] for name in moved} == {"centroids", "centroid_scale"}
+    run = json.loads((out / "run.json").read_text())
+    assert run["finetune"]["tuning"]["centroids_lr"] == 5e-3
+    assert run["finetune"]["kl_after"] < run["finetune"]["kl_before"]
+    before, after = (inspect_checkpoint(x, verify_tensors=True) for x in (folder, out))
+    assert after["verification"]["damaged"] == 0
+    for key in ("format", "bits_per_weight", "bytes_by_kind", "quantized_matrices"):
+        assert after[key] == before[key]
 
 
 def test_a_checkpoint_without_run_json_needs_a_teacher_by_name(quip, packed, text, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate.divergence import divergence
@@ -17,7 +17,6 @@ from quip.matrix.build import build_recipe
 from quip.matrix.quantize import quantize_matrix
 from quip.model.ledger import Ledger
 from quip.model.matrices import coverage
-from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.model.records import Stopwatch
 from quip.model.tune import BlockTuning, ModelTuning, tune_model, whole
 from quip.model.tune.descent import _std_error, is_noise
@@ -25,9 +24,8 @@ from quip.model.tune.tunable import MasterWeights
 from quip.packed.checkpoint import load
 from quip.packed.linear import QuantizedLinear, quantized_layers
 from tests.support.checkpoints import save
-from tests.support.tiny import tiny, tokens
+from tests.support.tuning import DRAWN, FEW, LATTICE, changed, quantized, short, state
 
-LATTICE = build_recipe(quant="ldlq", codebook="E8P12")
 GRID = build_recipe(quant="ldlq", wbits=2, incoh_processing=True, rotation="hadamard")
 KRONECKER = build_recipe(quant="ldlq", wbits=2, incoh_processing=True)
 RECIPES = {"E8P12": LATTICE, "int and hadamard": GRID, "int and kronecker": KRONECKER}
@@ -35,35 +33,7 @@ RECIPES = {"E8P12": LATTICE, "int and hadamard": GRID, "int and kronecker": KRON
 FAST = BlockTuning(lr=1e-3, signs_lr=3e-3, batch_size=8, epochs=2)
 WHOLE = ModelTuning(lr=1e-3, signs_lr=1e-2, epochs=2)
 HOPELESS = {"lr 0": {"lr": 0.0, "signs_lr": 0.0}, "absurd": {"lr": 1e3, "signs_lr": 1e3}}
-DRAWN, FEW = tokens(48), tokens(16)
-
-
-def short(name: str = "llama", **options) -> nn.Module:
-    """A tiny model of two blocks."""
-    model = tiny(name, **options)
-    model.get_decoder().layers = model.get_decoder().layers[:2]
-    model.config.num_hidden_layers = 2
-    return model
-
-
-def quantized(name: str = "llama", recipe=LATTICE, *, dtype=torch.float32, **options):
-    """A tiny model, and the records of its matrices and of its tunings."""
-    model = short(name, dtype=dtype)
-    run = Run(recipe=recipe, **{"device": "cpu", "seed": 0, "batch_size": 8, **options})
-    records = list(quantize_matrix_by_matrix(model, DRAWN, run))
-    return model, records, run.tuned
-
-
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: x.clone() for name, x in model.state_dict().items()}
-
-
-def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    """The names of tensors that are not bitwise as before."""
-    now = model.state_dict()
-    assert now.keys() == before.keys()
-    pairs = {name: (now[name], x) for name, x in before.items()}
-    return {k for k, (x, y) in pairs.items() if x.dtype != y.dtype or not torch.equal(x, y)}
+VECTORS = build_recipe(wbits=2, codebook="vq", vq_dim=2, groupsize=256, columns_per_group=16)
 
 
 # What is trained
@@ -186,9 +156,10 @@ class Stopped(Exception):
     pass
 
 
-def test_a_run_that_was_broken_off_is_taken_up_with_the_same_tuning(tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", [LATTICE, VECTORS], ids=["E8P12", "vq"])
+def test_a_run_that_was_broken_off_is_taken_up_with_the_same_tuning(tmp_path, monkeypatch, recipe):
     once = replace(FAST, epochs=1)
-    expected, _, tuned = quantized(tuning=once)
+    expected, _, tuned = quantized(recipe=recipe, tuning=once)
     ledger, keep = Ledger(tmp_path, {}), Ledger.keep
     ledger.open()
 
@@ -200,8 +171,8 @@ def test_a_run_that_was_broken_off_is_taken_up_with_the_same_tuning(tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(Ledger, "keep", stop)
         with pytest.raises(Stopped):
-            quantized(tuning=once, ledger=ledger)
-    model, _, again = quantized(tuning=once, ledger=ledger)
+            quantized(recipe=recipe, tuning=once, ledger=ledger)
+    model, _, again = quantized(recipe=recipe, tuning=once, ledger=ledger)
     assert changed(model, state(expected)) == set()
     assert [r.loss_after for r in again] == [r.loss_after for r in tuned]
 
@@ -220,6 +191,7 @@ NONSENSE = {
     "epochs": 0,
     "lr": -1.0,
     "signs_lr": math.nan,
+    "centroids_lr": math.inf,
     "batch_size": 0,
     "patience": 0,
     "held_out": 1.0,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quip.kernels.bits import unpack
-from quip.kernels.groups import spread
+from quip.kernels.groups import row_groups, spread
 from quip.kernels.operation import Form
 
 PART = 2**20  # weights that are decoded together
@@ -81,13 +81,6 @@ def multiply_by_parts(
         W = _decode_rows(codes, groups[some], centroids, theirs, columns, block)
         products.append(linear(rounded, W.to(dtype)))
     return torch.cat(products, dim=-1).to(x.dtype)
-
-
-def row_groups(m: int, count: int, device: torch.device) -> Int64[Tensor, " m"]:
-    """The row group of each of m rows."""
-    rows = torch.full((count,), m // count, device=device)
-    rows[: m % count] += 1
-    return torch.arange(count, device=device).repeat_interleave(rows)
 
 
 def _decode_rows(

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from quip.kernels.groups import row_groups
+
 DISTANCES = 2**22  # that exist at a time
 
 
@@ -89,10 +91,7 @@ def round_columns(
     metric for each span: a code stays where the new one is no nearer to x in e^T metric e.
     """
     (G, k, d), (n, m) = centroids.shape, X.shape
-    group = torch.cat(
-        [torch.arange(G)[g].repeat_interleave(_height(g, r)) for g, r in _batches(m, G)]
-    )
-    group = group.to(X.device)
+    group = row_groups(m, G, X.device)
     codes = torch.empty(n // d, m, dtype=code_dtype(k), device=X.device)
     for j, lo in enumerate(range(0, n, d)):
         span = slice(lo, lo + d)

@@ -1,4 +1,4 @@
-"""Fine-tuning of quantized models, as QuIP# does it: codes stay, what surrounds them moves.
+"""Fine-tuning of quantized models, as QuIP# does it: codes stay, what is around them moves.
 
 `blocks` tunes what is left of a block while it is being quantized, `whole` the quantized model
 against its original (quip/jobs/finetune.py does that to a checkpoint). `tunable` says what is

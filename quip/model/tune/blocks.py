@@ -1,7 +1,7 @@
 """Tune a block while it is being quantized: what is left of it makes up for what is gone.
 
-After each group of its matrices (QuIP#, section 5), the sign vectors of what is quantized, the
-norms and biases, and the matrices still to come are tuned so that
+After each group of its matrices (QuIP#, section 5), the sign vectors and centroids of what is
+quantized, the norms and biases, and the matrices still to come are tuned so that
 
     |block(X) - original block(X)|^2 / |original block(X)|^2
 
@@ -37,6 +37,7 @@ class BlockTuning(Tuning):
     epochs: int = 5
     lr: float = 5e-5
     signs_lr: float = 5e-4
+    centroids_lr: float = 5e-3
     batch_size: int = 8
     patience: int = 3
     held_out: float = 0.25

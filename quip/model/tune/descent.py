@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from statistics import stdev
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Tuning:
     epochs: int
     lr: float  # of weights, norms and biases
     signs_lr: float  # of sign vectors
+    centroids_lr: float  # of learned codebooks, as a share of the RMS of each matrix's centroids
     batch_size: int  # windows a step, at least
     patience: int  # epochs without improvement after which it ends
     held_out: float  # share of the windows, the last ones, that states are compared on
@@ -89,8 +91,7 @@ def descend(
     train, held = tuning.split(sizes)
     before, first = _held_out(losses, held, sizes)
     best, kept = before, first
-    groups = [(masters.signs, tuning.signs_lr), (masters.others, tuning.lr)]
-    rates = [{"params": params, "lr": lr} for params, lr in groups if params]
+    rates = _rates(masters, tuning)
     if not rates or not math.isfinite(before):
         return Descent(before, before, 0, None)
     optimizer, best_epoch, epoch = torch.optim.Adam(rates), 0, 0
@@ -109,6 +110,18 @@ def descend(
         if not math.isfinite(loss):  # from where no step leads back
             break
     return Descent(before, best, epoch, _std_error(first, kept))
+
+
+def _rates(masters: MasterWeights, tuning: Tuning) -> list[dict[str, Any]]:
+    """What is tuned, in groups of one rate."""
+    groups = [(masters.signs, tuning.signs_lr), (masters.others, tuning.lr)]
+    # A step of Adam is as large as its rate, and centroids are as large as the weights of a matrix.
+    groups += [([x], tuning.centroids_lr * _rms(x)) for x in masters.centroids]
+    return [{"params": params, "lr": lr} for params, lr in groups if params]
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.detach().square().mean().sqrt())
 
 
 def _steps(order: Sequence[int], sizes: Sequence[int], least: int) -> Iterator[list[int]]:

@@ -40,12 +40,14 @@ class ModelTuning(Tuning):
     """How to tune a whole model.
 
     The rates are those of QuIP#'s paper; its published commands take a fifth of them. A model of a
-    million weights learns faster with ten times as much.
+    million weights learns faster with ten times as much; its centroids, in two and in four
+    dimensions, with half a percent of their RMS better than with none and with one.
     """
 
     epochs: int = 8
     lr: float = 5e-5
     signs_lr: float = 5e-4
+    centroids_lr: float = 5e-3
     batch_size: int = 2
     patience: int = 3
     held_out: float = 0.25
@@ -83,12 +85,13 @@ def tune_model(
     device: torch.device | str,
     seed: int,
 ) -> ModelTuningRecord:
-    """Tune sign vectors, norms, biases, and lm_head unless it is tied, towards the teacher.
+    """Tune sign vectors, centroids, norms, biases, and an lm_head that is not tied, to the teacher.
 
     Computes in float32, with W~ in the student's dtype; blocks keep their inputs only, and run
-    again for the backward pass. Both models are on the device meanwhile, then back where they were.
-    The student is left in the best state by the last windows, which it is not trained on; bitwise
-    as it was if that is the first. Raises UsageError and UnsupportedModel before anything runs.
+    again for the backward pass, which then holds the W~ of one block whose centroids are learnt.
+    Both models are on the device meanwhile, then back where they were. The student is left in the
+    best state by the last windows, which it is not trained on; bitwise as it was if that is the
+    first. Raises UsageError and UnsupportedModel before anything runs.
     """
     _check(student, teacher, tokens)
     held = tuning.held(len(tokens))
@@ -114,7 +117,7 @@ def tune_model(
         epochs=found.epochs,
         windows=len(tokens) - held,
         windows_held_out=held,
-        parameters=sum(p.numel() for p in (*masters.signs, *masters.others)),
+        parameters=sum(p.numel() for p in masters.parameters),
         head=head is not None,
         seconds=time.perf_counter() - start,
         kl_std_error=found.std_error,

@@ -26,16 +26,19 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quip.codebooks import Learned
 from quip.errors import QuipError
 from quip.evaluate.memory import module_bytes
 from quip.matrix.build import METHODS
-from quip.matrix.vectors import DIM, STEPS
+from quip.matrix.centroids import UpdateCentroids
+from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device
 from quip.model.load import DTYPES, read_config
 from quip.model.matrices import coverage, find_blocks
 from quip.research.tables.cells import Cell
+from quip.research.tables.description import recipe_of
 from quip.research.tables.papers import known_models
-from quip.research.tables.tuning import block_tuning, model_tuning
+from quip.research.tables.tuning import block_tuning, model_tuning, recipe_flags
 
 IMPORTS = 0.5e9  # bytes of a process that has loaded torch and transformers
 START = 15.0  # seconds until a model is loaded and its data are read, at least
@@ -121,20 +124,21 @@ def _operations(cell: Cell, shape: Shape) -> float:
     quant = flags.get("quant", "ldlq")
     passes = flags.get("npasses", METHODS[quant].passes)
     solve = 5.0 if quant != "ldlbal_admm" else 400.0
+    recipe = recipe_of(recipe_flags(flags))
     rotated = bool(flags.get("incoh_processing") or flags.get("pre_proj"))
     for m, n in shape.matrices:
-        total += (1.0 + 2.0 * passes) * m * n * n + _learning(flags, m, n)
+        total += (1.0 + 2.0 * passes) * m * n * n + _learning(recipe, m, n)
         total += solve * n**3 if rotated else solve * n**3 / 2  # inputs that are shared
     return total
 
 
-def _learning(flags: Mapping[str, Any], m: int, n: int) -> float:
+def _learning(recipe: Recipe | None, m: int, n: int) -> float:
     """Operations that learned codebooks of a matrix take."""
-    if flags.get("codebook") != "vq":
+    if recipe is None or not isinstance(recipe.codebook, Learned):
         return 0.0
-    centroids = 2 ** (flags["wbits"] * flags.get("vq_dim", DIM))
-    steps = 0 if flags.get("codebook_update") == "none" else STEPS
-    return 3.0 * centroids * flags.get("em_iters", 100) * m * n + 2.0 * steps * m * n * n
+    book = recipe.codebook
+    steps = sum(polish.steps for polish in recipe.polish if isinstance(polish, UpdateCentroids))
+    return 3.0 * 2**book.index_bits * book.iterations * m * n + 2.0 * steps * m * n * n
 
 
 def _bytes(cell: Cell, shape: Shape) -> float:
