@@ -179,14 +179,13 @@ class Learned(Codebook):
 
 
 def weigh(
-    codes: Integer[Tensor, "vectors m"], mass: Float[Tensor, "vectors m_or_1"], count: int, k: int
-) -> Float[Tensor, "count k"]:
+    codes: Integer[Tensor, "vectors m"], mass: Float[Tensor, "vectors _m"], count: int, k: int
+) -> Float[Tensor, "{count} {k}"]:
     """The mass of the vectors of each centroid of each tile."""
     at = (row_groups(codes.shape[1], count, codes.device) * k + codes.long()).flatten()
     total = mass.new_zeros(count * k, dtype=torch.float64)
-    return (
-        total.index_add_(0, at, mass.expand(codes.shape).flatten().double()).view(count, k).to(mass)
-    )
+    total.index_add_(0, at, mass.expand(codes.shape).flatten().double())
+    return total.view(count, k).to(mass)
 
 
 def _sizes(m: int, count: int) -> list[tuple[int, int]]:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+FEW = 4096  # vectors of a group
 DAMP = 0.01  # of the mean variance: a group may lie on a line
 Rule = Callable[[Tensor, Tensor, int, torch.Generator | None], Tensor]
 
@@ -23,8 +24,7 @@ def mahalanobis(
     eye = torch.eye(V.shape[2], dtype=V.dtype, device=V.device)
     cov = cov + (DAMP * variance).clamp_min(torch.finfo(V.dtype).tiny ** 0.5) * eye
     distances = (centred @ torch.linalg.inv(cov) * centred).sum(2)
-    ranks = torch.linspace(0, V.shape[1] - 1, k, device=V.device).round().long()
-    return _take(V, distances.argsort(dim=1, stable=True)[:, ranks])
+    return _take(V, distances.argsort(dim=1, stable=True)[:, _middles(V.shape[1], k, V.device)])
 
 
 def kpp(
@@ -33,7 +33,12 @@ def kpp(
     k: int,
     rng: torch.Generator | None,
 ) -> Float[Tensor, "groups k d"]:
-    """k-means++ (Arthur and Vassilvitskii): the next vector is drawn in proportion to its error."""
+    """k-means++ (Arthur and Vassilvitskii): the next vector is drawn in proportion to its error.
+
+    Of many vectors an even sample is looked at: EM forgets the difference.
+    """
+    stride = max(1, V.shape[1] // max(FEW, 16 * k))
+    V, weight = V[:, ::stride], weight[:, ::stride]
     groups, n, _ = V.shape
     chosen = torch.empty(groups, k, dtype=torch.long, device=V.device)
     draws = torch.rand(k, groups, generator=rng).to(V)
@@ -56,12 +61,15 @@ def cdf(
     rng: torch.Generator | None,
 ) -> Float[Tensor, "groups k 1"]:
     """The quantiles (i + 1/2) / k."""
-    n = V.shape[1]
-    ranks = ((torch.arange(k, device=V.device) + 0.5) * n / k).long().clamp_max(n - 1)
-    return V.sort(1).values[:, ranks]
+    return V.sort(1).values[:, _middles(V.shape[1], k, V.device)]
 
 
 SEEDS: dict[str, Rule] = {"mahalanobis": mahalanobis, "kpp": kpp, "cdf": cdf}
+
+
+def _middles(n: int, k: int, device: torch.device) -> Int64[Tensor, " k"]:
+    """The ranks in the middle of k equal parts of n."""
+    return ((torch.arange(k, device=device) + 0.5) * n / k).long().clamp_max(n - 1)
 
 
 def _take(V: Tensor, at: Tensor) -> Tensor:

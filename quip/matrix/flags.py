@@ -130,9 +130,9 @@ class Flags:
         ),
     )
     vq_seed: str | None = of_vectors(
-        "where EM starts: cdf, quantiles (the default of --vq_dim 1, and for that alone); "
-        "mahalanobis, vectors at even ranks of their distance to the mean (of others); kpp, "
-        "k-means++",
+        "where EM starts: cdf, quantiles (for --vq_dim 1 alone, whose default it is); kpp, "
+        "k-means++ (the default of others); mahalanobis, vectors at even ranks of their distance "
+        "to the mean (their default with --faithful)",
         choices=("mahalanobis", "kpp", "cdf"),
     )
     vq_weights: str | None = of_vectors(

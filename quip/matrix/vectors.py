@@ -40,7 +40,7 @@ def learned(take: Take) -> Choice:
     weights = _weights(take, dim * (rank or 2 ** (bits * dim)) * entry_bits, run, faithful)
     columns = take("columns_per_group") or _columns(weights, run or dim)
     _check_groups(weights, columns, bits, dim, run)
-    seeds = take("vq_seed") or ("cdf" if dim == 1 else "mahalanobis")
+    seeds = take("vq_seed") or ("cdf" if dim == 1 else "mahalanobis" if faithful else "kpp")
     if seeds == "cdf" and dim > 1:
         raise UsageError(
             f"--vq_seed cdf with --vq_dim {dim}: quantiles are of single weights; say --vq_dim 1, "

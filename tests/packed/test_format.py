@@ -17,7 +17,7 @@ from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
 from tests.laws import GRIDS
 from tests.support import format_reader, tiny
-from tests.support.checkpoints import SHARP, VECTORS, mixed, quantized, save
+from tests.support.checkpoints import SHARP, mixed, quantized, save
 
 # W_hat is decoded in float32, with up to three roundings of 2^-24 a weight; rotations keep the norm
 # of what they leave, and rescaling keeps it nearly.
@@ -28,7 +28,15 @@ WIDTHS = {
 }
 PERMUTED, UNPERMUTED = ({"incoh_processing": True, "pre_proj_extra": i} for i in (0, 2))
 PLAIN = {"pre_proj": True, "qfn": "a"}
-COLUMNS = {"columns_per_group": 24, "rotation": "none"}
+VQ = {"codebook": "vq", "quant": "gptq", "wbits": 2, "groupsize": 128, "em_iters": 3}
+LEARNED = (
+    {"vq_dim": 1},
+    {"vq_dim": 2, "columns_per_group": 16},
+    {"vq_dim": 4, "wbits": 1, "groupsize": 256, "codebook_bits": 16, "rotation": "none"},
+    {"vq_dim": 2, "vq_scaling": 8, "columns_per_group": 24, "codebook_scale": "columns"},
+    {"vq_dim": 2, "codebook_bits": 4, "faithful": True},
+    {"vq_dim": 1, "wbits": 3, "svd_rank": 0.5},
+)
 KINDS = [
     *(("llama", {"wbits": 2 + i % 7, **flags}) for i, flags in enumerate(GRIDS.values())),
     ("odd", {"wbits": 3, "incoh_processing": True}),
@@ -41,13 +49,12 @@ KINDS = [
     ("llama", {"codebook": "E8P12RVQ3B", "range_": "tensor", "no_fuse": True}),
     ("llama", {"codebook": "E8P12RVQ4B", "range_": "16", "pre_rescale": True}),
     ("llama", {**SHARP, "rotation": "kronecker"}),
+    *(("llama", VQ | more) for more in LEARNED),
+    ("opt", {**VQ, "vq_dim": 2, "faithful": True}),
+    ("odd", {**VQ, "vq_dim": 1, "columns_per_group": 16, "rotation": "none"}),
+    ("products", {**VQ, "vq_dim": 2, "vq_scaling": 6, "columns_per_group": 24, "rotation": "none"}),
+    ("qwen2", {**VQ, "vq_dim": 4, "wbits": 1, "groupsize": 10**6}),
     ("opt", {**SHARP, "hadamard_block": 8}),
-    *zip(("opt", "llama", "qwen2"), VECTORS.values(), strict=True),
-    ("odd", {**VECTORS["1D"], "rotation": "none", "no_fuse": True, "codebook_bits": 8}),
-    ("odd", {**VECTORS["1D"], "rotation": "kronecker", "svd_rank": 0.5}),
-    ("products", {**VECTORS["2D"], "vq_scaling": 6, "codebook_scale": "columns"} | COLUMNS),
-    ("llama", {**VECTORS["2D"], "vq_scaling": None, "codebook_bits": 4, "columns_per_group": 128}),
-    ("products", {**VECTORS["4D"], "groupsize": 10**6, "faithful": True}),
 ]
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
+from tests.support import format_learned
+
 TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 PATTERNS = re.findall(r"\b[13]{8}\b", TEXT)
 WILLIAMSON = {
@@ -51,11 +53,17 @@ def part(tensors: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
 
 def matrix(spec: Mapping[str, Any], own: Mapping[str, np.ndarray], m: int, n: int) -> np.ndarray:
     book = spec["codebook"]
-    kinds = {"grid": grid, "lattice": lattice, "learned": learned}
-    W = kinds[book["kind"]](own, m, n, book)
+    W = {"grid": grid, "lattice": lattice, "learned": learned}[book["kind"]](own, m, n, book)
     for transform in reversed(spec["transforms"]):
         W = UNDO[transform["kind"]](W, own, transform)
     return W
+
+
+def learned(own: Mapping, m: int, n: int, book: Mapping) -> np.ndarray:
+    codes = np.stack(
+        [unpack(x, book["bits"] * book["dim"], n // book["dim"]) for x in own["codes"]]
+    )
+    return format_learned.weights(own, codes, n, book, unpack)
 
 
 def unpack(row: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -85,33 +93,6 @@ def lattice(own: Mapping, m: int, n: int, book: Mapping) -> np.ndarray:
     if bits > 16:
         points = points + (E8P if bits == 32 else e81b())[codes >> 16] / book["ratio"]
     return own["scale"][np.arange(n) // (book["group"] or n)] * points.reshape(m, n)
-
-
-def learned(own: Mapping, m: int, n: int, book: Mapping) -> np.ndarray:
-    d, run, c, w = book["dim"], book["run"], book["columns"], book["weights"]
-    k, u, g = 2 ** (book["bits"] * d), run or d, n
-    if c is not None and c < n:
-        g = min(n, u * math.ceil(n / (max(1, round(n / c)) * u)))
-    C, G = math.ceil(n / g), 1 if w is None else max(1, round(m / max(1, round(w / g))))
-    if book["entry_bits"] == 4:
-        packed = own["centroids"].reshape(C * G, -1)
-        entries = np.stack([unpack(row, 4, k * d) for row in packed]).reshape(C, G, k, d) - 8
-    else:
-        entries = own["centroids"] if book["rank"] is None else own["left"] @ own["right"]
-        entries = entries.reshape(C, G, k, d) * own["centroid_scale"][..., None, None]
-    codes = np.stack([unpack(row, book["bits"] * d, n // d) for row in own["codes"]])
-    heights = [m // G + (i < m % G) for i in range(G)]
-    tile, band = np.repeat(np.arange(G), heights)[:, None], np.arange(n // d) * d // g
-    W = entries[band, tile, codes].reshape(m, n)
-    if run is None:
-        return W
-    runs = math.ceil(n / run)
-    if book["entry_bits"] == 4:
-        s = own["units"]
-    else:
-        q = np.stack([unpack(row, 4, runs) for row in own["scale_codes"]])
-        s = 2.0 ** (own["scale_range"][:, 0] + own["scale_range"][:, 1] * q)
-    return s[:, np.arange(n) // run] * W
 
 
 def vectors(*entries: float, length: int = 8) -> np.ndarray:
