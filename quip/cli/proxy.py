@@ -9,7 +9,7 @@ from quip.cli.output import aligned, names
 from quip.cli.parse import Arguments, refuse_both
 from quip.cli.streams import say
 from quip.cli.values import place, seed
-from quip.codebooks.names import INTEGERS
+from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.errors import UsageError
 from quip.jobs.requests import request
 from quip.matrix.flags import FLAGS
@@ -121,7 +121,8 @@ def _refuse(args: Arguments) -> None:
         if getattr(args, flag) and args.out is None:
             raise UsageError(f"--{flag} speaks of a folder: name it with --out DIR")
     refuse_both(args)
-    if args.wbits and INTEGERS not in args.codebook.split(","):
+    books = [CODEBOOKS[name] for name in args.codebook.split(",") if name in CODEBOOKS]
+    if args.wbits and books and all(book.only_bits for book in books):
         raise UsageError(f"--wbits {args.wbits}: lattices have their own bits; leave it out")
 
 

@@ -128,6 +128,11 @@ class Codebook(Protocol):
         """
         return self, group
 
+    @property
+    def first_to_last(self) -> bool:
+        """Whether columns must be rounded in their order, since neighbours share something."""
+        return False
+
     def at(self, column: int) -> "Codebook":
         """The fitted codebook as it serves what follows the first `column` columns of its group."""
         return self

@@ -1,6 +1,5 @@
 """How the entries of learned codebooks are stored: rounded to 16, 8 or 4 bits, or of low rank."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,10 +66,6 @@ class Entries:
             return {**scale, "left": _meta(bands, *left, half), "right": _meta(bands, *right, half)}
         return {**scale, "centroids": _meta(bands, tiles, self.k, self.dim, SHAPES[self.bits][0])}
 
-    def bits_of(self, bands: int, tiles: int) -> int:
-        """The bits of all codebooks of a matrix."""
-        return 8 * sum(x.nbytes for x in self.empty(bands, tiles).values())
-
     @property
     def apart(self) -> bool:
         """Whether a codebook is stored by itself: nothing of it depends on the others."""
@@ -87,11 +82,6 @@ class Entries:
             largest = largest.amax(-1, keepdim=True)
         top = 1.0 if self.rank is not None else SHAPES[self.bits][1]
         return (largest / top).clamp_min(torch.finfo(torch.bfloat16).tiny).bfloat16()
-
-
-def share(k: int, rank: float) -> int:
-    """The rank that keeps this share of k."""
-    return max(1, math.ceil(k * rank))
 
 
 def _factors(

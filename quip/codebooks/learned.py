@@ -4,7 +4,8 @@ Groups of weights have a codebook each. When the sweep reaches the columns of a 
 the codebooks of all its tiles (grouping.py) from the running weights: seeds (seeds.py), improved by
 EM under the weights h of errors, and rounded as they will be stored (entries.py). In a sweep
 h_j is what an error in column j costs once all later columns make up for it, 1 / u_j^2 of the
-paper's H^-1 = U^T U; the published code has the inverse (docs/divergences.md).
+paper's H^-1 = U^T U for single weights, and its like for blocks of `dim` columns; the published
+code has the inverse (docs/divergences.md).
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ class Learned(Codebook):
     scale_parts: Mapping[str, Tensor] = field(default_factory=dict, metadata=FITTED)
     centroids: Tensor = field(default=UNFITTED, metadata=FITTED)  # [tiles, k, dim], as stored
     scales: Tensor | None = field(default=None, metadata=FITTED)  # [m, runs]
+    tile: Tensor = field(default=UNFITTED, metadata=FITTED)  # [m], of each row
     column: int = field(default=0, metadata=FITTED)  # of the group, that comes next
 
     rows = 1
@@ -58,6 +60,11 @@ class Learned(Codebook):
 
     def check(self, m: int, n: int) -> None:
         """Raise UsageError for a matrix whose smallest group has less vectors than centroids."""
+        if n % self.dim:
+            raise UsageError(
+                f"its {n} inputs are no multiple of the {self.dim} weights of a centroid; say "
+                "--vq_dim 1"
+            )
         grouping, k = self.scheme.grouping, self.scheme.k
         vectors = grouping.fewest(m, n) // self.dim
         if vectors < k:
@@ -72,6 +79,10 @@ class Learned(Codebook):
     def sized(self, m: int, n: int, group: int | None) -> tuple["Learned", int | None]:
         grouping = self.scheme.grouping
         return replace(self, tile_count=grouping.tiles(m, n)), grouping.band(n)
+
+    @property
+    def first_to_last(self) -> bool:
+        return self.scheme.run is not None
 
     def seeded(self, rng: torch.Generator) -> "Learned":
         return replace(self, rng=rng) if self.seeds == "kpp" else self
@@ -96,7 +107,12 @@ class Learned(Codebook):
         start = self._start(Y, h, mass)
         centroids = improve(Y, start, h, iterations=self.iterations, mass=mass)
         return replace(
-            self, scale_parts=parts, scales=scales, column=0, **self._kept(Y, h, mass, centroids)
+            self,
+            scale_parts=parts,
+            scales=scales,
+            tile=row_groups(len(X), len(centroids), X.device),
+            column=0,
+            **self._kept(Y, h, mass, centroids),
         )
 
     def with_centroids(
@@ -121,8 +137,7 @@ class Learned(Codebook):
         return assign(Y.T.contiguous(), self.centroids, self._weights(h))[0]
 
     def decode(self, codes: Integer[Tensor, " m"]) -> Float[Tensor, "m d"]:
-        tile = row_groups(len(codes), len(self.centroids), codes.device)
-        points = self.centroids[tile, codes.long()]
+        points = self.centroids[self.tile, codes.long()]
         return points if self.scales is None else points * self._scale()[:, None]
 
     def joined(self, books: Sequence[Codebook], groups: Groups) -> Centroids:
@@ -133,7 +148,8 @@ class Learned(Codebook):
         return Centroids(scheme=self.scheme, stored=stored, scale_parts=parts)
 
     def panel(self, W: Float[Tensor, "m n"], *, refit: bool) -> Panel | None:
-        return None if refit else _round_panel
+        one = self.scheme.grouping.band(W.shape[1]) > self.dim  # a book for more than one code
+        return _round_panel if one and not refit else None
 
     def scales_from_here(self, codes: int) -> Float[Tensor, "codes m"] | None:
         """The scale of each of the next columns of codes, in each row."""

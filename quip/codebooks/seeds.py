@@ -35,10 +35,12 @@ def kpp(
 ) -> Float[Tensor, "groups k d"]:
     """k-means++ (Arthur and Vassilvitskii): the next vector is drawn in proportion to its error.
 
-    Of many vectors an even sample is looked at: EM forgets the difference.
+    Of many vectors a sample is looked at: EM forgets the difference. Without rng, seed 0 draws.
     """
-    stride = max(1, V.shape[1] // max(FEW, 16 * k))
-    V, weight = V[:, ::stride], weight[:, ::stride]
+    rng = rng or torch.Generator().manual_seed(0)
+    if V.shape[1] > (few := max(FEW, 16 * k)):
+        some = torch.randperm(V.shape[1], generator=rng)[:few].to(V.device)
+        V, weight = V[:, some], weight[:, some]
     groups, n, _ = V.shape
     chosen = torch.empty(groups, k, dtype=torch.long, device=V.device)
     draws = torch.rand(k, groups, generator=rng).to(V)

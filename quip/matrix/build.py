@@ -105,7 +105,7 @@ def _read(f: Flags, readers: dict[str, str]) -> Parts:
     draws: list[tuple[str, Mapping[str, Any]]] = []
     if rescales or incoherent:
         draws.append(("RescaleDraw", {}))
-    if rotates or incoherent or choice.rotation:
+    if rotates or incoherent or choice.rotation or f.rotation == UNROTATED:
         draws += _rotation(take, choice.rotation, asked=rotates or incoherent)
     return Parts(
         method=method,

@@ -46,7 +46,7 @@ class Flags:
     )
     npasses: int | None = of_method(
         "greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for lattices "
-        "after feedback (10 with --faithful) and 0 for grids",
+        "after feedback (10 with --faithful), 2 for vq (0 with --faithful) and 0 for grids",
         kind=int,
         metavar="N",
         refuse=bad_passes,
@@ -72,8 +72,8 @@ class Flags:
     )
     codebook: str = of_codebook(
         f"what weights are rounded to (default {INTEGERS}): {listed(CODEBOOKS)}. A lattice brings "
-        "its own --wbits, --rotation hadamard, two greedy passes after feedback (--npasses) and "
-        "stacks of q, k and v (--no_fuse)",
+        "its own --wbits; lattices and vq bring --rotation hadamard, two greedy passes after "
+        "feedback (--npasses) and stacks of q, k and v (--no_fuse)",
         default=INTEGERS,
         choices=CODEBOOKS,
     )
@@ -98,12 +98,12 @@ class Flags:
         refuse=bad_scale,
     )
     no_fuse: bool = of_codebook(
-        "quantize q, k and v, and up and gate, one by one instead of stacked (lattices only)",
+        "quantize q, k and v, and up and gate, one by one instead of stacked (lattices and vq)",
         kind=bool,
     )
     vq_dim: int | None = of_vectors(
-        "neighbours of a row that are rounded together to one centroid (default 4 up to 2 bits, "
-        "else 2)",
+        "neighbours of a row that are rounded together to one centroid (default 4 up to 2 bits, 2 "
+        "up to 4, else 1)",
         kind=int,
         choices=(1, 2, 4),
     )
@@ -115,7 +115,8 @@ class Flags:
         refuse=lambda n: n < 1 and "a group has at least one column",
     )
     bits_per_value: float | None = of_vectors(
-        "choose the --groupsize with which codes, codebooks and scales come to X bits per weight",
+        "choose the --groupsize with which codes, codebooks and scales come to X bits per weight, "
+        "not counting the scale of 16 bits of each codebook, as in the paper",
         kind=float,
         metavar="X",
         refuse=lambda x: not 0 < x <= 32 and "a number of bits up to 32 is needed",
@@ -132,7 +133,7 @@ class Flags:
     vq_seed: str | None = of_vectors(
         "where EM starts: cdf, quantiles (for --vq_dim 1 alone, whose default it is); kpp, "
         "k-means++ (the default of others); mahalanobis, vectors at even ranks of their distance "
-        "to the mean (their default with --faithful)",
+        "to the mean (the default with --faithful)",
         choices=("mahalanobis", "kpp", "cdf"),
     )
     vq_weights: str | None = of_vectors(

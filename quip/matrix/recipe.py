@@ -38,17 +38,24 @@ class Recipe:
     trials: tuple[Codebook, ...] = ()
     stack: bool = False
 
+    def __post_init__(self) -> None:
+        if self.codebook.first_to_last and self.order is not natural:
+            raise UsageError(
+                "scales of neighbours with columns in another order than theirs: say --quant gptq "
+                "(order=natural)"
+            )
+
     def check(self, m: int, n: int, name: str = "the matrix") -> None:
         """Raise UsageError, naming the matrix, for m outputs and n inputs that it cannot do."""
+        try:
+            self.codebook.check(m, n)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
         if n % self.codebook.dim:
             raise UsageError(
                 f"{name}: its {n} inputs are no multiple of {self.codebook.dim}, and the codebook "
                 "rounds so many weights together; use --codebook int"
             )
-        try:
-            self.codebook.check(m, n)
-        except UsageError as error:
-            raise UsageError(f"{name}: {error}") from error
         for draw in self.transforms:
             try:
                 draw.check(m, n)

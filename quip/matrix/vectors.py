@@ -24,7 +24,7 @@ PASSES = 2
 def learned(take: Take) -> Choice:
     """Learned centroids of --vq_dim neighbours."""
     bits, faithful, update = take("wbits"), take("faithful"), take("codebook_update")
-    dim = take("vq_dim") or (4 if bits <= 2 else 2)
+    dim = take("vq_dim") or (4 if bits <= 2 else 2 if bits <= 4 else 1)
     if bits * dim > 16:
         raise UsageError(
             f"--wbits {bits} --vq_dim {dim}: codebooks of 2^{bits * dim} centroids, and 2^16 are "
@@ -40,7 +40,7 @@ def learned(take: Take) -> Choice:
     weights = _weights(take, dim * (rank or 2 ** (bits * dim)) * entry_bits, run, faithful)
     columns = take("columns_per_group") or _columns(weights, run or dim)
     _check_groups(weights, columns, bits, dim, run)
-    seeds = take("vq_seed") or ("cdf" if dim == 1 else "mahalanobis" if faithful else "kpp")
+    seeds = take("vq_seed") or ("mahalanobis" if faithful else "cdf" if dim == 1 else "kpp")
     if seeds == "cdf" and dim > 1:
         raise UsageError(
             f"--vq_seed cdf with --vq_dim {dim}: quantiles are of single weights; say --vq_dim 1, "
@@ -66,7 +66,7 @@ def learned(take: Take) -> Choice:
             weighted=take("vq_weights") != "none",
         ),
         group=columns,
-        stack=not faithful and not take("no_fuse"),
+        stack=not take("no_fuse") and not faithful,
         rotation=None if faithful else "hadamard",
         passes=0 if faithful else PASSES,
         update=0 if update == "none" else STEPS,
@@ -76,6 +76,16 @@ def learned(take: Take) -> Choice:
 def _entries(take: Take, bits: int, dim: int) -> tuple[int, int | None]:
     """Bits of a codebook's entries, and its rank (None: full)."""
     said, share = take("codebook_bits"), take("svd_rank")
+    if take("codebook_scale") and (said in (16, 4) or share):
+        what = f"--codebook_bits {said}" if said else f"--svd_rank {share:g}"
+        raise UsageError(
+            f"--codebook_scale {take('codebook_scale')} with {what}: only entries of 8 bits leave "
+            "a choice of their scale; leave it out"
+        )
+    if said == 4 and dim * bits > 4 * dim:
+        raise UsageError(
+            f"--codebook_bits 4 --wbits {bits}: entries of 4 bits say no more than 4 bits a weight"
+        )
     if share is None:
         return said or ENTRY, None
     if dim > 1:

@@ -3,16 +3,22 @@
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
 from quip.codebooks.centroids import Scheme
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe, check_flags
 from quip.matrix.centroids import UpdateCentroids
+from quip.matrix.linalg import proxy_loss
 from quip.matrix.methods import GPTVQ, RECIPES
+from quip.matrix.order import backwards
 from quip.matrix.polish import Greedy
+from quip.matrix.quantize import quantize_matrix
 from quip.matrix.recipe import Recipe
+from quip.matrix.seeds import rng_for
 from quip.transforms import HadamardDraw
 
 VQ = {"codebook": "vq", "wbits": 2}
@@ -20,6 +26,21 @@ ONE, TWO, FOUR = ({**VQ, "vq_dim": dim} for dim in (1, 2, 4))
 FORWARD = {"quant": "gptq"}
 
 REFUSED = [
+    *(
+        (
+            {**ONE, **more, "quant": "gptq", "codebook_scale": "columns"},
+            f"--codebook_scale columns with --{word}: only entries of 8 bits leave a choice of ",
+        )
+        for more, word in (
+            ({"codebook_bits": 16}, "codebook_bits 16"),
+            ({"codebook_bits": 4}, "codebook_bits 4"),
+            ({"svd_rank": 0.5}, "svd_rank 0.5"),
+        )
+    ),
+    (
+        {**ONE, "wbits": 5, "codebook_bits": 4, "quant": "gptq"},
+        "--codebook_bits 4 --wbits 5: entries of 4 bits say no more than 4 bits a weight",
+    ),
     ({**VQ, "vq_dim": 3}, "--vq_dim 3: not one of 1, 2, 4"),
     (
         {**FOUR, "wbits": 8},
@@ -220,7 +241,12 @@ def test_faithful_is_the_papers_algorithm():
 @pytest.mark.parametrize(
     ("flags", "m", "n", "reason"),
     [
-        (FOUR, 64, 66, "its 66 inputs are no multiple of 4, and the codebook rounds so many"),
+        (
+            FOUR,
+            64,
+            66,
+            "its 66 inputs are no multiple of the 4 weights of a centroid; say --vq_dim 1",
+        ),
         (
             {**FOUR, "wbits": 3},
             64,
@@ -260,3 +286,35 @@ def test_a_matrix_that_no_group_fits_is_refused_by_name(flags, m, n, reason):
     with pytest.raises(UsageError) as caught:
         recipe.check(m, n, "blocks.3.q")
     assert str(caught.value).startswith(f"blocks.3.q: {reason}")
+
+
+def test_scales_of_neighbours_need_columns_in_their_order():
+    recipe = build_recipe(**TWO, vq_scaling=8, quant="gptq")
+    with pytest.raises(UsageError, match=r"columns in another order than theirs: say --quant gptq"):
+        replace(recipe, order=backwards)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_default_dimension_leaves_room_for_codebooks_of_any_width(bits):
+    assert build_recipe(codebook="vq", wbits=bits).can_do(1024, 1024)
+
+
+def test_a_rotation_that_is_brought_can_be_left_out():
+    assert build_recipe(**TWO).transforms
+    assert not build_recipe(**TWO, rotation="none").transforms
+    assert not build_recipe(**TWO, rotation="none", faithful=True).transforms
+    with pytest.raises(UsageError, match=r"--rotation none with --pre_proj"):
+        build_recipe(**TWO, rotation="none", pre_proj=True)
+
+
+@pytest.mark.parametrize(("dim", "rows"), [(1, 64), (2, 64), (4, 1024)])
+def test_a_group_may_be_as_narrow_as_one_code(dim, rows):
+    flags = {**VQ, "vq_dim": dim, "columns_per_group": dim, "groupsize": dim * rows}
+    W = torch.randn(1024, 16, generator=torch.Generator().manual_seed(0))
+    H = torch.eye(16).double()
+    wide, narrow = (
+        quantize_matrix(W, H, build_recipe(**one), rng=rng_for(0, "w"))
+        for one in ({**flags, "columns_per_group": 16, "groupsize": 16 * rows}, flags)
+    )
+    assert narrow.bits_per_weight > wide.bits_per_weight
+    assert proxy_loss(W, narrow.dequantize(), H) < proxy_loss(W, wide.dequantize(), H)

@@ -29,8 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quip.codebooks import Learned
 from quip.errors import QuipError
 from quip.evaluate.memory import module_bytes
-from quip.matrix.build import METHODS
 from quip.matrix.centroids import UpdateCentroids
+from quip.matrix.polish import Greedy
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device
 from quip.model.load import DTYPES, read_config
@@ -122,9 +122,9 @@ def _operations(cell: Cell, shape: Shape) -> float:
         total += 6.0 * tuning_of_blocks.epochs * tokens * weights * inputs
     total += 4.0 * weights * tokens + PANELS * 2.0 * tokens * sum(n * n for n in shape.inputs)
     quant = flags.get("quant", "ldlq")
-    passes = flags.get("npasses", METHODS[quant].passes)
     solve = 5.0 if quant != "ldlbal_admm" else 400.0
     recipe = recipe_of(recipe_flags(flags))
+    passes = sum(x.passes for x in recipe.polish if isinstance(x, Greedy)) if recipe else 0
     rotated = bool(flags.get("incoh_processing") or flags.get("pre_proj"))
     for m, n in shape.matrices:
         total += (1.0 + 2.0 * passes) * m * n * n + _learning(recipe, m, n)
