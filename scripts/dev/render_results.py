@@ -10,6 +10,7 @@ what was not run is a dash. --add keeps what `quip table` or `quip run --out` ha
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -197,8 +198,8 @@ def of_em(record: Mapping[str, Any]) -> str:
     equal = f"at most {1e6 * differ:.0f} in a million codes differ" if differ else "equal codes"
     return "\n".join(lines) + (
         f"\n\nPer vector, {record['threads']} thread, {m} x {n} weights, {equal}, {record['cpu']}. "
-        f"EM of 28,672 rows at 2D 4 bits takes {record['peak_mib']['cpu']:.0f} MiB beside weights "
-        f"and centroids, {record['peak_mib']['torch']:.0f} MiB without a compiler.\n"
+        f"EM of 28,672 rows at 2D 4 bits takes {math.ceil(record['peak_mib']['cpu'])} MiB beside "
+        f"weights and centroids, {record['peak_mib']['torch']:.0f} MiB without a compiler.\n"
     )
 
 
