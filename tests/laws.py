@@ -1,6 +1,7 @@
 """The laws of design: what every Transform, Codebook, Polish and Recipe owes.
 
-A new one is one more line in TRANSFORMS, CODEBOOKS, TILED, POLISHES or GRIDS below.
+A new one is one more line in TRANSFORMS, CODEBOOKS, TILED, POLISHES, UPDATES or
+GRIDS below.
 """
 
 import json
@@ -12,10 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip.codebooks import DECODERS, Codebook, Decoder, Groups, MinMaxGrid, RmsGrid, candidate_rhos
+from quip.codebooks import (
+    DECODERS,
+    Codebook,
+    Decoder,
+    Groups,
+    Learned,
+    MinMaxGrid,
+    RmsGrid,
+    candidate_rhos,
+)
 from quip.codebooks.base import tiles
+from quip.codebooks.centroids import Scheme
 from quip.kernels.bits import words
 from quip.matrix.build import build_recipe
+from quip.matrix.centroids import UpdateCentroids
 from quip.matrix.feedback import ldl
 from quip.matrix.linalg import energy, proxy_loss
 from quip.matrix.polish import Greedy, Polish
@@ -164,6 +176,12 @@ class Steps(Codebook):
         return JoinedPoints(tuple(books), groups)
 
 
+def learned(dim: int, bits: int, tile_count: int = 1, **options: Any) -> Learned:
+    """Learned codebooks of all columns that they are fitted to, after few iterations."""
+    scheme = Scheme(dim=dim, bits=bits, weights=None, columns=None, **options)
+    return Learned(scheme=scheme, iterations=2, tile_count=tile_count)
+
+
 TRANSFORMS: dict[str, Sequence[Draw]] = {
     "nothing": [],
     "rescale": [RescaleDraw()],
@@ -176,6 +194,15 @@ TRANSFORMS: dict[str, Sequence[Draw]] = {
     "rescale, hadamard": [RescaleDraw(), HadamardDraw(block=None)],
 }
 
+LEARNED: dict[str, Codebook] = {
+    "learned, 1D, in 4 tiles": learned(1, 2, 4, entry_bits=16),
+    "learned, 1D, of low rank": learned(1, 3, 3, entry_bits=16, rank=2),
+    "learned, 2D, one scale": learned(2, 2, 2, shared=True),
+    "learned, 2D, scaled": learned(2, 1, 2, run=4),
+    "learned, 2D, entries of 4 bits": learned(2, 2, entry_bits=4, run=8),
+    "learned, 4D": learned(4, 1),
+}
+
 CODEBOOKS: dict[str, Codebook] = {
     "min-max, 2 bits": MinMaxGrid(bits=2),
     "min-max, 8 bits": MinMaxGrid(bits=8),
@@ -184,12 +211,16 @@ CODEBOOKS: dict[str, Codebook] = {
     "rms, 8 bits": RmsGrid(bits=8, rhos=(4.5,)),
     "pairs": Points.random(2, 4),
     "eights": Points.random(8, 6),
+    **LEARNED,
 }
 
 # Codes over rows, which are no codebooks of vectors: `check_tiles` and `check_polish` are theirs.
 TILED: dict[str, Codebook] = {"steps, 4 rows": Steps(4), "steps, 7 rows": Steps(7)}
 
 POLISHES: dict[str, Polish] = {"one pass": Greedy(1), "three passes": Greedy(3)}
+
+# Of books that are learned, which alone can move.
+UPDATES: dict[str, Polish] = {"30 steps": UpdateCentroids(30)}
 
 # The flags of every kind of grid; a row of `METHODS` takes any of them.
 GRIDS: dict[str, dict[str, object]] = {
@@ -307,7 +338,8 @@ def check_polish(polish: Polish, book: Codebook, W: Tensor, H: Tensor, group: in
 def decoded(codes: Tensor, books: Sequence[Codebook], group: int | None) -> Tensor:
     """W_hat of the codes of a sweep, in its order."""
     d = books[0].dim
-    of = (books[k * d // group if group else 0] for k in range(codes.shape[1]))
+    places = (divmod(k * d, group or d * codes.shape[1]) for k in range(codes.shape[1]))
+    of = (books[which].at(column) for which, column in places)
     return torch.cat([b.decode(c) for b, c in zip(of, codes.T, strict=True)], dim=1)
 
 

@@ -109,7 +109,7 @@ def test_the_codebook_quantizes_a_matrix_that_a_checkpoint_can_hold(signs, probl
 def test_the_codebook_can_be_named_and_refuses_flags_that_it_does_not_read(signs):
     recipe = build_recipe(codebook="signs", quant="gptq", range_="16")
     assert (type(recipe.codebook), recipe.group) == (type(signs), 16)
-    with pytest.raises(UsageError, match=r"--groupsize 8 speaks of grid a: say --codebook int"):
+    with pytest.raises(UsageError, match=r"--groupsize 8 speaks of grid a and vq: say --codebook"):
         build_recipe(codebook="signs", groupsize=8)
 
 

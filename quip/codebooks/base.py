@@ -41,7 +41,12 @@ def tiles(m: int, rows: int) -> list[int]:
 
     Equal but for 1, so that no tile is much shorter than the others (256 of 576: 288 and 288).
     """
-    return even(m, max(1, round(m / rows)))
+    return even(m, tile_count(m, rows))
+
+
+def tile_count(m: int, rows: int) -> int:
+    """How many tiles `tiles` makes."""
+    return max(1, round(m / rows))
 
 
 @runtime_checkable

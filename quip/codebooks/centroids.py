@@ -19,6 +19,7 @@ from quip.shapes import Within
 from quip.stored import Options
 
 LARGEST = 16  # bits of a code
+MOST = 2**48  # entries of all codebooks of a matrix; those of use are fewer than its weights
 Count: TypeAlias = Annotated[int, Within(1, 10**12)]
 
 
@@ -44,6 +45,8 @@ class Scheme:
             raise QuipError(f"runs of {self.run} weights cut vectors of {self.dim}")
         if self.rank is not None and (self.dim, self.entry_bits) != (1, 16):
             raise QuipError("codebooks of low rank have one dimension and entries of 16 bits")
+        if self.rank is not None and self.rank > self.k:
+            raise QuipError(f"a rank of {self.rank} is above that of {self.k} centroids")
         if self.entry_bits == 4 and self.run is None:
             raise QuipError("entries of 4 bits need the units of runs of weights")
 
@@ -167,6 +170,11 @@ class Centroids(Decoder):
         if n % dim:
             raise QuipError(f"codes of {dim} weights need a multiple of {dim} inputs, not {n}")
         grouping, scaling = scheme.grouping, scheme.scaling
+        if grouping.bands(n) * grouping.tiles(m, n) * scheme.k * dim > MOST:
+            raise QuipError(
+                f"groups of {weights} weights have {scheme.k} centroids each, which no model has: "
+                "its config.json is damaged; download or save it again"
+            )
         codes = torch.empty(m, words(n // dim, scheme.index_bits), dtype=torch.int32, device="meta")
         return {
             "codes": codes,
@@ -181,11 +189,8 @@ class Centroids(Decoder):
         scheme = Scheme(**options)  # type: ignore[arg-type]  # as `empty` declares them
         layout = scheme.entries.empty(1, 1)
         stored = {name: tensors[name] for name in layout}
-        for name, x in stored.items():
-            if x.is_floating_point() and not bool(x.isfinite().all()):
-                raise QuipError(
-                    f"a number of its codebooks ({name}) is not finite: the file is damaged"
-                )
+        if not bool(scheme.entries.load(stored, torch.float32).isfinite().all()):
+            raise QuipError("a number of its codebooks is not finite: the file is damaged")
         if "centroid_scale" in stored and not bool((stored["centroid_scale"] > 0).all()):
             raise QuipError("a scale of its codebooks is not positive: the file is damaged")
         scaling = scheme.scaling

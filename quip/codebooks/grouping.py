@@ -12,7 +12,7 @@ of 288 and none of 64, whose codebook would cost as much as the others.
 import math
 from dataclasses import dataclass
 
-from quip.codebooks.base import tiles
+from quip.codebooks.base import tile_count
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Grouping:
         """Groups of rows: one, where `weights` are more than there are in a group of columns."""
         if self.weights is None:
             return 1
-        return len(tiles(m, max(1, round(self.weights / self.band(n)))))
+        return tile_count(m, max(1, round(self.weights / self.band(n))))
 
     def fewest(self, m: int, n: int) -> int:
         """The weights of the smallest group of an m x n matrix."""

@@ -61,10 +61,12 @@ class Learned(Codebook):
         grouping, k = self.scheme.grouping, self.scheme.k
         vectors = grouping.fewest(m, n) // self.dim
         if vectors < k:
+            rows, columns = grouping.tiles(m, n) > 1, grouping.bands(n) > 1
+            larger = "--groupsize" if rows else "--columns_per_group" if columns else ""
             raise UsageError(
                 f"its {m} x {n} weights make groups of {vectors:,} vectors for {k:,} centroids; "
-                "say a larger --groupsize, fewer --wbits or a smaller --vq_dim, or keep the matrix "
-                "out of it by --plan"
+                f"say {f'a larger {larger}, ' if larger else ''}fewer --wbits or a smaller "
+                "--vq_dim, or keep the matrix out of it by --plan"
             )
 
     def sized(self, m: int, n: int, group: int | None) -> tuple["Learned", int | None]:

@@ -70,8 +70,11 @@ class LogScales(Scaling):
         return {"scale_codes": codes, "scale_range": torch.stack([low, step], 1)}
 
     def values(self, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Float[Tensor, "m runs"]:
-        low, step = parts["scale_range"].to(dtype).unbind(1)
-        return torch.exp2(low + step * parts["scale_codes"])
+        # Levels in double: exp2 of float32 differs in the last bit with the place in a tensor.
+        low, step = parts["scale_range"].double().unbind(1)
+        steps = torch.arange(LEVELS + 1, dtype=torch.float64, device=low.device)
+        levels = torch.exp2(low + step * steps[:, None]).to(dtype)  # [16, runs]
+        return levels.gather(0, parts["scale_codes"].long())
 
     def store(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -81,7 +84,9 @@ class LogScales(Scaling):
 
     def restore(self, stored: Mapping[str, Tensor], n: int) -> dict[str, Tensor]:
         range_ = stored["scale_range"]
-        if not bool((range_.abs() < 1000).all()):
+        low, step = range_.double().unbind(1)
+        ends = torch.stack([low, low + LEVELS * step]).float().exp2()
+        if not bool((ends.isfinite() & (ends > 0)).all()):
             raise QuipError("a range of its scales is not finite: the file is damaged")
         codes = unpack(stored["scale_codes"], 4, -(-n // self.size))
         return {"scale_codes": codes, "scale_range": range_}

@@ -108,8 +108,8 @@ class Flags:
         choices=(1, 2, 4),
     )
     columns_per_group: int | None = of_vectors(
-        "columns of a group of weights that share a codebook (default 256, or 128 where the group "
-        "has 128 weights; groups of a matrix are made even)",
+        "columns of a group of weights that share a codebook (default 256, or all of a group of "
+        "fewer weights; groups of a matrix are made even)",
         kind=int,
         metavar="N",
         refuse=lambda n: n < 1 and "a group has at least one column",

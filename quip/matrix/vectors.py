@@ -37,8 +37,8 @@ def learned(take: Take) -> Choice:
         )
     entry_bits, rank = _entries(take, bits, dim)
     run = _run(take, dim, entry_bits)
-    weights = _weights(take, bits, dim, entry_bits, run, faithful)
-    columns = take("columns_per_group") or (128 if weights == 128 else COLUMNS)
+    weights = _weights(take, dim * (rank or 2 ** (bits * dim)) * entry_bits, run, faithful)
+    columns = take("columns_per_group") or _columns(weights, run or dim)
     _check_groups(weights, columns, bits, dim, run)
     seeds = take("vq_seed") or ("cdf" if dim == 1 else "mahalanobis" if faithful else "kpp")
     if seeds == "cdf" and dim > 1:
@@ -117,20 +117,20 @@ def _run(take: Take, dim: int, entry_bits: int) -> int | None:
     return run
 
 
-def _weights(
-    take: Take, bits: int, dim: int, entry_bits: int, run: int | None, faithful: bool
-) -> int:
-    """The weights of a group: those said, or as many as come to --bits_per_value."""
-    said, wanted = take("groupsize"), take("bits_per_value")
+def _weights(take: Take, entries: int, run: int | None, faithful: bool) -> int:
+    """The weights of a group: those said, or as many as come to --bits_per_value.
+
+    `entries` are the bits of its codebook.
+    """
+    bits, said, wanted = take("wbits"), take("groupsize"), take("bits_per_value")
     if said is not None and wanted is not None:
         raise UsageError("--groupsize and --bits_per_value both choose the group: leave one out")
     if said is not None:
         return int(said)
     if wanted is None and not faithful:
         return WEIGHTS
-    scales = 0.0 if run is None else (SCALE if entry_bits != 4 else 16) / run
+    scales = 0.0 if run is None else (16 if take("codebook_bits") == 4 else SCALE) / run
     left = OVERHEAD if wanted is None else wanted - bits - scales
-    entries = 2 ** (bits * dim) * dim * entry_bits  # bits of a codebook
     if left <= 0 or entries / left > 10**12:
         fixed = f"{bits} bits" + (f" and {scales:g} of scales" if run else "")
         raise UsageError(
@@ -138,6 +138,11 @@ def _weights(
             f"its codebook costs nothing; say more than {bits + scales:g}, or fewer --wbits"
         )
     return max(1, round(entries / left))
+
+
+def _columns(weights: int, unit: int) -> int:
+    """The columns of a group: 256, or those of a row of fewer weights, and whole units."""
+    return min(COLUMNS, max(unit, weights // unit * unit))
 
 
 def _check_groups(weights: int, columns: int, bits: int, dim: int, run: int | None) -> None:
@@ -151,10 +156,15 @@ def _check_groups(weights: int, columns: int, bits: int, dim: int, run: int | No
             f"--columns_per_group {columns} with scales of {run} weights: a group would cut them; "
             f"say a multiple of {run}, or another --vq_scaling"
         )
+    if columns > weights:
+        raise UsageError(
+            f"--columns_per_group {columns} with groups of {weights} weights: they would be less "
+            f"than one row; say --columns_per_group {weights // dim * dim or dim} or fewer"
+        )
     if weights // dim < 2 ** (bits * dim):
         raise UsageError(
             f"groups of {weights} weights are {weights // dim} vectors for {2 ** (bits * dim):,} "
-            f"centroids: say --groupsize {dim * 2 ** (bits * dim):,} or more (or fewer bits per "
+            f"centroids: say --groupsize {dim * 2 ** (bits * dim)} or more (or fewer bits per "
             "value), fewer --wbits or a smaller --vq_dim"
         )
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,14 @@ def kinds(base: Path) -> Iterator[Kind]:
     """`base` holds a checkpoint, in saved/, and a text to calibrate with."""
     text = str(base / "text.txt")
 
-    def run(folder: Path) -> list[str]:
+    def run(folder: Path, method: tuple[str, ...] = ("--incoh_processing",)) -> list[str]:
         places = ("--out", str(folder / "run"), "--save", str(folder / "saved"))
-        method = ("--wbits", "2", "--incoh_processing", "--eval_datasets", text)
-        return quip("run", "demo", text, *SMALL, *FEW, *places, *method)
+        how = ("--wbits", "2", *method, "--eval_datasets", text)
+        return quip("run", "demo", text, *SMALL, *FEW, *places, *how)
 
     yield Kind("run", run, ("--resume",), of_run)
+    vectors = ("--codebook", "vq", "--vq_dim", "2", "--vq_seed", "kpp", "--em_iters", "10")
+    yield Kind("vectors", partial(run, method=vectors), ("--resume",), of_run)
 
     def hessians(folder: Path) -> list[str]:
         return quip("hessians", "demo", text, *SMALL, "--save", str(folder / "store"))

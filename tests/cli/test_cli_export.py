@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quip.errors import NonFinite, Unavailable, UsageError
 from quip.jobs.export import export_dense
+from quip.matrix.build import build_recipe
 from quip.packed.checkpoint import load
 from quip.packed.linear import QuantizedLinear
-from tests.support.checkpoints import save_quantized
+from tests.support.checkpoints import QUIP, VECTORS, save_quantized
 from tests.support.runs import save_model
 from tests.support.tiny import tokens
 
@@ -29,9 +30,19 @@ def never(*args: object, **options: object) -> None:
     raise AssertionError("this is work that should not have been started")
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_the_exported_model_computes_the_same_with_plain_layers(quip, tmp_path, name):
-    save_quantized(tmp_path / "packed", name)
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        *((name, QUIP) for name in ("opt", "llama")),
+        *(
+            (name, build_recipe(**VECTORS[dim]))
+            for name, dim in (("opt", "1D"), ("llama", "2D"), ("qwen2", "4D"))
+        ),
+    ],
+    ids=["opt", "llama", "opt, 1D", "llama, 2D", "qwen2, 4D"],
+)
+def test_the_exported_model_computes_the_same_with_plain_layers(quip, tmp_path, name, recipe):
+    save_quantized(tmp_path / "packed", name, recipe)
     status, out, err = quip("export", tmp_path / "packed", tmp_path / "dense", "--dense")
     assert (status, err, len(out.splitlines())) == (0, [], 1)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)

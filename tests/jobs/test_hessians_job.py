@@ -24,6 +24,7 @@ from quip.model.matrices import coverage, find_blocks, places
 from quip.model.quantize import Run, quantize_from_store, quantize_model
 from quip.model.records import Stopwatch
 from tests.laws import assert_near
+from tests.support.checkpoints import VECTORS
 from tests.support.runs import write_text
 from tests.support.tiny import tiny
 from tests.support.tokenizer import save_tokenizer
@@ -35,17 +36,20 @@ RECIPES = {
     "ldlqRG": build_recipe(quant="ldlqRG", wbits=2, incoh_processing=True, npasses=2),
     "plain": build_recipe(quant="ldlq", wbits=3),
     "E8P12": build_recipe(quant="ldlq", codebook="E8P12"),
+    **{name: build_recipe(**flags) for name, flags in VECTORS.items()},
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Models of two blocks called opt and llama, and a text."""
+    """Models of two blocks called opt, llama and qwen2, and a text."""
     folder = tmp_path_factory.mktemp("inputs")
-    for name in ("opt", "llama"):
+    for name in ("opt", "llama", "qwen2"):
         model = tiny(name)
         del find_blocks(model)[1][2:]
         model.config.num_hidden_layers = 2
+        if name == "qwen2":
+            model.config.layer_types = model.config.layer_types[:2]
         model.save_pretrained(folder / name)
         save_tokenizer(folder / name)
     write_text(folder / "text.txt")
@@ -88,8 +92,13 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("how", RECIPES)
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, how) for name in ("opt", "llama") for how in RECIPES if how not in VECTORS),
+        *zip(("opt", "llama", "qwen2"), VECTORS, strict=True),
+    ],
+)
 def test_codes_from_a_store_of_the_quantized_model_are_bitwise_those_of_the_run(
     folder, tmp_path, name, how
 ):

@@ -76,6 +76,7 @@ def bases() -> list[dict[str, object]]:
 
 
 BASES = bases()
+SHARES = 7  # of the flags, that bases take in turns
 
 
 def words(flags: dict[str, object]) -> str:
@@ -99,7 +100,8 @@ def test_whatever_parts_mean_something_together_can_be_built(quant):
 @pytest.mark.parametrize("base", BASES, ids=words)
 def test_a_flag_that_no_part_reads_is_refused_by_the_parts_that_do_and_the_remedy_works(base):
     read = flags_read(**base)
-    for name, value in ASKED.items():
+    turn = BASES.index(base) % SHARES  # every flag meets every kind of base: all would take minutes
+    for name, value in [*ASKED.items()][turn::SHARES]:
         key = FLAGS[name].name
         if key in base:
             continue

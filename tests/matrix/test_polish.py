@@ -11,7 +11,17 @@ from quip.matrix.quantize import quantize_matrix
 from quip.matrix.recipe import Recipe, describe
 from quip.matrix.seeds import rng_for
 from quip.matrix.sweep import sweep
-from tests.laws import CODEBOOKS, POLISHES, TILED, Steps, check_polish, check_tiles, decoded
+from tests.laws import (
+    CODEBOOKS,
+    LEARNED,
+    POLISHES,
+    TILED,
+    UPDATES,
+    Steps,
+    check_polish,
+    check_tiles,
+    decoded,
+)
 
 BOOKS = CODEBOOKS | TILED
 
@@ -23,11 +33,20 @@ def test_polishes_obey_the_laws(problem, book, polish, group):
     check_polish(polish, book, *problem(18, 40), group)
 
 
-@pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS.keys())
-@pytest.mark.parametrize("m", [1, 3, 9, 18, 21])
-def test_tiles_of_rows_stand_alone(problem, book, m):
+@pytest.mark.parametrize("polish", UPDATES.values(), ids=UPDATES.keys())
+@pytest.mark.parametrize("book", LEARNED.values(), ids=LEARNED.keys())
+@pytest.mark.parametrize("group", [None, 8, 24])
+def test_updates_of_centroids_obey_the_laws(problem, book, polish, group):
+    check_polish(polish, book, *problem(18, 40), group)
+
+
+@pytest.mark.parametrize(
+    ("name", "m"),
+    [(name, m) for name in BOOKS for m in (1, 3, 9, 18, 21) if m > 3 or name not in LEARNED],
+)
+def test_tiles_of_rows_stand_alone(problem, name, m):
     W, H = problem(m, 40)
-    check_tiles(book, W, H.diagonal())
+    check_tiles(BOOKS[name], W, H.diagonal())
 
 
 @pytest.mark.parametrize(

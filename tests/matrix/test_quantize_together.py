@@ -123,6 +123,8 @@ MANY = {
     "b, auto": {**INCOHERENT, "rho": "auto"},
     "hadamard": {**INCOHERENT, "rotation": "hadamard"},
     "lattice": {"codebook": "E8P12", "wbits": None, "npasses": 0},
+    "vectors": {"codebook": "vq", "vq_dim": 1, "groupsize": 32, "columns_per_group": 8},
+    "vectors, kpp": {"codebook": "vq", "wbits": 1, "vq_dim": 2, "groupsize": 64, "vq_seed": "kpp"},
     "undamped": {"percdamp": 0.0},
     "undamped, 3 bits": {"percdamp": 0.0, "wbits": 3},
     "undamped, nearest": {"percdamp": 0.0, "quant": "nearest"},

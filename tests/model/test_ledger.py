@@ -22,6 +22,7 @@ from quip.jobs import evaluate
 from quip.jobs.report.folder import RunFolder
 from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
+from quip.matrix.recipe import Recipe
 from quip.model import ledger as resume
 from quip.model import quantize, siblings
 from quip.model.ledger import Ledger, differences
@@ -30,6 +31,7 @@ from quip.packed import checkpoint
 from quip.packed.checkpoint import load
 from quip.packed.digests import SEAL
 from quip.packed.linear import QuantizedLinear
+from tests.support.checkpoints import VECTORS
 from tests.support.damage import clear, flip, halve, spread, tensor_at, text_at, unsigned
 from tests.support.runs import save_model, write_text
 from tests.support.tiny import tiny, tokens
@@ -53,9 +55,11 @@ def kill(*args: object, **options: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def quantized(ledger: Ledger | None, name: str = "llama") -> tuple[nn.Module, list]:
+def quantized(
+    ledger: Ledger | None, name: str = "llama", recipe: Recipe = RECIPE
+) -> tuple[nn.Module, list]:
     model = tiny(name)
-    run = Run(recipe=RECIPE, device="cpu", seed=0, ledger=ledger)
+    run = Run(recipe=recipe, device="cpu", seed=0, ledger=ledger)
     return model, list(quantize_matrix_by_matrix(model, tokens(), run))
 
 
@@ -127,6 +131,26 @@ def test_a_run_killed_at_any_moment_ends_bitwise_as_one_that_was_not(
     unclocked = [replace(record, seconds=0.0) for record in again]
     assert unclocked == [replace(record, seconds=0.0) for record in records]
     assert len(list(tmp_path.glob("block-*"))) == BLOCKS
+
+
+@pytest.mark.parametrize(("name", "dim"), [("opt", "1D"), ("llama", "2D"), ("qwen2", "4D")])
+def test_learned_codebooks_are_taken_up_bitwise(name, dim, tmp_path, monkeypatch):
+    recipe = build_recipe(**VECTORS[dim], vq_seed="kpp")
+    expected, _ = quantized(None, name, recipe)
+    real, calls = siblings._record, []
+
+    def sometimes(*args, **options):
+        calls.append(name)
+        if len(calls) > 15:
+            kill()
+        return real(*args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(siblings, "_record", sometimes)
+        assert killed(lambda: quantized(ledger(tmp_path), name, recipe))
+    assert len(list(tmp_path.glob("block-*"))) == 2
+    model, _ = quantized(ledger(tmp_path), name, recipe)
+    assert_equal(model, expected)
 
 
 def test_finished_blocks_are_not_quantized_again(tmp_path, monkeypatch):

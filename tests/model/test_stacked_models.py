@@ -11,7 +11,7 @@ from quip.errors import UsageError
 from quip.matrix import feedback, recipe
 from quip.matrix.build import build_recipe
 from quip.matrix.linalg import proxy_loss
-from quip.matrix.methods import METHODS, RECIPES
+from quip.matrix.methods import GPTVQ, METHODS, RECIPES
 from quip.matrix.polish import Greedy, greedy
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.seeds import rng_for
@@ -199,9 +199,8 @@ def test_named_recipes_are_what_their_flags_make(name):
 
 
 def test_named_recipes_are_the_papers_rows():
-    assert set(RECIPES) == {
-        f"{method}-{bits}bit" for method in ("quip", "quip-sharp") for bits in (2, 3, 4)
-    }
+    quips = {f"{method}-{bits}bit" for method in ("quip", "quip-sharp") for bits in (2, 3, 4)}
+    assert set(RECIPES) == quips | {f"gptvq-{dim}d-{bits}" for dim, bits in GPTVQ}
     quip, sharp = (build_recipe(**RECIPES[f"{name}-2bit"].flags) for name in ("quip", "quip-sharp"))
     assert quip.transforms == (RescaleDraw(), KroneckerDraw())
     assert sharp.transforms == (HadamardDraw(block=None),)

@@ -1,6 +1,8 @@
 """Folders that are no checkpoints, or damaged ones, are refused in one line that says why."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,16 @@ from quip.model.load import load_model
 from quip.packed.checkpoint import check_folder, load, skeleton
 from quip.packed.checks import check_counts
 from quip.packed.gaps import refuse_gaps
-from tests.support.checkpoints import SHARP, damage, edit, quantized, refusal, refusals, save
+from tests.support.checkpoints import (
+    SHARP,
+    VECTORS,
+    damage,
+    edit,
+    quantized,
+    refusal,
+    refusals,
+    save,
+)
 from tests.support.tiny import tiny
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -256,6 +267,114 @@ def test_signs_and_biases_that_are_no_numbers_are_refused_by_name(tmp_path):
     )
     damage(folder, lambda x: (x[signs].fill_(1), x[signs][3].zero_()))
     assert "is 0 or not finite: the file is damaged" in refusals(folder)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    """The checkpoint of a block with learned codebooks, and the options of these."""
+    folder = tmp_path_factory.mktemp("learned") / "model"
+    save(quantized("llama", {**VECTORS["2D"], "no_fuse": True}, blocks=1), folder)
+    config = json.loads((folder / "config.json").read_text())
+    return folder, config["quantization_config"]["codebook"]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ({"dim": 3}, "(dim is 3, not one of 1, 2, 4)"),
+        ({"dim": True}, "(dim is True, not one of 1, 2, 4)"),
+        ({"bits": 20}, "(bits is 20, not from 1 to 16)"),
+        ({"bits": 0}, "(bits is 0, not from 1 to 16)"),
+        ({"bits": 9}, "(codes of 9 x 2 bits name more than 2^16 centroids)"),
+        ({"weights": 0}, "(weights is 0, not a whole number from 1 to 1e+12 or null)"),
+        ({"weights": 256.0}, "(weights is 256.0, not a whole number from 1"),
+        ({"columns": 0}, "(columns is 0, not a whole number from 1"),
+        ({"entry_bits": 5}, "(entry_bits is 5, not one of 16, 8, 4)"),
+        ({"shared": 1}, "(shared is 1, not true or false)"),
+        ({"run": 0}, "(run is 0, not a whole number from 1 to 1e+09 or null)"),
+        ({"run": 3}, "(runs of 3 weights cut vectors of 2)"),
+        ({"rank": 2}, "(codebooks of low rank have one dimension and entries of 16 bits)"),
+        (
+            {"dim": 1, "entry_bits": 16, "run": None, "rank": 5},
+            "(a rank of 5 is above that of 4 centroids)",
+        ),
+        ({"entry_bits": 4, "run": None}, "(entries of 4 bits need the units of runs of weights)"),
+        ({"rank": 10**9}, "(rank is 1000000000, not a whole number from 1 to 65536 or null)"),
+        ({"more": 1}, "(its options are ["),
+        ({"bits": 8}, f"{Q}.codes: config.json asks for I32 [32, 8], and the files hold I32 [32, "),
+        ({"weights": 10**12}, f"{Q}.centroid_scale: config.json asks for BF16 [2, 1], and the f"),
+        ({"columns": 1}, f"{Q}.centroid_scale: config.json asks for BF16 [4, 1], and the files h"),
+        ({"entry_bits": 4}, f"{Q}.centroids: config.json asks for I32 [2, 2, 4], and the files ho"),
+        ({"run": None}, ".scale_codes': the files hold it, and config.json names no quantized"),
+    ],
+    ids=str,
+)
+def test_options_of_learned_codebooks_are_checked(words, reason, learned, tmp_path):
+    folder = Path(shutil.copytree(learned[0], tmp_path / "copy"))
+    edit(folder, codebook={**learned[1], **words})
+    assert reason in refusals(folder)
+
+
+def test_codebooks_of_more_entries_than_any_model_has_are_refused(learned, tmp_path):
+    folder = Path(shutil.copytree(learned[0], tmp_path / "copy"))
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"intermediate_size": 2**24, "hidden_size": 2**24}
+    path.write_text(json.dumps(config))
+    least = {"dim": 1, "bits": 16, "weights": 1, "columns": 1, "run": None}
+    edit(folder, codebook={**learned[1], **least})
+    assert "groups of 1 weights have 65536 centroids each, which no model has" in refusals(folder)
+
+
+NOT_FINITE = f"{Q}: a number of its codebooks is not finite: the file is damaged"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("centroid_scale", torch.nan, NOT_FINITE),
+        ("centroid_scale", 3e38, NOT_FINITE),  # times 127
+        ("centroid_scale", 0.0, f"{Q}: a scale of its codebooks is not positive: the file is dam"),
+        ("scale_range", torch.inf, f"{Q}: a range of its scales is not finite: the file is damag"),
+        ("scale_range", 500.0, f"{Q}: a range of its scales is not finite"),
+    ],
+)
+def test_damaged_codebooks_are_refused_by_name(name, value, reason, learned, tmp_path):
+    folder = Path(shutil.copytree(learned[0], tmp_path / "copy"))
+    damage(folder, lambda x: x[f"{Q}.{name}"].view(-1)[0].fill_(value))
+    assert reason in refusals(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("codes", lambda x: x[:, :1], "I32 [32, 2], and the files hold I32 [32, 1]"),
+        ("centroids", lambda x: x[:, :, 1:], "I8 [2, 2, 16, 2], and the files hold I8 [2, 2, 15,"),
+        ("centroids", lambda x: x.float(), "I8 [2, 2, 16, 2], and the files hold F32 [2, 2, 16, "),
+        ("scale_range", lambda x: x[:3], "F32 [4, 2], and the files hold F32 [3, 2]"),
+    ],
+)
+def test_codebooks_of_another_shape_are_refused_by_name(name, change, reason, learned, tmp_path):
+    folder = Path(shutil.copytree(learned[0], tmp_path / "copy"))
+    damage(folder, lambda x: x.update({f"{Q}.{name}": change(x[f"{Q}.{name}"]).contiguous()}))
+    assert f"{Q}.{name}: config.json asks for {reason}" in refusals(folder)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "reason"),
+    [
+        (VECTORS["1D"], "centroids", "a number of its codebooks is not finite"),
+        ({**VECTORS["1D"], "svd_rank": 0.5}, "left", "a number of its codebooks is not finite"),
+        (
+            {**VECTORS["4D"], "quant": "gptq", "columns_per_group": 128, "codebook_bits": 4},
+            "units",
+            "a unit of its weights is not a positive number: the file is damaged",
+        ),
+    ],
+)
+def test_entries_that_are_no_numbers_are_refused_by_name(flags, name, reason, tmp_path):
+    folder = save(quantized("llama", {**flags, "no_fuse": True}, blocks=1), tmp_path / "model")
+    damage(folder, lambda x: x[f"{Q}.{name}"].view(-1)[0].fill_(torch.nan))
+    assert f"{Q}: {reason}" in refusals(folder)
 
 
 @pytest.mark.parametrize("count", [1025, 10**6])

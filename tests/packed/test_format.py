@@ -51,6 +51,9 @@ KINDS = [
     ("llama", {**SHARP, "rotation": "kronecker"}),
     *(("llama", VQ | more) for more in LEARNED),
     ("opt", {**VQ, "vq_dim": 2, "faithful": True}),
+    ("odd", {**VQ, "vq_dim": 1, "columns_per_group": 16, "rotation": "none"}),
+    ("products", {**VQ, "vq_dim": 2, "vq_scaling": 6, "columns_per_group": 24, "rotation": "none"}),
+    ("qwen2", {**VQ, "vq_dim": 4, "wbits": 1, "groupsize": 10**6}),
     ("opt", {**SHARP, "hadamard_block": 8}),
 ]
 

@@ -19,7 +19,7 @@ from quip.packed.digests import DIGESTS
 from quip.packed.hub import QuipConfig, QuipQuantizer
 from quip.packed.linear import QuantizedLinear, quantized_layers
 from tests.laws import assert_near
-from tests.support.checkpoints import INCOHERENT, fresh, quantized, save
+from tests.support.checkpoints import INCOHERENT, VECTORS, fresh, quantized, save
 from tests.support.damage import body_of, header_of
 from tests.support.tiny import logits, tokens
 
@@ -123,6 +123,9 @@ def test_checkpoints_without_a_guard_are_read_as_before(saved, tmp_path, models)
     [
         *((name, INCOHERENT) for name in ("opt", "opt-350m", "llama", "gpt-neox")),
         ("llama", {"codebook": "E8P12"}),
+        ("opt", VECTORS["1D"]),
+        ("llama", VECTORS["2D"]),
+        ("qwen2", VECTORS["4D"]),
     ],
 )
 def test_a_model_without_its_head_has_the_hidden_states_of_the_whole(name, flags, tmp_path):
@@ -230,7 +233,11 @@ def test_device_maps_are_taken(device_map, saved, models):
         assert_answers(model, logits(models["llama"]))
 
 
-@pytest.mark.parametrize("flags", [INCOHERENT, {"codebook": "E8P12"}], ids=["int", "lattice"])
+@pytest.mark.parametrize(
+    "flags",
+    [INCOHERENT, {"codebook": "E8P12"}, VECTORS["2D"]],
+    ids=["int", "lattice", "vectors"],
+)
 def test_blocks_may_stay_on_the_disk(flags, tmp_path):
     packed = quantized("llama", flags, blocks=3)
     folder = save(packed, tmp_path / "model")

@@ -5,11 +5,16 @@ import torch
 
 from quip.matrix.build import build_recipe
 from quip.matrix.quantize import quantize_matrix
+from tests.support.checkpoints import VECTORS
 
 KINDS = {
     "grid a": {"wbits": 3, "groupsize": 7},
     "grid b": {"wbits": 2, "incoh_processing": True},
     "lattice": {"codebook": "E8P12RVQ3B"},
+    **VECTORS,
+    "low rank": {**VECTORS["1D"], "wbits": 3, "svd_rank": 0.3},
+    "entries of 4 bits": {**VECTORS["4D"], "quant": "gptq", "columns_per_group": 128}
+    | {"codebook_bits": 4},
 }
 
 

@@ -19,10 +19,11 @@ from quip.packed.checkpoint import load, to_dense
 from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
 from quip.packed.stack import Stack, StackedLinear, in_order, stacked, stacks
-from tests.support.checkpoints import damage, edit, quantized, refusals, save
+from tests.support.checkpoints import VECTORS, damage, edit, quantized, refusals, save
 from tests.support.tiny import logits, tiny, tokens
 
 SHARP = {"codebook": "E8P12"}
+STACKED = {name: {"codebook": name} for name in ("E8P12", "E8P12RVQ3B", "E8P12RVQ4B")} | VECTORS
 Q, K, V = (f"model.layers.0.self_attn.{x}_proj" for x in "qkv")
 
 
@@ -53,7 +54,9 @@ def test_no_fuse_leaves_them_apart():
     assert len(quantized_layers(model)) == 7
 
 
-@pytest.mark.parametrize("flags", [SHARP, {"codebook": "E8P12RVQ3B", "pre_rescale": True}])
+@pytest.mark.parametrize(
+    "flags", [SHARP, {"codebook": "E8P12RVQ3B", "pre_rescale": True}, *VECTORS.values()]
+)
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_the_answers_are_those_of_the_dense_rows(name, flags):
     model = quantized(name, flags, blocks=1)
@@ -152,7 +155,9 @@ def test_copies_and_pickles_share_a_stack_of_their_own(model, mode):
         assert torch.equal(logits(made), expected)
 
 
-def test_casts_leave_scales_and_signs_alone(model):
+@pytest.mark.parametrize("flags", [SHARP, *VECTORS.values()])
+def test_casts_leave_what_is_stored_alone(flags):
+    model = quantized("llama", flags, blocks=1)
     before = {name: x.clone() for name, x in model.get_submodule(f"{Q}.stack").stored().items()}
     stack = model.bfloat16().get_submodule(f"{Q}.stack")
     assert all(torch.equal(x, before[name]) for name, x in stack.stored().items())
@@ -160,10 +165,11 @@ def test_casts_leave_scales_and_signs_alone(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("codebook", ["E8P12", "E8P12RVQ3B", "E8P12RVQ4B"])
+@pytest.mark.parametrize("codebook", STACKED)
 @pytest.mark.parametrize("name", ["opt", "llama", "qwen2"])
 def test_a_model_with_stacks_comes_back_bitwise(name, codebook, dtype, tmp_path):
-    model = quantized(name, {"codebook": codebook}, blocks=1, dtype=dtype)
+    model = quantized(name, STACKED[codebook], blocks=1, dtype=dtype)
+    assert len(stacks(model)) == (1 if name == "opt" else 2)
     loaded = load(save(model, tmp_path / "model"))
     assert torch.equal(logits(loaded), logits(model))
     assert Layout.of(loaded) == Layout.of(model)

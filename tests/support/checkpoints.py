@@ -32,6 +32,12 @@ from tests.support.tokenizer import save_tokenizer
 
 INCOHERENT = {"quant": "ldlq", "wbits": 2, "incoh_processing": True}
 SHARP = {"codebook": "E8P12"}
+FEW = {"codebook": "vq", "groupsize": 256, "columns_per_group": 16, "em_iters": 3}
+VECTORS = {  # learned codebooks that tiny matrices have weights for
+    "1D": {**FEW, "wbits": 2, "vq_dim": 1, "codebook_bits": 16},
+    "2D": {**FEW, "wbits": 2, "vq_dim": 2, "quant": "gptq", "vq_scaling": 8},
+    "4D": {**FEW, "wbits": 1, "vq_dim": 4},
+}
 QUIP = build_recipe(**INCOHERENT)
 RUN = {
     "model": "demo",

@@ -22,6 +22,10 @@ METHODS = {
     "int": ("--wbits", "2", "--incoh_processing"),
     "groups": ("--wbits", "3", "--quant", "gptq", "--groupsize", "64"),
     "lattice": ("--codebook", "E8P12"),
+    "vectors": (
+        *("--codebook", "vq", "--wbits", "2", "--vq_dim", "2", "--em_iters", "5"),
+        *("--quant", "gptq", "--vq_scaling", "64"),
+    ),
 }
 OF_BYTES = (
     *(mutations.flip, mutations.flip, mutations.flip, mutations.cut, mutations.lengthen),
