@@ -45,13 +45,13 @@ class UpdateCentroids:
         """The codes as they came, and books of no larger loss."""
         own = [book for book in books if isinstance(book, Learned)]
         old = torch.stack([book.centroids for book in own])  # [bands, tiles, k, d]
-        parts = partial(_cut, W, H, codes, own, group or W.shape[1])  # made anew: they grow
-        solved = [part.solve(old[:, part.tiles], self.steps) for part in parts()]
+        cut = partial(_cut, W, H, codes, own, group or W.shape[1])
+        solved = [part.solve(old[:, part.tiles], self.steps) for part in cut()]
         moved, mass = (torch.cat(x, 1) for x in zip(*solved, strict=True))
         new = [book.with_centroids(*both) for book, *both in zip(own, moved, mass, strict=True)]
         rounded = torch.stack([book.centroids for book in new])
         before, after = (
-            torch.cat([part.losses(c[:, part.tiles]) for part in parts()]) for c in (old, rounded)
+            torch.cat([part.losses(c[:, part.tiles]) for part in cut()]) for c in (old, rounded)
         )
         if new[0].scheme.entries.apart:
             return codes, [a.where(after < before, b) for a, b in zip(new, own, strict=True)]

@@ -49,17 +49,20 @@ class Factorisations:
     def of(
         self, W: Float[Tensor, "m n"], recipe: Recipe, rng: torch.Generator, name: str
     ) -> tuple[Chain, Float[Tensor, "m n"], Factored]:
-        """The transforms, W after them in float64, and H after them, factorised.
+        """The transforms, W after them (in float64 after any), and H after them, factorised.
 
         The generator is left as the draws leave it, whether they were made now or before.
         """
         W, H = condition(W, self._H, name)
+        if recipe.transforms:
+            W = W.double()
         _, key = keys(name, recipe)
         if self._factored is None or self._factored[0] != key:
             self._factored = None  # makes room
             self._factored = key, self._factorise(W, H, recipe, rng, name)
         f = self._factored[1]
         if not recipe.transforms:
+            self._basis = None  # W and H but for damping: cheaper to make again than to hold
             return Chain(), W, f
         basis = self._in_basis(W, H, recipe, rng, name, f.damp)
         rng.set_state(basis.state)
@@ -121,16 +124,21 @@ def keys(name: str, recipe: Recipe) -> tuple[Hashable, Hashable]:
 def condition(
     W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], name: str = "the matrix"
 ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-    """W and H in float64; weights of inputs that are always zero become zero.
+    """W, and H in float64; weights of inputs that are always zero become zero.
 
     Raises NonFinite with the name of the matrix.
     """
-    if not bool(torch.isfinite(W).all()):
+    if not _finite(W):
         raise NonFinite(f"{name}: the weights hold NaN or infinity; reload or repair the model")
-    if not bool(torch.isfinite(H).all()):
+    if not _finite(H):
         raise NonFinite(
             f"{name}: the inputs' second moments hold NaN or infinity; "
             "run the model in a wider dtype (--dtype float32)"
         )
     dead = H.diagonal() == 0
-    return W.double().masked_fill(dead, 0), H.double()
+    return W.masked_fill(dead, 0), H.double()
+
+
+def _finite(A: Tensor) -> bool:
+    """Whether all entries are; `isfinite` would take as much memory as A and more."""
+    return not A.numel() or bool(torch.stack(A.aminmax()).isfinite().all())

@@ -70,7 +70,7 @@ class Row:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=2048, help="of the matrix")
+    parser.add_argument("--rows", type=int, default=1024, help="of the matrix")
     parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats of each")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     parser.add_argument("--out", type=Path, help="JSON file to write; otherwise to stdout")

@@ -10,6 +10,7 @@ what was not run is a dash. --add keeps what `quip table` or `quip run --out` ha
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -177,11 +178,63 @@ def of_search(record: Mapping[str, Any]) -> str:
     )
 
 
+def of_em(record: Mapping[str, Any]) -> str:
+    """Learned centroids: assignments and iterations of EM beside the published form."""
+    lines = [
+        "| together | bits | centroids | group | published form | native | ratio "
+        "| an iteration, published | native | ratio |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['dim']} | {r['bits']} | {r['centroids']} | {r['group']:,} "
+        f"| {r['published_ns']:,.0f} ns | {r['ns']:.1f} ns "
+        f"| {r['ratio']:.0f}{'' if r['met'] else ' (missed)'} "
+        f"| {r['published_iteration_ns']:,.0f} ns | {r['iteration_ns']:.1f} ns "
+        f"| {r['iteration_ratio']:.0f} |"
+        for r in record["rows"]
+    ]
+    m, n = record["matrix"]
+    differ = max(1 - r["equal_codes"] for r in record["rows"])
+    equal = f"at most {1e6 * differ:.0f} in a million codes differ" if differ else "equal codes"
+    return "\n".join(lines) + (
+        f"\n\nPer vector, {record['threads']} thread, {m} x {n} weights, {equal}, {record['cpu']}. "
+        f"EM of 28,672 rows at 2D 4 bits takes {math.ceil(record['peak_mib']['cpu'])} MiB beside "
+        f"weights and centroids, {record['peak_mib']['torch']:.0f} MiB without a compiler.\n"
+    )
+
+
+def of_vq(record: Mapping[str, Any]) -> str:
+    """Learned codebooks: the time of a block beside scalar LDLQ, and memory."""
+    lines = [
+        "| m x n | in a block | 2D, 2.125 bits | LDLQ + IncP, 2 bits | ratio |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['m']} x {r['n']} | {r['count']} | {r['learned_ms']:.0f} ms "
+        f"| {r['scalar_ms']:.0f} ms | {r['ratio']:.1f} |"
+        for r in record["rows"]
+    ]
+    block, memory = record["block"], record["memory"]
+    missed = ["" if one["met"] else " (missed)" for one in (block, memory)]
+    lines.append(
+        f"| a block | {sum(r['count'] for r in record['rows'])} | {block['learned_ms']:.0f} ms "
+        f"| {block['scalar_ms']:.0f} ms | {block['ratio']:.1f}{missed[0]} |"
+    )
+    return "\n".join(lines) + (
+        f"\n\nWith factorisations, {record['threads']} thread, {record['cpu']}. A matrix of "
+        f"{memory['m']} x {memory['n']} takes {memory['peak_mib']:.0f} MiB beside its "
+        f"{memory['weights_mib']:.0f} MiB of float32 weights and what H was factorised into: "
+        f"{memory['ratio']:.1f} times as much{missed[1]}.\n"
+    )
+
+
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "table": of_table,
     "run": of_run,
     "rounding": of_rounding,
     "search": of_search,
+    "em": of_em,
+    "vq": of_vq,
     "kills": of_kills,
     "fuzz": of_fuzz,
     "soak": of_soak,

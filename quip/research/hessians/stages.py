@@ -50,7 +50,7 @@ def processed(
     stage: Stage, W: Float[Tensor, "m n"], draws: Sequence[Draw], rng: torch.Generator, name: str
 ) -> Iterator[tuple[Stage, Float[Tensor, "m n"]]]:
     """The original with W, then both after each transform, as `Chain.draw` makes them."""
-    W, _ = condition(W, stage.H, name)
+    W, _ = condition(W.double(), stage.H, name)
     yield stage, W
     done: list[str] = []
     for draw in draws:
