@@ -97,8 +97,9 @@ class Centroids(Decoder):
         self, codes: Integer[Tensor, "m k"], values: Mapping[str, Tensor]
     ) -> Float[Tensor, "m n"]:
         band = self.scheme.grouping.band(codes.shape[1] * self.dim)
+        scales = self._scales({**self.scale_parts, **values})
         return centroid_matvec.reference.decode(
-            codes, values["centroids"], self._scales(), columns=band, block=self.scheme.run
+            codes, values["centroids"], scales, columns=band, block=self.scheme.run
         )
 
     def multiply(
@@ -108,7 +109,7 @@ class Centroids(Decoder):
             x,
             words,
             self._centroids(),
-            self._scales(),
+            self._scales(self.scale_parts),
             columns=self.scheme.grouping.band(x.shape[-1]),
             block=self.scheme.run,
             bits=self.index_bits,
@@ -116,14 +117,18 @@ class Centroids(Decoder):
         )
 
     def learnable(self) -> dict[str, Tensor]:
-        """The centroids [bands, tiles, k, dim]."""
-        return {"centroids": self._centroids()}
+        """The centroids [bands, tiles, k, dim], and what scales of runs are made of."""
+        moves = self._moves(self.scale_parts)
+        return {"centroids": self._centroids(), **{name: x.float() for name, x in moves.items()}}
 
     def learned(self, values: Mapping[str, Tensor]) -> "Centroids":
-        """Centroids near to these, rounded as a file holds them."""
+        """Centroids and scales near to these, rounded as a file holds them."""
         centroids = values["centroids"].detach()
         stored = self.scheme.entries.store(centroids, torch.ones_like(centroids[..., 0]))
-        return Centroids(scheme=self.scheme, stored=stored, scale_parts=self.scale_parts)
+        moved = self._moves({**self.scale_parts, **values})
+        parts = {name: x.detach().to(self.scale_parts[name].dtype) for name, x in moved.items()}
+        scale_parts = {**self.scale_parts, **parts}
+        return Centroids(scheme=self.scheme, stored=stored, scale_parts=scale_parts)
 
     def options(self) -> Options:
         s = self.scheme
@@ -200,6 +205,11 @@ class Centroids(Decoder):
     def _centroids(self) -> Float[Tensor, "bands tiles k d"]:
         return self.scheme.entries.load(self.stored, torch.float32)
 
-    def _scales(self) -> Float[Tensor, "m runs"] | None:
+    def _scales(self, parts: Mapping[str, Tensor]) -> Float[Tensor, "m runs"] | None:
         scaling = self.scheme.scaling
-        return None if scaling is None else scaling.values(self.scale_parts, torch.float32)
+        return None if scaling is None else scaling.values(parts, torch.float32)
+
+    def _moves(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of the parts of scales that tuning may move."""
+        scaling = self.scheme.scaling
+        return {} if scaling is None else {scaling.moves: parts[scaling.moves]}

@@ -26,6 +26,7 @@ class Scaling(Protocol):
 
     size: int
     axis: ClassVar[dict[str, int]]
+    moves: ClassVar[str]  # the part that tuning may move, a float
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> dict[str, Tensor]:
         """The parts for the columns X, whose errors weigh h."""
@@ -58,6 +59,7 @@ class LogScales(Scaling):
     size: int
 
     axis: ClassVar = {"scale_codes": 1, "scale_range": 0}
+    moves: ClassVar = "scale_range"
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> dict[str, Tensor]:
         largest = torch.stack([x.abs().amax(1) for x in X.split(self.size, 1)], 1)
@@ -106,6 +108,7 @@ class UnitScales(Scaling):
     size: int
 
     axis: ClassVar = {"units": 1}
+    moves: ClassVar = "units"
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> dict[str, Tensor]:
         runs = zip(X.split(self.size, 1), h.split(self.size), strict=True)

@@ -37,6 +37,7 @@ RECIPES = {
     "2D as published": {"vq_dim": 2, "wbits": 2, "faithful": True, **SMALL},
 }
 STORED = {"centroids", "centroid_scale"}
+SCALES = {"2D, scales": "scale_range", "2D, entries of 4 bits": "units"}
 two_d = build_recipe(**RECIPES["2D"])
 
 
@@ -101,6 +102,28 @@ def test_gradients_of_centroids_are_sums_over_their_weights(problem, rng, name):
     expected = (made.decoder.decode_with(made.codes, {"centroids": direction}) * weigh).sum()
     found = (values["centroids"].grad * direction).sum()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "moves"), SCALES.items())
+def test_gradients_reach_the_scales_of_runs_and_their_tensors_follow(problem, rng, name, moves):
+    W, H = (x.float() for x in problem(32, 48))
+    made = quantize_matrix(W, H, build_recipe(**RECIPES[name]), rng=rng)
+    values = {k: x.requires_grad_() for k, x in made.decoder.learnable().items()}
+    assert {*values} == {"centroids", moves}
+    weigh = torch.randn(32, 48, generator=rng)
+    (made.decoder.decode_with(made.codes, values) * weigh).sum().backward()
+    step = 1e-2 * values[moves].detach() * torch.randn(values[moves].shape, generator=rng)
+    up, down = (
+        made.decoder.decode_with(
+            made.codes, {**values, moves: values[moves].detach() + sign * step}
+        )
+        for sign in (1, -1)
+    )
+    slope = ((up - down) * weigh).sum() / 2
+    expected = (values[moves].grad * step).sum()
+    torch.testing.assert_close(slope, expected, rtol=1e-2, atol=1e-3)  # 2^x is no straight line
+    learned = made.decoder.learned({k: x.detach() for k, x in values.items()} | {moves: step})
+    assert torch.equal(learned.tensors()[moves], step.to(made.decoder.tensors()[moves].dtype))
 
 
 # States
@@ -181,7 +204,8 @@ def test_centroids_move_codes_stay_and_the_divergence_falls(packed, name):
     assert record.parameters > numbers
     names = last_names(changed(student, before))
     assert "centroids" in names
-    assert names <= STORED
+    assert names <= STORED | {SCALES.get(name)}
+    assert name not in SCALES or SCALES[name] in names
     found = divergence(student, short(), WINDOWS[-6:], device="cpu").kl
     assert record.kl_after == pytest.approx(found, rel=1e-3)
 
