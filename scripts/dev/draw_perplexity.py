@@ -23,6 +23,7 @@ COLOURS = {
     "incoherence": ("#1a5fb4", "with incoherence processing, ours"),
     "lattice": ("#e66100", "on the lattice E8 (QuIP#)"),
     "fine-tuned": ("#b5179e", "on the lattice E8, fine-tuned"),
+    "learned": ("#2a9d3a", "learned codebooks (GPTVQ), ours"),
 }
 MARKERS = {
     "nearest": ("o", "nearest"),
@@ -34,6 +35,9 @@ MARKERS = {
     "a": ("<", "tuned block by block (a)"),
     "b": (">", "tuned as a whole (b)"),
     "ab": ("P", "both"),
+    "1D": ("1", "of single weights"),
+    "2D": ("2", "of pairs"),
+    "4D": ("p", "of four"),
 }
 # OPTQ is LDLQ; printed forms of other methods lie beside LDLQ's.
 LEFT_OUT = {("baseline", "ldlq"), ("incoherence", "gptq")} | {

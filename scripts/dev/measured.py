@@ -1,11 +1,12 @@
 """Every perplexity in results/, as points: model, method, bits as stored, what it is above 16 bits.
 
 A point is taken from the first record that has it: those of `quip table perplexity`, then those of
-`quip table sharp`. Each is set beside the original on the same text.
+`quip table sharp` and `quip table gptvq`. Each is set beside the original on the same text.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ SHARP_ROWS = {
     ", (b)": ("fine-tuned", "b"),
     ", (a) and (b)": ("fine-tuned", "ab"),
 }
+LEARNED = re.compile(r"([\d.]+) bits: ([124]D)")  # rows of `quip table gptvq` that are ours
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Point:
     model: str  # its name in MODELS
     processing: str
     method: str
-    bits: int  # nominal
+    bits: float  # nominal
     stored: float | None  # bits per weight with all that a file needs; None: not recorded
     perplexity: float
     original: float  # the perplexity of the original on the same tokens
@@ -55,9 +57,9 @@ def points(*, tables: bool = True) -> list[Point]:
 
     Without `tables` those that were measured on the same tokens as the lattices.
     """
-    found: dict[tuple[str, str, str, int], Point] = {}
+    found: dict[tuple[str, str, str, float], Point] = {}
     for model in MODELS:
-        names = (f"table_perplexity_{model}", model, f"sharp_{model}")
+        names = (f"table_perplexity_{model}", model, f"sharp_{model}", f"gptvq_{model}")
         for record in filter(None, map(load, names if tables else names[1:])):
             for p in _points(model, record):
                 found.setdefault((p.model, p.processing, p.method, p.bits), p)
@@ -97,8 +99,10 @@ def _points(model: str, record: Mapping[str, Any]) -> Iterator[Point]:
             yield Point(model, *how, e["bits_per_weight"], float(e["ours"]), original)
 
 
-def _how(row: str, column: str) -> tuple[str, str, int] | None:
+def _how(row: str, column: str) -> tuple[str, str, float] | None:
     """Processing, method and bits by the labels of a cell; None for what is not drawn."""
+    if learned := LEARNED.fullmatch(row):
+        return "learned", learned[2], float(learned[1])
     if row.partition(": ")[2].startswith("E8P"):
         variant = row.partition(", Hadamard")[2] if ", Hadamard" in row else None
         return (*SHARP_ROWS[variant], int(row.split()[0])) if variant in SHARP_ROWS else None
