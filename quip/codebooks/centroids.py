@@ -210,6 +210,6 @@ class Centroids(Decoder):
         return None if scaling is None else scaling.values(parts, torch.float32)
 
     def _moves(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those of the parts of scales that tuning may move."""
+        """What tuning may move of these parts of scales."""
         scaling = self.scheme.scaling
         return {} if scaling is None else {scaling.moves: parts[scaling.moves]}
