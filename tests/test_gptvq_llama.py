@@ -89,6 +89,7 @@ def test_without_codebooks_it_evaluates_or_rounds_to_grids(words, told):
         ("--only-init-kmeans", {"--quant": "nearest"}),
         ("--codebook-bitwidth 8", {"--codebook_bits": "8", "--codebook_scale": "columns"}),
         ("--codebook-bitwidth 8 --quantize-per-codebook", {"--codebook_bits": "8"}),
+        ("--codebook-bitwidth 4", {"--codebook_bits": "4"}),
         ("--vq-dim 1 --svd-rank 0.5", {"--vq_dim": "1", "--vq_seed": "cdf", "--svd_rank": "0.5"}),
         (
             "--vq-scaling-blocksize 32 --vq-scaling-n-bits 4 --vq-scaling-norm max "

@@ -144,7 +144,7 @@ def _of_vectors(args: Mapping[str, Any]) -> list[str]:
     line += [f"--vq_weights={'loss' if 'hessian_weighted_lookups' in args else 'none'}"]
     line += [f"--codebook_update={'cg' if 'include_m_step' in args else 'none'}"]
     line += [f"--codebook_bits={bits or 16}"]
-    if bits is not None and "quantize_per_codebook" not in args:
+    if bits == 8 and "quantize_per_codebook" not in args:  # others leave no choice
         line += ["--codebook_scale=columns"]
     if args.get("vq_scaling_blocksize", -1) != -1:
         line += [f"--vq_scaling={args['vq_scaling_blocksize']}"]
