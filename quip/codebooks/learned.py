@@ -230,9 +230,15 @@ def _round_panel(
     """`round_panel` of matrix/panel.py, of columns that share one book, by kernels/centroids."""
     (book,) = books
     scales = book.scales_from_here(len(X) // book.dim)
-    h = h if book.weighted else torch.ones_like(h)
-    block = None if scales is None else book.dim
     codes = round_columns(
-        X, K, eta, h, book.centroids, scales=scales, block=block, base=base, kept=kept
+        X,
+        K,
+        eta,
+        book._weights(h),
+        book.centroids,
+        scales=scales,
+        block=None if scales is None else book.dim,
+        base=base,
+        kept=kept,
     )
     return codes, books

@@ -20,7 +20,7 @@ from torch import Tensor
 from quip.codebooks.base import Codebook
 from quip.codebooks.learned import Learned
 from quip.kernels import centroid_matvec
-from quip.kernels.groups import even, row_groups
+from quip.kernels.groups import even, row_groups, spread
 
 COLUMNS = 1024  # of H that are cast together
 CHUNK = 2**22  # weights of the tiles that are solved together
@@ -112,9 +112,9 @@ class _Tiles:
     def _gather(self, G: Float[Tensor, "m_or_1 n"], *, squared: bool = False) -> Tensor:
         """A^T G: the sum over the weights of each entry of a codebook, [bands, tiles, k, d]."""
         (m, count), n = self.codes.shape, G.shape[1]
-        if self.scales is not None and self.run is not None:
-            spread = self.scales.repeat_interleave(self.run, 1)[:, :n]
-            G = G * (spread.square() if squared else spread)
+        if self.scales is not None:
+            scales = spread(self.scales, self.run, n)
+            G = G * (scales.square() if squared else scales)
         by_place = G.expand(m, n).unflatten(1, (count, -1)).double().unbind(2)
         size = self.shape[0] * self.shape[1] * self.shape[2]
         sums = [torch.bincount(self._entry, g.flatten(), size) for g in by_place]

@@ -82,7 +82,7 @@ def _entries(take: Take, bits: int, dim: int) -> tuple[int, int | None]:
             f"--codebook_scale {take('codebook_scale')} with {what}: only entries of 8 bits leave "
             "a choice of their scale; leave it out"
         )
-    if said == 4 and dim * bits > 4 * dim:
+    if said == 4 and bits > 4:
         raise UsageError(
             f"--codebook_bits 4 --wbits {bits}: entries of 4 bits say no more than 4 bits a weight"
         )
