@@ -22,6 +22,7 @@ from quip.codebooks.scaling import joined
 from quip.codebooks.seeds import SEEDS
 from quip.errors import UsageError
 from quip.kernels.centroids import assign, improve, round_columns
+from quip.kernels.centroids.reference import batches, height, metric, vectors
 from quip.kernels.groups import row_groups
 
 UNFITTED = torch.empty(0)
@@ -168,16 +169,13 @@ class Learned(Codebook):
 
     def _start(self, Y: Tensor, h: Tensor, mass: Tensor | None) -> Float[Tensor, "tiles k d"]:
         """The seeds of all tiles; those of one size are made together."""
-        d, count = self.dim, self._tiles(Y)
-        found, lo = [], 0
-        for size, many in _sizes(Y.shape[1], count):
-            part = slice(lo, lo + size * many)
-            V = _vectors(Y[:, part], d, many)
-            weight = h.view(1, -1, 1, d).expand(many, -1, size, d).reshape(many, -1, d)
+        d, found = self.dim, []
+        for groups, rows in batches(Y.shape[1], self._tiles(Y)):
+            V = vectors(Y[:, rows], groups, d)
+            weight = metric(h, height(groups, rows), d).expand(V.shape)
             if mass is not None:
-                weight = weight * _vectors(mass[:, part], 1, many)
+                weight = weight * vectors(mass[:, rows], groups, 1)
             found.append(SEEDS[self.seeds](V, weight, self.scheme.k, self.rng))
-            lo += size * many
         return torch.cat(found)
 
     def _tiles(self, Y: Tensor) -> int:
@@ -202,18 +200,6 @@ def weigh(
     total = mass.new_zeros(count * k, dtype=torch.float64)
     total.index_add_(0, at, mass.expand(codes.shape).flatten().double())
     return total.view(count, k).to(mass)
-
-
-def _sizes(m: int, count: int) -> list[tuple[int, int]]:
-    """(rows of a tile, how many such tiles), in order."""
-    size, more = divmod(m, count)
-    return [(rows, many) for rows, many in ((size + 1, more), (size, count - more)) if many]
-
-
-def _vectors(X: Float[Tensor, "g m"], d: int, count: int) -> Float[Tensor, "count n d"]:
-    """The vectors of each of `count` tiles of equal size, column of codes after column of codes."""
-    g, m = X.shape
-    return X.view(g // d, d, count, m // count).permute(2, 0, 3, 1).reshape(count, -1, d)
 
 
 def _round_panel(

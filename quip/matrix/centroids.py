@@ -127,11 +127,11 @@ class _Tiles:
     @cached_property
     def _entry(self) -> Int64[Tensor, " codes"]:
         """The number of the centroid of each code, among those of all bands and tiles."""
-        count, d = self.codes.shape[1], self.W.shape[1] // self.codes.shape[1]
-        _, tiles, k = self.shape
-        bands = torch.arange(count, device=self.codes.device) // (self.band // d)
-        books = bands * tiles + self._tile_of_row[:, None]
-        return (books * k + self.codes.long()).flatten()
+        d, (_, tiles, k) = self.W.shape[1] // self.codes.shape[1], self.shape
+        numbers = centroid_matvec.reference.entries_of(
+            self.codes, self._tile_of_row, tiles, k, self.band // d
+        )
+        return numbers.flatten()
 
 
 def _cut(

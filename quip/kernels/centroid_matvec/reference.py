@@ -83,6 +83,14 @@ def multiply_by_parts(
     return torch.cat(products, dim=-1).to(x.dtype)
 
 
+def entries_of(
+    codes: Integer[Tensor, "m vectors"], groups: Int64[Tensor, " m"], count: int, k: int, band: int
+) -> Int64[Tensor, "m vectors"]:
+    """The number of the centroid of each code among all: `count` row groups, `band` codes wide."""
+    column_groups = torch.arange(codes.shape[1], device=codes.device) // band
+    return (k * groups[:, None] + k * count * column_groups).add_(codes)
+
+
 def _decode_rows(
     codes: Integer[Tensor, "m vectors"],
     groups: Int64[Tensor, " m"],
@@ -93,8 +101,7 @@ def _decode_rows(
 ) -> Float[Tensor, "m n"]:
     """W~ of rows of these row groups."""
     (m, vectors), (_, G, k, d) = codes.shape, centroids.shape
-    column_groups = torch.arange(vectors, device=codes.device) // (columns // d)
-    index = (k * groups[:, None] + k * G * column_groups).add_(codes)
+    index = entries_of(codes, groups, G, k, columns // d)
     # The gradient of gather is the fastest of those of torch's look-ups, by 10 times for d = 1.
     W = centroids.reshape(-1, d).gather(0, index.view(-1, 1).expand(-1, d)).view(m, -1)
     return W if scales is None else W * spread(scales.to(W), block, vectors * d)

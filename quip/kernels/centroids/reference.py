@@ -35,9 +35,9 @@ def assign(
     """The codes of all vectors, [g / d, m], uint8 if k <= 256; of equally near ones the lowest."""
     (G, k, d), (g, m) = centroids.shape, X.shape
     codes = torch.empty(g // d, m, dtype=code_dtype(k), device=X.device)
-    for groups, rows in _batches(m, G):
-        V, metric = _vectors(X[:, rows], groups, d), _metric(h, _height(groups, rows), d)
-        found = _nearest(V, centroids[groups], metric)
+    for groups, rows in batches(m, G):
+        V, weights = vectors(X[:, rows], groups, d), metric(h, height(groups, rows), d)
+        found = _nearest(V, centroids[groups], weights)
         codes[:, rows] = (
             found.view(len(V), g // d, -1).transpose(0, 1).reshape(g // d, -1).to(codes)
         )
@@ -61,12 +61,12 @@ def improve(
     """
     (G, _, d), m = centroids.shape, X.shape[1]
     improved = centroids.clone()
-    for groups, rows in _batches(m, G):
-        V, metric = _vectors(X[:, rows], groups, d), _metric(h, _height(groups, rows), d)
+    for groups, rows in batches(m, G):
+        V, weights = vectors(X[:, rows], groups, d), metric(h, height(groups, rows), d)
         counts = V.new_ones(len(V), V.shape[1], 1)
         if mass is not None:
-            counts = _vectors(mass[:, rows], groups, 1)
-        improved[groups] = _lloyd(V, improved[groups], metric, counts[..., 0], iterations)
+            counts = vectors(mass[:, rows], groups, 1)
+        improved[groups] = _lloyd(V, improved[groups], weights, counts[..., 0], iterations)
     return improved
 
 
@@ -113,7 +113,7 @@ def _squares(e: Tensor, metric: Tensor) -> Float[Tensor, " m"]:
     return ((metric.T @ e) * e).sum(0)
 
 
-def _batches(m: int, G: int) -> Iterator[tuple[slice, slice]]:
+def batches(m: int, G: int) -> Iterator[tuple[slice, slice]]:
     """(groups, their rows): those of one size are served together."""
     size, more = divmod(m, G)
     wide = more * (size + 1)
@@ -122,18 +122,19 @@ def _batches(m: int, G: int) -> Iterator[tuple[slice, slice]]:
             yield groups, rows
 
 
-def _height(groups: slice, rows: slice) -> int:
+def height(groups: slice, rows: slice) -> int:
     """The rows of each group."""
     return (rows.stop - rows.start) // (groups.stop - groups.start)
 
 
-def _vectors(X: Tensor, groups: slice, d: int) -> Float[Tensor, "G vectors d"]:
+def vectors(X: Tensor, groups: slice, d: int) -> Float[Tensor, "G vectors d"]:
     """The vectors of each group, those of its first d columns first."""
     G = groups.stop - groups.start
     return X.reshape(len(X) // d, d, G, -1).permute(2, 0, 3, 1).reshape(G, -1, d)
 
 
-def _metric(h: Tensor, height: int, d: int) -> Float[Tensor, "vectors d"]:
+def metric(h: Tensor, height: int, d: int) -> Float[Tensor, "vectors d"]:
+    """What the errors of each vector of a group of `height` rows weigh."""
     return h.view(-1, d).repeat_interleave(height, dim=0)
 
 
