@@ -1,10 +1,10 @@
 // Multiply a few vectors by a packed matrix of learned codebooks: the fast form of the product with
 // decoded weights.
 //
-// Columns that share a codebook and a scale are a run. Codebooks of up to 64 single numbers or
-// pairs stay in registers, a permutation looks up a vector of codes, and pairs are taken apart: x
-// is brought into their order once. The centroids of others are copied from the codebook, which
-// stays in the cache, to rows of weights.
+// Columns that share a codebook and a scale are a run. Codebooks of a few numbers or pairs stay in
+// registers, where a permutation looks up a vector of codes: pairs are taken apart, and x is
+// brought into the order of the weights once. Centroids of larger codebooks are loaded one by one
+// from the cache.
 
 #include <algorithm>
 #include <cstdint>
@@ -15,7 +15,12 @@
 #include "../unpack.h"
 
 #if defined(__AVX2__) && !defined(__clang__)
-#define PERMUTED  // a codebook in registers
+#define PERMUTED  // codebooks in registers
+#endif
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define JOINED  // vectors, without a way through memory
+#endif
 #endif
 
 namespace {
@@ -25,8 +30,8 @@ constexpr int LANES = 16, SUMS = 16;  // SUMS: how many stay in registers
 #else
 constexpr int LANES = 8, SUMS = 8;
 #endif
-constexpr int ROWS = 8, COPIED = 4;   // at once
-constexpr int SPARE = 64;  // bytes after the codes of a row: vectors reach beyond its end
+constexpr int PERMUTED_ROWS = 8, COPIED_ROWS = 4;  // at once, at most
+constexpr int SPARE = 64;                          // bytes after the codes of a row: vectors reach beyond its end
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef float Two __attribute__((vector_size(8)));
@@ -56,8 +61,8 @@ struct Run {
     int64_t steps, x;  // of HELD x PLANES vectors, and where the inputs of the first one are
 };
 
-// What the rows are multiplied with, in the order in which `Weights` has those of a run: zeros after
-// the last one, and vectors of all T tokens in turn.
+// What the rows are multiplied with, in the order in which `Weights` has those of a run: zeros
+// after the last one, and vectors of all T tokens in turn.
 template <int T, typename Weights>
 struct Inputs {
     std::vector<Run> runs;
@@ -138,8 +143,8 @@ template <int R, int T, typename Weights>
 }
 
 #ifdef PERMUTED
-// Codes of a row that are looked up in a codebook of K points of D numbers. A word holds four, and a
-// permutation reads no more of its lanes than the lowest bits.
+// Codes of a row that are looked up in a codebook of K points of D numbers. A word holds four, and
+// a permutation reads no more of its lanes than the lowest bits.
 template <int K, int D>
 struct Permuted {
     static constexpr int PLANES = D, HELD = 4, PARTS = (K + LANES - 1) / LANES;
@@ -174,13 +179,27 @@ struct Permuted {
 };
 #endif
 
+// Vectors of half the width side by side
+#ifdef JOINED
 Four join(Two low, Two high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3); }
 Eight join(Four low, Four high) {
     return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
 }
-Sixteen join(Eight low, Eight high) {
+[[maybe_unused]] Sixteen join(Eight low, Eight high) {
     return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }
+#else
+template <typename To, typename Half>
+To join_halves(Half low, Half high) {
+    To to;
+    std::memcpy(&to, &low, sizeof low);
+    std::memcpy(reinterpret_cast<char *>(&to) + sizeof low, &high, sizeof high);
+    return to;
+}
+Four join(Two low, Two high) { return join_halves<Four>(low, high); }
+Eight join(Four low, Four high) { return join_halves<Eight>(low, high); }
+[[maybe_unused]] Sixteen join(Eight low, Eight high) { return join_halves<Sixteen>(low, high); }
+#endif
 
 // N weights, from centroids of D numbers
 template <int N, int D, typename From>
@@ -254,14 +273,14 @@ void multiply_rows(const CentroidMatvec &a) {
 #ifdef PERMUTED
 template <int T, int K, int D>
 void multiply_permuted(const CentroidMatvec &a) {
-    constexpr int MOST = K * D > 64 ? 1 : K * D > 16 ? 4 : ROWS;  // tables stay in registers
+    constexpr int MOST = K * D > 64 ? 1 : K * D > 16 ? 4 : PERMUTED_ROWS;  // tables stay in registers
     multiply_rows<T, std::min(MOST, SUMS / T), Permuted<K, D>>(a);
 }
 #endif
 
 template <int T, int D>
 void multiply_copied(const CentroidMatvec &a) {
-    constexpr int R = std::min(COPIED, SUMS / T);
+    constexpr int R = std::min(COPIED_ROWS, SUMS / T);
     (a.bits > 8 ? multiply_rows<T, R, Copied<D, true>> : multiply_rows<T, R, Copied<D, false>>)(a);
 }
 
