@@ -1,20 +1,26 @@
 // Multiply a few vectors by a packed matrix of learned codebooks: the fast form of the product with
 // decoded weights.
 //
-// Columns that share a codebook and a scale are a run. Codebooks of up to 64 single numbers or
-// pairs stay in registers, a permutation looks up a vector of codes, and pairs are taken apart: x
-// is brought into their order once. The centroids of others are copied from the codebook, which
-// stays in the cache, to rows of weights.
+// Columns that share a codebook and a scale are a run. Codebooks of a few numbers or pairs stay in
+// registers, where a permutation looks up a vector of codes: pairs are taken apart, and x is
+// brought into the order of the weights once. Centroids of larger codebooks are loaded one by one
+// from the cache.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "../unpack.h"
 
 #if defined(__AVX2__) && !defined(__clang__)
-#define PERMUTED  // a codebook in registers
+#define PERMUTED  // codebooks in registers
+#endif
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define JOINED  // vectors, without a way through memory
+#endif
 #endif
 
 namespace {
@@ -24,11 +30,14 @@ constexpr int LANES = 16, SUMS = 16;  // SUMS: how many stay in registers
 #else
 constexpr int LANES = 8, SUMS = 8;
 #endif
-constexpr int ROWS = 8;   // that are unpacked together
-constexpr int SPARE = 64;  // bytes after the codes of a row: vectors reach beyond its end
+constexpr int PERMUTED_ROWS = 8, COPIED_ROWS = 4;  // at once, at most
+constexpr int SPARE = 64;                          // bytes after the codes of a row: vectors reach beyond its end
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef float Two __attribute__((vector_size(8)));
 typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef float Sixteen __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 struct CentroidMatvec {  // as in cpu.py; columns are counted in codes
@@ -52,8 +61,8 @@ struct Run {
     int64_t steps, x;  // of HELD x PLANES vectors, and where the inputs of the first one are
 };
 
-// What the rows are multiplied with, in the order in which `Weights` has those of a run: zeros after
-// the last one, and vectors of all T tokens in turn.
+// What the rows are multiplied with, in the order in which `Weights` has those of a run: zeros
+// after the last one, and vectors of all T tokens in turn.
 template <int T, typename Weights>
 struct Inputs {
     std::vector<Run> runs;
@@ -99,10 +108,19 @@ float total(const Floats &lanes) {
     return (parts[0][0] + parts[0][1]) + (parts[0][2] + parts[0][3]);
 }
 
-// sums += scales w x of a run, for the weights of R rows and T tokens
+// What a row is in a run: codes, whose bits from the ninth on are in `high` if there are any
+struct Row {
+    const uint8_t *low, *high;
+    const float *codebook;
+    float scale;
+};
+
+// sums += scale w x of a run, for the weights of R rows and T tokens
 template <int R, int T, typename Weights>
-[[gnu::always_inline]] inline void add_products(const Weights *rows, const float *scales,
-                                                const float *x, int64_t steps, Floats *sums) {
+[[gnu::always_inline]] inline void add_products(const Row *given, const float *x, int64_t steps,
+                                                Floats *sums) {
+    Weights rows[R];
+    for (int r = 0; r < R; r++) rows[r].set(given[r]);
     Floats now[R][T] = {};
     for (int64_t step = 0; step < steps; step++) {
 #pragma GCC unroll 8
@@ -121,12 +139,12 @@ template <int R, int T, typename Weights>
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int t = 0; t < T; t++) sums[r * T + t] += scales[r] * now[r][t];
+        for (int t = 0; t < T; t++) sums[r * T + t] += given[r].scale * now[r][t];
 }
 
 #ifdef PERMUTED
-// Codes of a row that are looked up in a codebook of K points of D numbers. A word holds four, and a
-// permutation reads no more of its lanes than the lowest bits.
+// Codes of a row that are looked up in a codebook of K points of D numbers. A word holds four, and
+// a permutation reads no more of its lanes than the lowest bits.
 template <int K, int D>
 struct Permuted {
     static constexpr int PLANES = D, HELD = 4, PARTS = (K + LANES - 1) / LANES;
@@ -134,13 +152,13 @@ struct Permuted {
     Floats table[D][PARTS];
     const uint8_t *from;
 
-    void set(const float *codebook, const uint8_t *codes) {
+    void set(const Row &row) {
+        from = row.low;
         Floats raw[D * PARTS] = {};
-        std::memcpy(raw, codebook, sizeof(float) * K * D);
+        std::memcpy(raw, row.codebook, sizeof(float) * K * D);
         for (int plane = 0; plane < D; plane++)
             for (int part = 0; part < PARTS; part++)
                 table[plane][part] = D == 1 ? raw[part] : every_other(raw + D * part, plane);
-        from = codes;
     }
 
     static Floats every_other(const Floats *pair, int first) {
@@ -161,63 +179,93 @@ struct Permuted {
 };
 #endif
 
-// Weights of a row that were looked up before
-struct Decoded {
-    static constexpr int PLANES = 1, HELD = 1;
-    const float *from;
+// Vectors of half the width side by side
+#ifdef JOINED
+Four join(Two low, Two high) { return __builtin_shufflevector(low, high, 0, 1, 2, 3); }
+Eight join(Four low, Four high) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+[[maybe_unused]] Sixteen join(Eight low, Eight high) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+#else
+template <typename To, typename Half>
+To join_halves(Half low, Half high) {
+    To to;
+    std::memcpy(&to, &low, sizeof low);
+    std::memcpy(reinterpret_cast<char *>(&to) + sizeof low, &high, sizeof high);
+    return to;
+}
+Four join(Two low, Two high) { return join_halves<Four>(low, high); }
+Eight join(Four low, Four high) { return join_halves<Eight>(low, high); }
+[[maybe_unused]] Sixteen join(Eight low, Eight high) { return join_halves<Sixteen>(low, high); }
+#endif
 
-    Floats weights(int64_t step, int) const { return load<Floats>(from + step * LANES); }
-};
-
-// The centroids of codes, whose bits from the ninth on are in `high` if there are any
-template <int D>
-void look_up(const float *codebook, const uint8_t *low, const uint8_t *high, int64_t count,
-             int64_t dim, float *to) {
-    const int64_t size = D ? D : dim;
-    if (high)
-        for (int64_t j = 0; j < count; j++)
-            std::memcpy(to + j * size, codebook + (low[j] | high[j] << 8) * size, 4 * size);
-    else
-        for (int64_t j = 0; j < count; j++)
-            std::memcpy(to + j * size, codebook + low[j] * size, 4 * size);
+// N weights, from centroids of D numbers
+template <int N, int D, typename From>
+[[gnu::always_inline]] inline auto join_centroids(const From &from, int first) {
+    if constexpr (N == D) {
+        return load<std::conditional_t<D == 4, Four, Two>>(from(first));
+    } else {
+        const auto low = join_centroids<N / 2, D>(from, first);
+        return join(low, join_centroids<N / 2, D>(from, first + N / 2 / D));
+    }
 }
 
-// What a row is in a run: codes, whose bits from the ninth on are in `high` if there are any
-struct Row {
-    const uint8_t *low, *high;
-    const float *codebook;
-    float scale;
+// Codes of a row whose centroids of D numbers are copied from the codebook
+template <int D, bool WIDE>
+struct Copied {
+    static constexpr int PLANES = 1, HELD = 1, CODES = LANES / D;
+    Row row;
+
+    void set(const Row &given) { row = given; }
+
+    Floats weights(int64_t step, int) const {
+        const int64_t first = step * CODES;
+        const auto from = [&](int i) __attribute__((always_inline)) {
+            const int code = row.low[first + i] | (WIDE ? row.high[first + i] << 8 : 0);
+            return row.codebook + D * code;
+        };
+        if constexpr (D == 1) {
+            Floats to;
+            for (int i = 0; i < LANES; i++) to[i] = *from(i);
+            return to;
+        } else {
+            return join_centroids<LANES, D>(from, 0);
+        }
+    }
 };
 
-// y; `add` adds the products of ROWS rows of a run to their sums
-template <int T, typename Add>
-void multiply_rows(const CentroidMatvec &a, const std::vector<Run> &runs, Add add) {
+// y, the weights of R rows at once in the form `Weights`
+template <int T, int R, typename Weights>
+void multiply_rows(const CentroidMatvec &a) {
+    const Inputs<T, Weights> in(a);
     const int64_t pitch = a.n + SPARE, blocks = (a.n + a.block - 1) / a.block;
     const bool wide = a.bits > 8;
-    std::vector<uint8_t> unpacked(ROWS * pitch);
-    for (int64_t first = 0; first < a.m; first += ROWS) {
-        int64_t numbers[ROWS], groups[ROWS];
-        for (int i = 0; i < ROWS; i++) {
+    std::vector<uint8_t> low(R * pitch), high(wide ? R * pitch : 0);
+    for (int64_t first = 0; first < a.m; first += R) {
+        int64_t numbers[R], groups[R];
+        for (int i = 0; i < R; i++) {
             numbers[i] = std::min(first + i, a.m - 1);
             groups[i] = a.row_group(numbers[i]);
-            const uint8_t *row = a.words + numbers[i] * a.row_bytes + (wide ? a.n : 0);
-            unpack(row, wide ? a.bits - 8 : a.bits, a.n, unpacked.data() + i * pitch);
+            const uint8_t *row = a.words + numbers[i] * a.row_bytes;
+            unpack(row, std::min(a.bits, 8), a.n, low.data() + i * pitch);
+            if (wide) unpack(row + a.n, a.bits - 8, a.n, high.data() + i * pitch);
         }
-        Floats sums[ROWS * T] = {};
-        for (const Run &run : runs) {
-            Row rows[ROWS];
-            for (int i = 0; i < ROWS; i++) {
-                const uint8_t *codes = unpacked.data() + i * pitch + run.start;
-                const uint8_t *low = a.words + numbers[i] * a.row_bytes + run.start;
+        Floats sums[R * T] = {};
+        for (const Run &run : in.runs) {
+            Row rows[R];
+            for (int i = 0; i < R; i++) {
+                const int64_t at = i * pitch + run.start;
                 const int64_t tile = run.column_group * a.row_groups + groups[i];
-                rows[i] = {wide ? low : codes, wide ? codes : nullptr,
+                rows[i] = {low.data() + at, wide ? high.data() + at : nullptr,
                            a.centroids + (tile * a.dim << a.bits),
                            a.scales ? a.scales[numbers[i] * blocks + run.block] : 1};
             }
-            add(run, rows, sums);
+            add_products<R, T, Weights>(rows, in.x.data() + run.x, run.steps, sums);
         }
         for (int64_t t = 0; t < a.tokens; t++)
-            for (int i = 0; i < ROWS && first + i < a.m; i++)
+            for (int i = 0; i < R && first + i < a.m; i++)
                 a.y[t * a.m + first + i] = total(sums[i * T + t]);
     }
 }
@@ -225,46 +273,15 @@ void multiply_rows(const CentroidMatvec &a, const std::vector<Run> &runs, Add ad
 #ifdef PERMUTED
 template <int T, int K, int D>
 void multiply_permuted(const CentroidMatvec &a) {
-    constexpr int R = K * D > 64 ? 1 : std::min(K * D > 16 ? 4 : ROWS, SUMS / T);
-    const Inputs<T, Permuted<K, D>> in(a);
-    multiply_rows<T>(a, in.runs, [&](const Run &run, const Row *rows, Floats *sums) {
-        for (int i = 0; i < ROWS; i += R) {
-            Permuted<K, D> some[R];
-            float scales[R];
-            for (int r = 0; r < R; r++) {
-                some[r].set(rows[i + r].codebook, rows[i + r].low);
-                scales[r] = rows[i + r].scale;
-            }
-            add_products<R, T>(some, scales, in.x.data() + run.x, run.steps, sums + i * T);
-        }
-    });
+    constexpr int MOST = K * D > 64 ? 1 : K * D > 16 ? 4 : PERMUTED_ROWS;  // tables stay in registers
+    multiply_rows<T, std::min(MOST, SUMS / T), Permuted<K, D>>(a);
 }
 #endif
 
-template <int T>
-void multiply_decoded(const CentroidMatvec &a) {
-    constexpr int R = std::max(1, std::min(4, SUMS / T));
-    const Inputs<T, Decoded> in(a);
-    const auto copy = a.dim == 1 ? look_up<1> : a.dim == 2 ? look_up<2>
-                    : a.dim == 4 ? look_up<4> : look_up<0>;
-    int64_t steps = 0;
-    for (const Run &run : in.runs) steps = std::max(steps, run.steps);
-    std::vector<float> weights(ROWS * steps * LANES);
-    multiply_rows<T>(a, in.runs, [&](const Run &run, const Row *rows, Floats *sums) {
-        for (int i = 0; i < ROWS; i += R) {
-            Decoded some[R];
-            float scales[R];
-            for (int r = 0; r < R; r++) {
-                const Row &row = rows[i + r];
-                float *to = weights.data() + (i + r) * steps * LANES;
-                copy(row.codebook, row.low, row.high, run.codes, a.dim, to);
-                std::fill(to + run.codes * a.dim, to + run.steps * LANES, 0.0f);
-                some[r] = {to};
-                scales[r] = row.scale;
-            }
-            add_products<R, T>(some, scales, in.x.data() + run.x, run.steps, sums + i * T);
-        }
-    });
+template <int T, int D>
+void multiply_copied(const CentroidMatvec &a) {
+    constexpr int R = std::min(COPIED_ROWS, SUMS / T);
+    (a.bits > 8 ? multiply_rows<T, R, Copied<D, true>> : multiply_rows<T, R, Copied<D, false>>)(a);
 }
 
 template <int T>
@@ -281,7 +298,9 @@ void multiply_tokens(const CentroidMatvec &a) {
         if (form == 62) return multiply_permuted<T, 64, 2>(a);
     }
 #endif
-    multiply_decoded<T>(a);
+    (a.dim == 1   ? multiply_copied<T, 1>
+     : a.dim == 2 ? multiply_copied<T, 2>
+                  : multiply_copied<T, 4>)(a);
 }
 
 }  // namespace

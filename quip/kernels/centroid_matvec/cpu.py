@@ -17,6 +17,8 @@ from quip.kernels.operation import Form
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 16  # vectors: for more, products with decoded rows are as fast, and use all cores
 
+DIMS = (1, 2, 4)
+
 
 class _CentroidMatvec(ctypes.Structure):
     """The struct CentroidMatvec of cpu.cpp."""
@@ -83,8 +85,10 @@ def _serves(
         return False
     factors = [factor for factor in (x, centroids, scales) if factor is not None]
     learns = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
-    whole = block is None or block % centroids.shape[-1] == 0  # no scale begins inside a vector
-    return 0 < x.numel() <= FEW * x.shape[-1] and whole and not learns
+    k, d = centroids.shape[2:]
+    whole = block is None or block % d == 0  # no scale begins inside a vector
+    known = k == 2**bits and d in DIMS and whole
+    return 0 < x.numel() <= FEW * x.shape[-1] and known and not learns
 
 
 FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)
