@@ -33,6 +33,7 @@ SMALL = {
 }
 FEW = {
     "counterexample": {"--n": "16,32"},
+    "generate": {"--max_new_tokens": "8"},
     "proxy": {"--quant": "ldlq", "--layers": "layers.0.*.q_proj"},
     "table": {"--rows": "QuIP", "--columns": "2 bits", "--dataset": "train.txt"},
     "theory": {"--only": "theorem1", "--rows": "1000"},
