@@ -6,6 +6,7 @@ on the device by itself, and one line in the log says why.
 """
 
 import ctypes
+import importlib.util
 import os
 import shutil
 from ctypes import c_void_p
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quip.errors import how_to_install
 from quip.kernels import native
 
-FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudadevrt=none")
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Nvcc(native.Toolchain):
         for folder in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
             if folder and (path := shutil.which("nvcc", path=str(Path(folder, "bin")))):
                 return (path,)
-        if path := shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"):
-            return (path,)
+        for path in map(shutil.which, ("nvcc", "/usr/local/cuda/bin/nvcc", *_packaged())):
+            if path:
+                return (path,)
         raise FileNotFoundError(
-            "no nvcc: install the CUDA toolkit, or name its folder in CUDA_HOME"
+            f"no nvcc: {how_to_install('cuda')}, or name the folder of a CUDA toolkit in CUDA_HOME"
         )
 
     def flags(self) -> tuple[str, ...]:
@@ -43,6 +46,14 @@ class Nvcc(native.Toolchain):
 
     def target(self) -> str:
         return ""  # the flags name it
+
+
+def _packaged() -> list[str]:
+    """Each nvcc among the packages of this Python, the latest first."""
+    found = importlib.util.find_spec("nvidia")
+    folders = (found and found.submodule_search_locations) or ()
+    paths = [path for folder in folders for path in Path(folder).glob("cu*/bin/nvcc")]
+    return sorted(map(str, paths), reverse=True)
 
 
 def library(source: Path, device: torch.device | None = None) -> ctypes.CDLL | None:

@@ -2,6 +2,7 @@
 
 import logging
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,7 +79,19 @@ def test_without_nvcc_one_line_says_so(device, source, monkeypatch, caplog):
         assert not cuda.available(source)
         assert not cuda.available(source)
     (line,) = caplog.messages
-    assert "torch does its work, more slowly: no nvcc: install the CUDA toolkit" in line
+    assert "torch does its work, more slowly: no nvcc: pip install -e '.[cuda]'" in line
+
+
+def test_an_nvcc_among_the_packages_of_python_is_found(tmp_path, monkeypatch):
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda name: name if Path(name).is_file() else None)
+    monkeypatch.setattr(Path, "is_file", lambda path: path.is_relative_to(tmp_path))
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    assert cuda.Nvcc((9, 0)).compiler() == (str(nvcc),)
 
 
 def test_what_nvcc_refuses_is_left_to_torch(device, source, tmp_path, caplog):
