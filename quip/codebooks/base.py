@@ -4,9 +4,10 @@ A codebook inherits from `Codebook`, and what a file holds of it from `Decoder`:
 for what only some of them do faster.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Protocol, TypeAlias, runtime_checkable
+from functools import lru_cache
+from typing import Annotated, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int32, Integer
@@ -34,6 +35,45 @@ class Groups:
     @property
     def count(self) -> int:
         return -(-self.columns // self.size) if self.size else 1
+
+
+@lru_cache(maxsize=64)  # a copy to a GPU waits there for all that was asked of it before
+def constants(
+    values: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, " values"]:
+    """The values as a tensor, which is not to be written to."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.stack`, which copies nothing of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+class Fitted(Sequence["Codebook"]):
+    """A codebook with each of many scalars in the place of one of its fields, made when asked for.
+
+    A matrix has thousands, which a GPU need not wait for.
+    """
+
+    def __init__(self, book: "Codebook", values: Float[Tensor, " books"], name: str) -> None:
+        self.book, self.values, self.name = book, values, name
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator["Codebook"]:
+        return map(self._with, self.values.unbind())
+
+    def __getitem__(self, at: Any) -> Any:
+        found = self.values[at]
+        return self._with(found) if found.ndim == 0 else Fitted(self.book, found, self.name)
+
+    def _with(self, value: Tensor) -> "Codebook":
+        """`replace(self.book, ...)` at a tenth of its time."""
+        book = object.__new__(type(self.book))
+        book.__dict__.update(self.book.__dict__, **{self.name: value})
+        return book
 
 
 def tiles(m: int, rows: int) -> list[int]:

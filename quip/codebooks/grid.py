@@ -2,14 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Annotated, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float, Int32, Integer, UInt8
 from torch import Tensor
 
-from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups, Kept, Panel
+from quip.codebooks.base import (
+    FITTED,
+    Codebook,
+    Columns,
+    Decoder,
+    Fitted,
+    Groups,
+    Kept,
+    Panel,
+    constants,
+    stacked,
+)
 from quip.errors import QuipError
 from quip.kernels import grid_matvec
 from quip.kernels.bits import pack, unpack, words
@@ -109,10 +119,13 @@ class RmsGrid(Grid):
     def fit(
         self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"], *, chunk: int = CHUNK
     ) -> "RmsGrid":
-        steps = X.new_tensor(self.rhos) * (2 / self.top * X.square().mean().sqrt())
+        rhos = constants(self.rhos, X.dtype, X.device)
+        steps = rhos * (2 / self.top * X.square().mean().sqrt())
         grids = self._fitted(steps, torch.full_like(steps, self.top / 2))
-        best = grids._errors(X, h, chunk).argmin() if len(steps) > 1 else 0
-        return replace(grids, step=grids.step[best], zero=grids.zero[best])
+        step = grids.step[0]
+        if len(steps) > 1:  # by `take`: an index in brackets would wait for a GPU
+            step = grids.step.take(grids._errors(X, h, chunk).argmin())
+        return replace(grids, step=step, zero=grids.zero[0])
 
     def joined(self, books: Sequence[Codebook], groups: Groups) -> "Grids":
         step = _side_by_side(books, "step").to(self.step_dtype)
@@ -123,8 +136,7 @@ class RmsGrid(Grid):
     ) -> Float[Tensor, " rhos"]:
         """The weighted squared error of rounding X without feedback, for each step."""
         total = torch.zeros_like(self.step)
-        rows = max(1, chunk // X.shape[1])
-        for x in X.unsqueeze(-1).split(rows):  # [rows, g, 1]
+        for x in X.unsqueeze(-1).split(max(1, chunk // X.shape[1])):  # [rows, g, 1]
             total += ((x - self.snap(x)).square().sum(0) * h[:, None]).sum(0)
         return total
 
@@ -150,28 +162,14 @@ def _round_panel(
         step, zero = _stacked(books, "step", X), _stacked(books, "zero", X)
         return round_columns(X, K, eta, step, zero, top=grid.top, base=base), books
     assert isinstance(grid, RmsGrid)
-    rhos, dtype = _tensor(grid.rhos, X.dtype, X.device), grid.step_dtype
+    rhos, dtype = constants(grid.rhos, X.dtype, X.device), grid.step_dtype
     codes, steps = fit_and_round_columns(X, K, eta, rhos, top=grid.top, step_dtype=dtype, base=base)
-    return codes, _with_steps(grid, steps)
-
-
-@lru_cache(maxsize=64)  # a copy to a GPU waits there for all panels before
-def _tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=dtype, device=device)
+    return codes, Fitted(replace(grid, zero=steps.new_full((), grid.top / 2)), steps, "step")
 
 
 def _stacked(books: Sequence[Grid], name: str, X: Tensor) -> Float[Tensor, "books_or_1 m_or_1"]:
     """Steps or zeros: a row of one book for all columns, or of a book for each of them."""
-    return torch.stack([getattr(book, name) for book in books]).to(X).view(len(books), -1)
-
-
-def _with_steps(grid: RmsGrid, steps: Float[Tensor, " n"]) -> list[RmsGrid]:
-    """`replace(grid, ...)` for each step, at a tenth of its time: there is one for each column."""
-    shared = grid.__dict__ | {"zero": steps.new_full((), grid.top / 2)}
-    books = [object.__new__(RmsGrid) for _ in steps]
-    for book, step in zip(books, steps.unbind(), strict=True):
-        book.__dict__.update(shared, step=step)
-    return books
+    return stacked([getattr(book, name) for book in books]).to(X).view(len(books), -1)
 
 
 def _packed(*shape: int) -> Int32[Tensor, "..."]:
@@ -179,7 +177,9 @@ def _packed(*shape: int) -> Int32[Tensor, "..."]:
 
 
 def _side_by_side(books: Sequence[Codebook], name: str) -> Float[Tensor, "r groups"]:
-    return torch.cat([getattr(book, name).reshape(-1, 1) for book in books], dim=1)
+    found = [getattr(book, name) for book in books]
+    # Scalars are thousands, where each column has its own
+    return torch.cat(found, dim=1) if found[0].ndim else stacked(found)[None]
 
 
 def candidate_rhos(bits: int) -> tuple[float, ...]:

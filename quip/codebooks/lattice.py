@@ -20,10 +20,21 @@ from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
 from quip.codebooks import e8p, e81b
-from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups
+from quip.codebooks.base import (
+    FITTED,
+    Codebook,
+    Columns,
+    Decoder,
+    Fitted,
+    Groups,
+    Kept,
+    Panel,
+    constants,
+    stacked,
+)
 from quip.codebooks.names import DIM, LATTICES, Published
 from quip.errors import QuipError
-from quip.kernels import lattice_matvec, lattice_points
+from quip.kernels import lattice_matvec, lattice_panel, lattice_points
 from quip.kernels.bits import words
 from quip.kernels.lattice_points import Stage
 from quip.shapes import Within
@@ -66,9 +77,8 @@ class Lattice(Codebook):
         return sum(STAGES[stage].INDEX_BITS for stage in self.stages)
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "Lattice":
-        rms = X.square().mean().sqrt()
-        books = [self._scaled(rms / rho) for rho in self.rhos]
-        return min(books, key=lambda book: book._error(X, h)) if len(books) > 1 else books[0]
+        rhos, stages = constants(self.rhos, X.dtype, X.device), tables(self.stages, X.device)
+        return replace(self, scale=lattice_panel.fitted_scale(X, h, rhos, stages, self.ratio))
 
     def seeded(self, rng: torch.Generator) -> "Lattice":
         return self
@@ -86,21 +96,38 @@ class Lattice(Codebook):
         stages, scales = tables(self.stages, codes.device), self.scale[None]
         return lattice_points.decode(codes[:, None], stages, scales, group=None, ratio=self.ratio)
 
+    def panel(self, W: Float[Tensor, "m n"], *, refit: bool) -> Panel | None:
+        """By kernels/lattice_panel on a GPU; a CPU rounds as fast by its points alone."""
+        return _round_panel if W.device.type == "cuda" else None
+
     def joined(self, books: Sequence[Codebook], groups: Groups) -> "Lattices":
         scales = [book.scale for book in books if isinstance(book, Lattice)]
-        scale = torch.stack(scales).float()  # exact: fit rounded them
+        scale = stacked(scales).float()  # exact: fit rounded them
         return Lattices(name=self.name, ratio=self.ratio, scale=scale, groups=groups)
 
-    def _scaled(self, scale: Tensor) -> "Lattice":
-        # No point of the lattice is 0: weights that all are get the least scale that float16 holds.
-        least, tiny = 2.0**-24, torch.finfo(torch.float32).tiny
-        scale = torch.where(scale > 0, scale.clamp_min(tiny), least)
-        return replace(self, scale=scale.bfloat16().to(scale.dtype))
 
-    def _error(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> float:
-        """The weighted squared error of rounding X without feedback."""
-        stages = tables(self.stages, X.device)
-        return lattice_points.error(X, h, stages, scale=self.scale, ratio=self.ratio)
+def _round_panel(
+    X: Float[Tensor, "n m"],
+    K: Float[Tensor, "n n"],
+    eta: Float[Tensor, "n m"],
+    h: Float[Tensor, " n"],
+    books: Sequence[Lattice],
+    *,
+    base: Float[Tensor, "n m"] | None = None,
+    kept: Kept | None = None,
+    refit: bool = False,
+) -> tuple[Integer[Tensor, "k m"], Sequence[Lattice]]:
+    """`round_panel` of matrix/panel.py, with the scales as a tensor."""
+    book = books[0]
+    stages = tables(book.stages, X.device)
+    if not refit:
+        scales = stacked([book.scale for book in books])
+        known = {"ratio": book.ratio, "base": base, "kept": kept}
+        return lattice_panel.round_blocks(X, K, eta, scales, stages, **known), books
+    assert base is kept is None
+    rhos = constants(book.rhos, X.dtype, X.device)
+    codes, scales = lattice_panel.fit_and_round_blocks(X, K, eta, h, rhos, stages, ratio=book.ratio)
+    return codes, Fitted(book, scales, "scale")
 
 
 @dataclass(frozen=True, kw_only=True)

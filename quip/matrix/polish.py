@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook
+from quip.codebooks.base import Codebook, Groups
 from quip.matrix.linalg import block_jacobi, diagonal_blocks, strictly_block_upper
 from quip.matrix.panel import panel_for
-from quip.matrix.sweep import PANEL, cascade, fit_width, panel_width, transposed
+from quip.matrix.sweep import cascade, fit_width, panel_width, span_width, transposed
 
 
 @runtime_checkable
@@ -64,7 +64,7 @@ def greedy(
     *,
     group: int | None = None,
     passes: int,
-    block: int = PANEL,
+    block: int | None = None,
 ) -> Integer[Tensor, "m k"]:
     """Coordinate descent on tr(E H E^T): each column moves to its best code, all others fixed.
 
@@ -81,15 +81,13 @@ def greedy(
     after = strictly_block_upper(J.T, d).T
     metrics = diagonal_blocks(H, d).to(W)
     codes_T = codes.T.clone(memory_format=torch.contiguous_format)
-    E = torch.empty_like(W_T)
-    for k, lo in enumerate(range(0, n, d)):
-        book = books[lo // group if group else 0].at(lo % group if group else lo)
-        E[lo : lo + d] = W_T[lo : lo + d] - book.decode(codes_T[k]).T
+    E = W_T - _decoded(codes, books, group).T
+    wide = block or span_width(W_T)
 
     for _ in range(passes):
         X = W_T.clone()
-        for lo in range(0, n, block):  # above the diagonal `after` is 0
-            X[lo : lo + block].addmm_(after[lo:, lo : lo + block].T, E[lo:])
+        for lo in range(0, n, wide):  # above the diagonal `after` is 0
+            X[lo : lo + wide].addmm_(after[lo:, lo : lo + wide].T, E[lo:])
         for width, lo, hi in cascade(X, J, E, {panel, fit}, block=block):
             if width == panel:
                 at, here = slice(lo, hi), slice(lo // d, -(-hi // d))
@@ -99,6 +97,20 @@ def greedy(
                     X[at], J[at, at], E[at], h[at], used, base=W_T[at], kept=kept
                 )
     return codes_T.T
+
+
+def _decoded(
+    codes: Integer[Tensor, "m k"], books: Sequence[Codebook], group: int | None
+) -> Float[Tensor, "m n"]:
+    """What the books of these groups make of the codes, in the dtype that they were fitted in."""
+    d, k = books[0].dim, codes.shape[1]
+    first = books[0].at(0).decode(codes[:, 0])
+    if first.dtype == torch.float32:  # as in a file: in one call, not one for each column
+        return books[0].joined(books, Groups(k, group and group // d)).decode(codes)
+    later = range(d, k * d, d)
+    places = ((lo // group, lo % group) if group else (0, lo) for lo in later)
+    rest = [books[i].at(at).decode(c) for (i, at), c in zip(places, codes.T[1:], strict=True)]
+    return torch.cat([first, *rest], dim=1)
 
 
 def _serving(books: Sequence[Codebook], group: int | None, lo: int, hi: int) -> Sequence[Codebook]:

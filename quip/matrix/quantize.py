@@ -120,7 +120,7 @@ def sweep_and_polish(
     place = torch.argsort(f.order[:: book.dim]).cpu()  # of each column of codes in the sweep
     if recipe.group:
         size = recipe.group // book.dim
-        books = [books[int(p) // size] for p in place[::size]]
+        books = [books[p // size] for p in place[::size].tolist()]
     return codes[:, place.to(codes.device)], books
 
 

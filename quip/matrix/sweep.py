@@ -14,6 +14,7 @@ that a column is contiguous.
 """
 
 from collections.abc import Iterator, Sequence, Set
+from itertools import chain
 
 import torch
 from jaxtyping import Float, Integer
@@ -23,6 +24,7 @@ from quip.codebooks.base import Codebook
 from quip.matrix.panel import panel_for
 
 PANEL = 128  # columns that are rounded in one call
+SPANS = {"cuda": 512}  # columns of a wider span, by device: of a panel's, a GPU is idle in products
 
 
 def sweep(
@@ -32,7 +34,7 @@ def sweep(
     book: Codebook,
     *,
     group: int | None = None,
-    block: int = PANEL,
+    block: int | None = None,
 ) -> tuple[Integer[Tensor, "m k"], list[Codebook]]:
     """Round W column by column (book.dim at a time) under the feedback K.
 
@@ -47,8 +49,11 @@ def sweep(
     round_panel = panel_for(book, W, refit=own)
     X, h = transposed(W), h.to(W)
     eta = X  # each error takes the place of its weight, which nobody needs any more
+    if X.device.type == "cuda":
+        K = K.to(X)  # at once: a cast of each part costs more than that of what is never read
     codes: list[Tensor] = []
     books: list[Codebook] = [] if group else [book]
+    owned: list[Sequence[Codebook]] = []
     begun = 0  # the first column that is served by the last book
     for width, lo, hi in cascade(X, K, eta, {panel, fit}, block=block):
         at = slice(lo, hi)
@@ -60,8 +65,8 @@ def sweep(
             rounded, fitted = round_panel(X[at], K[at, at].to(X), eta[at], h[at], used, refit=own)
             codes.append(rounded)
             if own:
-                books.extend(fitted)
-    return torch.cat(codes).T, books
+                owned.append(fitted)
+    return torch.cat(codes).T, books + list(chain.from_iterable(owned))
 
 
 def cascade(
@@ -70,14 +75,15 @@ def cascade(
     eta: Float[Tensor, "n m"],
     widths: Set[int],
     *,
-    block: int = PANEL,
+    block: int | None = None,
 ) -> Iterator[tuple[int, int, int]]:
     """Spans (width, lo, hi) of the rows of X, wider ones before the narrower ones inside them.
 
     When a span comes, X[lo:hi] holds sum_{j<lo} K[j, k] eta_j for each of its rows k; before the
     next one is asked for, the narrowest spans must have their eta[lo:hi] written. All of `widths`
-    come, and one more that is near to `block`. X is changed in place.
+    come, and one more that is near to `block` (None: as the device has it). X is changed in place.
     """
+    block = block or span_width(X)
     unit = max((width for width in widths if width <= block), default=min(widths))
     between = max(unit, block // unit * unit)  # cuts no narrower span
     yield from _descend(X, K, eta, sorted({*widths, between}, reverse=True), 0, len(X))
@@ -94,6 +100,11 @@ def _descend(
         yield width, lo, hi
         if narrower:
             yield from _descend(X, K, eta, narrower, lo, hi)
+
+
+def span_width(X: Tensor) -> int:
+    """Columns that receive the feedback of all before them in one product, if none are named."""
+    return SPANS.get(X.device.type, PANEL)
 
 
 def panel_width(dim: int, n: int, group: int | None) -> int:

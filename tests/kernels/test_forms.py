@@ -20,13 +20,14 @@ from quip.kernels import (
     centroids,
     grid_matvec,
     lattice_matvec,
+    lattice_panel,
     lattice_points,
     panel,
 )
 from quip.kernels.bits import pack
 from quip.kernels.hadamard import rotations
 from quip.kernels.lattice_points import operations
-from quip.kernels.lattice_points.tables import code_bits
+from quip.kernels.lattice_points.tables import Stage, code_bits
 from quip.kernels.operation import Form, Operation
 
 CPU = torch.device("cpu")
@@ -45,6 +46,10 @@ class Case:
         """The tensors to a device."""
 
         def there(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(map(there, value))
+            if isinstance(value, Stage):
+                return type(value)(**{name: there(x) for name, x in vars(value).items()})
             return value.to(device) if isinstance(value, Tensor) else value
 
         self.args = tuple(map(there, self.args))
@@ -142,7 +147,27 @@ def errors() -> Iterator[Case]:
     for stages in STAGES:
         ratio = 2.5 if len(stages) > 1 else None
         X, h = randn(24, 50).T, randn(24, seed=1).abs()
-        yield Case((X, h, stages), {"scale": torch.tensor(0.8), "ratio": ratio})
+        yield Case((X, h, stages), {"scales": torch.tensor([0.8, 1.1]), "ratio": ratio})
+
+
+def lattice_panels() -> Iterator[Case]:
+    for stages in STAGES:
+        ratio = 2.5 if len(stages) > 1 else None
+        for n, m, scales in ((8, 5, 1), (40, 33, 5)):
+            X, K, A = randn(n, m), 0.1 * randn(n, n, seed=1), randn(n // 8, 8, 8, seed=2)
+            args = X, K, torch.full_like(X, torch.nan), 0.8 + randn(scales).abs(), stages
+            yield Case(args, {"ratio": ratio}, (2,))
+            old = integers(16, n // 8, m)
+            options = {"base": X + 0.1, "kept": (old, A @ A.mT), "ratio": ratio}
+            yield Case((*args[:2], args[2].clone(), *args[3:]), options, (2,))
+
+
+def fitted_lattice_panels() -> Iterator[Case]:
+    for stages in STAGES:
+        for rhos in ([1.0], [0.8, 1.0, 1.2]):
+            X, K, h = randn(24, 40), 0.1 * randn(24, 24, seed=1), randn(24, seed=2).abs()
+            args = X, K, torch.full_like(X, torch.nan), h, torch.tensor(rhos), stages
+            yield Case(args, {"ratio": 2.5 if len(stages) > 1 else None}, (2,))
 
 
 # d, centroids, columns, rows, row groups: small and large ones, of sizes that differ by 1
@@ -208,7 +233,9 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     centroid_matvec.multiply: Check(centroid_products),
     lattice_points.nearest: Check(roundings, equal_but_for_ties),
     lattice_points.decode: Check(decodings, torch.testing.assert_close),
-    lattice_points.error: Check(errors),
+    lattice_points.errors: Check(errors),
+    lattice_panel.round_blocks: Check(lattice_panels),
+    lattice_panel.fit_and_round_blocks: Check(fitted_lattice_panels),
     centroids.assign: Check(assignments, equal_but_for_ties),
     centroids.improve: Check(improvements),
     centroids.round_columns: Check(learned_panels),
@@ -285,7 +312,7 @@ def test_the_first_form_that_serves_and_is_available_is_taken():
 def test_an_error_is_summed_in_portions(chunk):
     for case in errors():
         X, *others = case.args
-        expected = operations.error_by_rounding(*case.args, **case.options)
+        expected = operations.errors_by_rounding(*case.args, **case.options)
         for view in (X, X.contiguous()):
-            ours = operations.error_by_rounding(view, *others, **case.options, chunk=chunk)
-            assert ours == pytest.approx(expected, rel=1e-5)
+            ours = operations.errors_by_rounding(view, *others, **case.options, chunk=chunk)
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=0)

@@ -1,6 +1,6 @@
 """The nearest points of the lattices E8P and E81B, and the points of codes."""
 
-from quip.kernels.lattice_points.operations import decode, error, nearest
+from quip.kernels.lattice_points.operations import decode, errors, nearest
 from quip.kernels.lattice_points.reference import nearest_of, points_of
 from quip.kernels.lattice_points.tables import E8P, E81B, Stage, code_dtype
 
@@ -10,7 +10,7 @@ __all__ = [
     "Stage",
     "code_dtype",
     "decode",
-    "error",
+    "errors",
     "nearest",
     "nearest_of",
     "points_of",

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float, Float64, Integer
 from torch import Tensor
 
 from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage, code_bits, code_dtype
@@ -23,7 +23,7 @@ NUMBERS = {E8P: 1, E81B: 2}  # the enum Stage
 PATTERNS = 32  # columns of the table in cpu.cpp, which repeats the last one
 
 
-class _Tables(ctypes.Structure):
+class Tables(ctypes.Structure):
     """The struct Tables of cpu.cpp."""
 
     NAMES = ("magnitudes", "signs", "shifts", "code_of", "patterns", "points", "pairs")
@@ -64,25 +64,28 @@ def nearest(
     return _nearest(x, stages, float(scale), ratio, None)[0]
 
 
-def error(
+def errors(
     X: Float[Tensor, "m n"],
     h: Float[Tensor, " n"],
     stages: Sequence[Stage],
     *,
-    scale: Float[Tensor, ""],
+    scales: Float[Tensor, " scales"],
     ratio: float | None,
-) -> float:
-    """The sum of h_k |x_k - w_hat_k|^2 over all columns, where w_hat is what X is rounded to."""
-    unit = float(scale)
-    spans = zip(X.split(DIM, dim=1), h.split(DIM), strict=True)
-    return sum(unit**2 * _nearest(x, stages, unit, ratio, part)[1] for x, part in spans)
+) -> Float64[Tensor, " scales"]:
+    """`errors` of operations.py."""
+    spans = list(zip(X.split(DIM, dim=1), h.split(DIM), strict=True))
+    found = [
+        sum(unit**2 * _nearest(x, stages, unit, ratio, part)[1] for x, part in spans)
+        for unit in scales.tolist()
+    ]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _nearest(
     x: Tensor, stages: Sequence[Stage], scale: float, ratio: float | None, h: Tensor | None
 ) -> tuple[Tensor, float]:
     """(codes, the squared error in units of the scale, weighted by h)."""
-    first, second = _numbers(stages)
+    first, second = numbers(stages)
     squares = ctypes.c_double(0)
     h = None if h is None else h.contiguous()
     codes = torch.empty(len(x), dtype=code_dtype(code_bits(stages)))
@@ -114,7 +117,7 @@ def decode(
     out: Float[Tensor, "m n"] | None = None,
 ) -> Float[Tensor, "m n"]:
     """`decode` of reference.py. `out`, of any strides, takes the place of a new tensor."""
-    first, second = _numbers(stages)
+    first, second = numbers(stages)
     (m, k), codes = codes.shape, codes.to(code_dtype(code_bits(stages))).contiguous()
     scales = scales.contiguous()
     assert k <= len(scales) * (group or k), f"{len(scales)} scales are too few for {k} codes a row"
@@ -161,7 +164,7 @@ def available() -> bool:
 
 NEAREST = Form(nearest, _serves, available)
 DECODE = Form(decode, _serves_codes, available)
-ERROR = Form(error, _serves_columns, available)
+ERRORS = Form(errors, _serves_columns, available)
 
 
 def _native() -> ctypes.CDLL:
@@ -170,21 +173,21 @@ def _native() -> ctypes.CDLL:
     return native
 
 
-def _numbers(stages: Sequence[Stage]) -> tuple[int, int]:
+def numbers(stages: Sequence[Stage]) -> tuple[int, int]:
     """One or two stages as cpu.cpp numbers them."""
     first, second = (*(NUMBERS[type(stage)] for stage in stages), 0)[:2]
     return first, second
 
 
 @cache
-def pointers(*stages: Stage) -> _Tables:
+def pointers(*stages: Stage) -> Tables:
     """All that these stages have; two of one kind share it."""
     named = {name: x for stage in stages for name, x in vars(stage).items()}
     if "patterns" in named:
         magnitudes = named["patterns"].T + 0.5
         last = magnitudes[:, -1:].expand(-1, PATTERNS - magnitudes.shape[1])
         named["patterns"] = torch.cat([magnitudes, last], dim=1).float()
-    kept = {name: named[name].contiguous() for name in _Tables.NAMES if name in named}
-    tables = _Tables(**{name: tensor.data_ptr() for name, tensor in kept.items()})
+    kept = {name: named[name].contiguous() for name in Tables.NAMES if name in named}
+    tables = Tables(**{name: tensor.data_ptr() for name, tensor in kept.items()})
     tables.kept = kept
     return tables

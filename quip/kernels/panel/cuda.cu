@@ -5,9 +5,7 @@
 // other. A step that is fitted needs sums over all rows of its column: the thread blocks, all
 // resident, write theirs to slots that each of them reads, once a column (`Exchange`).
 
-#include <cuda_runtime.h>
-
-#include <cstdint>
+#include "../exchange.cuh"
 
 struct Panel {  // as in cuda.py; nvcc exports no function of a nameless namespace's types
     int64_t width, m;
@@ -25,11 +23,7 @@ struct Panel {  // as in cuda.py; nvcc exports no function of a nameless namespa
 
 namespace {
 
-constexpr int WIDTH = 128, BLOCK = 16, LANES = 32, MAX_WARPS = 16;
-constexpr int AT_ONCE = 8;  // loads that are asked for together
-constexpr unsigned ALL = 0xffffffffu;
-constexpr unsigned EMPTY = 0xffffffffu;  // no sum: a NaN that comes out of a sum has other bits
-constexpr float TINY = 1.17549435e-38f;
+constexpr int WIDTH = 128, BLOCK = 16;
 
 __host__ __device__ int padded(int64_t width) {
     return static_cast<int>((width + BLOCK - 1) / BLOCK * BLOCK);
@@ -122,108 +116,6 @@ __global__ void __launch_bounds__(128) round_columns(Panel p) {
 
 // -------------------------------------------------------------------------- steps fitted on the way
 
-// Sums over the rows of all thread blocks, in an order that does not change from run to run.
-class Exchange {
-  public:
-    __device__ Exchange(unsigned *slots, float *scratch)
-        : slots(slots), ours(scratch), theirs(scratch + MAX_WARPS * LANES) {}
-
-    // The lane i < COUNT of each warp gets the sum of values[i]; COUNT is a power of 2, and values
-    // from USED on are none.
-    template <int USED, int COUNT> __device__ float sum(float (&values)[COUNT]) {
-        const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-        const int warps = blockDim.x / LANES;
-        ours[warp * LANES + lane] = of_copies<COUNT>(of_warp(values, lane));
-        __syncthreads();
-        if (warp == 0 && lane < USED) {
-            float total = 0;
-            for (int w = 0; w < warps; w++) total += ours[w * LANES + lane];
-            volatile unsigned *slot = slots + blockIdx.x * LANES + lane;
-            const unsigned bits = __float_as_uint(total);
-            *slot = bits == EMPTY ? EMPTY >> 1 : bits;
-        }
-        theirs[warp * LANES + lane] = lane < USED ? of_blocks(warp, warps, lane) : 0.0f;
-        __syncthreads();
-        float total = 0;
-        for (int w = 0; w < warps; w++) total += theirs[w * LANES + lane];
-        slots += gridDim.x * LANES;
-        return total;
-    }
-
-  private:
-    unsigned *slots;  // of the next exchange
-    float *ours, *theirs;
-
-    // Half of the values go to the lane across, until each lane has one
-    template <int COUNT> __device__ static float of_warp(float (&values)[COUNT], int lane) {
-        if constexpr (COUNT > 1) {
-            constexpr int HALF = COUNT / 2;
-            float halves[HALF];
-#pragma unroll
-            for (int i = 0; i < HALF; i++) {
-                const float sent = lane & HALF ? values[i] : values[i + HALF];
-                const float kept = lane & HALF ? values[i + HALF] : values[i];
-                halves[i] = kept + __shfl_xor_sync(ALL, sent, HALF);
-            }
-            return of_warp(halves, lane);
-        } else {
-            return values[0];
-        }
-    }
-
-    // Of lanes that hold the same value of COUNT
-    template <int COUNT> __device__ static float of_copies(float total) {
-#pragma unroll
-        for (int across = COUNT; across < LANES; across *= 2)
-            total += __shfl_xor_sync(ALL, total, across);
-        return total;
-    }
-
-    // Whether the sums of every `warps`-th thread block from `first` on are there. Volatile: a load
-    // by __ldcv, compiled, is moved out of the loop that waits for it.
-    __device__ bool arrived(int first, int warps, int lane, unsigned (&bits)[AT_ONCE]) const {
-        const volatile unsigned *from = slots + lane;
-        bool all = true;
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) {
-            const int block = first + i * warps;
-            bits[i] = block < static_cast<int>(gridDim.x) ? from[block * LANES] : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) all &= bits[i] != EMPTY;
-        return all;
-    }
-
-    // Every `warps`-th thread block's sum, some of them asked for at once
-    __device__ float of_blocks(int warp, int warps, int lane) const {
-        const int blocks = gridDim.x;
-        float total = 0;
-        for (int block = warp; block < blocks; block += warps * AT_ONCE) {
-            unsigned bits[AT_ONCE];
-            while (!arrived(block, warps, lane, bits)) __nanosleep(20);
-#pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) total += __uint_as_float(bits[i]);
-        }
-        return total;
-    }
-};
-
-// To nearest, ties to even; x is finite and positive
-__device__ float to_bfloat16(float x) {
-    const unsigned bits = __float_as_uint(x);
-    return __uint_as_float((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u);
-}
-
-// The lane whose value is least, the first of several
-__device__ int least(float value) {
-    float low = value;
-#pragma unroll
-    for (int across = LANES / 2; across; across /= 2)
-        low = fminf(low, __shfl_xor_sync(ALL, low, across));
-    const int lane = __ffs(__ballot_sync(ALL, value == low)) - 1;
-    return lane < 0 ? 0 : lane;  // all are NaN
-}
-
 // A row a thread. Of y = x_{k+1} without the feedback of column k, sums of y^2, of y e and of e^2
 // for each candidate's errors e say what x_{k+1} = y + K[k, k+1] e sums to in squares, whichever is
 // taken: so a column costs one exchange and not two.
@@ -312,20 +204,6 @@ fit_and_round_columns(Panel p) {
     }
 }
 
-template <class Kernel> cudaError_t allow(Kernel *kernel, size_t bytes) {
-    return cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-}
-
-template <class Kernel>
-cudaError_t start_together(Kernel *kernel, Panel &p, int blocks, int threads, cudaStream_t stream) {
-    const size_t bytes = sizeof(float) * padded(p.width) * WIDTH;
-    void *arguments[] = {&p};
-    if (const cudaError_t error = allow(kernel, bytes)) return error;
-    return cudaLaunchCooperativeKernel(
-        kernel, dim3(blocks), dim3(threads), arguments, bytes, stream);
-}
-
 }  // namespace
 
 extern "C" int round_panel(const Panel *panel, cudaStream_t stream) {
@@ -340,8 +218,8 @@ extern "C" int round_panel(const Panel *panel, cudaStream_t stream) {
 // All thread blocks must be resident at once, or the driver refuses.
 extern "C" int fit_and_round_panel(
     const Panel *panel, int blocks, int threads, cudaStream_t stream) {
-    Panel p = *panel;
-    if (p.candidates == 1)
-        return start_together(fit_and_round_columns<1, 4>, p, blocks, threads, stream);
-    return start_together(fit_and_round_columns<10, 32>, p, blocks, threads, stream);
+    const size_t bytes = sizeof(float) * padded(panel->width) * WIDTH;
+    if (panel->candidates == 1)
+        return start_together(fit_and_round_columns<1, 4>, *panel, blocks, threads, bytes, stream);
+    return start_together(fit_and_round_columns<10, 32>, *panel, blocks, threads, bytes, stream);
 }

@@ -72,3 +72,13 @@ inline void multiply_add(int (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint
 }
 
 }  // namespace
+
+#define __constant__
+#define __popc __builtin_popcount
+
+namespace {
+
+inline int __float_as_int(float of) { return int(__float_as_uint(of)); }
+inline float __int_as_float(int of) { return __uint_as_float(unsigned(of)); }
+
+}  // namespace
