@@ -6,6 +6,7 @@ Nothing waits for the device. Codes and scales are those of reference.py up to t
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -122,11 +123,13 @@ def _launch(name: str, panel: _Panel, X: Tensor, blocks: int) -> None:
     cuda.launch(SOURCE, name, X.device, ctypes.byref(panel), blocks)
 
 
+@cache  # asked for each panel, and so is `memory`
 def processors(device: torch.device) -> int:
     """How many thread blocks run at once on a device, at one a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
 def memory(device: torch.device) -> int:
     """The bytes that a thread block may have to itself: CUDA keeps 1,024 of a multiprocessor's."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024

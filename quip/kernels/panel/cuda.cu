@@ -8,7 +8,7 @@
 #include "../exchange.cuh"
 
 struct Panel {  // as in cuda.py; nvcc exports no function of a nameless namespace's types
-    int64_t width, m;
+    int64_t width, m, K_row;    // K's stride
     const float *X, *K, *base;  // [width, m], [width, width], [width, m] or null; eta may be X
     float *eta;                 // [width, m], out
     uint8_t *codes;             // [width, m], out
@@ -29,15 +29,26 @@ __host__ __device__ int padded(int64_t width) {
     return static_cast<int>((width + BLOCK - 1) / BLOCK * BLOCK);
 }
 
-// K[j, k] for j < k, else 0, at j * WIDTH + k
+// K[j, k] for j < k, else 0, at j * WIDTH + k: four columns a lane, read at once where they can be
 __device__ void load_feedback(const Panel &p, float *K) {
     const int width = static_cast<int>(p.width), columns = padded(p.width);
-    const int lane = threadIdx.x % LANES, warps = blockDim.x / LANES;
-#pragma unroll 4
-    for (int j = threadIdx.x / LANES; j < columns; j += warps)
-#pragma unroll
-        for (int k = lane; k < WIDTH; k += LANES)
-            K[j * WIDTH + k] = j < k && k < width ? __ldg(p.K + j * width + k) : 0.0f;
+    const int k = 4 * (threadIdx.x % LANES), warps = blockDim.x / LANES;
+    const bool aligned = (p.K_row | width | reinterpret_cast<uintptr_t>(p.K) / 4) % 4 == 0;
+#pragma unroll 8
+    for (int j = threadIdx.x / LANES; j < columns; j += warps) {
+        const float *row = p.K + j * p.K_row;
+        float4 w = {0, 0, 0, 0};
+        if (j < k + 3 && k < width && aligned) {
+            w = __ldg(reinterpret_cast<const float4 *>(row + k));
+        } else if (j < k + 3 && k < width) {
+            w.x = row[k];
+            w.y = k + 1 < width ? row[k + 1] : 0.0f;
+            w.z = k + 2 < width ? row[k + 2] : 0.0f;
+            w.w = k + 3 < width ? row[k + 3] : 0.0f;
+        }
+        w.x = j < k ? w.x : 0.0f, w.y = j < k + 1 ? w.y : 0.0f, w.z = j < k + 2 ? w.z : 0.0f;
+        *reinterpret_cast<float4 *>(K + j * WIDTH + k) = w;
+    }
 }
 
 // clamp(floor(t + 1/2), 0, top) for t_half = t + 1/2
@@ -47,9 +58,21 @@ __device__ float nearest(float t_half, float top) {
 
 // ------------------------------------------------------------------------------ steps are known
 
+// Steps and zeros of a row, of the columns from `first` on
+template <int COLUMNS>
+__device__ void read_grids(
+    const Panel &p, int first, int64_t row, float (&step)[COLUMNS], float (&zero)[COLUMNS]) {
+#pragma unroll
+    for (int c = 0; c < COLUMNS; c++) {
+        const bool real = row < p.m && first + c < p.width;
+        step[c] = real ? __ldg(p.step + (first + c) * p.step_column + row * p.step_row) : 1.0f;
+        zero[c] = real ? __ldg(p.zero + (first + c) * p.zero_column + row * p.zero_row) : 0.0f;
+    }
+}
+
 // LANES rows a thread block, one a lane. Its warps all round the BLOCK columns that come next, for
-// that is a chain, and share the work on the columns after them.
-__global__ void __launch_bounds__(128) round_columns(Panel p) {
+// that is a chain, and share the work on the columns after them. Columns share a grid, if ONE.
+template <bool ONE> __global__ void __launch_bounds__(128) round_columns(Panel p) {
     extern __shared__ __align__(16) float memory[];
     float *K = memory, *running = memory + padded(p.width) * WIDTH;  // [width, LANES]
     const int width = static_cast<int>(p.width), columns = padded(p.width);
@@ -57,18 +80,26 @@ __global__ void __launch_bounds__(128) round_columns(Panel p) {
     const int64_t row = static_cast<int64_t>(blockIdx.x) * LANES + lane;
     const bool inside = row < p.m;
     const float top = static_cast<float>(p.top);
+    float step[ONE ? 1 : BLOCK], zero[ONE ? 1 : BLOCK];
+    if (ONE) read_grids(p, 0, row, step, zero);
 
-    load_feedback(p, K);
-    for (int first = AT_ONCE * warp; first < columns; first += AT_ONCE * warps) {
-        float x[AT_ONCE];
+    for (int first = BLOCK * warp; first < columns; first += BLOCK * warps) {
+        float x[BLOCK];
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++)
+        for (int i = 0; i < BLOCK; i++)
             x[i] = inside && first + i < width ? p.X[(first + i) * p.m + row] : 0.0f;
 #pragma unroll
-        for (int i = 0; i < AT_ONCE; i++) running[(first + i) * LANES + lane] = x[i];
+        for (int i = 0; i < BLOCK; i++) running[(first + i) * LANES + lane] = x[i];
     }
+    load_feedback(p, K);
 
     for (int first = 0; first < columns; first += BLOCK) {
+        if (!ONE) read_grids(p, first, row, step, zero);
+        float target[BLOCK] = {};
+        if (p.base)
+#pragma unroll
+            for (int c = 0; c < BLOCK; c++)
+                if (inside && first + c < width) target[c] = __ldg(p.base + (first + c) * p.m + row);
         __syncthreads();
         float x[BLOCK], e[BLOCK];
 #pragma unroll
@@ -76,16 +107,12 @@ __global__ void __launch_bounds__(128) round_columns(Panel p) {
         uint32_t codes[BLOCK / 4] = {};
 #pragma unroll
         for (int c = 0; c < BLOCK; c++) {
-            const int k = first + c;
-            const bool real = inside && k < width;
-            const float step = real ? __ldg(p.step + k * p.step_column + row * p.step_row) : 1.0f;
-            const float zero = real ? __ldg(p.zero + k * p.zero_column + row * p.zero_row) : 0.0f;
-            const float q = nearest(fmaf(x[c], 1.0f / step, zero + 0.5f), top);
-            const float target = p.base && real ? __ldg(p.base + k * p.m + row) : x[c];
-            e[c] = target - step * (q - zero);
+            const float its = step[ONE ? 0 : c], middle = zero[ONE ? 0 : c];
+            const float q = nearest(fmaf(x[c], 1.0f / its, middle + 0.5f), top);
+            e[c] = (p.base ? target[c] : x[c]) - its * (q - middle);
             codes[c / 4] |= static_cast<uint32_t>(q) << 8 * (c % 4);
 #pragma unroll
-            for (int j = c + 1; j < BLOCK; j++) x[j] += K[k * WIDTH + first + j] * e[c];
+            for (int j = c + 1; j < BLOCK; j++) x[j] += K[(first + c) * WIDTH + first + j] * e[c];
         }
 #pragma unroll
         for (int c = 0; c < BLOCK; c++) {  // not before: a store would hold up the loads behind it
@@ -211,11 +238,12 @@ extern "C" int round_panel(const Panel *panel, cudaStream_t stream) {
     const size_t bytes = sizeof(float) * padded(p.width) * (WIDTH + LANES);
     const unsigned blocks = static_cast<unsigned>((p.m + LANES - 1) / LANES);
     void *arguments[] = {&p};
-    if (const cudaError_t error = allow(round_columns, bytes)) return error;
-    return cudaLaunchKernel(round_columns, dim3(blocks), dim3(128), arguments, bytes, stream);
+    const bool one = p.step_column == 0 && p.zero_column == 0;
+    const auto kernel = one ? round_columns<true> : round_columns<false>;
+    if (const cudaError_t error = allow(kernel, bytes)) return error;
+    return cudaLaunchKernel(kernel, dim3(blocks), dim3(128), arguments, bytes, stream);
 }
 
-// All thread blocks must be resident at once, or the driver refuses.
 extern "C" int fit_and_round_panel(
     const Panel *panel, int blocks, int threads, cudaStream_t stream) {
     const size_t bytes = sizeof(float) * padded(panel->width) * WIDTH;

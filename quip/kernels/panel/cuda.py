@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from quip.kernels.cuda import pointer
 from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cuda.cu")
-WIDTH, LANES, BLOCK = 128, 32, 16  # as in cuda.cu
+WIDTH, LANES, BLOCK = 128, 32, 16  # as in cuda.cu and exchange.cuh
 CANDIDATES = 10  # at most, of steps
 THREADS = (128, 256, 512)  # rows of a thread block
 
@@ -22,7 +23,7 @@ class _Panel(ctypes.Structure):
     """The struct Panel of cuda.cu."""
 
     _fields_ = (
-        *[(name, c_int64) for name in ("width", "m")],
+        *[(name, c_int64) for name in ("width", "m", "K_row")],
         *[(name, c_void_p) for name in ("X", "K", "base", "eta", "codes", "step", "zero")],
         *[(name, c_int64) for name in ("step_column", "step_row", "zero_column", "zero_row")],
         ("rhos", c_void_p),
@@ -45,13 +46,14 @@ def round_columns(
     """`round_columns` of reference.py, for float32 and panels of at most WIDTH columns."""
     assert eta.is_contiguous()
     n, m = X.shape
-    X, K, base = X.contiguous(), K.contiguous(), None if base is None else base.contiguous()
+    X, K, base = X.contiguous(), _by_rows(K), None if base is None else base.contiguous()
     codes = torch.empty(n, m, dtype=torch.uint8, device=X.device)
     step_column, step_row = step.expand(n, m).stride()
     zero_column, zero_row = zero.expand(n, m).stride()
     panel = _Panel(
         width=n,
         m=m,
+        K_row=K.stride(0),
         X=pointer(X),
         K=pointer(K),
         base=pointer(base),
@@ -85,7 +87,7 @@ def fit_and_round_columns(
     """
     assert eta.is_contiguous()
     n, m = X.shape
-    X, K, rhos = X.contiguous(), K.contiguous(), rhos.contiguous()
+    X, K, rhos = X.contiguous(), _by_rows(K), rhos.contiguous()
     threads = _threads(m, processors(X.device))
     assert threads is not None
     blocks = -(-m // threads)
@@ -95,6 +97,7 @@ def fit_and_round_columns(
     panel = _Panel(
         width=n,
         m=m,
+        K_row=K.stride(0),
         X=pointer(X),
         K=pointer(K),
         eta=pointer(eta),
@@ -110,6 +113,12 @@ def fit_and_round_columns(
     return codes, steps
 
 
+def _by_rows(K: Tensor) -> Tensor:
+    """K with the columns of a row side by side."""
+    return K if K.stride(1) == 1 else K.contiguous()
+
+
+@cache  # asked for each panel
 def processors(device: torch.device) -> int:
     """How many thread blocks run at once on a device, at one a multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count
