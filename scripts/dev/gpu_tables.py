@@ -20,20 +20,27 @@ def panel(rows: Sequence[Row]) -> list[str]:
     """The sweep of a matrix by the kernel and by torch."""
     spans = " / ".join(rows[0]["ms"])
     lines = [
-        f"Rounding a matrix to a grid, by spans of {spans} columns:",
+        f"Rounding a matrix, by spans of {spans} columns:",
         "",
-        "| m x n | range | bits | ms | torch, ms | target, ms | codes that differ | loss ratio |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| m x n | code | range | ms | torch, ms | target, ms | codes that differ | loss ratio |",
+        "|---|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         ms = " / ".join(f"{x:.1f}" for x in row["ms"].values())
-        target = f"{row['target_ms']:.0f}" if row["target_ms"] else "-"
+        passes = f", {row['passes']} passes" if row.get("passes") else ""
+        differ = "-" if row.get("differ") is None else f"{100 * row['differ']:.2g}%"
         lines.append(
-            f"| {_size(row['shape'])} | {row['range']} | {row['bits']} | {ms} "
-            f"| {row['torch_ms']:,.0f} | {target} | {100 * row['differ']:.2g}% "
-            f"| {row['loss_ratio']:.4f} |"
+            f"| {_size(row['shape'])} | {row.get('code') or 'int {bits}'.format(**row)} "
+            f"| {row['range']}{passes} | {ms} | {_number(row, 'torch_ms', ',.0f')} "
+            f"| {_number(row, 'target_ms', '.0f')} | {differ} "
+            f"| {_number(row, 'loss_ratio', '.4f')} |"
         )
     return lines
+
+
+def _number(row: Row, name: str, form: str) -> str:
+    """A dash for what was not measured, or has no target."""
+    return "-" if row.get(name) is None else format(row[name], form)
 
 
 def matvec(rows: Sequence[Row]) -> list[str]:

@@ -3,11 +3,16 @@
 import pytest
 import torch
 
-from quip.codebooks import LATTICES
+from quip.codebooks import LATTICES, Groups, Lattice, lattice
 from quip.codebooks.lattice import tables
+from quip.kernels import lattice_panel
 from quip.kernels.lattice_panel import cuda, reference
+from quip.matrix import feedback
+from quip.matrix.linalg import proxy_loss
+from quip.matrix.polish import greedy
+from quip.matrix.sweep import sweep
 from tests.support import ptxas
-from tests.support.emulation import emulated, launch, needs_compiler  # noqa: F401
+from tests.support.emulation import emulated, needs_compiler  # noqa: F401
 
 SHAPES = [(8, 5), (24, 33), (128, 70)]  # columns, rows
 RHOS = (0.8, 1.0, 1.2)
@@ -133,6 +138,44 @@ def test_weights_that_are_zero_or_no_numbers_do_not_hang(three_processors):
     assert torch.equal(scales, torch.tensor([reference.LEAST]))
 
 
+@needs_compiler
+@pytest.mark.parametrize("name", LATTICES)
+@pytest.mark.parametrize("group", [None, 8, 40])
+def test_sweep_and_greedy_lose_as_much_with_the_kernel(name, group, three_processors, monkeypatch):
+    W, H = problem(60, 152)
+    expected, loss = rounded(W, H, name, group)
+    monkeypatch.setattr(Lattice, "panel", lambda *_, **__: lattice._round_panel)
+    for operation, form in (
+        (lattice_panel.round_blocks, cuda.round_blocks),
+        (lattice_panel.fit_and_round_blocks, cuda.fit_and_round_blocks),
+    ):
+        monkeypatch.setattr(operation, "reference", form)
+    codes, its_loss = rounded(W, H, name, group)
+    # A tie changes the rest of its row, and a scale beside one of bfloat16 that of all rows.
+    assert (codes != expected).any(1).float().mean() < 0.05
+    assert its_loss == pytest.approx(loss, rel=0.01)
+
+
+def problem(m, n, device="cpu"):
+    """W, H: correlated inputs."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2 * n, n, generator=rng) @ torch.randn(n, n, generator=rng) / n**0.5
+    W, H = torch.randn(m, n, generator=rng), x.T @ x / len(x) + 0.01 * torch.eye(n)
+    return W.to(device), H.double().to(device)
+
+
+def rounded(W, H, name, group, passes=2):
+    """Codes and the proxy loss of a sweep and greedy passes."""
+    K, h = feedback.ldl(H, 8)
+    row = LATTICES[name]
+    rhos = tuple(row.rho * share for share in RHOS)
+    book = Lattice(stages=row.stages, rhos=rhos, ratio=row.ratio)
+    codes, books = sweep(W, K, h, book.fit(W, h.to(W)), group=group)
+    codes = greedy(W, H, codes, books, group=group, passes=passes)
+    decoder = books[0].joined(books, Groups(codes.shape[1], group and group // 8))
+    return codes, proxy_loss(W, decoder.decode(codes), H)
+
+
 # What it compiles to
 
 
@@ -143,3 +186,60 @@ def test_nothing_is_spilled(capability, tmp_path):
     for kernel in found:
         assert (kernel.spilled, kernel.stack) == (0, 0), kernel
         assert kernel.registers <= 128, kernel  # of 65,536, for 512 threads
+
+
+# On a device
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", LATTICES)
+@pytest.mark.parametrize(("n", "m"), [*SHAPES, (128, 4099)])
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_device_rounds_as_torch_does(name, n, m, many, kept):
+    assert_rounds_as_torch_does(name, n, m, many, kept, "cuda")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", LATTICES)
+@pytest.mark.parametrize("rhos", [(1.0,), RHOS])
+@pytest.mark.parametrize("m", [70, 4099, 20_000])
+def test_a_device_fits_the_scales_that_torch_fits(name, rhos, m):
+    assert_fits_as_torch_does(name, 24, m, rhos, "cuda")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", LATTICES)
+@pytest.mark.parametrize("group", [None, 8, 40])
+def test_a_device_loses_as_much_as_a_cpu_and_the_same_again(name, group):
+    W, H = problem(300, 400)
+    _, loss = rounded(W, H, name, group)
+    found = [rounded(W.cuda(), H.cuda(), name, group) for _ in range(2)]
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(loss, rel=0.01)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("group", [None, 8, 40])
+def test_neither_sweep_nor_passes_wait_for_the_device(group):
+    W, H = problem(70, 160, "cuda")
+    K, h = feedback.ldl(H, 8)
+    book = Lattice(stages=("e8p",), rhos=RHOS).fit(W, h.to(W))
+    J, metrics = torch.zeros(160, 160, device="cuda"), torch.zeros(20, 8, 8, device="cuda")
+
+    def call():
+        codes, books = sweep(W, K, h, book, group=group)
+        kept = codes.T[:16].contiguous(), metrics[:16]
+        X, used = W.T[:128].contiguous(), books[: 16 if group == 8 else 1]
+        lattice._round_panel(X, J[:128, :128], X.clone(), h[:128], used, base=X, kept=kept)
+
+    call()  # compiled, and constants copied
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quip.codebooks import RmsGrid, candidate_rhos
+from quip.codebooks import MinMaxGrid, RmsGrid, candidate_rhos
 from quip.kernels import native, panel
 from quip.kernels.cuda import Nvcc
 from quip.kernels.panel import cuda, reference
@@ -180,11 +180,12 @@ def test_a_device_computes_the_same_again():
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("group", [None, 1])
-def test_no_sweep_waits_for_the_device(group):
+@pytest.mark.parametrize("group", [None, 1, 32])
+@pytest.mark.parametrize("kind", [MinMaxGrid, RmsGrid])
+def test_no_sweep_waits_for_the_device(group, kind):
     W, K = torch.randn(70, 300, device="cuda"), torch.zeros(300, 300, device="cuda").double()
-    h = torch.ones(300, device="cuda")
-    book = RmsGrid(bits=3, rhos=candidate_rhos(3), step_dtype=torch.bfloat16).fit(W, h)
+    h, rhos = torch.ones(300, device="cuda"), {"rhos": candidate_rhos(3)}
+    book = kind(bits=3, **(rhos if kind is RmsGrid else {})).fit(W, h)
     sweep(W, K, h, book, group=group)  # compiled, and constants copied
     torch.cuda.set_sync_debug_mode("error")
     try:
