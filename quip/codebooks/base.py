@@ -7,7 +7,7 @@ for what only some of them do faster.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Any, Protocol, TypeAlias, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int32, Integer
@@ -22,6 +22,7 @@ from quip.stored import Stored
 Kept = tuple[Tensor, Tensor]  # codes, metrics
 Panel = Callable[..., tuple[Tensor, Sequence["Codebook"]]]  # `round_panel` of matrix/panel.py
 Columns: TypeAlias = Annotated[int, Within(1)]  # of a group
+AnyCodebook = TypeVar("AnyCodebook", bound="Codebook")
 FITTED = {"fitted": True}  # metadata of a field that a codebook owes to the matrix, not the recipe
 
 
@@ -50,26 +51,26 @@ def stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-class Fitted(Sequence["Codebook"]):
+class Fitted(Sequence[AnyCodebook]):
     """A codebook with each of many scalars in the place of one of its fields, made when asked for.
 
     A matrix has thousands, which a GPU need not wait for.
     """
 
-    def __init__(self, book: "Codebook", values: Float[Tensor, " books"], name: str) -> None:
+    def __init__(self, book: AnyCodebook, values: Float[Tensor, " books"], name: str) -> None:
         self.book, self.values, self.name = book, values, name
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __iter__(self) -> Iterator["Codebook"]:
+    def __iter__(self) -> Iterator[AnyCodebook]:
         return map(self._with, self.values.unbind())
 
     def __getitem__(self, at: Any) -> Any:
         found = self.values[at]
         return self._with(found) if found.ndim == 0 else Fitted(self.book, found, self.name)
 
-    def _with(self, value: Tensor) -> "Codebook":
+    def _with(self, value: Tensor) -> AnyCodebook:
         """`replace(self.book, ...)` at a tenth of its time."""
         book = object.__new__(type(self.book))
         book.__dict__.update(self.book.__dict__, **{self.name: value})

@@ -122,8 +122,10 @@ def _round_panel(
     stages = tables(book.stages, X.device)
     if not refit:
         scales = stacked([book.scale for book in books])
-        known = {"ratio": book.ratio, "base": base, "kept": kept}
-        return lattice_panel.round_blocks(X, K, eta, scales, stages, **known), books
+        codes = lattice_panel.round_blocks(
+            X, K, eta, scales, stages, ratio=book.ratio, base=base, kept=kept
+        )
+        return codes, books
     assert base is kept is None
     rhos = constants(book.rhos, X.dtype, X.device)
     codes, scales = lattice_panel.fit_and_round_blocks(X, K, eta, h, rhos, stages, ratio=book.ratio)

@@ -142,7 +142,7 @@ def test_weights_that_are_zero_or_no_numbers_do_not_hang(three_processors):
 @pytest.mark.parametrize("name", LATTICES)
 @pytest.mark.parametrize("group", [None, 8, 40])
 def test_sweep_and_greedy_lose_as_much_with_the_kernel(name, group, three_processors, monkeypatch):
-    W, H = problem(60, 152)
+    W, H = problem(50, 136)
     expected, loss = rounded(W, H, name, group)
     monkeypatch.setattr(Lattice, "panel", lambda *_, **__: lattice._round_panel)
     for operation, form in (

@@ -137,10 +137,9 @@ def test_nothing_is_spilled(capability, tmp_path):
         assert kernel.registers <= 128, kernel  # of 65,536, for 512 threads
 
 
-@pytest.mark.parametrize("capability", ptxas.CAPABILITIES, ids=str)
-def test_what_nvcc_makes_can_be_opened(capability):
-    ptxas.require_nvcc(capability)
-    assert native.library(cuda.SOURCE, Nvcc(capability)) is not None
+def test_what_nvcc_makes_can_be_opened():
+    ptxas.require_nvcc((9, 0))
+    assert native.library(cuda.SOURCE, Nvcc((9, 0))) is not None
 
 
 # On a device

@@ -47,24 +47,45 @@ struct Places {
     __host__ __device__ int end() const { return errors() + rows; }
 };
 
+// What K has for a lane in one of its rows: four columns, some of the rows asked for at once
+DEVICE void load_feedback(const Panel &p, const Places &at, float *memory) {
+    const int lane = threadIdx.x % LANES, warps = blockDim.x / LANES, columns = DIM * at.blocks;
+    for (int first = threadIdx.x / LANES; first < columns; first += AT_ONCE * warps) {
+        float4 weights[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int k = first + i * warps, width = at.width(k / DIM);
+            const float4 *from = (const float4 *)(p.K + k * p.K_row + columns - width);
+            weights[i] = 4 * lane < width ? __ldg(from + lane) : float4{0, 0, 0, 0};
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+            const int k = first + i * warps, width = at.width(k / DIM);
+            float4 *to = (float4 *)(memory + at.feedback(k / DIM) + k % DIM * width);
+            if (4 * lane < width) to[lane] = weights[i];
+        }
+    }
+}
+
 DEVICE void load(const Panel &p, const Places &at, float *memory) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, warps = blockDim.x / LANES;
     const int columns = DIM * at.blocks;
-#pragma unroll 8
-    for (int k = warp; k < columns; k += warps) {
-        const int block = k / DIM, width = at.width(block);
-        const float4 *from = (const float4 *)(p.K + k * p.K_row + columns - width);
-        float4 *to = (float4 *)(memory + at.feedback(block) + k % DIM * width);
-        if (lane < width / 4) to[lane] = __ldg(from + lane);
-    }
-    const int64_t first = int64_t(blockIdx.x) * at.rows;
     for (int tile = 0; tile < p.tiles; tile++) {
-        const int64_t row = first + tile * LANES + lane;
+        const int64_t row = int64_t(blockIdx.x) * at.rows + tile * LANES + lane;
         float *to = memory + at.running() + tile * LANES + lane;
-#pragma unroll 8
-        for (int k = warp; k < columns; k += warps)
-            to[k * at.rows] = row < p.m ? p.X[k * p.m + row] : 0.0f;
+        for (int first = warp; first < columns; first += 2 * AT_ONCE * warps) {
+            float x[2 * AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < 2 * AT_ONCE; i++) {
+                const int k = first + i * warps;
+                x[i] = row < p.m && k < columns ? p.X[k * p.m + row] : 0.0f;
+            }
+#pragma unroll
+            for (int i = 0; i < 2 * AT_ONCE; i++)
+                if (first + i * warps < columns) to[(first + i * warps) * at.rows] = x[i];
+        }
     }
+    load_feedback(p, at, memory);
     if (p.old)
         for (int i = threadIdx.x; i < SIZE * at.blocks; i += blockDim.x)
             memory[at.metrics() + i] = __ldg(p.metrics + i);
@@ -145,17 +166,20 @@ DEVICE void round_tile(const Panel &p, const Places &at, int block, int tile, fl
                        int mate, int mates, float *memory) {
     const int lane = threadIdx.x % LANES;
     const int64_t row = int64_t(blockIdx.x) * at.rows + tile * LANES + lane;
+    const int64_t first = int64_t(DIM) * block * p.m + row;
     const bool inside = row < p.m;
-    float x[DIM], e[DIM];
-    uint32_t codes[2];
+    float x[DIM], e[DIM], target[DIM];
+    uint32_t codes[2], old[2] = {0, 0};
     read_running(memory, at, block, tile, x);
+    if (p.old && inside) read_codes(p.lattice, p.old, block * p.m + row, old);
+#pragma unroll
+    for (int i = 0; i < DIM; i++)
+        target[i] = p.base && inside ? __ldg(p.base + first + i * p.m) : x[i];
     divide_and_take(p, x, scale, e, codes);
 #pragma unroll
     for (int i = 0; i < DIM; i++) e[i] *= scale;
     if (p.old) {
-        uint32_t old[2] = {0, 0};
         float e_old[DIM];
-        if (inside) read_codes(p.lattice, p.old, block * p.m + row, old);
         decode(p.lattice, old, e_old);
 #pragma unroll
         for (int i = 0; i < DIM; i++) e_old[i] = x[i] - scale * e_old[i];
@@ -167,10 +191,8 @@ DEVICE void round_tile(const Panel &p, const Places &at, int block, int tile, fl
     }
 #pragma unroll
     for (int i = 0; i < DIM; i++) {
-        const int64_t place = (DIM * block + i) * p.m + row;
-        if (p.base && inside) e[i] += __ldg(p.base + place) - x[i];
-        e[i] = inside ? e[i] : 0.0f;
-        if (inside && i % mates == mate) p.eta[place] = e[i];
+        e[i] = inside ? e[i] + (target[i] - x[i]) : 0.0f;
+        if (inside && i % mates == mate) p.eta[first + i * p.m] = e[i];
     }
     if (inside && mate == 0) write_codes(p.lattice, p.codes, block * p.m + row, codes);
 
