@@ -77,7 +77,7 @@ def fitted_scale(
     stages: Sequence[Stage],
     ratio: float | None,
 ) -> Float[Tensor, ""]:
-    """That of `candidate_scales` with the least sum of h_k |x_k - w_hat_k|^2, the first of several.
+    """The scale, of `candidate_scales`, with the least sum of h_k |x_k - w_hat_k|^2.
 
     Nothing waits for a device.
     """
