@@ -5,17 +5,26 @@ import torch
 
 from quip.codebooks import LATTICES, Groups, Lattice, lattice
 from quip.codebooks.lattice import tables
-from quip.kernels import lattice_panel
+from quip.kernels import lattice_panel, lattice_points
 from quip.kernels.lattice_panel import cuda, reference
 from quip.matrix import feedback
 from quip.matrix.linalg import proxy_loss
 from quip.matrix.polish import greedy
 from quip.matrix.sweep import sweep
 from tests.support import ptxas
-from tests.support.emulation import emulated, needs_compiler  # noqa: F401
+from tests.support.emulation import (  # noqa: F401
+    NothingRead,
+    emulated,
+    needs_compiler,
+    prefer_cuda,
+)
 
 SHAPES = [(8, 5), (24, 33), (128, 70)]  # columns, rows
 RHOS = (0.8, 1.0, 1.2)
+OPERATIONS = (
+    *(lattice_panel.round_blocks, lattice_panel.fit_and_round_blocks),
+    *(lattice_points.nearest, lattice_points.decode, lattice_points.errors),
+)
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -142,38 +151,47 @@ def test_weights_that_are_zero_or_no_numbers_do_not_hang(three_processors):
 @pytest.mark.parametrize("name", LATTICES)
 @pytest.mark.parametrize("group", [None, 8, 40])
 def test_sweep_and_greedy_lose_as_much_with_the_kernel(name, group, three_processors, monkeypatch):
-    W, H = problem(50, 136)
-    expected, loss = rounded(W, H, name, group)
+    given = problem(50, 136)
+    expected, loss = rounded(given, name, group)
     monkeypatch.setattr(Lattice, "panel", lambda *_, **__: lattice._round_panel)
-    for operation, form in (
-        (lattice_panel.round_blocks, cuda.round_blocks),
-        (lattice_panel.fit_and_round_blocks, cuda.fit_and_round_blocks),
-    ):
-        monkeypatch.setattr(operation, "reference", form)
-    codes, its_loss = rounded(W, H, name, group)
+    prefer_cuda(monkeypatch, *OPERATIONS)
+    with NothingRead():
+        codes, books = swept(given, name, group)
+    its_loss = loss_of(given, codes, books, group)
     # A tie changes the rest of its row, and a scale beside one of bfloat16 that of all rows.
     assert (codes != expected).any(1).float().mean() < 0.05
     assert its_loss == pytest.approx(loss, rel=0.01)
 
 
 def problem(m, n, device="cpu"):
-    """W, H: correlated inputs."""
+    """W, H, K, h: correlated inputs, and their feedback."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(2 * n, n, generator=rng) @ torch.randn(n, n, generator=rng) / n**0.5
     W, H = torch.randn(m, n, generator=rng), x.T @ x / len(x) + 0.01 * torch.eye(n)
-    return W.to(device), H.double().to(device)
+    H = H.double().to(device)
+    return W.to(device), H, *feedback.ldl(H, 8)
 
 
-def rounded(W, H, name, group, passes=2):
-    """Codes and the proxy loss of a sweep and greedy passes."""
-    K, h = feedback.ldl(H, 8)
+def swept(given, name, group):
+    """(codes, books) of a sweep and two greedy passes."""
+    W, H, K, h = given
     row = LATTICES[name]
     rhos = tuple(row.rho * share for share in RHOS)
     book = Lattice(stages=row.stages, rhos=rhos, ratio=row.ratio)
     codes, books = sweep(W, K, h, book.fit(W, h.to(W)), group=group)
-    codes = greedy(W, H, codes, books, group=group, passes=passes)
+    return greedy(W, H, codes, books, group=group, passes=2), books
+
+
+def loss_of(given, codes, books, group):
+    """The proxy loss of codes."""
     decoder = books[0].joined(books, Groups(codes.shape[1], group and group // 8))
-    return codes, proxy_loss(W, decoder.decode(codes), H)
+    return proxy_loss(given[0], decoder.decode(codes), given[1])
+
+
+def rounded(given, name, group):
+    """Codes of a sweep and two greedy passes, and their proxy loss."""
+    codes, books = swept(given, name, group)
+    return codes, loss_of(given, codes, books, group)
 
 
 # What it compiles to
@@ -215,9 +233,9 @@ def test_a_device_fits_the_scales_that_torch_fits(name, rhos, m):
 @pytest.mark.parametrize("name", LATTICES)
 @pytest.mark.parametrize("group", [None, 8, 40])
 def test_a_device_loses_as_much_as_a_cpu_and_the_same_again(name, group):
-    W, H = problem(300, 400)
-    _, loss = rounded(W, H, name, group)
-    found = [rounded(W.cuda(), H.cuda(), name, group) for _ in range(2)]
+    given = problem(300, 400)
+    _, loss = rounded(given, name, group)
+    found = [rounded([x.cuda() for x in given], name, group) for _ in range(2)]
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][1] == pytest.approx(loss, rel=0.01)
 
@@ -226,8 +244,7 @@ def test_a_device_loses_as_much_as_a_cpu_and_the_same_again(name, group):
 @gpu
 @pytest.mark.parametrize("group", [None, 8, 40])
 def test_neither_sweep_nor_passes_wait_for_the_device(group):
-    W, H = problem(70, 160, "cuda")
-    K, h = feedback.ldl(H, 8)
+    W, _, K, h = problem(70, 160, "cuda")
     book = Lattice(stages=("e8p",), rhos=RHOS).fit(W, h.to(W))
     J, metrics = torch.zeros(160, 160, device="cuda"), torch.zeros(20, 8, 8, device="cuda")
 

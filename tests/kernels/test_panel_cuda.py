@@ -7,9 +7,15 @@ from quip.codebooks import MinMaxGrid, RmsGrid, candidate_rhos
 from quip.kernels import native, panel
 from quip.kernels.cuda import Nvcc
 from quip.kernels.panel import cuda, reference
+from quip.matrix.polish import greedy
 from quip.matrix.sweep import sweep
 from tests.support import ptxas
-from tests.support.emulation import emulated, needs_compiler  # noqa: F401
+from tests.support.emulation import (  # noqa: F401
+    NothingRead,
+    emulated,
+    needs_compiler,
+    prefer_cuda,
+)
 
 SHAPES = [(1, 5), (9, 33), (17, 70), (128, 40)]  # columns, rows
 STEPS = ["one", "columns", "rows", "both"]
@@ -123,6 +129,19 @@ def test_weights_that_are_not_numbers_do_not_hang(three_processors):
     options = {"top": 3, "step_dtype": torch.bfloat16}
     codes, _ = cuda.fit_and_round_columns(X, torch.zeros(3, 3), X.clone(), rhos, **options)
     assert codes.max() <= 3
+
+
+@needs_compiler
+@pytest.mark.parametrize("group", [None, 1, 32])
+@pytest.mark.parametrize("kind", [MinMaxGrid, RmsGrid])
+def test_no_sweep_asks_for_a_number(group, kind, three_processors, monkeypatch):
+    prefer_cuda(monkeypatch, panel.round_columns, panel.fit_and_round_columns)
+    W, K, h = torch.randn(5, 40), torch.zeros(40, 40).double(), torch.ones(40)
+    rhos = {"rhos": candidate_rhos(3)} if kind is RmsGrid else {}
+    with NothingRead():
+        book = kind(bits=3, **rhos).fit(W, h)
+        codes, books = sweep(W, K, h, book, group=group)
+        greedy(W, torch.eye(40).double(), codes, books, group=group, passes=1)
 
 
 # What it compiles to
