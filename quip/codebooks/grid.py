@@ -18,7 +18,7 @@ from quip.codebooks.base import (
     Kept,
     Panel,
     constants,
-    stacked,
+    side_by_side,
 )
 from quip.errors import QuipError
 from quip.kernels import grid_matvec
@@ -169,7 +169,7 @@ def _round_panel(
 
 def _stacked(books: Sequence[Grid], name: str, X: Tensor) -> Float[Tensor, "books_or_1 m_or_1"]:
     """Steps or zeros: a row of one book for all columns, or of a book for each of them."""
-    return stacked([getattr(book, name) for book in books]).to(X).view(len(books), -1)
+    return side_by_side(books, name).to(X).reshape(len(books), -1)
 
 
 def _packed(*shape: int) -> Int32[Tensor, "..."]:
@@ -177,9 +177,9 @@ def _packed(*shape: int) -> Int32[Tensor, "..."]:
 
 
 def _side_by_side(books: Sequence[Codebook], name: str) -> Float[Tensor, "r groups"]:
-    found = [getattr(book, name) for book in books]
-    # Scalars are thousands, where each column has its own
-    return torch.cat(found, dim=1) if found[0].ndim else stacked(found)[None]
+    if getattr(books[0], name).ndim == 0:
+        return side_by_side(books, name)[None]
+    return torch.cat([getattr(book, name) for book in books], dim=1)
 
 
 def candidate_rhos(bits: int) -> tuple[float, ...]:

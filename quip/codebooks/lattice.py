@@ -30,7 +30,7 @@ from quip.codebooks.base import (
     Kept,
     Panel,
     constants,
-    stacked,
+    side_by_side,
 )
 from quip.codebooks.names import DIM, LATTICES, Published
 from quip.errors import QuipError
@@ -101,8 +101,7 @@ class Lattice(Codebook):
         return _round_panel if W.device.type == "cuda" else None
 
     def joined(self, books: Sequence[Codebook], groups: Groups) -> "Lattices":
-        scales = [book.scale for book in books if isinstance(book, Lattice)]
-        scale = stacked(scales).float()  # exact: fit rounded them
+        scale = side_by_side(books, "scale").float()  # exact: fit rounded them
         return Lattices(name=self.name, ratio=self.ratio, scale=scale, groups=groups)
 
 
@@ -121,7 +120,7 @@ def _round_panel(
     book = books[0]
     stages = tables(book.stages, X.device)
     if not refit:
-        scales = stacked([book.scale for book in books])
+        scales = side_by_side(books, "scale")
         codes = lattice_panel.round_blocks(
             X, K, eta, scales, stages, ratio=book.ratio, base=base, kept=kept
         )

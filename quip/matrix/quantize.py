@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook, Decoder, Groups
+from quip.codebooks.base import Codebook, Decoder, Groups, chosen
 from quip.matrix.linalg import energy
 from quip.matrix.prepare import Factored, Factorisations, keys
 from quip.matrix.recipe import Recipe
@@ -113,14 +113,13 @@ def sweep_and_polish(
     The recipe says the polish and the group; with a group `book` is refitted to each, without one
     it must be fitted already. Transforms and trials are not looked at.
     """
-    codes, found = sweep(W, f.K, f.h, book, group=recipe.group)
-    books: Sequence[Codebook] = found
+    codes, books = sweep(W, f.K, f.h, book, group=recipe.group)
     for polish in recipe.polish:
         codes, books = polish(W, f.H, codes, books, group=recipe.group)
     place = torch.argsort(f.order[:: book.dim]).cpu()  # of each column of codes in the sweep
     if recipe.group:
         size = recipe.group // book.dim
-        books = [books[p // size] for p in place[::size].tolist()]
+        books = chosen(books, [p // size for p in place[::size].tolist()])
     return codes[:, place.to(codes.device)], books
 
 

@@ -14,13 +14,12 @@ that a column is contiguous.
 """
 
 from collections.abc import Iterator, Sequence, Set
-from itertools import chain
 
 import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook
+from quip.codebooks.base import Codebook, one_after_another
 from quip.matrix.panel import panel_for
 
 PANEL = 128  # columns that are rounded in one call
@@ -35,7 +34,7 @@ def sweep(
     *,
     group: int | None = None,
     block: int | None = None,
-) -> tuple[Integer[Tensor, "m k"], list[Codebook]]:
+) -> tuple[Integer[Tensor, "m k"], Sequence[Codebook]]:
     """Round W column by column (book.dim at a time) under the feedback K.
 
     With `group`, the codebook is refitted to the running weights of each group of columns, and
@@ -66,7 +65,7 @@ def sweep(
             codes.append(rounded)
             if own:
                 owned.append(fitted)
-    return torch.cat(codes).T, books + list(chain.from_iterable(owned))
+    return torch.cat(codes).T, one_after_another(owned) if own else books
 
 
 def cascade(

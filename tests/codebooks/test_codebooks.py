@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, candidate_rhos
+from quip.codebooks.base import Fitted, chosen, one_after_another, side_by_side
 from tests import reference as ref
 from tests.laws import CODEBOOKS, assert_near, check_codebook, every_point
 
@@ -220,3 +223,19 @@ def test_unbiased_rounding_leaves_levels_alone(kind):
     for c, level in enumerate(every_point(fitted, 6)):
         # The levels are code + rounding noise, of which a draw makes a code less only by chance.
         assert torch.equal(fitted.round(level, ones(1)).int(), torch.full((6,), c).int())
+
+
+def test_books_that_are_made_when_asked_for_are_those_of_a_list():
+    book, steps = grid("rms", 2).fit(weights(5, 4), ones(4)), torch.rand(7) + 0.1
+    lazy = Fitted(book, steps, "step")
+    books = [replace(book, step=step) for step in steps]
+    assert list(lazy) == books
+    assert [lazy[i] for i in range(len(lazy))] == books
+    assert list(lazy[2:5]) == books[2:5]
+    places = [3, 0, 6]
+    assert list(chosen(lazy, places)) == list(chosen(books, places)) == [books[i] for i in places]
+    for parts in ([lazy[:3], lazy[3:]], [books[:3], books[3:]], [lazy[:3], books[3:]]):
+        assert list(one_after_another(parts)) == books
+    for name in ("step", "zero"):
+        assert torch.equal(side_by_side(lazy, name), side_by_side(books, name))
+        assert torch.equal(side_by_side(lazy[:1], name), side_by_side(books[:1], name))

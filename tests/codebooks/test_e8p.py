@@ -235,9 +235,9 @@ def test_the_compiled_error_is_that_of_its_codes(m):
         given = {"scale": 0.7, "ratio": 2.5 if len(stages) > 1 else None}
         W_hat = compiled_points(compiled(x, *stages, **given)[:, None], *stages, **given)
         expected = float((x - W_hat).double().square().sum(0) @ h.double())
-        given["scale"] = torch.tensor(0.7)
-        ours = cpu.error(x, h, tables(stages), **given)
-        assert math.isclose(ours, expected, rel_tol=1e-5)
+        given["scales"] = torch.tensor([given.pop("scale")])
+        ours = cpu.errors(x, h, tables(stages), **given)
+        assert math.isclose(float(ours), expected, rel_tol=1e-5)
 
 
 @needs_compiler
