@@ -49,7 +49,8 @@ def sweep(
     X, h = transposed(W), h.to(W)
     eta = X  # each error takes the place of its weight, which nobody needs any more
     if X.device.type == "cuda":
-        K = K.to(X)  # at once: a cast of each part costs more than that of what is never read
+        # At once: to cast each part costs more than to cast what is never read
+        K = K.to(X.dtype, memory_format=torch.contiguous_format)
     codes: list[Tensor] = []
     books: list[Codebook] = [] if group else [book]
     owned: list[Sequence[Codebook]] = []

@@ -51,10 +51,10 @@ def kept_of(name, n, m, device):
 
 
 def assert_same(expected, eta, got, its_eta):
-    """Equal but for rows in which a tie was decided by float noise: at most two in a hundred."""
+    """Equal but for rows in which a tie was decided by float noise: at most one in a hundred."""
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
     differs = (got != expected).any(0)
-    assert differs.float().mean() < 0.02 + 1 / len(differs)
+    assert differs.float().mean() < 0.01
     torch.testing.assert_close(its_eta[:, ~differs], eta[:, ~differs], rtol=1e-4, atol=1e-4)
 
 
@@ -148,8 +148,10 @@ def test_weights_that_are_zero_or_no_numbers_do_not_hang(three_processors):
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", LATTICES)
-@pytest.mark.parametrize("group", [None, 8, 40])
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [("E8P12", 8), ("E8P12RVQ3B", None), ("E8P12RVQ3B", 8), ("E8P12RVQ4B", 40)],
+)
 def test_sweep_and_greedy_lose_as_much_with_the_kernel(name, group, three_processors, monkeypatch):
     given = problem(50, 136)
     expected, loss = rounded(given, name, group)
@@ -197,7 +199,9 @@ def rounded(given, name, group):
 # What it compiles to
 
 
-@pytest.mark.parametrize("capability", ptxas.CAPABILITIES, ids=str)
+@pytest.mark.parametrize(
+    "capability", [pytest.param((8, 0), marks=pytest.mark.slow), (9, 0)], ids=str
+)
 def test_nothing_is_spilled(capability, tmp_path):
     found = ptxas.kernels(cuda.SOURCE, capability, tmp_path)
     assert len(found) == 2  # known scales, fitted ones

@@ -108,17 +108,24 @@ DEVICE void divide_and_take(const Panel &p, const float (&x)[DIM], float scale, 
     take_nearest(p.lattice, left, codes);
 }
 
-// e^T metric e
-DEVICE float norm(const float (&e)[DIM], const float *metric) {
-    float total = 0;
+// Whether e^T metric e is less than it is for the other e
+DEVICE bool is_nearer(const float (&e)[DIM], const float (&other)[DIM], const float *metric) {
+    float its = 0, others = 0;
 #pragma unroll
-    for (int j = 0; j < DIM; j++) {
-        float sum = 0;
+    for (int i = 0; i < DIM; i++) {
+        const float4 low = *(const float4 *)(metric + DIM * i);
+        const float4 high = *(const float4 *)(metric + DIM * i + 4);
+        const float row[DIM] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        float product = 0, others_product = 0;
 #pragma unroll
-        for (int i = 0; i < DIM; i++) sum += e[i] * metric[i * DIM + j];
-        total += sum * e[j];
+        for (int j = 0; j < DIM; j++) {
+            product += row[j] * e[j];
+            others_product += row[j] * other[j];
+        }
+        its += e[i] * product;
+        others += other[i] * others_product;
     }
-    return total;
+    return its < others;
 }
 
 // Of the candidates RMS / rho, a lane each, that with the least error; all threads get it.
@@ -183,8 +190,7 @@ DEVICE void round_tile(const Panel &p, const Places &at, int block, int tile, fl
         decode(p.lattice, old, e_old);
 #pragma unroll
         for (int i = 0; i < DIM; i++) e_old[i] = x[i] - scale * e_old[i];
-        const float *metric = memory + at.metrics() + SIZE * block;
-        const bool nearer = norm(e_old, metric) > norm(e, metric);
+        const bool nearer = is_nearer(e, e_old, memory + at.metrics() + SIZE * block);
         codes[0] = nearer ? codes[0] : old[0], codes[1] = nearer ? codes[1] : old[1];
 #pragma unroll
         for (int i = 0; i < DIM; i++) e[i] = nearer ? e[i] : e_old[i];
