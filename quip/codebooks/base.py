@@ -76,6 +76,12 @@ class Decoder(Stored, Protocol):
         """W~, the weights of these codes: a row for each of theirs, n = k dim."""
         ...
 
+    def dense(
+        self, words: Int32[Tensor, "m words"], n: int, dtype: torch.dtype
+    ) -> Float[Tensor, "m n"]:
+        """W~ of packed codes, rounded to `dtype`."""
+        return self.decode(unpack(words, self.index_bits, n // self.dim)).to(dtype)
+
     def multiply(
         self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
     ) -> Float[Tensor, "*batch m"]:

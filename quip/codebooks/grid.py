@@ -197,6 +197,7 @@ class Grids(Decoder):
     groups: Groups
 
     dim = 1
+    _kind = property(lambda self: {"bits": self.bits, "group": self.groups.size})
 
     @property
     def index_bits(self) -> int:
@@ -204,18 +205,18 @@ class Grids(Decoder):
 
     def decode(self, codes: Integer[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """step (code - zero) in float32."""
-        size = self.groups.size
-        return grid_matvec.reference.decode(codes, self.step, self.zero, self.bits, size)
+        return grid_matvec.reference.decode(codes, self.step, self.zero, **self._kind)
+
+    def dense(self, words: Tensor, n: int, dtype: torch.dtype) -> Float[Tensor, "m n"]:
+        return grid_matvec.decode(words, self.step, self.zero, n=n, dtype=dtype, **self._kind)
 
     def multiply(
         self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
     ) -> Float[Tensor, "*batch m"]:
-        return grid_matvec.multiply(
-            x, words, self.step, self.zero, bits=self.bits, group=self.groups.size, dtype=dtype
-        )
+        return grid_matvec.multiply(x, words, self.step, self.zero, dtype=dtype, **self._kind)
 
     def options(self) -> Options:
-        return {"bits": self.bits, "group": self.groups.size, "symmetric": self.zero is None}
+        return {**self._kind, "symmetric": self.zero is None}
 
     def tensors(self) -> dict[str, Tensor]:
         zero = {} if self.zero is None else {"zero": pack(self.zero.flatten(), self.bits)}
@@ -244,7 +245,5 @@ class Grids(Decoder):
         step, groups = tensors["step"], Groups(n, group)
         if not bool(((step > 0) & step.isfinite()).all()):
             raise QuipError("a step of its grid is not a positive number: the file is damaged")
-        if symmetric:
-            return cls(bits=bits, step=step, zero=None, groups=groups)
-        zero = unpack(tensors["zero"], bits, m * groups.count).view(m, groups.count)
+        zero = None if symmetric else unpack(tensors["zero"], bits, m * groups.count).view(m, -1)
         return cls(bits=bits, step=step, zero=zero, groups=groups)

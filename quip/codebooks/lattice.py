@@ -153,6 +153,14 @@ class Lattices(Decoder):
             codes, self._stages(codes.device), self.scale, group=group, ratio=self.ratio
         )
 
+    def dense(
+        self, words: Int32[Tensor, "m words"], n: int, dtype: torch.dtype
+    ) -> Float[Tensor, "m n"]:
+        stages, group = self._stages(words.device), self.groups.size
+        return lattice_matvec.decode(
+            words, stages, self.scale, n=n, group=group, ratio=self.ratio, dtype=dtype
+        )
+
     def multiply(
         self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
     ) -> Float[Tensor, "*batch m"]:

@@ -93,6 +93,38 @@ int launch(void (*kernel)(Args...), int64_t blocks, int layers, int threads, int
     return cudaLaunchKernelEx(&config, kernel, args...);
 }
 
+// What a kernel before this one may still have been writing when this one began: not from L1.
+template <class Value> DEVICE Value read_fresh(const Value *from) { return __ldcg(from); }
+
+// 16 bytes to shared memory, from L2 and past the registers; there when await_copies returns.
+DEVICE void copy_fresh(uint8_t *to, const uint8_t *from) {
+    const uint32_t shared = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(from) : "memory");
+}
+
+DEVICE void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// The sum of the numbers of a warp, in all of its lanes.
+DEVICE int sum_of_warp(int number) { return __reduce_add_sync(~0u, number); }
+
+// Two numbers as bfloat16, else float16: the first one in the lower half.
+DEVICE uint32_t pair_of(float low, float high, bool brain) {
+    uint32_t pair;
+    if (brain)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// Multiprocessors of the current device; 0 where the driver does not say.
+inline int processors() {
+    int device = 0, count = 0;
+    if (cudaGetDevice(&device)) return 0;
+    cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return count;
+}
+
 }  // namespace
 
 #endif

@@ -5,147 +5,152 @@
 //     a row's plane of bytes    | unit of 16 bytes | unit | unit | unit | the next chunk ...
 //     lanes 4 g + t             |       t = 0      |   1  |   2  |   3  |   (rows g and g + 8)
 //
-// A lane reads a unit of every plane of its two rows, a chunk or more ahead. Which columns stand
-// where within a product of matrices is free, so codes are decoded where they lie, to unsigned
-// bytes, and x is laid out to match: a chunk has SLICES runs of 64 columns, 16 a lane.
+// A lane reads a unit of every plane of its two rows, a chunk or more ahead, over the end of the rows
+// too. Which columns stand where within a product of matrices is free, so codes are decoded where they
+// lie, to unsigned bytes: a chunk has SLICES slices of 64 columns, 16 a lane.
 //
-// x is s (256 hi + lo), or s (65536 hi + 256 mid + lo) for the precision of float32, of signed bytes:
-// `parts` columns of a product of 8 columns. Each warp finds s and the bytes of the columns that
-// it multiplies by itself. Sums are exact integers until a warp has been through its columns, and
-// are added in one order: equal inputs give equal bits.
+// x comes as signed bytes (split.cuh), `parts` columns of a product of 8 columns for each token. A
+// block keeps those of its columns in shared memory. Sums are exact integers until a warp has been
+// through its columns, or a group of them, and are added in one order: equal inputs give equal bits.
+//
+// The kernel starts while x is still being made, and fetches weights to L2 until it is there.
 
 #ifndef QUIP_FEW_TOKENS
 #define QUIP_FEW_TOKENS
 
-#include "device.cuh"
+#include "split.cuh"
 
 // Not in the namespace below: nvcc makes what takes it invisible outside the library then.
 struct Product {  // as in few_tokens.py
-    int64_t m, n, tokens, row_bytes, plane_bytes;
+    Split inputs;
+    int64_t m, row_bytes, plane_bytes;
     const uint8_t *words;     // [m, row_bytes]: planes, each with 1, 2, 4 or 8 codes a byte
-    const float *x;           // [tokens, n]
-    const void *factors;      // [groups]: x is multiplied by those of its columns
-    int64_t factor_columns;   // that share a factor; 0: there are none
     const void *step;         // [m, groups] by strides, or null: 1
     const uint8_t *zero;      // [m, groups] by strides, or null: `middle`
     int64_t step_row, zero_row, group;  // from one row to the next; columns that share a step
     const uint32_t *tables;   // [TABLES, 256] or null
-    float *y;                 // [layers, tokens, m], out: the sum over layers is x W~^T
+    void *y;                  // [layers, tokens, m], out: the sum over layers is x W~^T
     float middle, unit, second;  // unit (codes - middle); what a second stage is multiplied by
-    int32_t factor_kind, step_kind, parts, warps, layers;
+    int32_t step_kind, y_kind, warps, layers;
 };
 
 namespace {
 
-constexpr int ROWS = 16;            // of a warp, and of its block
-constexpr int RUN = 64;             // columns of a slice
-constexpr int WIDTH = 8;            // columns of x that tensor cores multiply at once
-constexpr int SPACED = ROWS + 4;    // floats from one column of sums to the next: no bank conflicts
-constexpr int COPIES = 32;          // of each entry of a table, one a lane: no bank conflicts either
-constexpr int ENTRIES = 256;        // of a table
-enum Kind { FLOAT, BFLOAT, HALF };  // what a number is stored as
+constexpr int ROWS = 16;           // of a warp, and of its block
+constexpr int RUN = 64;            // columns of a slice
+constexpr int WIDTH = 8;           // columns of x that tensor cores multiply at once
+constexpr int SPACED = ROWS + 4;   // floats from one column of sums to the next: no bank conflicts
+constexpr int COPIES = 32;         // of each entry of a table, one a lane: no bank conflicts either
+constexpr int ENTRIES = 256;       // of a table
+constexpr int STEPS = 9 * 16;      // bytes of a group's steps, with a gap for the same reason
+constexpr int RESIDENT = 16;       // warps of a multiprocessor: more get into each other's way
+constexpr int PREFETCHED = 1536;   // bytes of a row, until x is there
+constexpr int BASE = 0x4b400000;   // the bits of 1.5 * 2^23: those of BASE + i are it plus i,
+constexpr float BASED = 12582912;  // for |i| < 2^22
 
-DEVICE float number(const void *from, int64_t at, int kind) {
-    if (kind == FLOAT) return ((const float *)from)[at];
-    const uint16_t bits = ((const uint16_t *)from)[at];
-    return kind == BFLOAT ? __uint_as_float(uint32_t(bits) << 16)
-                          : __half2float(__ushort_as_half(bits));
-}
+__host__ DEVICE int divided_up(int64_t count, int64_t by) { return int((count + by - 1) / by); }
 
-__host__ DEVICE int rounded_up(int64_t count, int64_t by) { return int((count + by - 1) / by); }
+// Which chunks are a warp's, first + warp + warps i, and where things lie in the memory of a block.
+// A run is what x has of consecutive columns: a slice of grids, or all of a row of lattices' codes,
+// of which a lane has UNITS times 16 bytes in each chunk.
+template <class Code, bool GROUPED> struct Layout {
+    static constexpr int RUNS = Code::SLICES / Code::UNITS;
+    static constexpr int LANE = 16 * (Code::UNITS + Code::UNITS / 8);  // bytes, with gaps as above
 
-// Where things lie in the memory of a block, and which chunks are a warp's: first + warp + warps i
-template <class Code> struct Layout {
-    int first, last, rounds, column_bytes, sums, scales;
+    int first, last, most, rounds, columns, run_bytes, column_bytes, steps, sums, scales, bytes;
+
     __host__ __device__ Layout(const Product &a, int layer) {
-        const int64_t chunks = rounded_up(a.plane_bytes, RUN);
-        first = int(chunks * layer / a.layers), last = int(chunks * (layer + 1) / a.layers);
-        rounds = rounded_up(rounded_up(chunks, a.layers), a.warps * Code::AHEAD) * Code::AHEAD;
+        const int chunks = divided_up(a.plane_bytes, RUN), tokens = int(a.inputs.tokens);
+        first = chunks * layer / a.layers, last = chunks * (layer + 1) / a.layers;
+        most = divided_up(chunks, a.layers);
+        rounds = divided_up(most, a.warps * Code::AHEAD) * Code::AHEAD;
+        columns = tokens * a.inputs.parts;
+        run_bytes = most * 4 * LANE;
+        column_bytes = RUNS * run_bytes;
         // Two columns are read together: they must not start at the same bank.
-        column_bytes = a.warps * rounds * Code::SLICES * RUN;
-        column_bytes += column_bytes % 128 ? 0 : RUN;
-        sums = rounded_up(Code::TABLES * ENTRIES * COPIES * 4 + columns(a) * column_bytes, 128) * 128;
-        scales = sums + 2 * a.warps * columns(a) * SPACED * 4;
-    }
-    __host__ __device__ static int columns(const Product &a) { return int(a.tokens) * a.parts; }
-    __host__ __device__ int bytes(const Product &a) const {
-        return scales + 2 * a.warps * int(a.tokens) * 4;
+        column_bytes += column_bytes % 128 ? 0 : 64;
+        steps = divided_up(Code::TABLES * ENTRIES * COPIES * 4 + columns * column_bytes, 128) * 128;
+        sums = steps + (GROUPED ? divided_up(a.inputs.n, a.group) * STEPS : 0);
+        scales = sums + 2 * a.warps * columns * SPACED * 4;
+        bytes = scales + 2 * tokens * 4;
     }
 };
 
-// Four numbers of x times their factors; 0 beyond the row or the layer
-template <class Code>
-DEVICE float4 read_four(const Product &a, const float *x, int chunk, int last, int slice, int at) {
-    const int column = Code::column(a, chunk, slice, at);
-    if (chunk >= last || column < 0) return float4{0, 0, 0, 0};
-    float4 four = *(const float4 *)(x + column);
-    if (a.factor_columns == 1) {
-        four.x *= number(a.factors, column, a.factor_kind);
-        four.y *= number(a.factors, column + 1, a.factor_kind);
-        four.z *= number(a.factors, column + 2, a.factor_kind);
-        four.w *= number(a.factors, column + 3, a.factor_kind);
-    } else if (a.factor_columns) {
-        const int columns = int(a.factor_columns);
-        four.x *= number(a.factors, column / columns, a.factor_kind);
-        four.y *= number(a.factors, (column + 1) / columns, a.factor_kind);
-        four.z *= number(a.factors, (column + 2) / columns, a.factor_kind);
-        four.w *= number(a.factors, (column + 3) / columns, a.factor_kind);
+// The first bytes of the rows of a tile to L2
+template <class Code> DEVICE void prefetch_rows(const Product &a, int tile, int first_chunk) {
+    const int64_t begin = int64_t(first_chunk) * RUN;
+    const int lines = divided_up(min(a.plane_bytes - begin, int64_t(PREFETCHED / Code::PLANES)), 128);
+    for (int i = threadIdx.x; i < ROWS * lines; i += blockDim.x) {
+        const int64_t row = int64_t(tile) * ROWS + i % ROWS;
+        if (row >= a.m) continue;
+        const uint8_t *from = a.words + row * a.row_bytes + begin + i / ROWS * 128;
+#pragma unroll
+        for (int plane = 0; plane < Code::PLANES; plane++) prefetch(from + plane * a.plane_bytes);
     }
-    return four;
 }
 
-// The lowest byte of each number, signed, as one word; what is left of the numbers is a 256th
-DEVICE uint32_t split_bytes(int (&v)[4]) {
-    uint32_t word = 0;
-    for (int e = 0; e < 4; e++) {
-        const int byte = int8_t(v[e]);
-        word |= uint32_t(byte & 255) << 8 * e;
-        v[e] = (v[e] - byte) >> 8;
+// Each entry COPIES times
+DEVICE void copy_tables(uint32_t *to, const uint32_t *from, int entries) {
+    for (int i = threadIdx.x; i < entries * COPIES / 4; i += blockDim.x) {
+        const uint32_t word = from[i / (COPIES / 4)];
+        ((uint4 *)to)[i] = uint4{word, word, word, word};
     }
-    return word;
 }
 
-// Write the bytes of a warp's columns of x, their scale, and the sum of what they stand for.
-template <class Code>
-DEVICE void split_inputs(const Product &a, const Layout<Code> &at, uint8_t *columns, float *scales) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int quads = at.rounds * Code::SLICES * RUN / 4;
-    for (int token = 0; token < a.tokens; token++) {
-        const float *x = a.x + token * a.n;
-        const auto read = [&](int quad) {
-            const int run = quad / (RUN / 4), chunk = at.first + warp + a.warps * (run / Code::SLICES);
-            return read_four<Code>(a, x, chunk, at.last, run % Code::SLICES, quad % (RUN / 4) * 4);
-        };
-        uint32_t top = 0;  // the bits of |x| are ordered as it is, and NaN is above all
-#pragma unroll 4
-        for (int quad = lane; quad < quads; quad += 32) {
-            const float4 four = read(quad);
-            for (float each : {four.x, four.y, four.z, four.w}) {
-                const uint32_t size = __float_as_uint(each) & 0x7fffffff;
-                top = size > top ? size : top;
+// What a layer multiplies of the bytes of x; 0 beyond the ends of runs, where words may stand for points
+template <class Code, bool GROUPED>
+DEVICE void copy_inputs(const Product &a, const Layout<Code, GROUPED> &at, uint8_t *to) {
+    using Lay = Layout<Code, GROUPED>;
+    const int run = int(a.inputs.n) / Lay::RUNS, begin = at.first * RUN * Code::UNITS;
+    const bool wide = Lay::RUNS == 1 || run % 16 == 0;
+    for (int column = 0; column < at.columns; column++)
+        for (int i = 0; i < Lay::RUNS; i++) {
+            const uint8_t *from = a.inputs.bytes + column * a.inputs.n + i * run;
+            uint8_t *place = to + column * at.column_bytes + i * at.run_bytes;
+            for (int unit = threadIdx.x; unit < at.most * 4 * Code::UNITS; unit += blockDim.x) {
+                const int offset = begin + 16 * unit;
+                uint8_t *into = place + unit / Code::UNITS * Lay::LANE + unit % Code::UNITS * 16;
+                if (wide && offset < run) {
+                    copy_fresh(into, from + offset);
+                    continue;
+                }
+                *(uint4 *)into = uint4{0, 0, 0, 0};
+                for (int byte = 0; byte < 16 && offset + byte < run; byte += 4)
+                    *(uint32_t *)(into + byte) = read_fresh((const uint32_t *)(from + offset + byte));
             }
         }
-        const float most = __uint_as_float(largest_of_warp(top));
-        // The highest byte is 127 at most, also where the product below is rounded upwards.
-        const float levels = a.parts == 2 ? 127 * 256 : 127 * 65536;
-        const float inverse = most > 1e-30f ? levels / most : 0;
-        float scale = most > 1e-30f ? most / levels : 0, sum = 0;
-        if (!(most < INFINITY)) scale = NAN;
-#pragma unroll 4
-        for (int quad = lane; quad < quads; quad += 32) {
-            const float4 four = read(quad);
-            int v[4] = {__float2int_rn(four.x * inverse), __float2int_rn(four.y * inverse),
-                        __float2int_rn(four.z * inverse), __float2int_rn(four.w * inverse)};
-            sum += float(v[0] + v[1]) + float(v[2] + v[3]);
-            uint8_t *to = columns + token * a.parts * at.column_bytes + 4 * quad;
-            to += warp * at.rounds * Code::SLICES * RUN;
-            for (int part = 0; part < a.parts; part++, to += at.column_bytes)
-                *(uint32_t *)to = split_bytes(v);
+}
+
+// scales[token], and behind them what the numbers of a token add up to
+DEVICE void copy_scales(const Split &a, float *scales) {
+    for (int token = threadIdx.x; token < a.tokens; token += blockDim.x) {
+        float total = 0;
+        for (int part = a.parts - 1; part >= 0; part--) {
+            int sum = 0;
+            for (int piece = 0; piece < a.pieces; piece++)
+                sum += read_fresh(a.sums + (token * a.parts + part) * a.pieces + piece);
+            total = 256 * total + float(sum);
         }
-        for (int other = 16; other; other /= 2) sum += __shfl_xor_sync(~0u, sum, other);
-        if (lane == 0) {
-            scales[(2 * token) * a.warps + warp] = scale;
-            scales[(2 * token + 1) * a.warps + warp] = scale * sum;
+        scales[token] = read_fresh(a.scales + token);
+        scales[a.tokens + token] = scales[token] * total;
+    }
+}
+
+// For each group, and each g, {step, step * zero} of rows g and g + 8 of a tile; those of the next one
+// to L2
+DEVICE void copy_steps(const Product &a, int tile, int groups, uint8_t *to) {
+    const int lane = threadIdx.x % 32, size = a.step_kind == FLOAT ? 4 : 2;
+    for (int row = threadIdx.x / 32; row < ROWS; row += a.warps) {
+        const int64_t at = min(int64_t(tile) * ROWS + row, a.m - 1), next = min(at + ROWS, a.m - 1);
+        uint8_t *into = to + row % 8 * 16 + row / 8 * 8;
+        for (int i = 128 * lane; i < groups * size; i += 32 * 128)
+            prefetch((const uint8_t *)a.step + next * a.step_row * size + i);
+        for (int i = 128 * lane; i < groups; i += 32 * 128) prefetch(a.zero + next * a.zero_row + i);
+#pragma unroll 4
+        for (int group = lane; group < groups; group += 32) {
+            const float step = number(a.step, at * a.step_row + group, a.step_kind);
+            const float zero = float(a.zero[at * a.zero_row + group]);
+            *(float2 *)(into + group * STEPS) = float2{step, step * zero};
         }
     }
 }
@@ -156,8 +161,8 @@ template <class Code> struct Unit {  // what a lane reads of one chunk
 
 // A unit of a row's planes, 16 bytes each; 0 beyond their ends
 template <class Code>
-DEVICE void read_unit(uint4 (&to)[Code::PLANES], const uint8_t *row, int64_t offset,
-                      int64_t plane_bytes, bool wide) {
+DEVICE void read_unit(uint4 (&to)[Code::PLANES], const uint8_t *row, int offset, int plane_bytes,
+                      bool wide) {
 #pragma unroll
     for (int plane = 0; plane < Code::PLANES; plane++, row += plane_bytes) {
         to[plane] = uint4{0, 0, 0, 0};
@@ -173,123 +178,137 @@ DEVICE void read_unit(uint4 (&to)[Code::PLANES], const uint8_t *row, int64_t off
     }
 }
 
-// The sums of one slice by its columns' steps and zeros: to += step (sum of codes x - zero sum of x)
-template <class Code, int TILES>
-DEVICE void add_group(const Product &a, int row, int column, float weight, const uint4 (&x)[TILES],
+// The sums of one slice by its columns' steps and zeros: to += step (sum of codes x - zero sum of x).
+// `sums` are BASE more than they are, and weigh `weight`; step: of rows g and g + 8
+template <int TILES>
+DEVICE void add_group(const float4 &step, float weight, const uint4 (&x)[TILES],
                       const int (&sums)[TILES][4], float (&to)[TILES][4]) {
     const uint32_t ones[4] = {0x01010101, 0x01010101, 0x01010101, 0x01010101};
-    const int64_t group = column < 0 ? 0 : column / a.group;
-    const int64_t next = row + 8 < a.m ? row + 8 : a.m - 1;
-    const float step[2] = {number(a.step, row * a.step_row + group, a.step_kind),
-                           number(a.step, next * a.step_row + group, a.step_kind)};
-    const float zero[2] = {float(a.zero[row * a.zero_row + group]),
-                           float(a.zero[next * a.zero_row + group])};
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-        int total[4] = {};
-        multiply_add(total, ones, x[tile].x, x[tile].y);
-        multiply_add(total, ones, x[tile].z, x[tile].w);
+        int totals[4] = {BASE, BASE, BASE, BASE};
+        multiply_add(totals, ones, x[tile].x, x[tile].y);
+        multiply_add(totals, ones, x[tile].z, x[tile].w);
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            to[tile][i] += step[i / 2] * (weight * sums[tile][i] - zero[i / 2] * total[i]);
-    }
-}
-
-// Each entry COPIES times, a warp an entry
-DEVICE void copy_tables(uint32_t *to, const uint32_t *from, int entries) {
-    for (int i = threadIdx.x; i < entries * COPIES / 4; i += blockDim.x) {
-        const uint32_t word = from[i / (COPIES / 4)];
-        ((uint4 *)to)[i] = uint4{word, word, word, word};
+        for (int i = 0; i < 4; i++) {
+            // Exact: a power of two, and a difference of neighbours
+            const float sum = weight * __uint_as_float(uint32_t(sums[tile][i])) - weight * BASED;
+            const float total = __uint_as_float(uint32_t(totals[i])) - BASED;
+            to[tile][i] += (i < 2 ? step.x : step.z) * sum;
+            to[tile][i] -= (i < 2 ? step.y : step.w) * total;
+        }
     }
 }
 
 // y of the rows of a tile: what the warps have summed, in their order
-DEVICE void finish(const Product &a, int64_t tile, const float *sums, const float *scales) {
-    const int columns = int(a.tokens) * a.parts;
-    for (int i = threadIdx.x; i < ROWS * a.tokens; i += blockDim.x) {
-        const int64_t row = tile * ROWS + i % ROWS, token = i / ROWS;
+DEVICE void finish(const Product &a, int tile, int columns, const float *sums, const float *scales) {
+    const int tokens = int(a.inputs.tokens), parts = a.inputs.parts;
+    for (int i = threadIdx.x; i < ROWS * tokens; i += blockDim.x) {
+        const int64_t row = int64_t(tile) * ROWS + i % ROWS;
+        const int token = i / ROWS;
         if (row >= a.m) continue;
-        float sum = 0, total = 0;
+        float sum = 0;
         for (int warp = 0; warp < a.warps; warp++) {
-            for (int part = 0; part < a.parts; part++)
-                sum += sums[(warp * columns + token * a.parts + part) * SPACED + i % ROWS];
-            total += scales[(2 * token + 1) * a.warps + warp];
+            const float *from = sums + (warp * columns + token * parts) * SPACED + i % ROWS;
+            float joined = 0;
+            for (int part = parts - 1; part >= 0; part--) joined = 256 * joined + from[part * SPACED];
+            sum += joined;
         }
+        sum *= scales[token];
         if (!a.group) {  // otherwise both are in the sums
-            sum -= total * (a.zero ? float(a.zero[row * a.zero_row]) : a.middle);
+            if (blockIdx.y == 0)
+                sum -= scales[tokens + token] * (a.zero ? float(a.zero[row * a.zero_row]) : a.middle);
             if (a.step) sum *= number(a.step, row * a.step_row, a.step_kind);
         }
-        a.y[(blockIdx.y * a.tokens + token) * a.m + row] = a.unit * sum;
+        write_number(a.y, (int64_t(blockIdx.y) * tokens + token) * a.m + row, a.y_kind, a.unit * sum);
     }
 }
 
-// TILES: of WIDTH columns of x. GROUPED: steps and zeros are those of a row's groups of columns
-template <class Code, int TILES, bool GROUPED>
-__global__ void __launch_bounds__(TILES == 1 ? 512 : 256, GROUPED || Code::PLANES == 4 ? 1 : TILES) multiply_few(const Product a) {
+// The threads of a block at most, and how many of such blocks a multiprocessor has registers for
+template <class Code, int TILES, bool GROUPED> struct Held {
+    static constexpr int THREADS = TILES == 1 ? 32 * Code::WARPS : 256;
+    static constexpr int LEFT = Code::HELD + 1 - TILES - GROUPED;
+    static constexpr int BLOCKS = THREADS > 256 || LEFT < 1 ? 1 : LEFT;
+};
+
+// TILES: of WIDTH columns of x. GROUPED: steps and zeros are those of a row's groups of columns.
+template <class Code, int TILES, bool GROUPED, class Of = Held<Code, TILES, GROUPED>>
+__global__ void __launch_bounds__(Of::THREADS, Of::BLOCKS) multiply_few(const Product a) {
+    using Lay = Layout<Code, GROUPED>;
     uint8_t *memory = shared_memory();
-    const Layout<Code> at(a, blockIdx.y);
+    const Lay at(a, blockIdx.y);
     uint8_t *tables = memory, *columns = memory + Code::TABLES * ENTRIES * COPIES * 4;
-    float *sums = (float *)(memory + at.sums), *scales = (float *)(memory + at.scales);
+    float *scales = (float *)(memory + at.scales);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int64_t tiles = (a.m + ROWS - 1) / ROWS;
-    const int64_t first = tiles * blockIdx.x / gridDim.x, last = tiles * (blockIdx.x + 1) / gridDim.x;
-    const bool wide = a.row_bytes % 16 == 0 && a.plane_bytes % 16 == 0 && (uintptr_t)a.words % 16 == 0;
+    const int64_t tiles = divided_up(a.m, ROWS);
+    const int first = int(tiles * blockIdx.x / gridDim.x), last = int(tiles * (blockIdx.x + 1) / gridDim.x);
+    const int plane_bytes = int(a.plane_bytes);
+    const bool wide = a.row_bytes % 16 == 0 && plane_bytes % 16 == 0 && (uintptr_t)a.words % 16 == 0;
 
     let_next_begin();
-    const int64_t begin = first * ROWS * a.row_bytes, end = min(a.m, (first + 1) * ROWS) * a.row_bytes;
-    for (int64_t i = begin + 128 * threadIdx.x; i < end; i += 128 * blockDim.x) prefetch(a.words + i);
+    if (first < last) prefetch_rows<Code>(a, first, at.first);
     if (Code::TABLES) copy_tables((uint32_t *)tables, a.tables, Code::TABLES * ENTRIES);
     await_previous();
 
     Unit<Code> now[Code::AHEAD], next[Code::AHEAD];
-    const auto fetch = [&](Unit<Code>(&to)[Code::AHEAD], int64_t tile, int round) {
-        const int64_t row = min(tile * ROWS + g, a.m - 1), other = min(tile * ROWS + g + 8, a.m - 1);
+    const uint8_t *low, *high;  // rows g and g + 8 of the tile that is read
+    const auto go_to = [&](int tile) {
+        low = a.words + min(int64_t(tile) * ROWS + g, a.m - 1) * a.row_bytes;
+        high = a.words + min(int64_t(tile) * ROWS + g + 8, a.m - 1) * a.row_bytes;
+    };
+    const auto fetch = [&](Unit<Code>(&to)[Code::AHEAD], int round) {
 #pragma unroll
         for (int s = 0; s < Code::AHEAD; s++) {
             const int chunk = at.first + warp + a.warps * (round + s);
-            const int64_t offset = chunk < at.last ? chunk * RUN + 16 * t : a.plane_bytes;
-            read_unit<Code>(to[s].low, a.words + row * a.row_bytes, offset, a.plane_bytes, wide);
-            read_unit<Code>(to[s].high, a.words + other * a.row_bytes, offset, a.plane_bytes, wide);
+            const int offset = chunk < at.last ? chunk * RUN + 16 * t : plane_bytes;
+            read_unit<Code>(to[s].low, low, offset, plane_bytes, wide);
+            read_unit<Code>(to[s].high, high, offset, plane_bytes, wide);
         }
     };
-    if (first < last) fetch(now, first, 0);
-    split_inputs<Code>(a, at, columns, scales);
-    if (Code::TABLES) __syncthreads();
-    __syncwarp();
+    go_to(first);
+    if (first < last) fetch(now, 0);
+    copy_inputs<Code, GROUPED>(a, at, columns);
+    copy_scales(a.inputs, scales);
 
-    const uint8_t *x[TILES];      // of column g of each tile
-    float weights[TILES][2];      // what sums of columns 2 t and 2 t + 1 are multiplied by
+    const uint8_t *x[TILES];  // of column g of each tile; columns beyond the last have the first one's
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        const int column = WIDTH * tile + g < at.columns(a) ? WIDTH * tile + g : 0;
-        x[tile] = columns + column * at.column_bytes + warp * at.rounds * Code::SLICES * RUN + 16 * t;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int mine = min(WIDTH * tile + 2 * t + i, at.columns(a) - 1), part = mine % a.parts;
-            weights[tile][i] = scales[2 * (mine / a.parts) * a.warps + warp] * float(1 << 8 * part);
-        }
+    for (int i = 0; i < TILES; i++) {
+        const int column = WIDTH * i + g < at.columns ? WIDTH * i + g : 0;
+        x[i] = columns + column * at.column_bytes + t * Lay::LANE;
     }
-    for (int64_t tile = first; tile < last; tile++) {
+    const int groups = GROUPED ? divided_up(a.inputs.n, a.group) : 0;
+    const uint32_t by_group = GROUPED ? ~0u / uint32_t(a.group / RUN) : 0;
+    for (int tile = first; tile < last; tile++) {
+        if (GROUPED) copy_steps(a, tile, groups, memory + at.steps);
+        if (GROUPED || tile == first) {
+            await_copies();
+            __syncthreads();
+        }
         int exact[Code::SUMS][TILES][4] = {};
         float grouped[TILES][4] = {};
         for (int round = 0; round < at.rounds; round += Code::AHEAD) {
             const bool done = round + Code::AHEAD >= at.rounds;
-            if (!done || tile + 1 < last) fetch(next, done ? tile + 1 : tile, done ? 0 : round + Code::AHEAD);
+            if (done) go_to(tile + 1);
+            if (!done || tile + 1 < last) fetch(next, done ? 0 : round + Code::AHEAD);
 #pragma unroll
             for (int s = 0; s < Code::AHEAD; s++) {
+                const int mine = warp + a.warps * (round + s), chunk = at.first + mine;
+                if (chunk >= at.last) continue;
+                const int place = 4 * mine * Lay::LANE;
 #pragma unroll
                 for (int slice = 0; slice < Code::SLICES; slice++) {
+                    const int offset = slice / Code::UNITS * at.run_bytes + slice % Code::UNITS * 16;
                     uint4 four[TILES];
 #pragma unroll
-                    for (int i = 0; i < TILES; i++)
-                        four[i] = *(const uint4 *)(x[i] + ((round + s) * Code::SLICES + slice) * RUN);
+                    for (int i = 0; i < TILES; i++) four[i] = *(const uint4 *)(x[i] + place + offset);
                     if constexpr (GROUPED) {
-                        int part[1][TILES][4] = {};
-                        Code::multiply(slice, now[s], four, part, tables);
-                        const int chunk = at.first + warp + a.warps * (round + s);
-                        const int column = chunk < at.last ? Code::column(a, chunk, slice, 0) : -1;
-                        add_group<Code>(a, min(tile * ROWS + g, a.m - 1), column, Code::weight(a, slice),
-                                        four, part[0], grouped);
+                        int sums[1][TILES][4];
+#pragma unroll
+                        for (int i = 0; i < 4 * TILES; i++) sums[0][i / 4][i % 4] = BASE;
+                        Code::multiply(slice, now[s], four, sums, tables);
+                        const int group = divided(slice * (plane_bytes / RUN) + chunk, by_group);
+                        const float4 step = *(const float4 *)(memory + at.steps + group * STEPS + 16 * g);
+                        add_group(step, Code::weight(slice), four, sums[0], grouped);
                     } else {
                         Code::multiply(slice, now[s], four, exact, tables);
                     }
@@ -298,27 +317,28 @@ __global__ void __launch_bounds__(TILES == 1 ? 512 : 256, GROUPED || Code::PLANE
 #pragma unroll
             for (int s = 0; s < Code::AHEAD; s++) now[s] = next[s];
         }
-        float *to = sums + (tile - first) % 2 * a.warps * at.columns(a) * SPACED;
-        to += warp * at.columns(a) * SPACED;
+        float *sums = (float *)(memory + at.sums) + (tile - first) % 2 * a.warps * at.columns * SPACED;
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int column = WIDTH * i + 2 * t + j % 2;
                 const float sum = GROUPED ? grouped[i][j] : Code::join(a, exact, i, j);
-                if (column < at.columns(a)) to[column * SPACED + g + j / 2 * 8] = weights[i][j % 2] * sum;
+                if (column < at.columns) sums[(warp * at.columns + column) * SPACED + g + j / 2 * 8] = sum;
             }
         __syncthreads();
-        finish(a, tile, sums + (tile - first) % 2 * a.warps * at.columns(a) * SPACED, scales);
+        finish(a, tile, at.columns, sums, scales);
     }
 }
 
 template <class Code, bool GROUPED> int start(const Product &a, cudaStream_t stream) {
-    const Layout<Code> at(a, 0);
-    const int64_t tiles = (a.m + ROWS - 1) / ROWS;
+    if (const int status = a.inputs.x ? start_split(a.inputs, stream) : 0) return status;
+    const Layout<Code, GROUPED> at(a, 0);
     const auto kernel =
-        at.columns(a) <= WIDTH ? multiply_few<Code, 1, GROUPED> : multiply_few<Code, 2, GROUPED>;
-    return launch(kernel, tiles, a.layers, 32 * a.warps, at.bytes(a), stream, a);
+        at.columns <= WIDTH ? multiply_few<Code, 1, GROUPED> : multiply_few<Code, 2, GROUPED>;
+    const int64_t tiles = divided_up(a.m, ROWS);
+    const int64_t resident = int64_t(processors()) * RESIDENT / a.warps / a.layers;
+    return launch(kernel, resident < tiles ? resident : tiles, a.layers, 32 * a.warps, at.bytes, stream, a);
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
 """Products of a few vectors with packed codes on a CUDA device: the ctypes side of few_tokens.cuh.
 
-x is rounded to 16 bits of the largest number among those that a warp multiplies, which is twice as
-exact as bfloat16 at its best; to 24 bits where the product is asked for in float32. Sums are exact,
-and added in one order: equal inputs give equal bits.
+Each x is rounded to 16 bits of its largest number, which is twice as exact as bfloat16 at its best;
+to 24 bits where the product is asked for in float32. Sums are exact, and added in one order: equal
+inputs give equal bits, and a vector alone what it gives in a batch.
 """
 
 import ctypes
@@ -19,24 +19,38 @@ from quip.kernels.cuda import pointer
 FEW = 16  # vectors: for more, the matrix product of a decoded matrix is faster
 COLUMNS = 16  # of bytes, `parts` of them a vector, that one launch multiplies
 NARROW = 8  # up to so many of them, a block may have 16 warps
-LONG = 2**14  # columns, from which on it does: they share what it costs to split x
-ROOM = 100 * 2**10  # bytes of a block's memory for x
+LONG = 2**14  # columns, from which on it does
+LONGEST = 2**16  # columns: sums of so many codes of 8 bits and bytes of x fit 32 bits
+PIECE = 2**13  # columns that a block splits of a vector, about
+ROOM, MOST = 100 * 2**10, 180 * 2**10  # bytes of a block's memory for x, and with steps of groups
+STEPS = 144  # bytes of the steps of a group, as in few_tokens.cuh
 UNITS = 4  # of 16 bytes a plane, that a warp reads side by side: a chunk
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum Kind
+
+
+class Split(ctypes.Structure):
+    """The struct Split of split.cuh."""
+
+    _fields_ = (
+        *[(name, c_int64) for name in ("n", "tokens")],
+        *[(name, c_void_p) for name in ("x", "factors")],
+        ("factor_columns", c_int64),
+        *[(name, c_void_p) for name in ("bytes", "scales", "sums")],
+        *[(name, c_int32) for name in ("x_kind", "factor_kind", "parts", "pieces")],
+    )
 
 
 class Product(ctypes.Structure):
     """The struct Product of few_tokens.cuh."""
 
     _fields_ = (
-        *[(name, c_int64) for name in ("m", "n", "tokens", "row_bytes", "plane_bytes")],
-        *[(name, c_void_p) for name in ("words", "x", "factors")],
-        ("factor_columns", c_int64),
-        *[(name, c_void_p) for name in ("step", "zero")],
+        ("inputs", Split),
+        *[(name, c_int64) for name in ("m", "row_bytes", "plane_bytes")],
+        *[(name, c_void_p) for name in ("words", "step", "zero")],
         *[(name, c_int64) for name in ("step_row", "zero_row", "group")],
         *[(name, c_void_p) for name in ("tables", "y")],
         *[(name, c_float) for name in ("middle", "unit", "second")],
-        *[(name, c_int32) for name in ("factor_kind", "step_kind", "parts", "warps", "layers")],
+        *[(name, c_int32) for name in ("step_kind", "y_kind", "warps", "layers")],
     )
 
 
@@ -65,69 +79,97 @@ def multiply(
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T in the dtype of x, by calls of `start`, each for a few of the vectors."""
     n, m = x.shape[-1], len(matrix.words)
-    X = x.detach().reshape(-1, n).float().contiguous()
-    if X.data_ptr() % 16:  # a part of another tensor: four numbers are read at once
-        X = X.clone()
+    X = aligned(x.detach().reshape(-1, n))
     parts = 3 if dtype == torch.float32 else 2
     done = [_multiply(part, matrix, parts, start) for part in X.split(COLUMNS // parts)]
-    y = done[0] if len(done) == 1 else torch.cat(done)
-    return y.view(*x.shape[:-1], m).to(x.dtype)
+    return (done[0] if len(done) == 1 else torch.cat(done)).view(*x.shape[:-1], m)
 
 
 def _multiply(
     X: Float[Tensor, "tokens n"], matrix: Matrix, parts: int, start: Callable[[Product], None]
 ) -> Float[Tensor, "tokens m"]:
     (tokens, n), (m, length) = X.shape, matrix.words.shape
-    warps, layers = _shared_out(n, tokens * parts, matrix.unit_columns)
-    y = X.new_empty(layers, tokens, m)
-    factors, step, zero = matrix.factors, matrix.step, matrix.zero
+    warps, layers = _shared_out(n, tokens * parts, matrix)
+    inputs, room = _split(X, matrix, parts)
+    y = X.new_empty(layers, tokens, m, dtype=X.dtype if layers == 1 else torch.float32)
+    step, zero = matrix.step, matrix.zero
     start(
         Product(
+            inputs=inputs,
             m=m,
-            n=n,
-            tokens=tokens,
             row_bytes=4 * length,
             plane_bytes=16 * n // matrix.unit_columns,
             words=matrix.words.data_ptr(),
-            x=X.data_ptr(),
-            factors=pointer(factors),
-            factor_columns=matrix.factor_columns,
             step=pointer(step),
             zero=pointer(zero),
-            step_row=_row(step),
-            zero_row=_row(zero),
+            step_row=row_stride(step),
+            zero_row=row_stride(zero),
             group=matrix.group or 0,
             tables=pointer(matrix.tables),
             y=y.data_ptr(),
             middle=matrix.middle,
             unit=matrix.unit,
             second=matrix.second,
-            factor_kind=0 if factors is None else KINDS[factors.dtype],
             step_kind=0 if step is None else KINDS[step.dtype],
-            parts=parts,
+            y_kind=KINDS[y.dtype],
             warps=warps,
             layers=layers,
         )
     )
-    return y[0] if layers == 1 else y.sum(0)
+    del room  # whoever gets it next writes after the product has read it: one stream
+    return y[0] if layers == 1 else y.sum(0).to(X.dtype)
 
 
-def readable(x: Tensor, n: int) -> bool:
-    """Whether the kernels take these vectors: a few, on CUDA, that need no gradient."""
-    if x.device.type != "cuda" or x.dtype not in KINDS or n % 32:
-        return False
+def _split(X: Float[Tensor, "tokens n"], matrix: Matrix, parts: int) -> tuple[Split, Tensor]:
+    """What x is split to bytes by, and the memory that they are written to."""
+    (tokens, n), rows = X.shape, len(X) * parts
+    pieces = -(-n // PIECE)
+    room = X.new_empty(rows * n + 4 * tokens + 4 * rows * pieces, dtype=torch.uint8)
+    start = room.data_ptr()
+    split = Split(
+        n=n,
+        tokens=tokens,
+        x=X.data_ptr(),
+        factors=pointer(matrix.factors),
+        factor_columns=min(matrix.factor_columns, n),
+        bytes=start,
+        scales=start + rows * n,
+        sums=start + rows * n + 4 * tokens,
+        x_kind=KINDS[X.dtype],
+        factor_kind=0 if matrix.factors is None else KINDS[matrix.factors.dtype],
+        parts=parts,
+        pieces=pieces,
+    )
+    return split, room
+
+
+def are_few(x: Tensor) -> bool:
+    """Whether the kernel takes these vectors: few of them, that need no gradient."""
     learns = torch.is_grad_enabled() and x.requires_grad
-    return 0 < x.numel() <= FEW * n and not learns
+    return x.dtype in KINDS and 0 < x.numel() <= FEW * x.shape[-1] and not learns
 
 
-def _shared_out(n: int, columns: int, unit_columns: int) -> tuple[int, int]:
-    """Warps a block, and layers of columns: blocks that multiply different parts of x."""
-    warps = 16 if n >= LONG and columns <= NARROW else 8
-    chunk = UNITS * unit_columns
-    rounds = max(1, ROOM // (columns * warps * chunk))  # chunks that a warp may have
-    return warps, -(-n // (warps * rounds * chunk))
+def _shared_out(n: int, columns: int, matrix: Matrix) -> tuple[int, int]:
+    """Warps a block, and layers of columns: blocks that multiply different parts of x.
+
+    Tables take so much of a block's memory that one block is all that a processor holds beside a
+    long x: it has as many warps as two.
+    """
+    alone = matrix.tables is not None and n >= LONG and columns <= NARROW
+    warps = 16 if alone else 8
+    steps = STEPS * -(-n // matrix.group) if matrix.group else 0
+    chunk = UNITS * matrix.unit_columns
+    gaps = 0 if matrix.tables is None else chunk // 8
+    chunks = max(1, min(ROOM, MOST - steps) // (columns * (chunk + gaps)))  # of a block
+    return warps, -(-n // (chunks * chunk))
 
 
-def _row(numbers: Tensor | None) -> int:
+def aligned(numbers: Tensor) -> Tensor:
+    """The numbers as kernels read them: side by side, from an address where loads may begin."""
+    numbers = numbers.contiguous()
+    return numbers.clone() if numbers.data_ptr() % 16 else numbers
+
+
+def row_stride(numbers: Tensor | None) -> int:
     """From one row to the next; 0 where one serves all."""
     return 0 if numbers is None or len(numbers) == 1 else numbers.shape[1]

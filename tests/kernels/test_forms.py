@@ -118,6 +118,26 @@ def lattice_products() -> Iterator[Case]:
                 yield Case(args, {**options, "dtype": torch.float32})
 
 
+def dense_grids() -> Iterator[Case]:
+    for bits, group in ((2, None), (3, 16), (4, 1), (8, 7)):
+        n = 96
+        words, groups = pack(integers(bits, 6, n), bits), -(-n // (group or n))
+        for dtype in (torch.float32, torch.bfloat16):
+            options = {"n": n, "bits": bits, "group": group, "dtype": dtype}
+            zero = integers(bits, 6, groups).to(torch.uint8)
+            yield Case((words, randn(6, groups).abs(), zero), options)
+            yield Case((words, randn(1, groups).abs().bfloat16(), None), options)
+
+
+def dense_lattices() -> Iterator[Case]:
+    for stages in STAGES:
+        words = pack(integers(code_bits(stages), 7, 8), code_bits(stages))
+        ratio = 2.5 if len(stages) > 1 else None
+        for group, groups in ((None, 1), (3, 3)):
+            options = {"n": 64, "group": group, "ratio": ratio, "dtype": torch.float32}
+            yield Case((words, stages, randn(groups).abs()), options)
+
+
 def centroid_products() -> Iterator[Case]:
     for d, bits in ((1, 2), (2, 4), (2, 6), (4, 8), (4, 9)):
         words, n = pack(integers(bits, 7, 33), bits), 33 * d
@@ -230,6 +250,8 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     panel.fit_and_round_columns: Check(fitted_panels),
     grid_matvec.multiply: Check(grid_products),
     lattice_matvec.multiply: Check(lattice_products),
+    grid_matvec.decode: Check(dense_grids, torch.testing.assert_close),
+    lattice_matvec.decode: Check(dense_lattices, torch.testing.assert_close),
     centroid_matvec.multiply: Check(centroid_products),
     lattice_points.nearest: Check(roundings, equal_but_for_ties),
     lattice_points.decode: Check(decodings, torch.testing.assert_close),

@@ -1,9 +1,10 @@
-// Multiply a few vectors by a packed matrix of integer grids, on a CUDA device: few_tokens.cuh.
+// Multiply a few vectors by a packed matrix of integer grids, on a CUDA device: few_tokens.cuh; and
+// decode all of the matrix, for many: dense.cuh.
 //
 // Codes stay unsigned bytes, with some zero bits below them: those of a slice are masked where they
 // lie in their plane, and sums of slices at different bits are weighed at the end.
 
-#include "../few_tokens.cuh"
+#include "../dense.cuh"
 
 namespace {
 
@@ -14,14 +15,9 @@ template <int WORD> DEVICE uint32_t word(const uint4 &of) {
 // 2, 4 or 8 bits: one plane, whose byte j has code k bytes + j at bit BITS k
 template <int BITS> struct Grid {
     static constexpr int PLANES = 1, SLICES = 8 / BITS, SUMS = SLICES, AHEAD = 2;
-    static constexpr int TABLES = 0;
+    static constexpr int TABLES = 0, UNITS = 1, WARPS = 8, HELD = 3;
 
-    // The column of byte `at` of a slice; -1 beyond the plane
-    DEVICE static int column(const Product &a, int chunk, int slice, int at) {
-        const int byte = chunk * RUN + at;
-        return byte < a.plane_bytes ? slice * int(a.plane_bytes) + byte : -1;
-    }
-    DEVICE static constexpr float weight(const Product &, int slice) {
+    DEVICE static constexpr float weight(int slice) {
         return 1.f / (1 << BITS * slice);
     }
     template <int WORD> DEVICE static uint32_t bytes(int slice, const uint4 (&planes)[PLANES]) {
@@ -34,14 +30,11 @@ template <int BITS> struct Grid {
 // byte j has code k bytes + j at bit k. Slice k takes bit k of the second; the last two have no room
 // for a bit above theirs, and move down.
 template <> struct Grid<3> {
-    static constexpr int PLANES = 3, SLICES = 8, SUMS = 3, AHEAD = 1, TABLES = 0;
+    static constexpr int PLANES = 3, SLICES = 8, SUMS = 3, AHEAD = 1;
+    static constexpr int TABLES = 0, UNITS = 1, WARPS = 8, HELD = 2;
 
-    DEVICE static int column(const Product &a, int chunk, int slice, int at) {
-        const int byte = chunk * RUN + at;
-        return byte < a.plane_bytes ? slice * int(a.plane_bytes) + byte : -1;
-    }
     DEVICE static constexpr int sum(int slice) { return slice < 4 ? slice / 2 : 2; }
-    DEVICE static constexpr float weight(const Product &, int slice) {
+    DEVICE static constexpr float weight(int slice) {
         return 1.f / (1 << 2 * sum(slice));
     }
     template <int WORD> DEVICE static uint32_t bytes(int slice, const uint4 (&planes)[PLANES]) {
@@ -84,6 +77,29 @@ template <int BITS> struct Decoded : Grid<BITS> {
     }
 };
 
+// Codes of all slices at a place in the planes, as bytes
+template <int BITS> struct Codes {
+    static constexpr int SLICES = 8 / BITS;
+
+    DEVICE static void read(uint32_t (&codes)[SLICES], const uint8_t *from, int) {
+        const uint32_t word = *(const uint32_t *)from;
+#pragma unroll
+        for (int k = 0; k < SLICES; k++) codes[k] = word >> BITS * k & 0x01010101u * ((1 << BITS) - 1);
+    }
+};
+
+template <> struct Codes<3> {
+    static constexpr int SLICES = 8;
+
+    DEVICE static void read(uint32_t (&codes)[SLICES], const uint8_t *from, int plane_bytes) {
+        const uint32_t one = *(const uint32_t *)(from + 2 * plane_bytes);
+        const uint32_t two[2] = {*(const uint32_t *)from, *(const uint32_t *)(from + plane_bytes)};
+#pragma unroll
+        for (int k = 0; k < SLICES; k++)
+            codes[k] = (two[k % 2] >> k / 2 * 2 & 0x03030303u) | (one >> k & 0x01010101u) << 2;
+    }
+};
+
 template <int BITS> int start_grid(const Product &a, cudaStream_t stream) {
     return a.group ? start<Decoded<BITS>, true>(a, stream) : start<Decoded<BITS>, false>(a, stream);
 }
@@ -97,6 +113,16 @@ extern "C" int multiply_grid(const Product *given, int bits, cudaStream_t stream
         case 3: return start_grid<3>(*given, stream);
         case 4: return start_grid<4>(*given, stream);
         case 8: return start_grid<8>(*given, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+extern "C" int decode_grid(const Dense *given, int bits, cudaStream_t stream) {
+    switch (bits) {
+        case 2: return start_decoding(decode_grids<Codes<2>>, *given, 0, stream);
+        case 3: return start_decoding(decode_grids<Codes<3>>, *given, 0, stream);
+        case 4: return start_decoding(decode_grids<Codes<4>>, *given, 0, stream);
+        case 8: return start_decoding(decode_grids<Codes<8>>, *given, 0, stream);
     }
     return cudaErrorInvalidValue;
 }

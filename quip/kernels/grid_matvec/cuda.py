@@ -1,4 +1,4 @@
-"""Multiply a few vectors by a packed matrix of integer grids on a CUDA device, by cuda.cu."""
+"""Multiply vectors by a packed matrix of integer grids, or decode it, on CUDA: by cuda.cu."""
 
 import ctypes
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int32, Integer
 from torch import Tensor
+from torch.nn.functional import linear
 
-from quip.kernels import cuda, few_tokens
-from quip.kernels.few_tokens import KINDS, Matrix, Product, readable
+from quip.kernels import cuda, dense, few_tokens
+from quip.kernels.dense import Dense, decodable
+from quip.kernels.few_tokens import KINDS, Matrix, Product, aligned, are_few
 from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cuda.cu")
@@ -26,30 +28,64 @@ def multiply(
     group: int | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch m"]:
-    """x W~^T without a gradient; x is rounded as few_tokens.py tells, and W~ to no dtype."""
-    n, words = x.shape[-1], words.contiguous()
-    group = None if group is None or group >= n else group
-    step = (step if step.dtype in KINDS else step.float()).contiguous()
-    if zero is None:  # one row of steps: as well applied to x
-        matrix = Matrix(
-            words=words,
-            unit_columns=UNIT_COLUMNS[bits],
-            factors=step[0],
-            factor_columns=group or n,
-            middle=(2**bits - 1) / 2,
-        )
-    else:
-        zero = zero.to(torch.uint8).contiguous()
-        columns = UNIT_COLUMNS[bits]
-        matrix = Matrix(words=words, unit_columns=columns, step=step, zero=zero, group=group)
+    """x W~^T for a few vectors, as few_tokens.py tells; for more, with W~ decoded to `dtype`."""
+    n = x.shape[-1]
+    if not _few(x, zero, bits, group):
+        W = decode(words, step, zero, n=n, bits=bits, group=group, dtype=dtype)
+        return linear(x.to(dtype), W).to(x.dtype)
 
     def start(call: Product) -> None:
         cuda.launch(SOURCE, "multiply_grid", x.device, ctypes.byref(call), bits)
 
-    return few_tokens.multiply(x, matrix, dtype, start)
+    return few_tokens.multiply(x, _matrix(words, step, zero, n, bits, group), dtype, start)
 
 
-def _serves(
+def decode(
+    words: Int32[Tensor, "m words"],
+    step: Float[Tensor, "m_or_1 groups"],
+    zero: Integer[Tensor, "m groups"] | None,
+    *,
+    n: int,
+    bits: int,
+    group: int | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "m n"]:
+    """W~ rounded to `dtype`, in one pass."""
+
+    def start(call: Dense) -> None:
+        cuda.launch(SOURCE, "decode_grid", words.device, ctypes.byref(call), bits)
+
+    return dense.decode(_matrix(words, step, zero, n, bits, group), n, dtype, start)
+
+
+def _matrix(
+    words: Tensor, step: Tensor, zero: Tensor | None, n: int, bits: int, group: int | None
+) -> Matrix:
+    columns, words = UNIT_COLUMNS[bits], words.contiguous()
+    group = None if group is None or group >= n else group
+    step = aligned((step if step.dtype in KINDS else step.float()).detach())
+    if zero is not None:
+        zero = zero.to(torch.uint8).contiguous()
+        return Matrix(words=words, unit_columns=columns, step=step, zero=zero, group=group)
+    return Matrix(  # one row of steps: as well applied to x
+        words=words,
+        unit_columns=columns,
+        factors=step[0],
+        factor_columns=group or n,
+        middle=(2**bits - 1) / 2,
+    )
+
+
+def _few(x: Tensor, zero: Tensor | None, bits: int, group: int | None) -> bool:
+    """Whether the kernel for a few vectors serves: it takes groups of rows in whole runs only."""
+    n = x.shape[-1]
+    if zero is not None and group is not None and group < n:
+        whole = group % RUN == 0 and 16 * n // UNIT_COLUMNS[bits] % RUN == 0
+        return whole and are_few(x)
+    return are_few(x)
+
+
+def _multiplies(
     x: Tensor,
     words: Tensor,
     step: Tensor,
@@ -60,11 +96,21 @@ def _serves(
     dtype: torch.dtype,
 ) -> bool:
     n = x.shape[-1]
-    if bits not in UNIT_COLUMNS or not readable(x, n):
-        return False
-    if zero is None or group is None or group >= n:
-        return True
-    return group % RUN == 0 and 16 * n // UNIT_COLUMNS[bits] % RUN == 0
+    return x.numel() > 0 and _decodes(words, step, zero, n=n, bits=bits, group=group, dtype=dtype)
 
 
-FORM = Form(multiply, _serves, lambda: cuda.available(SOURCE))
+def _decodes(
+    words: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    *,
+    n: int,
+    bits: int,
+    group: int | None,
+    dtype: torch.dtype,
+) -> bool:
+    return bits in UNIT_COLUMNS and decodable(words, n, dtype, step)
+
+
+MULTIPLY = Form(multiply, _multiplies, lambda: cuda.available(SOURCE))
+DECODE = Form(decode, _decodes, lambda: cuda.available(SOURCE))

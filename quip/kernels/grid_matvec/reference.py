@@ -40,3 +40,17 @@ def decode(
     n = codes.shape[1]
     middle = (2**bits - 1) / 2 if zero is None else spread(zero, group, n)
     return codes.float().sub_(middle).mul_(spread(step.float(), group, n))
+
+
+def decode_words(
+    words: Int32[Tensor, "m words"],
+    step: Float[Tensor, "m_or_1 groups"],
+    zero: Integer[Tensor, "m groups"] | None,
+    *,
+    n: int,
+    bits: int,
+    group: int | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "m n"]:
+    """W~ of packed codes, rounded to `dtype`."""
+    return decode(unpack(words, bits, n), step, zero, bits, group).to(dtype)

@@ -1,4 +1,5 @@
-// Multiply a few vectors by a packed matrix of lattice codes, on a CUDA device: few_tokens.cuh.
+// Multiply a few vectors by a packed matrix of lattice codes, on a CUDA device: few_tokens.cuh; and
+// decode all of the matrix, for many: dense.cuh.
 //
 // A point is a word of eight unsigned nibbles, q_i / 2 - 15/4 (E8P) or q_i / 2 - 4 (E81B):
 //
@@ -8,7 +9,7 @@
 // Magnitudes of E8P are 2 v + 8, always odd. XOR with 14 is what a sign does, and XOR with 1 takes
 // 1/2 off, as the shift by -1/4 does: cuda.py has both in the table of sign bytes.
 
-#include "../few_tokens.cuh"
+#include "../dense.cuh"
 
 namespace {
 
@@ -30,14 +31,9 @@ DEVICE uint32_t look_up(const uint8_t *tables, Table table, const uint4 &unit, i
 // Planes of bytes: signs and |v| of the first stage, then the byte of E81B, or both of E8P
 template <int STAGE_PLANES> struct Lattice {
     static constexpr int PLANES = STAGE_PLANES, SLICES = 8, SUMS = PLANES == 2 ? 2 : 4, AHEAD = 1;
-    static constexpr int TABLES = PLANES == 3 ? 3 : 2;
+    static constexpr int TABLES = PLANES == 3 ? 3 : 2, UNITS = 8, WARPS = 16, HELD = PLANES == 4 ? 2 : 3;
 
-    // Of a lane's 16 codes a slice has two: the first column of four; -1 beyond the last code
-    DEVICE static int column(const Product &a, int chunk, int slice, int at) {
-        const int code = chunk * RUN + at / 16 * 16 + 2 * slice + at % 16 / 8;
-        return code < a.plane_bytes ? 8 * code + at % 8 : -1;
-    }
-
+    // Of a lane's 16 codes a slice has two.
     template <int TILES>
     DEVICE static void multiply(int slice, const Unit<Lattice> &unit, const uint4 (&x)[TILES],
                                 int (&sums)[SUMS][TILES][4], const uint8_t *tables) {
@@ -75,6 +71,30 @@ template <int STAGE_PLANES> struct Lattice {
     }
 };
 
+// The points of a code, from its bytes in the planes
+template <int PLANES> struct Points {
+    static constexpr int STAGES = PLANES == 2 ? 1 : 2, TABLES = PLANES == 3 ? 3 : 2;
+
+    DEVICE static void read(uint32_t (&points)[STAGES], const uint8_t *from, int plane_bytes,
+                            const uint32_t *tables) {
+        points[0] = e8p(from, plane_bytes, tables);
+        from += 2 * plane_bytes;
+        if (PLANES == 3) points[STAGES - 1] = tables[POINTS * ENTRIES + *from];
+        if (PLANES == 4) points[STAGES - 1] = e8p(from, plane_bytes, tables);
+    }
+    DEVICE static uint32_t e8p(const uint8_t *from, int plane_bytes, const uint32_t *tables) {
+        return tables[SIGNS * ENTRIES + *from] ^ tables[MAGNITUDES * ENTRIES + from[plane_bytes]];
+    }
+    DEVICE static float value(uint32_t nibble, int stage) {
+        return float(nibble) / 2 - (stage == 1 && PLANES == 3 ? 4.f : 3.75f);
+    }
+};
+
+template <int PLANES> int start_points(const Dense &a, cudaStream_t stream) {
+    using Of = Points<PLANES>;
+    return start_decoding(decode_points<Of>, a, Of::TABLES * ENTRIES * 4, stream);
+}
+
 }  // namespace
 
 // planes: of 8 bits, that a code has. What comes back is a cudaError_t.
@@ -83,6 +103,15 @@ extern "C" int multiply_lattice(const Product *given, int planes, cudaStream_t s
         case 2: return start<Lattice<2>, false>(*given, stream);
         case 3: return start<Lattice<3>, false>(*given, stream);
         case 4: return start<Lattice<4>, false>(*given, stream);
+    }
+    return cudaErrorInvalidValue;
+}
+
+extern "C" int decode_lattice(const Dense *given, int planes, cudaStream_t stream) {
+    switch (planes) {
+        case 2: return start_points<2>(*given, stream);
+        case 3: return start_points<3>(*given, stream);
+        case 4: return start_points<4>(*given, stream);
     }
     return cudaErrorInvalidValue;
 }

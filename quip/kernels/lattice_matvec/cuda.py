@@ -1,4 +1,4 @@
-"""Multiply a few vectors by a matrix of packed lattice codes on a CUDA device, by cuda.cu."""
+"""Multiply vectors by a matrix of packed lattice codes, or decode it, on CUDA: by cuda.cu."""
 
 import ctypes
 from collections.abc import Sequence
@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
+from torch.nn.functional import linear
 
-from quip.kernels import cuda, few_tokens
-from quip.kernels.few_tokens import KINDS, Matrix, Product, readable
+from quip.kernels import cuda, dense, few_tokens
+from quip.kernels.dense import Dense, decodable
+from quip.kernels.few_tokens import KINDS, Matrix, Product, aligned, are_few
 from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage, code_bits
 from quip.kernels.operation import Form
 
@@ -30,25 +32,57 @@ def multiply(
     ratio: float | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch m"]:
-    """x W~^T without a gradient; x is rounded as few_tokens.py tells, and W~ to no dtype."""
+    """x W~^T for a few vectors, as few_tokens.py tells; for more, with W~ decoded to `dtype`."""
+    n = x.shape[-1]
+    if not are_few(x):
+        W = decode(words, stages, scales, n=n, group=group, ratio=ratio, dtype=dtype)
+        return linear(x.to(dtype), W).to(x.dtype)
+
+    def start(call: Product) -> None:
+        planes = code_bits(stages) // 8
+        cuda.launch(SOURCE, "multiply_lattice", x.device, ctypes.byref(call), planes)
+
+    return few_tokens.multiply(x, _matrix(words, stages, scales, n, group, ratio), dtype, start)
+
+
+def decode(
+    words: Int32[Tensor, "m words"],
+    stages: Sequence[Stage],
+    scales: Float[Tensor, " groups"],
+    *,
+    n: int,
+    group: int | None,
+    ratio: float | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "m n"]:
+    """W~ rounded to `dtype`, in one pass."""
+
+    def start(call: Dense) -> None:
+        planes = code_bits(stages) // 8
+        cuda.launch(SOURCE, "decode_lattice", words.device, ctypes.byref(call), planes)
+
+    return dense.decode(_matrix(words, stages, scales, n, group, ratio), n, dtype, start)
+
+
+def _matrix(
+    words: Tensor,
+    stages: Sequence[Stage],
+    scales: Tensor,
+    n: int,
+    group: int | None,
+    ratio: float | None,
+) -> Matrix:
     second = 0.0 if ratio is None else 1 / ratio
-    matrix = Matrix(
+    return Matrix(
         words=words.contiguous(),
         unit_columns=UNIT_COLUMNS,
-        factors=(scales if scales.dtype in KINDS else scales.float()).contiguous(),
-        factor_columns=DIM * group if group else x.shape[-1],
+        factors=aligned((scales if scales.dtype in KINDS else scales.float()).detach()),
+        factor_columns=DIM * group if group else n,
         tables=packed_tables(tuple(stages)),
         middle=sum(w * MIDDLES[type(s)] for s, w in zip(stages, (1.0, second), strict=False)),
         unit=0.5,
         second=second,
     )
-
-    def start(call: Product) -> None:
-        cuda.launch(
-            SOURCE, "multiply_lattice", x.device, ctypes.byref(call), code_bits(stages) // 8
-        )
-
-    return few_tokens.multiply(x, matrix, dtype, start)
 
 
 @cache
@@ -72,8 +106,31 @@ def _words(nibbles: Int64[Tensor, "256 8"]) -> Int32[Tensor, " 256"]:
     return torch.where(words < 2**31, words, words - 2**32).int()
 
 
-def _serves(x: Tensor, *_: object, **__: object) -> bool:
-    return readable(x, x.shape[-1])
+def _multiplies(
+    x: Tensor,
+    words: Tensor,
+    stages: Sequence[Stage],
+    scales: Tensor,
+    *,
+    group: int | None,
+    ratio: float | None,
+    dtype: torch.dtype,
+) -> bool:
+    return x.numel() > 0 and decodable(words, x.shape[-1], dtype, scales)
 
 
-FORM = Form(multiply, _serves, lambda: cuda.available(SOURCE))
+def _decodes(
+    words: Tensor,
+    stages: Sequence[Stage],
+    scales: Tensor,
+    *,
+    n: int,
+    group: int | None,
+    ratio: float | None,
+    dtype: torch.dtype,
+) -> bool:
+    return decodable(words, n, dtype, scales)
+
+
+MULTIPLY = Form(multiply, _multiplies, lambda: cuda.available(SOURCE))
+DECODE = Form(decode, _decodes, lambda: cuda.available(SOURCE))

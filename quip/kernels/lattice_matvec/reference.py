@@ -35,6 +35,21 @@ def multiply(
     return linear(x.to(dtype), W.to(dtype)).to(x.dtype)
 
 
+def decode_words(
+    words: Int32[Tensor, "m words"],
+    stages: Sequence[Stage],
+    scales: Float[Tensor, " groups"],
+    *,
+    n: int,
+    group: int | None,
+    ratio: float | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "m n"]:
+    """W~ of packed codes, rounded to `dtype`."""
+    codes = unpack(words, code_bits(stages), n // DIM)
+    return decode(codes, stages, scales, group=group, ratio=ratio).to(dtype)
+
+
 def multiply_by_parts(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],

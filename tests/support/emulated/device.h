@@ -71,6 +71,39 @@ inline void multiply_add(int (&to)[4], const uint32_t (&a)[4], uint32_t b0, uint
     __syncwarp();
 }
 
+template <class Value> Value read_fresh(const Value *from) { return *from; }
+inline void copy_fresh(uint8_t *to, const uint8_t *from) { std::memcpy(to, from, 16); }
+inline void await_copies() {}
+struct float2 {
+    float x, y;
+};
+
+inline uint16_t half_of(float of, bool brain) {
+    uint16_t bits;
+    if (!brain) {
+        const _Float16 half(of);
+        std::memcpy(&bits, &half, 2);
+        return bits;
+    }
+    const uint32_t all = __float_as_uint(of);
+    return std::isnan(of) ? 0x7fff : uint16_t((all + 0x7fff + (all >> 16 & 1)) >> 16);
+}
+inline uint32_t pair_of(float low, float high, bool brain) {
+    return half_of(low, brain) | uint32_t(half_of(high, brain)) << 16;
+}
+inline int processors() { return PROCESSORS; }
+
+inline int sum_of_warp(int number) {
+    int sum = 0;
+    for (auto &lane : exchange({uint32_t(number)})) sum += int(lane[0]);
+    __syncwarp();
+    return sum;
+}
+
+struct uint2 {
+    uint32_t x, y;
+};
+
 }  // namespace
 
 #define __constant__

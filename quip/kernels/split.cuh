@@ -1,0 +1,161 @@
+// x as signed bytes, which tensor cores of int8 multiply:
+//
+//     x[token, c] factor(c) ~ scales[token] sum_part 256^part bytes[parts token + part, c]
+//
+// Rows of bytes are in the order of the columns, n apart, the lowest part first. Two parts keep 16
+// bits of the largest number of a token, three 24. Beside them stand the sums of each row of bytes,
+// exactly. Whatever kernel makes x may write these three arrays itself.
+//
+// Some blocks work on a token: each looks for the largest number of all, and splits its share.
+
+#ifndef QUIP_SPLIT
+#define QUIP_SPLIT
+
+#include "device.cuh"
+
+// Not in the namespace below: nvcc makes what takes it invisible outside the library then.
+struct Split {  // as in few_tokens.py
+    int64_t n, tokens;        // n: a multiple of 32, 2^16 at most
+    const void *x;            // [tokens, n], or null: the arrays below are there already
+    const void *factors;      // [groups] or null: x is multiplied by those of its columns
+    int64_t factor_columns;   // that share a factor
+    uint8_t *bytes;           // [tokens parts, n], out
+    float *scales;            // [tokens], out
+    int32_t *sums;            // [tokens parts, pieces], out: what the pieces of a row add up to
+    int32_t x_kind, factor_kind, parts, pieces;
+};
+
+namespace {
+
+constexpr int SPLITTERS = 512;      // threads of a block, at most
+enum Kind { FLOAT, BFLOAT, HALF };  // what a number is stored as
+
+DEVICE float from_bits(uint32_t bits, int kind) {  // the lower 16 of them
+    return kind == BFLOAT ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(bits & 0xffff));
+}
+
+DEVICE float number(const void *from, int64_t at, int kind) {
+    return kind == FLOAT ? ((const float *)from)[at] : from_bits(((const uint16_t *)from)[at], kind);
+}
+
+DEVICE void write_number(void *to, int64_t at, int kind, float value) {
+    if (kind == FLOAT)
+        ((float *)to)[at] = value;
+    else
+        ((uint16_t *)to)[at] = uint16_t(pair_of(value, 0, kind == BFLOAT));
+}
+
+// Numbers 4 i ... 4 i + 3, which an earlier kernel may just have written
+DEVICE float4 four_numbers(const void *from, int64_t i, int kind) {
+    if (kind == FLOAT) return read_fresh((const float4 *)from + i);
+    const uint2 bits = read_fresh((const uint2 *)from + i);
+    return float4{from_bits(bits.x, kind), from_bits(bits.x >> 16, kind), from_bits(bits.y, kind),
+                  from_bits(bits.y >> 16, kind)};
+}
+
+// number / by, for both of 2^16 at most, with inverse = (2^32 - 1) / by
+DEVICE uint32_t divided(uint32_t number, uint32_t inverse) {
+    return uint32_t((uint64_t(number) * inverse + inverse) >> 32);
+}
+
+DEVICE float4 read_four(const Split &a, int64_t token, int quad, uint32_t inverse) {
+    float4 four = four_numbers(a.x, token * (a.n / 4) + quad, a.x_kind);
+    if (!a.factors) return four;
+    float4 factor;
+    if (a.factor_columns == 1) {
+        factor = four_numbers(a.factors, quad, a.factor_kind);
+    } else if (a.factor_columns % 4 == 0) {
+        factor.x = number(a.factors, divided(4 * quad, inverse), a.factor_kind);
+        factor.y = factor.z = factor.w = factor.x;
+    } else {
+        factor.x = number(a.factors, divided(4 * quad, inverse), a.factor_kind);
+        factor.y = number(a.factors, divided(4 * quad + 1, inverse), a.factor_kind);
+        factor.z = number(a.factors, divided(4 * quad + 2, inverse), a.factor_kind);
+        factor.w = number(a.factors, divided(4 * quad + 3, inverse), a.factor_kind);
+    }
+    return float4{four.x * factor.x, four.y * factor.y, four.z * factor.z, four.w * factor.w};
+}
+
+// The lowest byte of each number, signed, as one word; what is left of the numbers is a 256th.
+DEVICE uint32_t split_bytes(int (&v)[4], int &sum) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        const int byte = int8_t(v[e]);
+        sum += byte;
+        word |= uint32_t(byte & 255) << 8 * e;
+        v[e] = (v[e] - byte) >> 8;
+    }
+    return word;
+}
+
+template <int PARTS>
+DEVICE void split_token(const Split &a, int64_t token, uint32_t inverse, uint32_t *tops, int *partial) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const int quads = int(a.n / 4), piece = blockIdx.y;
+    uint32_t top = 0;  // the bits of |x| are ordered as it is, and NaN is above all
+#pragma unroll 4
+    for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
+        const float4 four = read_four(a, token, quad, inverse);
+        for (float each : {four.x, four.y, four.z, four.w}) {
+            const uint32_t size = __float_as_uint(each) & 0x7fffffff;
+            top = size > top ? size : top;
+        }
+    }
+    top = largest_of_warp(top);
+    if (lane == 0) tops[warp] = top;
+    __syncthreads();
+    const float most = __uint_as_float(largest_of_warp(lane < warps ? tops[lane] : 0));
+    // The highest byte is 127 at most, also where the product below is rounded upwards.
+    const float levels = PARTS == 2 ? 127 * 256 : 127 * 65536;
+    const float inverse_scale = most > 1e-30f ? levels / most : 0;
+    float scale = most > 1e-30f ? most / levels : 0;
+    if (!(most < INFINITY)) scale = NAN;
+
+    int sums[PARTS] = {};
+    uint8_t *to = a.bytes + token * PARTS * a.n;
+    const int end = quads * (piece + 1) / a.pieces;
+    for (int quad = quads * piece / a.pieces + threadIdx.x; quad < end; quad += blockDim.x) {
+        const float4 four = read_four(a, token, quad, inverse);
+        int v[4] = {__float2int_rn(four.x * inverse_scale), __float2int_rn(four.y * inverse_scale),
+                    __float2int_rn(four.z * inverse_scale), __float2int_rn(four.w * inverse_scale)};
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+            ((uint32_t *)(to + part * a.n))[quad] = split_bytes(v, sums[part]);
+    }
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+        const int sum = sum_of_warp(sums[part]);
+        if (lane == 0) partial[warps * part + warp] = sum;
+    }
+    __syncthreads();
+    if (warp == 0)
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            const int sum = sum_of_warp(lane < warps ? partial[warps * part + lane] : 0);
+            if (lane == 0) a.sums[(token * PARTS + part) * a.pieces + piece] = sum;
+        }
+    if (piece == 0 && threadIdx.x == 0) a.scales[token] = scale;
+}
+
+__global__ void __launch_bounds__(SPLITTERS, 2) split_inputs(const Split a) {
+    uint32_t *tops = (uint32_t *)shared_memory();
+    int *partial = (int *)(tops + SPLITTERS / 32);
+    let_next_begin();
+    const uint32_t inverse = a.factors ? ~0u / uint32_t(a.factor_columns) : 0;
+    await_previous();
+    for (int64_t token = blockIdx.x; token < a.tokens; token += gridDim.x)
+        a.parts == 2 ? split_token<2>(a, token, inverse, tops, partial)
+                     : split_token<3>(a, token, inverse, tops, partial);
+}
+
+int start_split(const Split &a, cudaStream_t stream) {
+    const int64_t threads = (a.n + 255) / 256 * 32;  // eight numbers each, or more
+    const int shared_bytes = 4 * (1 + a.parts) * (SPLITTERS / 32);
+    return launch(split_inputs, a.tokens, a.pieces, int(threads < SPLITTERS ? threads : SPLITTERS),
+                  shared_bytes, stream, a);
+}
+
+}  // namespace
+
+#endif
