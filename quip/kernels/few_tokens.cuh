@@ -337,8 +337,8 @@ template <class Code, bool GROUPED> int start(const Product &a, cudaStream_t str
     const auto kernel =
         at.columns <= WIDTH ? multiply_few<Code, 1, GROUPED> : multiply_few<Code, 2, GROUPED>;
     const int64_t tiles = divided_up(a.m, ROWS);
-    const int64_t resident = int64_t(processors()) * RESIDENT / a.warps / a.layers;
-    return launch(kernel, resident < tiles ? resident : tiles, a.layers, 32 * a.warps, at.bytes, stream, a);
+    const int64_t resident = max(int64_t(1), int64_t(processors()) * RESIDENT / a.warps / a.layers);
+    return launch(kernel, min(resident, tiles), a.layers, 32 * a.warps, at.bytes, stream, a);
 }
 
 }  // namespace

@@ -138,7 +138,8 @@ DEVICE void split_token(const Split &a, int64_t token, uint32_t inverse, uint32_
     if (piece == 0 && threadIdx.x == 0) a.scales[token] = scale;
 }
 
-__global__ void __launch_bounds__(SPLITTERS, 2) split_inputs(const Split a) {
+// As many registers as two blocks of a product leave to SPLITTERS threads: it begins beside them.
+__global__ void __launch_bounds__(SPLITTERS * 5 / 4, 2) split_inputs(const Split a) {
     uint32_t *tops = (uint32_t *)shared_memory();
     int *partial = (int *)(tops + SPLITTERS / 32);
     let_next_begin();

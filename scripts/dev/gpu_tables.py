@@ -44,7 +44,9 @@ def _number(row: Row, name: str, form: str) -> str:
 
 
 def matvec(rows: Sequence[Row]) -> list[str]:
-    """Products with packed codes: of one vector, then of more."""
+    """Products with packed codes: of one vector, then of more; and decoding all of a matrix."""
+    decoded = [row for row in rows if "decode" in row]
+    rows = [row for row in rows if "code" in row]
     halves = [row for row in rows if row["dtype"] == "bfloat16"]
     several = {(row["code"], *row["shape"]) for row in halves if row["tokens"] > 1}
     return [
@@ -60,8 +62,15 @@ def matvec(rows: Sequence[Row]) -> list[str]:
             lambda row: f"{_size(row['shape'])}, {row['tokens']}",
         ),
         "",
+        *_decoded(decoded),
         *_checked(rows),
     ]
+
+
+def _decoded(rows: Sequence[Row]) -> list[str]:
+    """How long all of a matrix takes to be decoded, if that was measured."""
+    said = [f"{r['decode']} {_size(r['shape'])} {r['us']:.1f} ({r['share']:.0%})" for r in rows]
+    return [f"All of a matrix as bfloat16, in µs: {', '.join(said)}.", ""] if rows else []
 
 
 def _crossed(rows: Sequence[Row], column: Any) -> list[str]:

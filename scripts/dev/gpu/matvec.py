@@ -3,8 +3,10 @@
 A row is a code, a shape and a number of vectors. `error` is against float64, over the first and
 last rows of the matrix; `repeats` says that equal inputs gave equal bits. `us` is one product in a
 CUDA graph over more matrices than the caches hold, `share` the bytes of its codes in that time, of
-3.0 TB/s, and `over_bf16` the time of F.linear in bfloat16 divided by it. The last rows are the four
-products of a layer of Llama-2-7B, with q, k, v and gate, up stacked.
+3.0 TB/s, and `over_bf16` the time of F.linear in bfloat16 divided by it. Rows with `layer` are the
+four products of a layer of Llama-2-7B, with q, k, v and gate, up stacked. More than FEW vectors are
+multiplied by a decoded matrix; rows with `decode` are how long that takes to be written, and their
+`share` counts the codes that are read and the bytes that are written.
 """
 
 import statistics
@@ -37,6 +39,7 @@ SHARES = {"int 4": 0.80, "int 3": 0.75, "int 2": 0.65, "E8P12": 0.60, "E8P12RVQ4
 MICROSECONDS = {"int 2": 4.5, "E8P12": 5.5}
 CHECKED = 32  # rows at either end
 FEW = ("int 2", "int 4", "E8P12")
+MANY = (32, 256, 2048)  # vectors
 
 
 def main() -> None:
@@ -51,6 +54,11 @@ def main() -> None:
             for tokens in (4, 16):
                 measure(code, shape, tokens)
             measure(code, shape, 1, torch.float32)
+    for shape in (shapes[0], shapes[-1]):
+        for code in FEW:
+            decode(code, shape)
+            for tokens in MANY:
+                measure(code, shape, tokens)
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,19 @@ def measure(
     if (tokens, dtype) == (1, torch.bfloat16):
         row |= targets(code, shape)
     emit(**row)
+
+
+def decode(code: str, shape: tuple[int, int]) -> None:
+    """How long it takes to write all of W~ in bfloat16, and whether it is what torch decodes."""
+    (m, n), problem = shape, Problem.of(code, shape)
+    calls = [lambda w=w: problem.decoder.dense(w, n, torch.bfloat16) for w in problem.words]
+    ends = (slice(0, CHECKED), slice(m - CHECKED, m))
+    W, expected = calls[0](), torch.cat([problem.rows(part, n) for part in ends])
+    off = torch.cat([W[part] for part in ends]).double() - expected
+    error, bytes_ = float(off.norm() / expected.norm()), problem.words[0].nbytes + W.nbytes
+    us = microseconds(calls)
+    share = round(bytes_ / (us * 1e-6) / BANDWIDTH, 3)
+    emit(decode=code, shape=shape, error=float(f"{error:.2g}"), us=us, share=share)
 
 
 def targets(code: str, shape: tuple[int, int]) -> dict[str, float]:
