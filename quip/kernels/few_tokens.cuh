@@ -334,10 +334,11 @@ __global__ void __launch_bounds__(Of::THREADS, Of::BLOCKS) multiply_few(const Pr
 template <class Code, bool GROUPED> int start(const Product &a, cudaStream_t stream) {
     if (const int status = a.inputs.x ? start_split(a.inputs, stream) : 0) return status;
     const Layout<Code, GROUPED> at(a, 0);
-    const auto kernel =
-        at.columns <= WIDTH ? multiply_few<Code, 1, GROUPED> : multiply_few<Code, 2, GROUPED>;
+    auto kernel = at.columns <= WIDTH ? multiply_few<Code, 1, GROUPED> : multiply_few<Code, 2, GROUPED>;
+    if constexpr (!GROUPED)
+        if (at.columns > 2 * WIDTH) kernel = multiply_few<Code, 4, false>;
     const int64_t tiles = divided_up(a.m, ROWS);
-    const int64_t resident = max(int64_t(1), int64_t(processors()) * RESIDENT / a.warps / a.layers);
+    const int64_t resident = divided_up(int64_t(processors()) * RESIDENT, a.warps * a.layers);
     return launch(kernel, min(resident, tiles), a.layers, 32 * a.warps, at.bytes, stream, a);
 }
 

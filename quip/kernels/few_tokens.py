@@ -2,7 +2,8 @@
 
 Each x is rounded to 16 bits of its largest number, which is twice as exact as bfloat16 at its best;
 to 24 bits where the product is asked for in float32. Sums are exact, and added in one order: equal
-inputs give equal bits, and a vector alone what it gives in a batch.
+inputs give equal bits. So does a vector alone and in a batch, unless rows are so long that blocks
+share them out in another way (`_shared_out`).
 """
 
 import ctypes
@@ -17,13 +18,16 @@ from torch import Tensor
 from quip.kernels.cuda import pointer
 
 FEW = 16  # vectors: for more, the matrix product of a decoded matrix is faster
-COLUMNS = 16  # of bytes, `parts` of them a vector, that one launch multiplies
+COLUMNS = 32  # of bytes, `parts` of them a vector, that one launch multiplies,
+GROUPED = 16  # and by rows with steps of groups
 NARROW = 8  # up to so many of them, a block may have 16 warps
 LONG = 2**14  # columns, from which on it does
 LONGEST = 2**16  # columns: sums of so many codes of 8 bits and bytes of x fit 32 bits
 PIECE = 2**13  # columns that a block splits of a vector, about
-ROOM, MOST = 100 * 2**10, 180 * 2**10  # bytes of a block's memory for x, and with steps of groups
-STEPS = 144  # bytes of the steps of a group, as in few_tokens.cuh
+ROOM = 100 * 2**10  # bytes of a block's memory for x, where two blocks are to have room,
+BLOCK = 224 * 2**10  # and of all of it
+SHARED = 16  # columns of bytes, up to which they have registers
+STEPS, TABLE, SUMS = 144, 2**15, 160  # bytes of a group, a table, and a warp's sums of a column
 UNITS = 4  # of 16 bytes a plane, that a warp reads side by side: a chunk
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum Kind
 
@@ -81,7 +85,8 @@ def multiply(
     n, m = x.shape[-1], len(matrix.words)
     X = aligned(x.detach().reshape(-1, n))
     parts = 3 if dtype == torch.float32 else 2
-    done = [_multiply(part, matrix, parts, start) for part in X.split(COLUMNS // parts)]
+    together = (GROUPED if matrix.group else COLUMNS) // parts
+    done = [_multiply(part, matrix, parts, start) for part in X.split(together)]
     return (done[0] if len(done) == 1 else torch.cat(done)).view(*x.shape[:-1], m)
 
 
@@ -157,10 +162,13 @@ def _shared_out(n: int, columns: int, matrix: Matrix) -> tuple[int, int]:
     """
     alone = matrix.tables is not None and n >= LONG and columns <= NARROW
     warps = 16 if alone else 8
+    tables = 0 if matrix.tables is None else len(matrix.tables)
     steps = STEPS * -(-n // matrix.group) if matrix.group else 0
+    left = BLOCK - TABLE * tables - steps - SUMS * warps * columns
+    room = min(ROOM, left) if columns <= SHARED else left
     chunk = UNITS * matrix.unit_columns
-    gaps = 0 if matrix.tables is None else chunk // 8
-    chunks = max(1, min(ROOM, MOST - steps) // (columns * (chunk + gaps)))  # of a block
+    gaps = chunk // 8 if tables else 0
+    chunks = max(1, room // (columns * (chunk + gaps)))  # of a block
     return warps, -(-n // (chunks * chunk))
 
 
