@@ -205,7 +205,7 @@ class Grids(Decoder):
 
     def decode(self, codes: Integer[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """step (code - zero) in float32."""
-        return grid_matvec.reference.decode(codes, self.step, self.zero, **self._kind)
+        return grid_matvec.reference.decode(codes, self.step, self.zero, *self._kind.values())
 
     def dense(self, words: Tensor, n: int, dtype: torch.dtype) -> Float[Tensor, "m n"]:
         return grid_matvec.decode(words, self.step, self.zero, n=n, dtype=dtype, **self._kind)

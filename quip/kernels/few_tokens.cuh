@@ -101,24 +101,24 @@ DEVICE void copy_tables(uint32_t *to, const uint32_t *from, int entries) {
 template <class Code, bool GROUPED>
 DEVICE void copy_inputs(const Product &a, const Layout<Code, GROUPED> &at, uint8_t *to) {
     using Lay = Layout<Code, GROUPED>;
-    const int run = int(a.inputs.n) / Lay::RUNS, begin = at.first * RUN * Code::UNITS;
-    const bool wide = Lay::RUNS == 1 || run % 16 == 0;
-    for (int column = 0; column < at.columns; column++)
-        for (int i = 0; i < Lay::RUNS; i++) {
-            const uint8_t *from = a.inputs.bytes + column * a.inputs.n + i * run;
-            uint8_t *place = to + column * at.column_bytes + i * at.run_bytes;
-            for (int unit = threadIdx.x; unit < at.most * 4 * Code::UNITS; unit += blockDim.x) {
-                const int offset = begin + 16 * unit;
-                uint8_t *into = place + unit / Code::UNITS * Lay::LANE + unit % Code::UNITS * 16;
-                if (wide && offset < run) {
-                    copy_fresh(into, from + offset);
-                    continue;
-                }
-                *(uint4 *)into = uint4{0, 0, 0, 0};
-                for (int byte = 0; byte < 16 && offset + byte < run; byte += 4)
-                    *(uint32_t *)(into + byte) = read_fresh((const uint32_t *)(from + offset + byte));
-            }
+    const int run_columns = int(a.inputs.n) / Lay::RUNS, begin = at.first * RUN * Code::UNITS;
+    const int units = at.most * 4 * Code::UNITS;  // of a run
+    const uint32_t inverse = ~0u / uint32_t(units);
+    const bool wide = Lay::RUNS == 1 || run_columns % 16 == 0;
+    for (int i = threadIdx.x; i < at.columns * Lay::RUNS * units; i += blockDim.x) {
+        const int place = divided(i, inverse), unit = i - place * units, offset = begin + 16 * unit;
+        const int column = place / Lay::RUNS, run = place % Lay::RUNS;
+        const uint8_t *from = a.inputs.bytes + column * a.inputs.n + run * run_columns + offset;
+        uint8_t *into = to + column * at.column_bytes + run * at.run_bytes;
+        into += unit / Code::UNITS * Lay::LANE + unit % Code::UNITS * 16;
+        if (wide && offset < run_columns) {
+            copy_fresh(into, from);
+            continue;
         }
+        *(uint4 *)into = uint4{0, 0, 0, 0};
+        for (int byte = 0; byte < 16 && offset + byte < run_columns; byte += 4)
+            *(uint32_t *)(into + byte) = read_fresh((const uint32_t *)(from + byte));
+    }
 }
 
 // scales[token], and behind them what the numbers of a token add up to
@@ -224,7 +224,8 @@ DEVICE void finish(const Product &a, int tile, int columns, const float *sums, c
     }
 }
 
-// The threads of a block at most, and how many of such blocks a multiprocessor has registers for
+// The threads of a block, and how many of such blocks a multiprocessor is to have registers for: 80 a
+// thread where they are 768 together, which leaves some to the kernels that come next; 128 at 512.
 template <class Code, int TILES, bool GROUPED> struct Held {
     static constexpr int THREADS = TILES == 1 ? 32 * Code::WARPS : 256;
     static constexpr int LEFT = Code::HELD + 1 - TILES - GROUPED;
@@ -246,7 +247,7 @@ __global__ void __launch_bounds__(Of::THREADS, Of::BLOCKS) multiply_few(const Pr
     const bool wide = a.row_bytes % 16 == 0 && plane_bytes % 16 == 0 && (uintptr_t)a.words % 16 == 0;
 
     let_next_begin();
-    if (first < last) prefetch_rows<Code>(a, first, at.first);
+    prefetch_rows<Code>(a, first, at.first);
     if (Code::TABLES) copy_tables((uint32_t *)tables, a.tables, Code::TABLES * ENTRIES);
     await_previous();
 
@@ -266,7 +267,7 @@ __global__ void __launch_bounds__(Of::THREADS, Of::BLOCKS) multiply_few(const Pr
         }
     };
     go_to(first);
-    if (first < last) fetch(now, 0);
+    fetch(now, 0);
     copy_inputs<Code, GROUPED>(a, at, columns);
     copy_scales(a.inputs, scales);
 

@@ -101,7 +101,9 @@ def test_a_decoder_without_a_form_of_its_own_decodes_and_multiplies():
     codes = torch.randint(2**9, (5, 8), generator=rng)
     x = torch.randn(3, 16, generator=rng)
     ours = points.multiply(pack(codes, 9), x, torch.float32)
-    assert torch.equal(ours, x @ points.decode(codes).float().T)
+    W = points.decode(codes)
+    assert torch.equal(ours, x @ W.float().T)
+    assert torch.equal(points.dense(pack(codes, 9), 16, torch.bfloat16), W.bfloat16())
 
 
 def test_without_a_compiler_torch_does_the_work(monkeypatch):

@@ -31,7 +31,7 @@ DEVICE uint32_t look_up(const uint8_t *tables, Table table, const uint4 &unit, i
 // Planes of bytes: signs and |v| of the first stage, then the byte of E81B, or both of E8P
 template <int STAGE_PLANES> struct Lattice {
     static constexpr int PLANES = STAGE_PLANES, SLICES = 8, SUMS = PLANES == 2 ? 2 : 4, AHEAD = 1;
-    static constexpr int TABLES = PLANES == 3 ? 3 : 2, UNITS = 8, WARPS = 16, HELD = PLANES == 4 ? 2 : 3;
+    static constexpr int TABLES = PLANES == 3 ? 3 : 2, UNITS = 8, WARPS = PLANES == 2 ? 24 : 16, HELD = PLANES == 4 ? 2 : 3;
 
     // Of a lane's 16 codes a slice has two.
     template <int TILES>
