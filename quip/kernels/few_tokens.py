@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int32, UInt8
@@ -25,7 +26,7 @@ LONG = 2**14  # columns, from which on it does
 LONGEST = 2**16  # columns: sums of so many codes of 8 bits and bytes of x fit 32 bits
 PIECE = 2**13  # columns that a block splits of a vector, about
 ROOM = 100 * 2**10  # bytes of a block's memory for x, where two blocks are to have room,
-BLOCK = 224 * 2**10  # and of all of it
+BLOCK = 224 * 2**10  # and of all of it, on an H100
 SHARED = 16  # columns of bytes, up to which they have registers
 STEPS, TABLE, SUMS = 144, 2**15, 160  # bytes of a group, a table, and a warp's sums of a column
 UNITS = 4  # of 16 bytes a plane, that a warp reads side by side: a chunk
@@ -148,10 +149,11 @@ def _split(X: Float[Tensor, "tokens n"], matrix: Matrix, parts: int) -> tuple[Sp
     return split, room
 
 
-def are_few(x: Tensor) -> bool:
-    """Whether the kernel takes these vectors: few of them, that need no gradient."""
+def are_few(x: Tensor, matrix: Matrix) -> bool:
+    """Whether the kernel takes them: they need no gradient, and a block has room for one."""
     learns = torch.is_grad_enabled() and x.requires_grad
-    return x.dtype in KINDS and 0 < x.numel() <= FEW * x.shape[-1] and not learns
+    few = x.dtype in KINDS and 0 < x.numel() <= FEW * x.shape[-1] and not learns
+    return few and _chunks(x.shape[-1], 3, 16, matrix) > 0
 
 
 def _shared_out(n: int, columns: int, matrix: Matrix) -> tuple[int, int]:
@@ -162,14 +164,29 @@ def _shared_out(n: int, columns: int, matrix: Matrix) -> tuple[int, int]:
     """
     alone = matrix.tables is not None and n >= LONG and columns <= NARROW
     warps = 16 if alone else 8
+    chunks = _chunks(n, columns, warps, matrix)
+    return warps, -(-n // (chunks * UNITS * matrix.unit_columns))
+
+
+def _chunks(n: int, columns: int, warps: int, matrix: Matrix) -> int:
+    """Chunks of columns of bytes that a block has room for."""
     tables = 0 if matrix.tables is None else len(matrix.tables)
     steps = STEPS * -(-n // matrix.group) if matrix.group else 0
-    left = BLOCK - TABLE * tables - steps - SUMS * warps * columns
+    sums = SUMS * warps * columns
+    left = _block_bytes(matrix.words.device) - TABLE * tables - steps - sums
     room = min(ROOM, left) if columns <= SHARED else left
     chunk = UNITS * matrix.unit_columns
     gaps = chunk // 8 if tables else 0
-    chunks = max(1, room // (columns * (chunk + gaps)))  # of a block
-    return warps, -(-n // (chunks * chunk))
+    return room // (columns * (chunk + gaps))
+
+
+@cache
+def _block_bytes(device: torch.device) -> int:
+    """Of a block's shared memory, less what the driver keeps of it."""
+    if device.type != "cuda":
+        return BLOCK
+    held = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return min(BLOCK, held - 4 * 2**10)
 
 
 def aligned(numbers: Tensor) -> Tensor:

@@ -167,17 +167,42 @@ def test_every_point_of_every_stage_is_read_as_it_is_decoded(name):
 
 @pytest.mark.usefixtures("emulated")
 @needs_compiler
-@pytest.mark.parametrize("bits", [2, 3])
-def test_columns_that_fit_no_block_are_shared_out_to_layers(monkeypatch, bits):
-    asked = []
-    monkeypatch.setattr(few_tokens, "ROOM", 2**13)
-    monkeypatch.setattr(
-        "quip.kernels.cuda.launch",
-        lambda *args: asked.append(args[3]._obj.layers) or launch(*args),
-    )
-    decoder, codes = grids(17, 8192, bits, None, symmetric=False)
-    check(decoder, codes, torch.randn(1, 8192), torch.bfloat16)
-    assert asked[0] > 1
+@pytest.mark.parametrize("tokens", [1, FEW])
+@pytest.mark.parametrize("kind", ["grid", "grouped", "lattice"])
+def test_columns_that_fit_no_block_are_shared_out_to_layers(monkeypatch, kind, tokens):
+    layers = []
+
+    def look(*args):
+        layers.append(args[3]._obj.layers)
+        launch(*args)
+
+    monkeypatch.setattr("quip.kernels.cuda.launch", look)
+    monkeypatch.setattr(few_tokens, "_chunks", lambda *_: 2)
+    decoder, codes = {
+        "grid": lambda: grids(9, 2048, 3, None, symmetric=False),
+        "grouped": lambda: grids(9, 2048, 2, 128, symmetric=False),
+        "lattice": lambda: lattices(9, 2048, "E8P12", None),
+    }[kind]()
+    x = torch.randn(tokens, 2048)
+    check(decoder, codes, x, torch.bfloat16)
+    assert min(layers) > 1
+    words = pack(codes, decoder.index_bits)
+    halves = multiply(x.half(), words, decoder, torch.bfloat16)
+    assert torch.equal(halves, multiply(x.half().float(), words, decoder, torch.bfloat16).half())
+
+
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
+def test_where_a_block_has_no_room_the_matrix_is_decoded(monkeypatch):
+    monkeypatch.setattr(few_tokens, "_block_bytes", lambda device: 96 * 2**10)
+    for name, alone in (("E8P12", True), ("E8P12RVQ3B", False)):  # two tables, and three
+        decoder, codes = lattices(3, 64, name, None)
+        matrix = lattice_form._matrix(
+            pack(codes, decoder.index_bits), decoder._stages(CPU), decoder.scale, 64, None, None
+        )
+        x = torch.randn(1, 64)
+        assert few_tokens.are_few(x, matrix) == alone
+        check(decoder, codes, x, torch.float32)
 
 
 @pytest.mark.usefixtures("emulated")

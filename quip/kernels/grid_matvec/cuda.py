@@ -30,14 +30,17 @@ def multiply(
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T for a few vectors, as few_tokens.py tells; for more, with W~ decoded to `dtype`."""
     n = x.shape[-1]
-    if not _few(x, zero, bits, group):
+    matrix = _matrix(words, step, zero, n, bits, group)
+    # Groups of rows are taken in whole runs only.
+    whole = (matrix.group or 0) % RUN == 0 and 16 * n // UNIT_COLUMNS[bits] % RUN == 0
+    if not are_few(x, matrix) or (matrix.group and not whole):
         W = decode(words, step, zero, n=n, bits=bits, group=group, dtype=dtype)
         return linear(x.to(dtype), W).to(x.dtype)
 
     def start(call: Product) -> None:
         cuda.launch(SOURCE, "multiply_grid", x.device, ctypes.byref(call), bits)
 
-    return few_tokens.multiply(x, _matrix(words, step, zero, n, bits, group), dtype, start)
+    return few_tokens.multiply(x, matrix, dtype, start)
 
 
 def decode(
@@ -74,15 +77,6 @@ def _matrix(
         factor_columns=group or n,
         middle=(2**bits - 1) / 2,
     )
-
-
-def _few(x: Tensor, zero: Tensor | None, bits: int, group: int | None) -> bool:
-    """Whether the kernel for a few vectors serves: it takes groups of rows in whole runs only."""
-    n = x.shape[-1]
-    if zero is not None and group is not None and group < n:
-        whole = group % RUN == 0 and 16 * n // UNIT_COLUMNS[bits] % RUN == 0
-        return whole and are_few(x)
-    return are_few(x)
 
 
 def _multiplies(

@@ -34,7 +34,8 @@ def multiply(
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T for a few vectors, as few_tokens.py tells; for more, with W~ decoded to `dtype`."""
     n = x.shape[-1]
-    if not are_few(x):
+    matrix = _matrix(words, stages, scales, n, group, ratio)
+    if not are_few(x, matrix):
         W = decode(words, stages, scales, n=n, group=group, ratio=ratio, dtype=dtype)
         return linear(x.to(dtype), W).to(x.dtype)
 
@@ -42,7 +43,7 @@ def multiply(
         planes = code_bits(stages) // 8
         cuda.launch(SOURCE, "multiply_lattice", x.device, ctypes.byref(call), planes)
 
-    return few_tokens.multiply(x, _matrix(words, stages, scales, n, group, ratio), dtype, start)
+    return few_tokens.multiply(x, matrix, dtype, start)
 
 
 def decode(
