@@ -266,7 +266,9 @@ def test_x_is_split_to_bytes_as_split_cuh_tells(monkeypatch, dtype):
     split = scales[:, None] * (columns.double() * bases[:, None]).sum(1)
     levels = 127 * 256 ** (len(bases) - 1)
     torch.testing.assert_close(scales, weighed.abs().amax(1) / levels)
-    assert float((split - weighed).abs().max()) <= float(scales.max())
+    # Half a step of a scale of 16 bits; of 24 bits, what float32 rounds is as much, twice.
+    off = 0.51 if len(bases) == 2 else 2
+    assert float((split - weighed).abs().max()) <= off * float(scales.max())
     assert torch.equal(sums.sum(-1), columns.sum(-1))
 
 
