@@ -50,7 +50,7 @@ DEVICE uint32_t largest_of_warp(uint32_t number) { return __reduce_max_sync(~0u,
 
 // Kernels that are launched by `launch` one after the other overlap (from sm_90 on): the next one
 // begins when all blocks of this one have called let_next_begin, and what precedes its own
-// await_previous may touch nothing that this one writes.
+// await_previous may touch nothing that this one writes, and write nothing that this one reads.
 DEVICE void let_next_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -89,11 +89,15 @@ template <class Code> DEVICE void prefetch_rows(const Product &a, int tile, int 
     }
 }
 
-// Each entry COPIES times
+// Each entry COPIES times; neighbours begin at different ones, which are in different banks
 DEVICE void copy_tables(uint32_t *to, const uint32_t *from, int entries) {
-    for (int i = threadIdx.x; i < entries * COPIES / 4; i += blockDim.x) {
-        const uint32_t word = from[i / (COPIES / 4)];
-        ((uint4 *)to)[i] = uint4{word, word, word, word};
+    constexpr int PARTS = COPIES / 4;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < entries; i += blockDim.x) {
+        const uint32_t word = from[i];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++)
+            ((uint4 *)to)[i * PARTS + (part + i) % PARTS] = uint4{word, word, word, word};
     }
 }
 
