@@ -48,7 +48,7 @@ constexpr int PREFETCHED = 1536;   // bytes of a row, until x is there
 constexpr int BASE = 0x4b400000;   // the bits of 1.5 * 2^23: those of BASE + i are it plus i,
 constexpr float BASED = 12582912;  // for |i| < 2^22
 
-__host__ DEVICE int divided_up(int64_t count, int64_t by) { return int((count + by - 1) / by); }
+__host__ DEVICE int divided_up(int count, int by) { return (count + by - 1) / by; }
 
 // Which chunks are a warp's, first + warp + warps i, and where things lie in the memory of a block.
 // A run is what x has of consecutive columns: a slice of grids, or all of a row of lattices' codes,
@@ -60,7 +60,7 @@ template <class Code, bool GROUPED> struct Layout {
     int first, last, most, rounds, columns, run_bytes, column_bytes, steps, sums, scales, bytes;
 
     __host__ __device__ Layout(const Product &a, int layer) {
-        const int chunks = divided_up(a.plane_bytes, RUN), tokens = int(a.inputs.tokens);
+        const int chunks = divided_up(int(a.plane_bytes), RUN), tokens = int(a.inputs.tokens);
         first = chunks * layer / a.layers, last = chunks * (layer + 1) / a.layers;
         most = divided_up(chunks, a.layers);
         rounds = divided_up(most, a.warps * Code::AHEAD) * Code::AHEAD;
@@ -70,7 +70,7 @@ template <class Code, bool GROUPED> struct Layout {
         // Two columns are read together: they must not start at the same bank.
         column_bytes += column_bytes % 128 ? 0 : 64;
         steps = divided_up(Code::TABLES * ENTRIES * COPIES * 4 + columns * column_bytes, 128) * 128;
-        sums = steps + (GROUPED ? divided_up(a.inputs.n, a.group) * STEPS : 0);
+        sums = steps + (GROUPED ? divided_up(int(a.inputs.n), int(a.group)) * STEPS : 0);
         scales = sums + 2 * a.warps * columns * SPACED * 4;
         bytes = scales + 2 * tokens * 4;
     }
@@ -78,8 +78,8 @@ template <class Code, bool GROUPED> struct Layout {
 
 // The first bytes of the rows of a tile to L2
 template <class Code> DEVICE void prefetch_rows(const Product &a, int tile, int first_chunk) {
-    const int64_t begin = int64_t(first_chunk) * RUN;
-    const int lines = divided_up(min(a.plane_bytes - begin, int64_t(PREFETCHED / Code::PLANES)), 128);
+    const int begin = first_chunk * RUN;
+    const int lines = divided_up(min(int(a.plane_bytes) - begin, PREFETCHED / Code::PLANES), 128);
     for (int i = threadIdx.x; i < ROWS * lines; i += blockDim.x) {
         const int64_t row = int64_t(tile) * ROWS + i % ROWS;
         if (row >= a.m) continue;
@@ -245,8 +245,8 @@ __global__ void __launch_bounds__(Of::THREADS, Of::BLOCKS) multiply_few(const Pr
     uint8_t *tables = memory, *columns = memory + Code::TABLES * ENTRIES * COPIES * 4;
     float *scales = (float *)(memory + at.scales);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int64_t tiles = divided_up(a.m, ROWS);
-    const int first = int(tiles * blockIdx.x / gridDim.x), last = int(tiles * (blockIdx.x + 1) / gridDim.x);
+    const uint32_t tiles = divided_up(int(a.m), ROWS);
+    const int first = tiles * blockIdx.x / gridDim.x, last = tiles * (blockIdx.x + 1) / gridDim.x;
     const int plane_bytes = int(a.plane_bytes);
     const bool wide = a.row_bytes % 16 == 0 && plane_bytes % 16 == 0 && (uintptr_t)a.words % 16 == 0;
 
@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(Of::THREADS, Of::BLOCKS) multiply_few(const Pr
         const int column = WIDTH * i + g < at.columns ? WIDTH * i + g : 0;
         x[i] = columns + column * at.column_bytes + t * Lay::LANE;
     }
-    const int groups = GROUPED ? divided_up(a.inputs.n, a.group) : 0;
-    const uint32_t by_group = GROUPED ? ~0u / uint32_t(a.group / RUN) : 0;
+    const int groups = GROUPED ? divided_up(int(a.inputs.n), int(a.group)) : 0;
+    const uint32_t by_group = GROUPED ? ~0u / (uint32_t(a.group) / RUN) : 0;
     for (int tile = first; tile < last; tile++) {
         if (GROUPED) copy_steps(a, tile, groups, memory + at.steps);
         if (GROUPED || tile == first) {
@@ -342,9 +342,8 @@ template <class Code, bool GROUPED> int start(const Product &a, cudaStream_t str
     auto kernel = at.columns <= WIDTH ? multiply_few<Code, 1, GROUPED> : multiply_few<Code, 2, GROUPED>;
     if constexpr (!GROUPED)
         if (at.columns > 2 * WIDTH) kernel = multiply_few<Code, 4, false>;
-    const int64_t tiles = divided_up(a.m, ROWS);
-    const int64_t resident = divided_up(int64_t(processors()) * RESIDENT, a.warps * a.layers);
-    return launch(kernel, min(resident, tiles), a.layers, 32 * a.warps, at.bytes, stream, a);
+    const int resident = divided_up(processors() * RESIDENT, a.warps * a.layers);
+    return launch(kernel, min(resident, divided_up(int(a.m), ROWS)), a.layers, 32 * a.warps, at.bytes, stream, a);
 }
 
 }  // namespace
