@@ -27,7 +27,8 @@ struct Split {  // as in few_tokens.py
 
 namespace {
 
-constexpr int SPLITTERS = 512;      // threads of a block, at most
+constexpr int SPLITTERS = 384;      // threads of a block, at most
+constexpr int BATCH = 4;            // of four numbers, that a thread reads at once
 enum Kind { FLOAT, BFLOAT, HALF };  // what a number is stored as
 
 DEVICE float from_bits(uint32_t bits, int kind) {  // the lower 16 of them
@@ -45,35 +46,66 @@ DEVICE void write_number(void *to, int64_t at, int kind, float value) {
         ((uint16_t *)to)[at] = uint16_t(pair_of(value, 0, kind == BFLOAT));
 }
 
-// Numbers 4 i ... 4 i + 3, which an earlier kernel may just have written
-DEVICE float4 four_numbers(const void *from, int64_t i, int kind) {
-    if (kind == FLOAT) return read_fresh((const float4 *)from + i);
-    const uint2 bits = read_fresh((const uint2 *)from + i);
-    return float4{from_bits(bits.x, kind), from_bits(bits.x >> 16, kind), from_bits(bits.y, kind),
-                  from_bits(bits.y >> 16, kind)};
-}
-
 // number / by, for both of 2^16 at most, with inverse = (2^32 - 1) / by
 DEVICE uint32_t divided(uint32_t number, uint32_t inverse) {
     return uint32_t((uint64_t(number) * inverse + inverse) >> 32);
 }
 
-DEVICE float4 read_four(const Split &a, int64_t token, int quad, uint32_t inverse) {
-    float4 four = four_numbers(a.x, token * (a.n / 4) + quad, a.x_kind);
-    if (!a.factors) return four;
-    float4 factor;
-    if (a.factor_columns == 1) {
-        factor = four_numbers(a.factors, quad, a.factor_kind);
-    } else if (a.factor_columns % 4 == 0) {
-        factor.x = number(a.factors, divided(4 * quad, inverse), a.factor_kind);
-        factor.y = factor.z = factor.w = factor.x;
-    } else {
-        factor.x = number(a.factors, divided(4 * quad, inverse), a.factor_kind);
-        factor.y = number(a.factors, divided(4 * quad + 1, inverse), a.factor_kind);
-        factor.z = number(a.factors, divided(4 * quad + 2, inverse), a.factor_kind);
-        factor.w = number(a.factors, divided(4 * quad + 3, inverse), a.factor_kind);
+// Which quads of numbers a thread reads at once: their latency is what this kernel takes
+struct Quads {
+    int at[BATCH];
+    DEVICE Quads(int first, int end) {  // those beyond the end stand for the first one
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int quad = first + i * int(blockDim.x);
+            at[i] = quad < end ? quad : first;
+        }
     }
-    return float4{four.x * factor.x, four.y * factor.y, four.z * factor.z, four.w * factor.w};
+};
+
+// Quads of numbers, which an earlier kernel may just have written
+DEVICE void read_quads(float4 (&to)[BATCH], const void *from, int kind, const Quads &quads) {
+    if (kind == FLOAT) {
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) to[i] = read_fresh((const float4 *)from + quads.at[i]);
+        return;
+    }
+    uint2 bits[BATCH];
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) bits[i] = read_fresh((const uint2 *)from + quads.at[i]);
+#pragma unroll
+    for (int i = 0; i < BATCH; i++)
+        to[i] = float4{from_bits(bits[i].x, kind), from_bits(bits[i].x >> 16, kind),
+                       from_bits(bits[i].y, kind), from_bits(bits[i].y >> 16, kind)};
+}
+
+// Quads of x times their factors
+DEVICE void read_inputs(float4 (&to)[BATCH], const Split &a, int64_t token, uint32_t inverse,
+                        const Quads &quads) {
+    const int size = a.x_kind == FLOAT ? 4 : 2;
+    read_quads(to, (const uint8_t *)a.x + token * a.n * size, a.x_kind, quads);
+    if (!a.factors) return;
+    if (a.factor_columns == 1) {
+        float4 by[BATCH];
+        read_quads(by, a.factors, a.factor_kind, quads);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            to[i] = float4{to[i].x * by[i].x, to[i].y * by[i].y, to[i].z * by[i].z, to[i].w * by[i].w};
+        return;
+    }
+    const auto factor = [&](int column) {
+        return number(a.factors, divided(column, inverse), a.factor_kind);
+    };
+    const bool shared = a.factor_columns % 4 == 0;
+#pragma unroll
+    for (int i = 0; i < BATCH; i++) {
+        const int first = 4 * quads.at[i];
+        const float by = factor(first);
+        to[i].x *= by;
+        to[i].y *= shared ? by : factor(first + 1);
+        to[i].z *= shared ? by : factor(first + 2);
+        to[i].w *= shared ? by : factor(first + 3);
+    }
 }
 
 // The lowest byte of each number, signed, as one word; what is left of the numbers is a 256th.
@@ -94,13 +126,15 @@ DEVICE void split_token(const Split &a, int64_t token, uint32_t inverse, uint32_
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int quads = int(a.n / 4), piece = blockIdx.y;
     uint32_t top = 0;  // the bits of |x| are ordered as it is, and NaN is above all
-#pragma unroll 4
-    for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
-        const float4 four = read_four(a, token, quad, inverse);
-        for (float each : {four.x, four.y, four.z, four.w}) {
-            const uint32_t size = __float_as_uint(each) & 0x7fffffff;
-            top = size > top ? size : top;
-        }
+    float4 four[BATCH];
+    for (int first = threadIdx.x; first < quads; first += BATCH * blockDim.x) {
+        read_inputs(four, a, token, inverse, Quads(first, quads));
+#pragma unroll
+        for (int i = 0; i < BATCH; i++)
+            for (float each : {four[i].x, four[i].y, four[i].z, four[i].w}) {
+                const uint32_t size = __float_as_uint(each) & 0x7fffffff;
+                top = size > top ? size : top;
+            }
     }
     top = largest_of_warp(top);
     if (lane == 0) tops[warp] = top;
@@ -115,13 +149,18 @@ DEVICE void split_token(const Split &a, int64_t token, uint32_t inverse, uint32_
     int sums[PARTS] = {};
     uint8_t *to = a.bytes + token * PARTS * a.n;
     const int end = quads * (piece + 1) / a.pieces;
-    for (int quad = quads * piece / a.pieces + threadIdx.x; quad < end; quad += blockDim.x) {
-        const float4 four = read_four(a, token, quad, inverse);
-        int v[4] = {__float2int_rn(four.x * inverse_scale), __float2int_rn(four.y * inverse_scale),
-                    __float2int_rn(four.z * inverse_scale), __float2int_rn(four.w * inverse_scale)};
+    for (int first = quads * piece / a.pieces + threadIdx.x; first < end; first += BATCH * blockDim.x) {
+        read_inputs(four, a, token, inverse, Quads(first, end));
 #pragma unroll
-        for (int part = 0; part < PARTS; part++)
-            ((uint32_t *)(to + part * a.n))[quad] = split_bytes(v, sums[part]);
+        for (int i = 0; i < BATCH; i++) {
+            const int quad = first + i * int(blockDim.x);
+            if (quad >= end) break;
+            int v[4] = {__float2int_rn(four[i].x * inverse_scale), __float2int_rn(four[i].y * inverse_scale),
+                        __float2int_rn(four[i].z * inverse_scale), __float2int_rn(four[i].w * inverse_scale)};
+#pragma unroll
+            for (int part = 0; part < PARTS; part++)
+                ((uint32_t *)(to + part * a.n))[quad] = split_bytes(v, sums[part]);
+        }
     }
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
@@ -139,7 +178,7 @@ DEVICE void split_token(const Split &a, int64_t token, uint32_t inverse, uint32_
 }
 
 // As many registers as two blocks of a product leave to SPLITTERS threads: it begins beside them.
-__global__ void __launch_bounds__(SPLITTERS * 5 / 4, 2) split_inputs(const Split a) {
+__global__ void __launch_bounds__(SPLITTERS * 4 / 3, 2) split_inputs(const Split a) {
     uint32_t *tops = (uint32_t *)shared_memory();
     int *partial = (int *)(tops + SPLITTERS / 32);
     let_next_begin();
