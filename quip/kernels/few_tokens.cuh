@@ -18,6 +18,7 @@
 #ifndef QUIP_FEW_TOKENS
 #define QUIP_FEW_TOKENS
 
+#include "planes.cuh"
 #include "split.cuh"
 
 // Not in the namespace below: nvcc makes what takes it invisible outside the library then.
@@ -40,8 +41,6 @@ constexpr int ROWS = 16;           // of a warp, and of its block
 constexpr int RUN = 64;            // columns of a slice
 constexpr int WIDTH = 8;           // columns of x that tensor cores multiply at once
 constexpr int SPACED = ROWS + 4;   // floats from one column of sums to the next: no bank conflicts
-constexpr int COPIES = 32;         // of each entry of a table, one a lane: no bank conflicts either
-constexpr int ENTRIES = 256;       // of a table
 constexpr int STEPS = 9 * 16;      // bytes of a group's steps, with a gap for the same reason
 constexpr int RESIDENT = 16;       // warps of a multiprocessor: more get into each other's way
 constexpr int PREFETCHED = 1536;   // bytes of a row, until x is there
@@ -89,18 +88,6 @@ template <class Code> DEVICE void prefetch_rows(const Product &a, int tile, int 
     }
 }
 
-// Each entry COPIES times; neighbours begin at different ones, which are in different banks
-DEVICE void copy_tables(uint32_t *to, const uint32_t *from, int entries) {
-    constexpr int PARTS = COPIES / 4;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < entries; i += blockDim.x) {
-        const uint32_t word = from[i];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++)
-            ((uint4 *)to)[i * PARTS + (part + i) % PARTS] = uint4{word, word, word, word};
-    }
-}
-
 // What a layer multiplies of the bytes of x; 0 beyond the ends of runs, where words may stand for points
 template <class Code, bool GROUPED>
 DEVICE void copy_inputs(const Product &a, const Layout<Code, GROUPED> &at, uint8_t *to) {
@@ -140,6 +127,25 @@ DEVICE void copy_scales(const Split &a, float *scales) {
     }
 }
 
+// {step, step * zero} of each group of a row; FULL: steps are of float32
+template <bool FULL> DEVICE void copy_row(const Product &a, int64_t row, int groups, uint8_t *to) {
+    const uint8_t *zeros = a.zero + row * a.zero_row;
+    for (int first = threadIdx.x % 32; first < groups; first += 4 * 32) {
+        float steps[4];
+        uint8_t zero[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // all at once
+            const int group = min(first + 32 * i, groups - 1);
+            steps[i] = number(a.step, row * a.step_row + group, FULL ? FLOAT : a.step_kind);
+            zero[i] = zeros[group];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (first + 32 * i < groups)
+                *(float2 *)(to + (first + 32 * i) * STEPS) = float2{steps[i], steps[i] * float(zero[i])};
+    }
+}
+
 // For each group, and each g, {step, step * zero} of rows g and g + 8 of a tile; those of the next one
 // to L2
 DEVICE void copy_steps(const Product &a, int tile, int groups, uint8_t *to) {
@@ -150,35 +156,10 @@ DEVICE void copy_steps(const Product &a, int tile, int groups, uint8_t *to) {
         for (int i = 128 * lane; i < groups * size; i += 32 * 128)
             prefetch((const uint8_t *)a.step + next * a.step_row * size + i);
         for (int i = 128 * lane; i < groups; i += 32 * 128) prefetch(a.zero + next * a.zero_row + i);
-#pragma unroll 4
-        for (int group = lane; group < groups; group += 32) {
-            const float step = number(a.step, at * a.step_row + group, a.step_kind);
-            const float zero = float(a.zero[at * a.zero_row + group]);
-            *(float2 *)(into + group * STEPS) = float2{step, step * zero};
-        }
-    }
-}
-
-template <class Code> struct Unit {  // what a lane reads of one chunk
-    uint4 low[Code::PLANES], high[Code::PLANES];  // of rows g and g + 8
-};
-
-// A unit of a row's planes, 16 bytes each; 0 beyond their ends
-template <class Code>
-DEVICE void read_unit(uint4 (&to)[Code::PLANES], const uint8_t *row, int offset, int plane_bytes,
-                      bool wide) {
-#pragma unroll
-    for (int plane = 0; plane < Code::PLANES; plane++, row += plane_bytes) {
-        to[plane] = uint4{0, 0, 0, 0};
-        if (wide) {
-            if (offset < plane_bytes) to[plane] = read_once((const uint4 *)(row + offset));
-        } else {
-            const uint32_t *from = (const uint32_t *)(row + offset);
-            if (offset < plane_bytes) to[plane].x = from[0];
-            if (offset + 4 < plane_bytes) to[plane].y = from[1];
-            if (offset + 8 < plane_bytes) to[plane].z = from[2];
-            if (offset + 12 < plane_bytes) to[plane].w = from[3];
-        }
+        if (a.step_kind == FLOAT)
+            copy_row<true>(a, at, groups, into);
+        else
+            copy_row<false>(a, at, groups, into);
     }
 }
 
