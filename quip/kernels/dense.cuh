@@ -24,18 +24,39 @@ namespace {
 
 constexpr int DECODERS = 256;  // threads of a block
 
-// The places of columns 4 i ... 4 i + 3 among the groups of a row
-struct Places {
-    uint32_t at[4];
-    DEVICE Places(const Dense &a, uint32_t inverse, int column) {
-        const bool shared = a.group % 4 == 0;
-        at[0] = a.group ? divided(column, inverse) : 0;
+DEVICE uint32_t inverse_of(const Dense &a) { return a.group ? ~0u / uint32_t(a.group) : 0; }
+
+// Steps and zeros of four neighbours, the first one at a multiple of four: the loads of all at once
+struct Levels {
+    float step[4], zero[4];
+    DEVICE Levels(const Dense &a, uint32_t inverse, int64_t row, int column) {
+        const int64_t steps = row * a.step_row, zeros = row * a.zero_row;
+        if (a.group % 4 == 0) {
+            const uint32_t group = a.group ? divided(column, inverse) : 0;
+            step[0] = number(a.step, steps + group, a.step_kind);
+            zero[0] = a.zero ? float(a.zero[zeros + group]) : a.middle;
 #pragma unroll
-        for (int e = 1; e < 4; e++) at[e] = shared ? at[0] : divided(column + e, inverse);
+            for (int e = 1; e < 4; e++) step[e] = step[0], zero[e] = zero[0];
+            return;
+        }
+        uint32_t groups[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) groups[e] = divided(column + e, inverse), zero[e] = a.middle;
+        if (a.step_kind == FLOAT) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) step[e] = number(a.step, steps + groups[e], FLOAT);
+        } else {
+            uint16_t bits[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) bits[e] = ((const uint16_t *)a.step)[steps + groups[e]];
+#pragma unroll
+            for (int e = 0; e < 4; e++) step[e] = from_bits(bits[e], a.step_kind);
+        }
+        if (a.zero)
+#pragma unroll
+            for (int e = 0; e < 4; e++) zero[e] = float(a.zero[zeros + groups[e]]);
     }
 };
-
-DEVICE uint32_t inverse_of(const Dense &a) { return a.group ? ~0u / uint32_t(a.group) : 0; }
 
 // Four neighbours of a row, the first one at a multiple of four
 DEVICE void write_four(const Dense &a, int64_t at, const float (&w)[4]) {
@@ -63,14 +84,11 @@ template <class Codes> __global__ void __launch_bounds__(DECODERS, 3) decode_gri
 #pragma unroll
             for (int slice = 0; slice < Codes::SLICES; slice++) {
                 const int column = slice * plane_bytes + byte;
-                const Places place(a, inverse, column);
+                const Levels levels(a, inverse, row, column);
                 float w[4];
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const float step = number(a.step, row * a.step_row + place.at[e], a.step_kind);
-                    const float zero = a.zero ? float(a.zero[row * a.zero_row + place.at[e]]) : a.middle;
-                    w[e] = (float(codes[slice] >> 8 * e & 255) - zero) * step;
-                }
+                for (int e = 0; e < 4; e++)
+                    w[e] = (float(codes[slice] >> 8 * e & 255) - levels.zero[e]) * levels.step[e];
                 write_four(a, row * a.n + column, w);
             }
         }
