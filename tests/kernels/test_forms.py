@@ -19,6 +19,7 @@ from quip.kernels import (
     centroid_matvec,
     centroids,
     grid_matvec,
+    hessian,
     lattice_matvec,
     lattice_panel,
     lattice_points,
@@ -226,10 +227,21 @@ def learned_panels() -> Iterator[Case]:
             yield Case((X, K.T, eta, h, centroids_), options, (2,))
 
 
+def second_moments() -> Iterator[Case]:
+    for n in (5, 70, 1030):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            yield Case((randn(n, n, seed=1).double(), randn(40, n).to(dtype)), {}, (0,))
+
+
 def near(ours: Tensor, expected: Tensor) -> None:
     """The noise of float32 in sums of some 50 numbers, or of 528 in a rotation."""
     size = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * size)
+
+
+def near_below(ours: Tensor, expected: Tensor) -> None:
+    """On and below the diagonal, above which nothing is meant."""
+    near(ours.tril(), expected.tril())
 
 
 def equal_but_for_ties(ours: Tensor, expected: Tensor) -> None:
@@ -261,6 +273,7 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     centroids.assign: Check(assignments, equal_but_for_ties),
     centroids.improve: Check(improvements),
     centroids.round_columns: Check(learned_panels),
+    hessian.add_products: Check(second_moments, near_below),
 }
 
 

@@ -1,0 +1,6 @@
+"""Add x x^T of many tokens to a float64 matrix, on and below its diagonal."""
+
+from quip.kernels.hessian import cuda, reference
+from quip.kernels.operation import Operation
+
+add_products = Operation(reference.add_products, cuda=cuda.FORM)
