@@ -14,7 +14,7 @@ def cholesky(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         NotPositiveDefinite: with the smallest eigenvalue, or saying that H is not finite.
     """
     L, info = torch.linalg.cholesky_ex(H.double())
-    if int(info) == 0 and bool(torch.isfinite(L.diagonal()).all()):
+    if bool((info == 0) & torch.isfinite(L.diagonal()).all()):  # waits for the device once
         return L
     if not bool(torch.isfinite(H).all()):
         raise NotPositiveDefinite("the matrix holds NaN or infinity")
@@ -69,14 +69,19 @@ def proxy_loss(
     W: Float[Tensor, "m n"], W_hat: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
 ) -> float:
     """tr(E H E^T) / tr(W H W^T), where E = W_hat - W (QuIP, equation 1, made relative)."""
-    error = energy(W_hat.double() - W.double(), H)
-    return error / scale if (scale := energy(W, H)) else error
+    both = torch.stack([_energy(W_hat.double() - W.double(), H), _energy(W, H)])
+    error, scale = both.tolist()  # waits for the device once
+    return error / scale if scale else error
 
 
 def energy(X: Float[Tensor, "m n"], H: Float[Tensor, "n n"]) -> float:
     """tr(X H X^T), what X makes of inputs with second moments H."""
+    return float(_energy(X, H))
+
+
+def _energy(X: Tensor, H: Tensor) -> Tensor:
     X, H = X.double(), H.double()
-    return float(((X @ H) * X).sum())
+    return ((X @ H) * X).sum()
 
 
 def _scale_block_columns(A: Tensor, blocks: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ def factored(H: Float[Tensor, "n n"], recipe: Recipe, damp: float = 0.0) -> Fact
 
 def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
     """H + damp mean(diag H) I (QuIP, Algorithm 1, line 2); the mean of a zero H counts as 1."""
-    H = H.clone()
-    H.diagonal().add_(damp * (float(H.diagonal().mean()) or 1.0))
+    H, mean = H.clone(), H.diagonal().mean()
+    H.diagonal().add_(damp * torch.where(mean == 0, 1.0, mean))
     return H
 
 
@@ -128,9 +128,10 @@ def condition(
 
     Raises NonFinite with the name of the matrix.
     """
-    if not _finite(W):
+    finite = torch.stack([_is_finite(W), _is_finite(H)]).tolist()  # waits for the device once
+    if not finite[0]:
         raise NonFinite(f"{name}: the weights hold NaN or infinity; reload or repair the model")
-    if not _finite(H):
+    if not finite[1]:
         raise NonFinite(
             f"{name}: the inputs' second moments hold NaN or infinity; "
             "run the model in a wider dtype (--dtype float32)"
@@ -139,6 +140,7 @@ def condition(
     return W.masked_fill(dead, 0), H.double()
 
 
-def _finite(A: Tensor) -> bool:
+def _is_finite(A: Tensor) -> Tensor:
     """Whether all entries are; `isfinite` would take as much memory as A and more."""
-    return not A.numel() or bool(torch.stack(A.aminmax()).isfinite().all())
+    ends = torch.stack(A.aminmax()) if A.numel() else A.new_empty(0)
+    return ends.isfinite().all()
