@@ -34,7 +34,8 @@ from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights, find_blocks
 from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.model.records import versions
-from quip.model.walk import batch_size_for, walk
+from quip.model.states import batch_size_for
+from quip.model.walk import walk
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def _collect(
         recipe=asked.recipe,
         seed=asked.seed,
         device=device,
-        batch_size=batch_size_for(tokens.seqlen),
+        batch_size=batch_size_for(tokens.seqlen, loaded.model, device),
         ledger=ledger,
         observed=partial(_keep, writer),
     )
@@ -163,7 +164,7 @@ def _observe(
             loaded.model,
             tokens.ids,
             device=device,
-            batch_size=batch_size_for(tokens.seqlen),
+            batch_size=batch_size_for(tokens.seqlen, loaded.model, device),
             start=start,
             hidden=hidden,
         ):

@@ -29,7 +29,7 @@ from quip.model.plan import Plan, described
 from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
 from quip.model.tune import BlockTuning
-from quip.model.walk import batch_size_for
+from quip.model.states import batch_size_for
 from quip.packed.checkpoint import check_replaced
 
 
@@ -219,11 +219,12 @@ def _quantize(
     watch: Stopwatch,
     ledger: Ledger | None,
 ) -> list[MatrixRecord]:
+    stored = isinstance(source, HessianStore)
     run = Run(
         recipe=recipe,
         seed=e.seed,
         device=report.device,
-        batch_size=1 if isinstance(source, HessianStore) else batch_size_for(source.seqlen),
+        batch_size=1 if stored else batch_size_for(source.seqlen, loaded.model, report.device),
         tuning=e.tuning,
         ledger=ledger,
         watch=watch,

@@ -1,6 +1,6 @@
 """A decoder block while it is walked over, and the hidden states that enter it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from quip.errors import UnsupportedModel
 from quip.matrix.hessian import Hessian
-from quip.model.calls import Call
 from quip.model.matrices import Matrix
 from quip.model.observe import Observer
+from quip.model.states import States
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import StackedLinear
 
@@ -48,14 +48,20 @@ class Block(BlockModule):
         index: int,
         name: str,
         module: nn.Module,
-        hidden: Float[Tensor, "count seqlen width"],
-        calls: list[Call],
-        *,
-        device: torch.device,
-        batch_size: int,
+        states: States,
     ) -> None:
-        super().__init__(index, name, module, device=device)
-        self.hidden, self.batch_size, self._calls = hidden, batch_size, calls
+        super().__init__(index, name, module, device=states.device)
+        self._states = states
+
+    @property
+    def hidden(self) -> Float[Tensor, "count seqlen width"]:
+        """The hidden states of all windows, which enter the block."""
+        return self._states.hidden
+
+    @property
+    def batch_size(self) -> int:
+        """Windows that pass through the block together."""
+        return self._states.batch_size
 
     @torch.no_grad()
     def observe(self) -> dict[str, Hessian]:
@@ -65,7 +71,16 @@ class Block(BlockModule):
         object. Raises NonFinite or UnsupportedModel, naming the matrix, where inputs are NaN
         or infinite, and where a matrix never ran.
         """
-        observer, matrices = Observer(), self.matrices()
+        matrices = self.matrices()
+        while True:
+            try:
+                return self._observe(matrices).hessians(matrices)
+            except torch.OutOfMemoryError:
+                pass  # what its frames hold is free only after this clause
+            self._states.halve(self.name)
+
+    def _observe(self, matrices: Mapping[str, Matrix]) -> Observer:
+        observer = Observer()
         hooks = [
             matrix.module.register_forward_pre_hook(partial(observer.see, name), with_kwargs=True)
             for name, matrix in matrices.items()
@@ -76,23 +91,38 @@ class Block(BlockModule):
         finally:
             for hook in hooks:
                 hook.remove()
-        return observer.hessians(matrices)
+        return observer
 
     @torch.no_grad()
     def replay(self) -> None:
         """hidden = block(hidden). The walk does this between two blocks."""
-        for entering, leaving in self.run():
-            self._check(entering, leaving)
-            entering.copy_(leaving)
+        for entering, leaving in self._run_all():
+            entering.copy_(leaving, non_blocking=self._states.pinned)
+        self._states.settle()
 
     @torch.no_grad()
     def outputs(self) -> Float[Tensor, "count seqlen width"]:
         """block(hidden), where the hidden states live."""
-        found = torch.empty_like(self.hidden)
-        for kept, (entering, leaving) in zip(found.split(self.batch_size), self.run(), strict=True):
-            self._check(entering, leaving)
-            kept.copy_(leaving)
+        found, start = torch.empty_like(self.hidden), 0
+        for entering, leaving in self._run_all():
+            found[start : start + len(entering)] = leaving
+            start += len(entering)
         return found
+
+    def _run_all(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`run` of all batches, in smaller ones from where the device runs out of memory."""
+        done = 0
+        while done < len(self.hidden):
+            batches = range(done // self.batch_size, len(self._states.batches()))
+            try:
+                for entering, leaving in self.run(batches):
+                    self._check(entering, leaving)
+                    yield entering, leaving
+                    done += len(entering)
+                continue
+            except torch.OutOfMemoryError:
+                pass  # what its frames hold is free only after this clause
+            self._states.halve(self.name)
 
     def run(
         self, batches: Sequence[int] | None = None, *, dtype: torch.dtype | None = None
@@ -101,13 +131,18 @@ class Block(BlockModule):
 
         With a dtype, whatever the block is handed is cast to it; the block itself is not.
         """
-        entering = self.hidden.split(self.batch_size)
+        entering, calls = self._states.batches(), self._states.calls(self.index)
         moved: dict[int, Tensor] = {}  # what one batch shares with the next is moved once
         for i in range(len(entering)) if batches is None else batches:
-            call = self._calls[i]
+            call = calls[i]
             moved = {k: _cast(x, dtype) for k, x in call.on(self._device, moved).items()}
             # A copy: some blocks add to their inputs in place.
-            hidden = entering[i].to(self._device, dtype or entering[i].dtype, copy=True)
+            hidden = entering[i].to(
+                self._device,
+                dtype or entering[i].dtype,
+                copy=True,
+                non_blocking=self._states.pinned,
+            )
             try:
                 output = call.run(self.module, hidden, moved)
             except AttributeError as error:

@@ -142,8 +142,14 @@ def capture(
     What depends on the shape of a batch only, as most arguments do, is held once: each
     tensor is compared with its counterpart in the first batch of that shape.
     """
+    yield from capture_by(model, batches, rest_of_output(model, batches[0][:1], device))
+
+
+def capture_by(
+    model: nn.Module, batches: Sequence[Int[Tensor, "_ seqlen"]], rest: tuple[Any, ...] | None
+) -> Iterator[tuple[Float[Tensor, "b seqlen width"], list[Call]]]:
+    """`capture`, once it is known what blocks return after hidden states: no block runs."""
     _, blocks = find_blocks(model)
-    rest = _rest_of_output(model, blocks, batches[0][:1], device)
     first: dict[torch.Size, list[Call]] = {}
     for ids in batches:
         recorder = _Recorder(stop=len(blocks) - 1, rest=rest)
@@ -160,10 +166,11 @@ def capture(
 
 
 @torch.no_grad()
-def _rest_of_output(
-    model: nn.Module, blocks: nn.ModuleList, ids: Int[Tensor, "1 seqlen"], device: torch.device
+def rest_of_output(
+    model: nn.Module, ids: Int[Tensor, "1 seqlen"], device: torch.device
 ) -> tuple[Any, ...] | None:
     """What blocks return after the hidden states, with NaN for numbers; None: a bare tensor."""
+    _, blocks = find_blocks(model)
     recorder = _Recorder(stop=0)
     recorder.run(model, blocks, ids)
     (call,), block, host = recorder.calls, blocks[0], recorder.entering.device

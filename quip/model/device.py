@@ -1,12 +1,13 @@
 """Where to compute."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from quip.errors import UsageError
+from quip.errors import UsageError, one_line
 
 
 def choose_device(name: str | None) -> str:
@@ -29,13 +30,30 @@ def device_name(device: str) -> str:
     return device
 
 
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that nothing holds; of one that is no CUDA device, without end."""
+    if device.type != "cuda":
+        return sys.maxsize
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+@contextmanager
+def enough_memory(what: str, remedy: str) -> Iterator[None]:
+    """Raises UsageError, in one line with the remedy, where a device runs out of memory inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"{what}: {one_line(error)}; {remedy}") from error
+
+
 @contextmanager
 def resident(
     block: nn.Module, device: torch.device | str, *, home: torch.device
 ) -> Iterator[nn.Module]:
     """The block is on the device inside the `with`, and then at home (usually the host).
 
-    The one place that moves blocks: of a model that is walked over, one is on the device at a time.
+    Of a model that is walked over, quip/model/ferry.py moves the blocks.
     """
     try:
         yield block.to(device)
@@ -46,5 +64,9 @@ def resident(
 @contextmanager
 def placed(model: nn.Module, device: torch.device | str) -> Iterator[None]:
     """The model is on the device inside the block, then back where it was."""
-    with resident(model, device, home=next(model.parameters()).device):
+    home = next(model.parameters()).device
+    with (
+        enough_memory(f"the model on {device}", "free the device, or say --device cpu"),
+        resident(model, device, home=home),
+    ):
         yield

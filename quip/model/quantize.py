@@ -202,11 +202,11 @@ def _report_and_keep(
 
 def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
     run, watch, tuner = work.run, work.run.watch, None
-    if run.tuning:
-        with watch("tune"):
-            tuner = BlockTuner(block, run.tuning, seed=run.seed)
     with watch("observe"):
         hessians = block.observe()
+    if run.tuning:  # once the block is known to take batches of this size
+        with watch("tune"):
+            tuner = BlockTuner(block, run.tuning, seed=run.seed)
     run.observed(block.index, hessians)
     groups = sharing(hessians)
     for names in groups:

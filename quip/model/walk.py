@@ -1,6 +1,7 @@
 """Blocks in order, each fed by whatever the blocks before it have become."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import torch
 from jaxtyping import Float, Int
@@ -8,16 +9,9 @@ from torch import Tensor, nn
 
 from quip.errors import UsageError
 from quip.model.block import Block, BlockModule
-from quip.model.calls import Call, capture
-from quip.model.device import resident
+from quip.model.ferry import visits
 from quip.model.matrices import coverage, find_blocks
-
-TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
-
-
-def batch_size_for(seqlen: int) -> int:
-    """Windows of so many tokens that pass through a block together."""
-    return max(1, TOKENS_PER_BATCH // seqlen)
+from quip.model.states import States
 
 
 def walk(
@@ -46,59 +40,28 @@ def walk(
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
-    entering, calls = _enter(model, tokens.to(host), device=device, batch_size=batch_size)
+    states = States(model, tokens.to(host), device=device, batch_size=batch_size)
     if hidden is not None:
-        if (hidden.shape, hidden.dtype) != (entering.shape, entering.dtype):
+        expected = states.hidden
+        if (hidden.shape, hidden.dtype) != (expected.shape, expected.dtype):
             raise UsageError(
                 f"the hidden states that enter block {start} are {list(hidden.shape)} "
-                f"{hidden.dtype}, and the model has {list(entering.shape)} {entering.dtype}; "
+                f"{hidden.dtype}, and the model has {list(expected.shape)} {expected.dtype}; "
                 "start over with --overwrite"
             )
-        entering.copy_(hidden)
-    for index, module in enumerate(blocks[start:], start):
-        with resident(module, device, home=host):
-            block = Block(
-                index,
-                f"{prefix}.{index}",
-                module,
-                entering,
-                [batch_calls[index] for batch_calls in calls],
-                device=device,
-                batch_size=batch_size,
-            )
+        expected.copy_(hidden)
+    with closing(visits(list(blocks[start:]), device, home=host)) as modules:
+        for index, module in enumerate(modules, start):
+            block = Block(index, f"{prefix}.{index}", module, states)
             yield block
             if index + 1 < len(blocks):
                 block.replay()
-
-
-def _enter(
-    model: nn.Module, tokens: Int[Tensor, "count seqlen"], *, device: torch.device, batch_size: int
-) -> tuple[Float[Tensor, "count seqlen width"], list[list[Call]]]:
-    """The hidden states that enter block 0, and calls[batch][block]."""
-    hidden: Tensor | None = None
-    calls: list[list[Call]] = []
-    for entering, batch_calls in capture(model, tokens.split(batch_size), device=device):
-        if hidden is None:
-            shape, nbytes = (len(tokens), *entering.shape[1:]), len(tokens) * entering[0].nbytes
-            hidden = entering.new_empty(shape, device=_home(device, nbytes))
-        start = len(calls) * batch_size
-        hidden[start : start + len(entering)] = entering
-        calls.append(batch_calls)
-    assert hidden is not None
-    return hidden, calls
-
-
-def _home(device: torch.device, nbytes: int) -> torch.device:
-    """Where activations live: on a GPU with four times the room, otherwise in host memory."""
-    if device.type == "cuda" and 4 * nbytes <= torch.cuda.mem_get_info(device)[0]:
-        return device
-    return torch.device("cpu")
 
 
 def blocks_at_rest(model: nn.Module, *, device: torch.device | str) -> Iterator[BlockModule]:
     """Each decoder block in order, on the device while the loop body runs, fed by nothing."""
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
-    for index, module in enumerate(blocks):
-        with resident(module, device, home=host):
+    with closing(visits(list(blocks), device, home=host)) as modules:
+        for index, module in enumerate(modules):
             yield BlockModule(index, f"{prefix}.{index}", module, device=device)

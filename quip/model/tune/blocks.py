@@ -66,7 +66,8 @@ class BlockTuner:
     def __init__(self, block: Block, tuning: BlockTuning, *, seed: int) -> None:
         self.block, self.tuning, self.seed = block, tuning, seed
         self._targets = block.outputs().split(block.batch_size)
-        squares = [float(x.float().square().mean()) * len(x) for x in self._targets]
+        means = torch.stack([x.float().square().mean() for x in self._targets]).tolist()
+        squares = (mean * len(x) for mean, x in zip(means, self._targets, strict=True))
         self._scale = sum(squares) / len(block.hidden) or 1.0
 
     def tune(self, after: Sequence[str]) -> TuningRecord:

@@ -152,11 +152,11 @@ def _held_out(
     losses: Losses, batches: Sequence[int], sizes: Sequence[int]
 ) -> tuple[float, list[float]]:
     """The mean loss over the windows of these batches, and the loss of each window."""
-    weights, windows, total = [sizes[i] for i in batches], [], 0.0
-    for size, (loss, each) in zip(weights, losses(batches), strict=True):
-        total += size * float(loss)
-        windows += each.tolist()
-    return total / sum(weights), windows
+    weights, found = [sizes[i] for i in batches], [*losses(batches)]
+    means, total = torch.stack([loss for loss, _ in found]).tolist(), 0.0  # waits once
+    for size, mean in zip(weights, means, strict=True):
+        total += size * mean
+    return total / sum(weights), torch.cat([each for _, each in found]).tolist()
 
 
 def _std_error(before: Sequence[float], after: Sequence[float]) -> float | None:

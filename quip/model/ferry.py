@@ -1,0 +1,131 @@
+"""Blocks to the device and home again, the next one while the present one is worked on.
+
+    a thread with a stream of its own    fetch 1       home 0, fetch 2      home 1, fetch 3
+    the walk                          block 0       block 1              block 2
+
+The thread stages weights in pinned memory, from which a device reads them beside its work; what it
+allocates belongs to its stream, so the walk's own stream waits for an event before it reads it, and
+is recorded as a user. A block that is done stays where it is until its copies at home are complete.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quip.model.device import enough_memory, free_bytes, resident
+
+log = logging.getLogger(__name__)
+
+
+def visits(
+    blocks: Sequence[nn.Module], device: torch.device, *, home: torch.device
+) -> Iterator[nn.Module]:
+    """Each block in order, on the device until the next one is asked for, and then at home.
+
+    Between the host and a CUDA device the ways overlap with the work: meanwhile the block before
+    and the one after may be on the device too, and those that are to come must stay as they are.
+    """
+    if (device.type, home.type) == ("cuda", "cpu"):
+        yield from Ferry(device, home).visits(blocks)
+        return
+    for block in blocks:
+        with resident(block, device, home=home):
+            yield block
+
+
+@dataclass
+class Cargo:
+    """Copies on the device of a block's tensors by id, with the tensors and their versions."""
+
+    copies: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    complete: torch.cuda.Event | None = None  # for whoever reads them; None: at once
+
+    def copy_of(self, x: Tensor) -> Tensor | None:
+        """The copy of a tensor that is still what was copied."""
+        original, version, copy = self.copies.get(id(x), (None, 0, x))
+        return copy if original is x and x._version == version else None
+
+
+class Ferry:
+    """Takes blocks between two places; one that is no CUDA device has no streams to overlap."""
+
+    def __init__(self, device: torch.device, home: torch.device) -> None:
+        # With its number: another thread has another current device.
+        self._device, self._home = torch.empty(0, device=device).device, home
+        self._stream = torch.cuda.Stream(self._device) if device.type == "cuda" else None
+
+    def visits(self, blocks: Sequence[nn.Module]) -> Iterator[nn.Module]:
+        """Each block in order, on the device until the next one is asked for."""
+        coming: Future[Cargo] | None = None
+        leaving: Future[None] | None = None
+        with ThreadPoolExecutor(1, "quip-ferry") as crew:  # at its end all have arrived
+            for index, block in enumerate(blocks):
+                self._land(block, coming.result() if coming else Cargo())
+                if leaving:
+                    leaving.result()  # raises what went wrong on the way
+                following = blocks[index + 1 : index + 2]
+                coming = crew.submit(self._fetch, following[0]) if following else None
+                try:
+                    yield block
+                finally:
+                    leaving = crew.submit(self._take_home, block, self._so_far())
+            if leaving:
+                leaving.result()
+
+    def _fetch(self, block: nn.Module) -> Cargo:
+        """What the block holds, on its way to the device; nothing where that has no room for it."""
+        tensors, cargo = {id(x): x for x in (*block.parameters(), *block.buffers())}, Cargo()
+        if 2 * sum(x.nbytes for x in tensors.values()) > free_bytes(self._device):
+            return cargo
+        with torch.no_grad(), self._aside(), suppress(torch.OutOfMemoryError):
+            for key, x in tensors.items():
+                copy = torch.empty_like(x, device=self._device)
+                copy.copy_(_staged(x), non_blocking=True)
+                cargo.copies[key] = x, x._version, copy
+        cargo.complete = self._stream.record_event() if self._stream else None
+        return cargo
+
+    def _land(self, block: nn.Module, cargo: Cargo) -> None:
+        """Put the block on the device, by its cargo or, where that lacks something, by itself."""
+        stream = torch.cuda.current_stream(self._device) if cargo.complete else None
+        if stream and cargo.complete:
+            stream.wait_event(cargo.complete)
+
+        def landed(x: Tensor) -> Tensor:
+            copy = cargo.copy_of(x)
+            if copy is None:
+                return x.to(self._device)
+            if stream:
+                copy.record_stream(stream)
+            return copy
+
+        remedy = "free the device, or say --device cpu"
+        with enough_memory(f"a block of the model on {self._device}", remedy):
+            block._apply(landed)
+
+    def _so_far(self) -> torch.cuda.Event | None:
+        """When all that the walk has asked of the device will be done."""
+        return torch.cuda.current_stream(self._device).record_event() if self._stream else None
+
+    def _take_home(self, block: nn.Module, ready: torch.cuda.Event | None) -> None:
+        with self._aside():
+            if self._stream and ready:
+                self._stream.wait_event(ready)
+            block.to(self._home)  # waits, so that nothing is freed that is still read
+
+    def _aside(self) -> AbstractContextManager:
+        return torch.cuda.stream(self._stream) if self._stream else nullcontext()
+
+
+def _staged(x: Tensor) -> Tensor:
+    """A copy in pinned memory, where the host has some to lock."""
+    try:
+        return x.pin_memory() if torch.cuda.is_available() else x
+    except RuntimeError as error:
+        log.debug("weights are copied without being pinned: %s", error)
+        return x
