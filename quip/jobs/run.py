@@ -28,8 +28,8 @@ from quip.model.matrices import check_quantizable, check_weights
 from quip.model.plan import Plan, described
 from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
-from quip.model.tune import BlockTuning
 from quip.model.states import batch_size_for
+from quip.model.tune import BlockTuning
 from quip.packed.checkpoint import check_replaced
 
 
@@ -219,12 +219,14 @@ def _quantize(
     watch: Stopwatch,
     ledger: Ledger | None,
 ) -> list[MatrixRecord]:
-    stored = isinstance(source, HessianStore)
+    batch_size = 1
+    if not isinstance(source, HessianStore):
+        batch_size = batch_size_for(source.seqlen, loaded.model, report.device)
     run = Run(
         recipe=recipe,
         seed=e.seed,
         device=report.device,
-        batch_size=1 if stored else batch_size_for(source.seqlen, loaded.model, report.device),
+        batch_size=batch_size,
         tuning=e.tuning,
         ledger=ledger,
         watch=watch,

@@ -9,7 +9,7 @@ is recorded as a user. A block that is done stays where it is until its copies a
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def visits(
     blocks: Sequence[nn.Module], device: torch.device, *, home: torch.device
-) -> Iterator[nn.Module]:
+) -> Generator[nn.Module, None, None]:
     """Each block in order, on the device until the next one is asked for, and then at home.
 
     Between the host and a CUDA device the ways overlap with the work: meanwhile the block before

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from quip.errors import UsageError
 from quip.model.calls import Call, capture_by, rest_of_output
-from quip.model.device import free_bytes
+from quip.model.device import enough_memory, free_bytes
 from quip.model.matrices import find_blocks
 
 TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
 MOST_TOKENS = 2**16  # of a batch on a CUDA device, beyond which nothing is gained
 SHARE = 4  # of the card's memory, for what a batch holds inside a block: one part of so many
+REMEDY = "give a smaller --seqlen, free the device, or say --device cpu"
 log = logging.getLogger(__name__)
 
 
@@ -34,7 +35,8 @@ class States:
     ) -> None:
         self._model, self._tokens = model, tokens
         self.device, self.batch_size = device, batch_size
-        self._rest = rest_of_output(model, tokens[:1], device)
+        with enough_memory(f"a window of {tokens.shape[1]} tokens on {device}", REMEDY):
+            self._rest = rest_of_output(model, tokens[:1], device)
         self.hidden, self._calls = self._enter()
         self.pinned = device.type == "cuda" and self.hidden.is_pinned()
 
@@ -55,7 +57,7 @@ class States:
         if self.batch_size == 1:
             raise UsageError(
                 f"{name}: {self.device} has no memory for a window of {self._tokens.shape[1]} "
-                "tokens; give a smaller --seqlen, free the device, or say --device cpu"
+                f"tokens; {REMEDY}"
             )
         parts = (size for size in range(self.batch_size // 2, 0, -1) if not self.batch_size % size)
         self.batch_size = next(parts)
