@@ -14,6 +14,7 @@ from quip.errors import UsageError, finite
 from quip.matrix.hessian import Hessian, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
+from quip.model.device import enough_memory
 from quip.model.ledger import Ledger
 from quip.model.matrices import covered, find_blocks, places
 from quip.model.plan import Plan
@@ -190,10 +191,11 @@ def _report_and_keep(
 ) -> Iterator[MatrixRecord]:
     run = work.run
     records, known = [], len(run.tuned)
-    for record in found:
-        _report(record, work.recipes[record.name].damp, work.bar)
-        records.append(record)
-        yield record
+    with enough_memory(f"{block.name} on {run.device}", "free the device, or say --device cpu"):
+        for record in found:
+            _report(record, work.recipes[record.name].damp, work.bar)
+            records.append(record)
+            yield record
     work.done.extend(check_block(block.name, records, work.recipes, REPORT))
     if run.ledger:
         with run.watch("keep"):

@@ -217,12 +217,19 @@ def test_each_block_is_moved_to_the_device_and_back_also_when_its_turn_fails(mon
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_only_the_running_block_is_on_the_device():
+def test_the_running_block_is_on_the_device_and_those_to_come_are_not():
     model, ids = tiny("mistral"), tokens()
     expected = second_moments(model, ids)
     for block in walk(model, ids, device="cuda", batch_size=3):
         devices = {name: parameter.device.type for name, parameter in model.named_parameters()}
-        assert all((d == "cuda") == name.startswith(block.name) for name, d in devices.items())
+        kinds = {i: set() for i in range(4)}
+        for name, kind in devices.items():
+            if name.startswith("model.layers."):
+                kinds[int(name.split(".")[2])].add(kind)
+            else:
+                assert kind == "cpu"
+        assert kinds[block.index] == {"cuda"}
+        assert all(kinds[i] == {"cpu"} for i in range(block.index + 1, 4))
         for name, hessian in block.observe().items():
             error = (hessian.value().cpu() - expected[name]).abs().max()
             assert error < 1e-3 * expected[name].abs().max()  # other kernels, perhaps TF32
