@@ -11,9 +11,101 @@ def of_gpu(record: Mapping[str, Any]) -> str:
     versions = record["versions"]
     lines = [f"{record['device']}, torch {versions['torch']}, CUDA {versions['cuda']}."]
     for name, section in record["sections"].items():
-        rows = [row for row in section["rows"] if "shape" in row]
-        lines += ["", *SECTIONS[name](rows), "", f"{_ending(rows)} {_origin(section)}"]
+        table = SECTIONS.get(name, plain)(_tabled(section["rows"]))
+        lines += ["", *table, "", f"{_ending(section['rows'])} {_origin(section)}".lstrip()]
     return "\n".join(lines) + "\n"
+
+
+def _tabled(rows: Sequence[Row]) -> list[Row]:
+    """Of shapes, where there are such rows; else all but the seconds of a compiler."""
+    shaped = [row for row in rows if "shape" in row]
+    return shaped or [row for row in rows if "compile_s" not in row]
+
+
+def forms(rows: Sequence[Row]) -> list[str]:
+    """Which kernels computed what their references do."""
+    wrong = [row for row in rows if not row["right"]]
+    lines = [
+        f"Of {len(rows)} kernels on the device {len(rows) - len(wrong)} computed what their "
+        f"references do, in {sum(row['cases'] for row in rows)} cases."
+    ]
+    return lines + [f"`{row['form']}`: {row['said']}." for row in wrong]
+
+
+def hessian(rows: Sequence[Row]) -> list[str]:
+    """Second moments and factorisations."""
+    lines = [
+        "Second moments of 8192 tokens, TFLOP/s of 2 tokens n², and what is made of them:",
+        "",
+        "| what | n | ms | TFLOP/s | target | error |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        cells = (row.get("tflops"), row.get("target_tflops"), row.get("error"))
+        words = " | ".join("-" if x is None else f"{x:,g}" for x in cells)
+        lines.append(f"| {row['what']} | {row['n']} | {row['ms']:.2f} | {words} |")
+    return lines
+
+
+def block(rows: Sequence[Row]) -> list[str]:
+    """The stages of a block, and what 32 of them come to."""
+    lines = [
+        "A block of Llama-2-7B's shape on 128 windows of 2048 tokens, seconds:",
+        "",
+        "| recipe | observe | quantize | replay | a block | target | 32 blocks |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        if "recipe" in row:
+            cells = (row[key] for key in ("observe", "quantize", "replay", "block", "target_block"))
+            words = " | ".join(f"{x:.2f}" for x in cells)
+            lines.append(f"| {row['recipe']} | {words} | {row['model_s']:.0f} |")
+    return lines
+
+
+def decode(rows: Sequence[Row]) -> list[str]:
+    """Steps of decoding, carried forward to 32 blocks."""
+    lines = [
+        "Decoding with blocks of Llama-2-7B's shape, one CUDA graph a step, carried forward from 4 to "
+        "32 blocks:",
+        "",
+        "| codes | texts | a block, µs | tokens/s | times bfloat16 | target |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        target = row["target_over_bf16"]
+        lines.append(
+            f"| {row['code']} | {row['texts']} | {row['block_us']:.1f} | {row['tokens_per_s']:,.0f} "
+            f"| {row['over_bf16']:.2f} | {target or '-'} |"
+        )
+    return lines
+
+
+def model(rows: Sequence[Row]) -> list[str]:
+    """Perplexities on the device and on the CPU, and runs that were taken up."""
+    lines = [
+        "Perplexity of models quantized and measured on the CPU, and on the device:",
+        "",
+        "| model | recipe | CPU | device | apart |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        if "apart" in row:
+            there = row.get("cuda", row["cpu"])
+            lines.append(
+                f"| {row['model']} | {row['recipe']} | {row['cpu']:.2f} | {there:.2f} "
+                f"| {row['apart']:.2%} |"
+            )
+    taken = [row["taken_up_is_bitwise_equal"] for row in rows if "taken_up_is_bitwise_equal" in row]
+    said = f"Runs that were taken up after a block and came out bit for bit: {sum(taken)} of "
+    return [*lines, "", f"{said}{len(taken)}."]
+
+
+def plain(rows: Sequence[Row]) -> list[str]:
+    """All that rows say, of a section that has no table of its own."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [f"| {' | '.join(keys)} |", "|" + "---|" * len(keys)]
+    return lines + [f"| {' | '.join(str(row.get(key, '-')) for key in keys)} |" for row in rows]
 
 
 def panel(rows: Sequence[Row]) -> list[str]:
@@ -106,7 +198,10 @@ def _ending(rows: Sequence[Row]) -> str:
     reached = [min(r["ms"].values()) <= r["target_ms"] for r in rows if r.get("target_ms")]
     reached += [row["us"] <= row["target_us"] for row in rows if "target_us" in row]
     reached += [row["share"] >= row["target_share"] for row in rows if "target_share" in row]
-    return f"Targets of speed reached: {sum(reached)} of {len(reached)}."
+    for key, sign in (("tflops", 1), ("over_bf16", 1), ("block", -1)):
+        aimed = [(row[key], row.get(f"target_{key}")) for row in rows if key in row]
+        reached += [sign * found >= sign * target for found, target in aimed if target]
+    return f"Targets of speed reached: {sum(reached)} of {len(reached)}." if reached else ""
 
 
 def _origin(section: Mapping[str, Any]) -> str:
@@ -126,4 +221,12 @@ def _numbers(column: str) -> list[int]:
     return [int(word) for word in column.replace(",", "").split() if word.isdigit()]
 
 
-SECTIONS = {"panel": panel, "matvec": matvec}
+SECTIONS = {
+    "forms": forms,
+    "model": model,
+    "panel": panel,
+    "hessian": hessian,
+    "matvec": matvec,
+    "block": block,
+    "decode": decode,
+}

@@ -13,7 +13,10 @@ def device() -> torch.device:
     """The device that scripts/bench_gpu.py names; a CPU means a dry run at tiny sizes."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    return torch.device(parser.parse_args().device)
+    found = torch.device(parser.parse_args().device)
+    if found.type == "cpu":
+        torch.set_num_threads(1)  # at tiny sizes others only wait for each other
+    return found
 
 
 def emit(**row: object) -> None:
