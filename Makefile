@@ -21,8 +21,8 @@ test: $(READY)
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu: export PYTHONPATH := $(CURDIR)
 gpu:
-	$(GPU_PYTHON) scripts/bench_gpu.py
-	$(GPU_PYTHON) -m pytest -m gpu
+	status=0; $(GPU_PYTHON) scripts/bench_gpu.py || status=$$?; \
+	$(GPU_PYTHON) -m pytest -m gpu || status=$$?; exit $$status
 
 # The tests of the kernels, compiled with address and undefined behaviour sanitizers (g++). Both
 # libraries stand before all others: that of C++ because torch throws and brings none. Optimized

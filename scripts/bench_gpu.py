@@ -3,10 +3,10 @@
     python scripts/bench_gpu.py --minutes 4               (--only panel --out FILE: a part of it)
 
 A section is a program of its own, scripts/dev/gpu/SECTION.py, that prints a row as a line of JSON
-as soon as it has measured it: one that hangs or dies costs its own rows alone. What tells right from
-wrong comes first. Needs torch and nvcc, and nothing that only other tests need. A section that is
-run anew takes the place of what the record held of it once it has a row; others stay, each with its
-commit.
+as soon as it has measured it: one that hangs or dies costs its own rows alone. What tells right
+from wrong comes first. Needs torch and nvcc, and nothing that only other tests need. A section that
+is run anew takes the place of what the record held of it once it has a row; others stay, each with
+its commit.
 """
 
 import argparse

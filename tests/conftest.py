@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,21 +13,36 @@ import jaxtyping
 import pytest
 import torch
 import transformers
-from hypothesis import settings
 
 if importlib.util.find_spec("beartype"):  # not on every machine that lends a GPU
     jaxtyping.install_import_hook("quip", "beartype.beartype")
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
+    settings.load_profile("same every time")
 pytest.register_assert_rewrite("tests.laws")
-settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
-settings.load_profile("same every time")
 torch.set_num_threads(1)  # sums in one order, and no fight for cores
+
+IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)
+LEFT_OUT: list[str] = []  # files with tests for a GPU, and what they lack on this machine
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """With -m gpu, no file is imported that has no such test, nor what only it needs."""
     if config.option.markexpr == "gpu" and collection_path.name.startswith("test_"):
-        return "mark.gpu" not in collection_path.read_text() or None
+        text = collection_path.read_text()
+        if "mark.gpu" not in text:
+            return True
+        packages = sorted(set(IMPORTED.findall(text)) - {"tests"})
+        if missing := [name for name in packages if not importlib.util.find_spec(name)]:
+            LEFT_OUT.append(f"left out: {collection_path.name}, which needs {', '.join(missing)}")
+            return True
     return None
+
+
+def pytest_report_collectionfinish() -> list[str]:
+    return LEFT_OUT
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """scripts/bench_gpu.py without a GPU: its sections at tiny sizes, its limits, and its record."""
 
+import ast
 import importlib.util
 import json
 import runpy
@@ -28,10 +29,7 @@ def section(monkeypatch, capsys):
     def call(name: str) -> list[dict]:
         monkeypatch.syspath_prepend(SECTIONS)
         monkeypatch.setattr(sys, "argv", [name, "--device", "cpu"])
-        try:
-            runpy.run_path(str(SECTIONS / f"{name}.py"), run_name="__main__")
-        except SystemExit as left:
-            assert not left.code
+        runpy.run_path(str(SECTIONS / f"{name}.py"), run_name="__main__")
         return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
     return call
@@ -168,6 +166,39 @@ def test_correctness_comes_first_and_every_section_is_run():
     names = load(ROOT / "scripts" / "bench_gpu.py").SECTIONS
     assert names[:2] == ["forms", "model"]
     assert sorted(names) == sorted(p.stem for p in SECTIONS.glob("[a-z]*.py"))
+
+
+# The tests for a GPU, where little more than torch is installed
+
+KNOWN = {"jaxtyping", "numpy", "pytest", "safetensors", "torch", "transformers", "triton"}
+KNOWN |= {"hypothesis", "scipy"}  # without which a file is left out, and said to be
+
+
+def reached(path: Path, seen: set[Path]) -> set[str]:
+    """The packages that a test imports, by itself or by what it imports of tests."""
+    packages: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in getattr(node, "names", ())]
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{name}" for name in names]
+        elif not isinstance(node, ast.Import):
+            continue
+        for name in names:
+            packages.add(name.partition(".")[0])
+            inside = [ROOT.joinpath(*name.split(".")[:n]).with_suffix(".py") for n in (2, 3)]
+            for other in inside:
+                if name.startswith("tests.") and other.exists() and other not in seen:
+                    seen.add(other)
+                    packages |= reached(other, seen)
+    return packages
+
+
+def test_tests_for_a_gpu_import_nothing_that_only_others_need():
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if path != Path(__file__)]
+    needed = {path.name: reached(path, set()) for path in files if "mark.gpu" in path.read_text()}
+    assert len(needed) > 8
+    known = {*sys.stdlib_module_names, *KNOWN, "quip", "tests"}
+    assert {name: found - known for name, found in needed.items() if found - known} == {}
 
 
 @pytest.mark.slow

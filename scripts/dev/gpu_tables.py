@@ -66,18 +66,16 @@ def block(rows: Sequence[Row]) -> list[str]:
 def decode(rows: Sequence[Row]) -> list[str]:
     """Steps of decoding, carried forward to 32 blocks."""
     lines = [
-        "Decoding with blocks of Llama-2-7B's shape, one CUDA graph a step, carried forward from 4 to "
-        "32 blocks:",
+        "Decoding with blocks of Llama-2-7B's shape, one CUDA graph a step, carried forward from 4 "
+        "to 32 blocks:",
         "",
         "| codes | texts | a block, µs | tokens/s | times bfloat16 | target |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        target = row["target_over_bf16"]
-        lines.append(
-            f"| {row['code']} | {row['texts']} | {row['block_us']:.1f} | {row['tokens_per_s']:,.0f} "
-            f"| {row['over_bf16']:.2f} | {target or '-'} |"
-        )
+        cells = f"{row['block_us']:.1f} | {row['tokens_per_s']:,.0f} | {row['over_bf16']:.2f}"
+        target = row["target_over_bf16"] or "-"
+        lines.append(f"| {row['code']} | {row['texts']} | {cells} | {target} |")
     return lines
 
 

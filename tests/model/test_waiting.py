@@ -1,7 +1,7 @@
 """Where the work waits for a device: nowhere once a column, and each place is known.
 
-A device works on while Python runs ahead. What asks for a number of it (.item(), bool() of a tensor)
-waits until all is done, and leaves the device idle for as long as it takes to ask for more.
+A device works on while Python runs ahead. What asks for a number of it (.item(), bool() of a
+tensor) waits until all is done, and leaves it idle for as long as it takes to ask for more.
 """
 
 import ast

@@ -1,8 +1,9 @@
-"""Section `block`: a block of Llama-2-7B's shape, with random weights, on 128 windows of 2048 tokens.
+"""Section `block`: a random block of Llama-2-7B's shape, on 128 windows of 2048 tokens.
 
-The first rows are what comes once a model (`enter`: embeddings, and what blocks are called with) and
-once a block whatever the recipe (`observe`). A row of a recipe has the seconds that quantizing all
-matrices took, those of replaying the windows through what came of it, and the model's: 32 of all.
+The first rows are what comes once a model (`enter`: embeddings, and what blocks are called with)
+and once a block whatever the recipe (`observe`). A row of a recipe has the seconds that quantizing
+all matrices took, those of replaying the windows through what came of it, and the model's: 32 of
+all.
 """
 
 import copy
