@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Cargo:
     """Copies on the device of a block's tensors by id, with the tensors and their versions."""
 
     copies: dict[int, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
-    complete: torch.cuda.Event | None = None  # for whoever reads them; None: at once
+    complete: Any = None  # an event, for whoever reads them; None: they are
 
     def copy_of(self, x: Tensor) -> Tensor | None:
         """The copy of a tensor that is still what was copied."""
@@ -65,21 +66,25 @@ class Ferry:
         leaving: Future[None] | None = None
         with ThreadPoolExecutor(1, "quip-ferry") as crew:  # at its end all have arrived
             for index, block in enumerate(blocks):
-                self._land(block, coming.result() if coming else Cargo())
+                try:
+                    self._land(block, coming.result() if coming else Cargo())
+                    following = blocks[index + 1 : index + 2]
+                    coming = crew.submit(self._fetch, following[0]) if following else None
+                    yield block
+                except BaseException:  # the walk is left early
+                    self._take_home(block, self._so_far())
+                    raise
                 if leaving:
                     leaving.result()  # raises what went wrong on the way
-                following = blocks[index + 1 : index + 2]
-                coming = crew.submit(self._fetch, following[0]) if following else None
-                try:
-                    yield block
-                finally:
-                    leaving = crew.submit(self._take_home, block, self._so_far())
+                leaving = crew.submit(self._take_home, block, self._so_far())
             if leaving:
                 leaving.result()
 
     def _fetch(self, block: nn.Module) -> Cargo:
         """What the block holds, on its way to the device; nothing where that has no room for it."""
-        tensors, cargo = {id(x): x for x in (*block.parameters(), *block.buffers())}, Cargo()
+        held, cargo = (*block.parameters(), *block.buffers()), Cargo()
+        # One of inference_mode tells of no change, and goes by itself.
+        tensors = {id(x): x for x in held if x.device == self._home and not x.is_inference()}
         if 2 * sum(x.nbytes for x in tensors.values()) > free_bytes(self._device):
             return cargo
         with torch.no_grad(), self._aside(), suppress(torch.OutOfMemoryError):
@@ -108,11 +113,11 @@ class Ferry:
         with enough_memory(f"a block of the model on {self._device}", remedy):
             block._apply(landed)
 
-    def _so_far(self) -> torch.cuda.Event | None:
-        """When all that the walk has asked of the device will be done."""
+    def _so_far(self) -> Any:
+        """An event: when all that the walk has asked of the device will be done."""
         return torch.cuda.current_stream(self._device).record_event() if self._stream else None
 
-    def _take_home(self, block: nn.Module, ready: torch.cuda.Event | None) -> None:
+    def _take_home(self, block: nn.Module, ready: Any) -> None:
         with self._aside():
             if self._stream and ready:
                 self._stream.wait_event(ready)

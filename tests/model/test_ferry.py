@@ -1,6 +1,7 @@
 """Blocks travel while others are worked on, and arrive whole whatever happens on the way."""
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -89,9 +90,12 @@ def test_a_block_for_which_there_is_no_room_at_all_is_refused_in_one_line(monkey
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
 
     module = blocks(1)[0]
+    home = []
+    module.to = home.append
     monkeypatch.setattr(module, "_apply", full)
     with pytest.raises(UsageError, match=r"cpu: CUDA out of memory\. Tried .*; free the device"):
         next(crossing([module]))
+    assert home == [CPU]  # whatever of it had landed
 
 
 def test_all_have_arrived_when_a_walk_is_left_early_or_fails():
@@ -117,6 +121,53 @@ def test_on_the_cpu_nothing_is_copied():
     before = [x.data_ptr() for module in modules for x in module.parameters()]
     list(visits(modules, CPU, home=CPU))
     assert [x.data_ptr() for module in modules for x in module.parameters()] == before
+
+
+def test_tensors_of_inference_mode_travel_too():
+    with torch.inference_mode():
+        modules = blocks()
+    with torch.inference_mode():
+        assert [numbers(block) for block in crossing(modules)] == [{0.0}, {1.0}, {2.0}, {3.0}]
+
+
+class Stream:
+    """Says what is asked of it, in one list for all; its events are called after it."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said, self.events = name, said, 0
+
+    def record_event(self) -> str:
+        self.events += 1
+        self.said.append(f"{self.name} marks {self.name}{self.events}")
+        return f"{self.name}{self.events}"
+
+    def wait_event(self, event: str) -> None:
+        self.said.append(f"{self.name} waits for {event}")
+
+
+def test_each_stream_waits_for_the_other_before_it_touches_what_that_one_wrote(monkeypatch):
+    said: list[str] = []
+    walk_stream, aside = Stream("walk", said), Stream("aside", said)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: walk_stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda _, x: said.append(f"{x.name} uses it")
+    )
+    modules = [nn.Linear(2, 2, bias=False) for _ in range(3)]
+    for number, module in enumerate(modules):
+        module.to = lambda _, number=number: said.append(f"{number} goes home")
+    carrier = Ferry(CPU, CPU)
+    carrier._stream = aside
+    for number, _ in enumerate(carrier.visits(modules)):
+        said.append(f"work on {number}")
+    for number in range(3):
+        steps = [f"work on {number}", f"walk marks walk{number + 1}"]
+        steps += [f"aside waits for walk{number + 1}", f"{number} goes home"]
+        assert sorted(steps, key=said.index) == steps
+    for number in (1, 2):
+        steps = [f"aside marks aside{number}", f"walk waits for aside{number}", f"work on {number}"]
+        assert sorted(steps, key=said.index) == steps
+    assert said.count("walk uses it") == 2  # those of blocks that were fetched
 
 
 def walked(model: nn.Module, device: str) -> dict[str, torch.Tensor]:
