@@ -127,3 +127,21 @@ def test_hidden_states_that_do_not_fit_on_a_card_lie_in_pinned_memory(monkeypatc
     shape, host = (7, 3, 5), {"device": "cpu"}
     pinned = host | {"pin_memory": True}
     assert asked == [(shape, {"device": cuda}), (shape, pinned), (shape, pinned), (shape, host)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_hidden_states_in_pinned_memory_are_those_on_the_device(monkeypatch):
+    def walked() -> list[torch.Tensor]:
+        found = []
+        for block in walk(tiny("llama", "sdpa"), tokens(8), device="cuda", batch_size=2):
+            hessians = block.observe()
+            found += [block.hidden.cpu().clone(), block.outputs().cpu()]
+            found += [hessian.value().cpu() for hessian in hessians.values()]
+        return [*found, block.hidden]
+
+    *expected, on_card = walked()
+    monkeypatch.setattr(states, "free_bytes", lambda _: 0)
+    *found, pinned = walked()
+    assert (on_card.device.type, pinned.device.type, pinned.is_pinned()) == ("cuda", "cpu", True)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
