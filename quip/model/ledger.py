@@ -5,9 +5,9 @@
     hidden.safetensors        the hidden states that enter the next block
 
 Each file appears when it is complete. Blocks are never changed again; hidden states are
-replaced by those of the block after, so that the disk holds those of one block only. A run
-killed between the two writes has a block more than hidden states: replaying that block, whose
-matrices are there, makes up for them.
+replaced by those of a later block, so that the disk holds those of one block only; large ones
+may take a tenth of the time. A run that was killed may have more blocks than hidden states lead
+to: replaying these, whose matrices are there, makes up for them.
 
 Each file bears a digest of all it holds. One that was damaged since is as good as none: its block
 is quantized again, from the hidden states that replaying all blocks before it gives.
@@ -16,6 +16,7 @@ is quantized again, from the hidden states that replaying all blocks before it g
 import json
 import logging
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -40,6 +41,7 @@ from quip.shapes import Within, check_shape
 
 log = logging.getLogger(__name__)
 START_OVER = "start over with --overwrite"
+LARGE = 2**30  # bytes, which a disk takes longer for than a GPU for a block
 CHANGES = 10  # of fingerprints that are named
 
 
@@ -66,7 +68,7 @@ class Ledger:
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         self.folder, self.fingerprint = folder, json.loads(json.dumps(fingerprint))
-        self._told = False
+        self._told, self._due = False, 0.0  # when hidden states may be written again
 
     def open(self) -> None:
         """Make the folder, unless it holds finished blocks of this very run.
@@ -137,8 +139,11 @@ class Ledger:
         return records, tuned
 
     def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
-        """Write down the hidden states that enter a block, in place of those before."""
-        _write(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
+        """Write down the hidden states that enter a block, unless they are LARGE and not due."""
+        start = time.monotonic()
+        if hidden.nbytes <= LARGE or start >= self._due:
+            _write(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
+            self._due = start + 10 * (time.monotonic() - start)
 
     @property
     def entered(self) -> int:

@@ -1,6 +1,7 @@
 """Runs that are killed and taken up again: the same codes, whatever the moment."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -185,6 +186,28 @@ def test_the_disk_holds_the_hidden_states_of_one_block_and_none_in_the_end(tmp_p
     assert len(sizes) == BLOCKS - 1
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"fingerprint.json", *(f"block-000{i}.safetensors" for i in range(BLOCKS))}
+
+
+def test_large_hidden_states_are_written_when_it_is_time_and_replayed_otherwise(
+    whole, tmp_path, monkeypatch
+):
+    name, expected, _ = whole
+    clock = itertools.count(0, 100)  # seconds: what a write takes, and ten times it until the next
+    monkeypatch.setattr(resume.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(resume, "LARGE", 0)
+    real, entered = Ledger.keep_hidden, []
+
+    def watched(self, block, hidden):
+        real(self, block, hidden)
+        entered.append((block, self.entered))
+        if len(entered) == BLOCKS - 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "keep_hidden", watched)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(ledger(tmp_path), name)
+    assert entered == [(1, 1), (2, 1), (3, 1)]
+    assert_equal(quantized(ledger(tmp_path), name)[0], expected)
 
 
 def test_another_fingerprint_is_refused_with_every_difference(tmp_path):
