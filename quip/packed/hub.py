@@ -127,6 +127,11 @@ class QuipQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether generate() may compile a step: a packed product is one operator (ops.py)."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """Whether adapters on packed matrices can be trained; codes cannot (`is_qat_trainable`)."""
         return True

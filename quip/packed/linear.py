@@ -11,22 +11,19 @@ Transforms are computed in float32 at least: they cost little, and a rotation in
 would add an error of the size of rounding W~.
 """
 
-import weakref
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from quip.codebooks import Decoder
-from quip.kernels.bits import unpack
+from quip.packed import ops
 from quip.packed.matrix import QuantizedMatrix
+from quip.packed.parts import MADE, Parts, parts_of
 from quip.packed.spec import Spec
-from quip.transforms import Chain
 
-Held = tuple[weakref.ref[Tensor], int]  # a tensor, and its version
 INTEGERS = {2: torch.int16, 4: torch.int32}  # of the size of a float
 
 
@@ -53,10 +50,12 @@ class QuantizedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
+        self.sizes: tuple[int, ...] = (out_features,)  # the rows of each member of a stack
         for name, tensor in spec.empty(out_features, in_features).items():
             self.register_buffer(name, torch.empty_like(tensor, device=device or "cpu"))
         empty_bias(self, out_features if bias else None, device, dtype)
-        self._held: list[Held] = []  # the buffers that _parts was made of
+        self._words = json.dumps(spec.to_json())  # the specification, for ops.py
+        self._made: Parts | None = None
 
     @classmethod
     def from_matrix(cls, matrix: QuantizedMatrix, bias: Tensor | None) -> "QuantizedLinear":
@@ -73,31 +72,27 @@ class QuantizedLinear(nn.Module):
             setattr(self, name, tensors[name].to(device))
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        y = self.product(x).to(x.dtype)
+        y = self.traced(x) if torch.compiler.is_compiling() else self.product(x).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
-    def product(
-        self, x: Float[Tensor, "*batch n"], scales: Float[Tensor, " m"] | None = None
-    ) -> Float[Tensor, "*batch m"]:
-        """diag(scales) W_hat x, without bias; in the dtype of x, or in one wider."""
+    def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """W_hat x, without bias; in the dtype of x, or in one wider."""
+        self._check_width(x)
+        return self._parts().multiply(x, self.codes)
+
+    def traced(self, x: Float[Tensor, "*batch n"], index: int = 0) -> Float[Tensor, "*batch _m"]:
+        """What member `index` of a stack answers, in the dtype of x, as one operator of a graph."""
+        self._check_width(x)
+        stored = list(self.stored().values())
+        return ops.product(x, stored, self._words, self.sizes, index)
+
+    def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:  # a permutation would just leave columns out
             raise ValueError(f"inputs of {x.shape[-1]} numbers, to a matrix for {self.in_features}")
-        decoder, transform = self._parts()
-        wide = torch.promote_types(x.dtype, torch.float32)
-        m, n, tokens = self.out_features, self.in_features, x.numel() // self.in_features
-        if tokens * (m + n) > 2 * m * n:
-            W = transform.undo(decoder.decode(self._codes(decoder)).to(wide))
-            return linear(x, (W if scales is None else W * scales[:, None]).to(x.dtype))
-        x_t = transform.input(x.to(wide))
-        # A rotation may gather all of |x| in one number, beyond the range of float16.
-        dtype = wide if x.dtype == torch.float16 else x.dtype
-        y = transform.output(decoder.multiply(self.codes, x_t, dtype))
-        return y if scales is None else y * scales
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """W_hat in the original basis, float32."""
-        decoder, transform = self._parts()
-        return transform.undo(decoder.decode(self._codes(decoder)).double()).float()
+        return self._parts().dense(self.codes, self.in_features, torch.float64).float()
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
         """The dense layer of the same W_hat, rounded to dtype."""
@@ -121,28 +116,20 @@ class QuantizedLinear(nn.Module):
         words = "; ".join(" ".join(f"{k}={v}" for k, v in part.items()) for part in parts)
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {words}"
 
-    def _codes(self, decoder: Decoder) -> Tensor:
-        return unpack(self.codes, decoder.index_bits, self.in_features // decoder.dim)
-
-    def _parts(self) -> tuple[Decoder, Chain]:
+    def _parts(self) -> Parts:
         """Made of the buffers when these are first used, and again when one was changed."""
-        tensors = self.stored()
-        # Tensors made under inference_mode have no version.
-        now = [(x, -1 if x.is_inference() else x._version) for x in tensors.values()]
-        if not _same(self._held, now):
-            with torch.inference_mode(False):  # what is made may be used in training later
-                self._made = self.spec.restore(tensors, self.out_features, self.in_features)
-            self._held = [(weakref.ref(x), version) for x, version in now]
-        return self._made
+        tensors, made = self.stored(), self._made
+        if made is None or not made.fit(tensors):
+            made = self._made = parts_of(tensors, self.spec, self.sizes, self.in_features)
+        return made
 
     def _forget(self) -> None:
-        self._held = []
-        vars(self).pop("_made", None)
+        self._made = None
+        MADE.pop(self.codes, None)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold the packed tensors, not what these were unpacked to.
-        state = {name: x for name, x in vars(self).items() if name != "_made"}
-        return {**state, "_held": []}
+        return {**vars(self), "_made": None}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()  # or what was made on one device would stay there
@@ -184,7 +171,3 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The packed matrices of a model by name; a stack counts as one."""
     layers = model.named_modules()
     return {name: layer for name, layer in layers if isinstance(layer, QuantizedLinear)}
-
-
-def _same(held: list[Held], now: list[tuple[Tensor, int]]) -> bool:
-    return bool(held) and all(a() is b and i == j for (a, i), (b, j) in zip(held, now, strict=True))

@@ -8,7 +8,6 @@ A stack shares one transform, one sweep and, when the model runs, one product: t
 that is called with x computes for all, and the others take their rows of the answer.
 """
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,14 +18,11 @@ from torch import Tensor, nn
 from quip.errors import QuipError
 from quip.packed.linear import QuantizedLinear, empty_bias
 from quip.packed.matrix import QuantizedMatrix
+from quip.packed.parts import Answers
 from quip.packed.spec import Spec
 
 # As published files of QuIP# stack them; matrices of other names stay in the order of the model.
 STACKED_ORDER = ("q_proj", "k_proj", "v_proj", "up_proj", "gate_proj")
-
-# Of a question: the inputs, their version and whether gradients were asked for, and who has not
-# come for the answer yet.
-Answers = tuple[weakref.ref[Tensor], tuple[int, bool], dict[int, Tensor]]
 
 
 def stacked(
@@ -46,7 +42,6 @@ class Stack(QuantizedLinear):
     """The matrices of a stack as one quantized matrix, and their scales."""
 
     scales: Tensor
-    _kept: Answers | None
 
     def __init__(
         self,
@@ -59,7 +54,7 @@ class Stack(QuantizedLinear):
         super().__init__(in_features, sum(sizes), False, spec=spec, device=device)
         self.sizes = tuple(sizes)
         self.register_buffer("scales", torch.ones(len(sizes), device=device, dtype=torch.float32))
-        self._answered()
+        self.answers = Answers()
 
     @classmethod
     def of(
@@ -78,23 +73,15 @@ class Stack(QuantizedLinear):
         self, x: Float[Tensor, "*batch n"], index: int
     ) -> Float[Tensor, "*batch _m"]:
         """The answer of one member; those of the others are kept until they ask."""
-        # Tensors of inference_mode have no version: they must not be changed between two members.
-        now = (-1 if x.is_inference() else x._version, torch.is_grad_enabled())
-        held = self._kept  # read once: another thread may put its own there meanwhile
-        left = held[2] if held and held[0]() is x and held[1] == now else {}
-        y = left.pop(index, None)
-        if y is None:
-            parts = self.product(x, self._row_scales()).to(x.dtype).split(list(self.sizes), dim=-1)
-            answers = dict(enumerate(parts))
-            y = answers.pop(index)
-            self._kept = (weakref.ref(x, self._answered), now, answers)
-        elif not left:
-            self._answered()
-        return y
+        if torch.compiler.is_compiling():
+            return self.traced(x, index)
+        return self.answers.ask(x, index, self._answer)
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """The W_i, one below the other, in the original basis, float32."""
-        return super().dequantize() * self._row_scales()[:, None]
+        scales = self._parts().scales
+        assert scales is not None
+        return super().dequantize() * scales[:, None]
 
     @property
     def bits_per_weight(self) -> float:
@@ -107,15 +94,11 @@ class Stack(QuantizedLinear):
         if not bool(((self.scales > 0) & self.scales.isfinite()).all()):
             raise QuipError("a scale of the stack is not a positive number: the file is damaged")
 
-    def _row_scales(self) -> Float[Tensor, " m"]:
-        return torch.cat([s.expand(m) for s, m in zip(self.scales, self.sizes, strict=True)])
-
-    def _answered(self, _: Any = None) -> None:
-        """Forget answers that nobody will ask for."""
-        self._kept = None
+    def _answer(self, x: Float[Tensor, "*batch n"]) -> Sequence[Tensor]:
+        return self.product(x).to(x.dtype).split(list(self.sizes), dim=-1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_kept": None}
+        return {**super().__getstate__(), "answers": Answers()}
 
 
 class StackedLinear(nn.Module):

@@ -97,7 +97,7 @@ def test_one_product_serves_all_members(model, monkeypatch):
     x, y = torch.randn(2, 3, 32)
     first = [m(x) for m in (v, q, k)]  # in any order
     assert len(calls) == 3
-    assert q.stack._kept is None
+    assert q.stack.answers.kept is None
     assert torch.equal(q(x), first[1])  # a second question is a second product
     assert len(calls) == 4
     assert not torch.equal(k(y), first[2])
@@ -111,10 +111,10 @@ def test_an_answer_does_not_outlive_its_question(model):
     q = model.get_submodule(Q)
     x = torch.randn(3, 32)
     q(x)
-    assert set(q.stack._kept[2]) == {1, 2}
+    assert set(q.stack.answers.kept[2]) == {1, 2}
     del x
     gc.collect()
-    assert q.stack._kept is None
+    assert q.stack.answers.kept is None
 
 
 def test_threads_do_not_take_the_answers_of_others(model):

@@ -1,0 +1,104 @@
+"""The product of a packed matrix as one operator of torch, quip::product, for torch.compile.
+
+Compiled code calls it with the tensors that a matrix is stored in and the words that say what they
+mean; there it runs the code of a layer that is called by itself. With a form that knows shapes
+only, and a gradient, nothing of it breaks a graph.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quip.packed.parts import Parts, parts_of
+from quip.packed.spec import Spec
+
+ARGUMENTS = "Tensor[] stored, str spec, int[] sizes, int index"
+
+
+@torch.library.custom_op(
+    "quip::product", mutates_args=(), schema=f"(Tensor x, {ARGUMENTS}) -> Tensor"
+)
+def product(
+    x: Tensor, stored: Sequence[Tensor], spec: str, sizes: Sequence[int], index: int
+) -> Tensor:
+    """W_hat_i x in the dtype of x: member `index` of a stack of matrices of so many rows.
+
+    `stored` are the tensors of the whole in the order of `Spec.empty`, then the scales of a stack;
+    `spec` is the specification as JSON. A matrix that is no stack has one size. The members of a
+    stack that are asked the same in turn share one product.
+    """
+    parts = _parts(stored, spec, sizes, x.shape[-1])
+    codes = stored[0]
+
+    def compute(x: Tensor) -> Sequence[Tensor]:
+        return parts.multiply(x, codes).to(x.dtype).split(list(sizes), dim=-1)
+
+    y = parts.answers.ask(x, index, compute) if len(sizes) > 1 else compute(x)[0]
+    return y.contiguous()
+
+
+@product.register_fake
+def _shaped(
+    x: Tensor, stored: Sequence[Tensor], spec: str, sizes: Sequence[int], index: int
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sizes[index])
+
+
+@torch.library.custom_op(
+    "quip::product_backward",
+    mutates_args=(),
+    schema=f"(Tensor g, {ARGUMENTS}, SymInt n) -> Tensor",
+)
+def product_backward(
+    g: Tensor, stored: Sequence[Tensor], spec: str, sizes: Sequence[int], index: int, n: int
+) -> Tensor:
+    """W_hat_i^T g in the dtype of g: the gradient of the n inputs of `product`."""
+    parts, wide = _parts(stored, spec, sizes, n), torch.promote_types(g.dtype, torch.float32)
+    W = parts.dense(stored[0], n, wide)
+    if parts.scales is not None:
+        W *= parts.scales[:, None]
+    return g @ W.split(list(sizes))[index].to(g.dtype)
+
+
+@product_backward.register_fake
+def _shaped_backward(
+    g: Tensor, stored: Sequence[Tensor], spec: str, sizes: Sequence[int], index: int, n: int
+) -> Tensor:
+    return g.new_empty(*g.shape[:-1], n)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, stored, *ctx.rest = inputs
+    ctx.n = x.shape[-1]
+    ctx.save_for_backward(*stored)
+
+
+def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    stored = list(ctx.saved_tensors)
+    gradient = product_backward(g, stored, *ctx.rest, ctx.n)
+    return gradient, [None] * len(stored), None, None, None
+
+
+product.register_autograd(_backward, setup_context=_keep)
+
+
+def _parts(stored: Sequence[Tensor], words: str, sizes: Sequence[int], n: int) -> Parts:
+    spec = _spec(words)
+    names = (*_names(words, sum(sizes), n), "scales")  # those of a stack come last
+    return parts_of(dict(zip(names, stored, strict=False)), spec, sizes, n)
+
+
+@cache
+def _spec(words: str) -> Spec:
+    known = json.loads(words)
+    return Spec(known["codebook"], tuple(known["transforms"]))
+
+
+@cache
+def _names(words: str, m: int, n: int) -> tuple[str, ...]:
+    """The stored tensors of an m x n matrix in their order."""
+    return tuple(_spec(words).empty(m, n))
