@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quip.errors import NonFinite, UsageError, one_line
 from quip.packed.checkpoint import positions
+from quip.packed.step import fixed_step
 from quip.serve.sampling import Sampling
 from quip.serve.text import IncrementalDecoder
 
@@ -136,31 +137,39 @@ def _steps(
     input_ids: Int[Tensor, "1 s"],
     logits_processor: Callable[..., Tensor],
     stopping_criteria: Callable[..., Tensor],
-    generation_config: object,  # a part of the hook; its processors and criteria are above
+    generation_config: Any,
     rng: torch.Generator | None,
     **model_kwargs: Any,
 ) -> Iterator[int]:
     """New tokens, one by one: the loop inside generate(), after its `_sample`, for one text."""
-    fresh = None  # how many of the last tokens the cache lacks: at first all
+    fresh, step = None, None  # how many of the last tokens the cache lacks: at first all
     while True:
-        inputs = model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=fresh, is_first_iteration=fresh is None, **model_kwargs
-        )
-        with torch.no_grad():  # generate()'s own has ended when it returned; the caller's goes on
-            out = model(**inputs, return_dict=True)
-        model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
-        logits = out.logits[:, -1].float()
+        if step is None:
+            inputs = model.prepare_inputs_for_generation(
+                input_ids,
+                next_sequence_length=fresh,
+                is_first_iteration=fresh is None,
+                **model_kwargs,
+            )
+            with torch.no_grad():  # generate()'s own ended as it returned; the caller's goes on
+                out = model(**inputs, return_dict=True)
+            model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
+            logits = out.logits[:, -1].float()
+        else:
+            logits = step(input_ids[:, -1:])
         if not logits.amax().isfinite():  # NaN is the largest; some models rule tokens out by -inf
             raise NonFinite(
                 f"{type(model).__name__} computes NaN or infinity in {model.dtype}; "
                 "choose another dtype, or repair its weights"
             )
-        token = _choose(logits_processor(input_ids, logits), rng)
-        input_ids = torch.cat([input_ids, token.to(input_ids.device)], dim=1)
+        token = _choose(logits_processor(input_ids, logits), rng).to(input_ids.device)
+        input_ids = torch.cat([input_ids, token], dim=1)
         yield int(token)
         if stopping_criteria(input_ids, None).all():
             return
-        fresh = 1
+        if fresh is None:
+            left = generation_config.max_length - input_ids.shape[1]
+            step, fresh = fixed_step(model, out.past_key_values, left), 1
 
 
 def _choose(scores: Float[Tensor, "1 vocab"], rng: torch.Generator | None) -> Int[Tensor, "1 1"]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import quip
 from quip.errors import NonFinite, UsageError
 from quip.model.load import load_model
+from quip.packed.step import CAPTURES
 from quip.serve.generate import generate
 from quip.serve.sampling import Sampling
 from quip.serve.text import HALF, IncrementalDecoder
@@ -60,6 +61,20 @@ def test_a_packed_model_writes_what_transformers_writes_with_it(name):
     found = ids_of(generate(model, NUMBERS, WORDS, max_new_tokens=20))
     assert found == theirs(model, 20, do_sample=False)
     assert len(set(found)) > 3
+
+
+def test_steps_of_fixed_size_write_the_same_text(monkeypatch):
+    model = fluent(tiny("llama", "sdpa"))
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, words: seen.append(type(words["past_key_values"]).__name__),
+        with_kwargs=True,
+    )
+    expected = theirs(model, 20, do_sample=False)
+    monkeypatch.setitem(CAPTURES, "cpu", lambda compute, device: compute)  # as on a CUDA device
+    seen.clear()
+    assert ids_of(generate(model, NUMBERS, WORDS, max_new_tokens=20)) == expected
+    assert seen == ["DynamicCache", *["StaticCache"] * 19]
 
 
 def test_the_demo_goes_on_as_transformers_lets_it():
