@@ -3,7 +3,7 @@
 import argparse
 
 from quip.cli.flags import machine_flags, refuse_tasks, task_flags, zero_shot
-from quip.cli.output import names
+from quip.cli.output import names, numbers
 from quip.cli.parse import Arguments, as_given, refuse_small
 from quip.cli.streams import say
 from quip.cli.values import place
@@ -14,6 +14,7 @@ HELP = "measure a checkpoint or a model as it is"
 EXAMPLES = """
 quip evaluate demo --datasets pydoc --nsamples 4
 quip evaluate runs/demo-2bit --reference demo --speed
+quip evaluate runs/demo-2bit --speed --speed_batch 4,16
 """
 
 
@@ -53,7 +54,13 @@ def build(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--speed",
         action="store_true",
-        help="tokens per second and memory, beside the same model with dense matrices",
+        help="tokens per second, memory, and the share of what the device's memory can do, beside "
+        "the same model with dense matrices",
+    )
+    group.add_argument(
+        "--speed_batch",
+        metavar="A,B,...",
+        help="numbers of texts side by side whose speed is measured too, such as 4,16",
     )
     task_flags(parser.add_argument_group("zero-shot tasks"))
     machine_flags(
@@ -68,12 +75,28 @@ def call(args: Arguments) -> None:
     if args.overwrite and args.out is None:
         raise UsageError("--overwrite speaks of --out: name the folder with --out DIR")
     datasets = None if args.datasets is None else names(args.datasets, "--datasets")
+    batches = _batches(args)
     refuse_tasks(args)
 
     from quip.jobs.evaluate import Evaluation, run_evaluation
     from quip.jobs.report.text import table
 
     report = run_evaluation(
-        request(Evaluation, args, datasets=datasets, tasks=zero_shot(args), flags=as_given(args))
+        request(
+            Evaluation,
+            args,
+            datasets=datasets,
+            speed_batch=batches,
+            tasks=zero_shot(args),
+            flags=as_given(args),
+        )
     )
     say(table(report))
+
+
+def _batches(args: Arguments) -> tuple[int, ...]:
+    if args.speed_batch is None:
+        return ()
+    if not args.speed:
+        raise UsageError("--speed_batch speaks of --speed: add it")
+    return numbers(args.speed_batch, "--speed_batch", least=1, most=1024)

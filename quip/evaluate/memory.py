@@ -3,13 +3,13 @@
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quip.errors import UsageError
 
@@ -90,6 +90,11 @@ def _host_bytes() -> dict[str, int]:
 
 def module_bytes(module: nn.Module) -> int:
     """Bytes of the parameters and buffers; a storage that several share is counted once, whole."""
-    storages = [t.untyped_storage() for t in (*module.parameters(), *module.buffers())]
+    return tensor_bytes((*module.parameters(), *module.buffers()))
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of these tensors; one that several share is counted once, whole."""
+    storages = [t.untyped_storage() for t in tensors]
     # Not by address: that of every tensor on the meta device is 0.
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())

@@ -1,7 +1,6 @@
-"""Tokens per second of a model that writes one text: its prompt at once, then token by token."""
+"""Tokens per second of a model that writes texts: their prompts at once, then token by token."""
 
 import inspect
-import time
 from dataclasses import dataclass
 from statistics import median
 
@@ -11,23 +10,43 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quip.errors import UnsupportedModel, UsageError
+from quip.evaluate.bandwidth import bytes_read, cache_bytes, copy_rate, now
 from quip.evaluate.memory import measured, module_bytes
 from quip.model.device import placed
 from quip.model.finite import predicts, refuse
+from quip.packed.step import fixed_step
+
+BEGUN = 2  # steps that are not timed where a graph is made: the first loads, the second captures
 
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Medians over the repeats, of one sequence at a time."""
+    """Medians over the repeats, of all texts of a batch together."""
 
-    prefill_tokens_per_second: float  # prompt_tokens / time to the first new token
-    decode_tokens_per_second: float  # (new_tokens - 1) / time of the others
+    prefill_tokens_per_second: float  # tokens of prompts / time to the first new token
+    decode_tokens_per_second: float  # texts / time of a token after the first, the same for all
+    batch: int  # texts side by side
     prompt_tokens: int
     new_tokens: int
     repeats: int
     model_bytes: int  # parameters and buffers
     peak_bytes: int  # while it ran: of tensors on CUDA, of the whole process on the CPU
     peak_since_process_start: bool  # the system allows no reset: the peak may be older
+    graph: bool  # whether a token of each text was one CUDA graph
+    read_bytes: int  # that a token of each text needs: weights, and the cache after the prompts
+    copy_bytes_per_second: float  # of the device's memory, read and written
+    bandwidth_share: float  # read_bytes / time of a token, over copy_bytes_per_second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One decoding of a batch of texts."""
+
+    tokens: Int[Tensor, "batch new"]
+    prefill_seconds: float
+    token_seconds: float  # mean of those after the first
+    cache_bytes: int
+    graph: bool
 
 
 @torch.no_grad()
@@ -35,6 +54,7 @@ def speed(
     model: PreTrainedModel,
     *,
     device: torch.device | str,
+    batch: int = 1,
     prompt_tokens: int = 256,
     new_tokens: int = 32,
     repeats: int = 3,
@@ -46,30 +66,38 @@ def speed(
     nothing ends the text early. The model is on the device meanwhile, then back where it was.
     Raises NonFinite for a model that predicts nothing, whose tokens would be timed in vain.
     """
-    _check(model, prompt_tokens=prompt_tokens, new_tokens=new_tokens, repeats=repeats)
+    counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    _check(model, batch=batch, **counts)
     rng = torch.Generator().manual_seed(seed)
     vocab = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocab, (1, prompt_tokens), generator=rng).to(device)
+    prompts = torch.randint(vocab, (batch, prompt_tokens), generator=rng).to(device)
     with placed(model, device), measured(device) as memory:
-        _decode(model, prompt, new_tokens=new_tokens)
-        runs = [_decode(model, prompt, new_tokens=new_tokens) for _ in range(repeats)]
+        _decode(model, prompts, new_tokens=new_tokens)
+        runs = [_decode(model, prompts, new_tokens=new_tokens) for _ in range(repeats)]
+    seconds = median(run.token_seconds for run in runs)
+    read, copied = bytes_read(model) + runs[0].cache_bytes, copy_rate(prompts.device)
     return Speed(
-        prefill_tokens_per_second=prompt_tokens / median(prefill for _, prefill, _ in runs),
-        decode_tokens_per_second=(new_tokens - 1) / median(decode for _, _, decode in runs),
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
+        prefill_tokens_per_second=prompts.numel() / median(run.prefill_seconds for run in runs),
+        decode_tokens_per_second=batch / seconds,
+        batch=batch,
         model_bytes=module_bytes(model),
         peak_bytes=memory.peak_bytes,
         peak_since_process_start=memory.since_process_start,
+        graph=runs[0].graph,
+        read_bytes=read,
+        copy_bytes_per_second=copied,
+        bandwidth_share=read / seconds / copied,
+        **counts,
     )
 
 
-def _check(model: PreTrainedModel, *, prompt_tokens: int, new_tokens: int, repeats: int) -> None:
+def _check(
+    model: PreTrainedModel, *, batch: int, prompt_tokens: int, new_tokens: int, repeats: int
+) -> None:
+    counts = {"batch": batch, "prompt_tokens": prompt_tokens, "repeats": repeats}
     # The first new token comes with the prompt: a time per token needs a second one.
-    least = {"prompt_tokens": (prompt_tokens, 1), "new_tokens": (new_tokens, 2)}
-    for name, (value, low) in (least | {"repeats": (repeats, 1)}).items():
-        if value < low:
+    for name, value in (counts | {"new_tokens": new_tokens}).items():
+        if value < (low := 2 if name == "new_tokens" else 1):
             raise UsageError(f"{name} is {value}; it must be at least {low}")
     if model.training:
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
@@ -82,28 +110,36 @@ def _check(model: PreTrainedModel, *, prompt_tokens: int, new_tokens: int, repea
         )
 
 
-def _decode(
-    model: PreTrainedModel, prompt: Int[Tensor, "1 s"], *, new_tokens: int
-) -> tuple[Int[Tensor, "1 new"], float, float]:
-    """The likeliest tokens, one by one; seconds until the first one, and of the others."""
+def _decode(model: PreTrainedModel, prompts: Int[Tensor, "batch s"], *, new_tokens: int) -> Run:
+    """The likeliest tokens, one by one."""
     # Of the prompt only the last position's logits, where the model can leave out the others.
     selective = "logits_to_keep" in inspect.signature(model.forward).parameters
-    start = _now(prompt.device)
-    out = model(input_ids=prompt, use_cache=True, **({"logits_to_keep": 1} if selective else {}))
-    if getattr(out, "past_key_values", None) is None:
+    device, start = prompts.device, now(prompts.device)
+    out = model(input_ids=prompts, use_cache=True, **({"logits_to_keep": 1} if selective else {}))
+    cache = getattr(out, "past_key_values", None)
+    if cache is None:
         raise UnsupportedModel(f"{type(model).__name__}: it returns no key-value cache")
-    tokens = [out.logits[:, -1:].argmax(-1)]
-    first = _now(prompt.device)
-    for _ in range(new_tokens - 1):
-        out = model(input_ids=tokens[-1], past_key_values=out.past_key_values, use_cache=True)
-        tokens.append(out.logits[:, -1:].argmax(-1))
-    end = _now(prompt.device)
-    if not predicts(out.logits):  # what is NaN in the cache stays, so the last token tells
-        refuse(model, "what is decoded for its speed", input_ids=prompt, use_cache=False)
-    return torch.cat(tokens, dim=1), first - start, end - first
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # kernels run on after their calls have returned
-    return time.perf_counter()
+    logits = out.logits[:, -1]
+    tokens = [logits.argmax(-1, keepdim=True)]
+    first, held = now(device), cache_bytes(cache)
+    step = fixed_step(model, cache, new_tokens - 1)
+    begun = 1 if step is None else 1 + BEGUN
+    for count in range(1, new_tokens):
+        if count == begun:
+            second = now(device)
+        if step is None:
+            out = model(input_ids=tokens[-1], past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, out.logits[:, -1]
+        else:
+            logits = step(tokens[-1])
+        tokens.append(logits.argmax(-1, keepdim=True))
+    end = now(device)
+    if not predicts(logits):  # what is NaN in the cache stays, so the last token tells
+        refuse(model, "what is decoded for its speed", input_ids=prompts, use_cache=False)
+    return Run(
+        tokens=torch.cat(tokens, dim=1),
+        prefill_seconds=first - start,
+        token_seconds=(end - second) / (new_tokens - begun),
+        cache_bytes=held,
+        graph=step is not None,
+    )

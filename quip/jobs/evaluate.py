@@ -6,7 +6,7 @@ just quantized with the same functions, so that both give the same numbers.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Evaluation(Machine, Place):
     batch_size: int = 8  # of tasks
     reference: str | None = None  # the original, which predictions are compared with
     speed: bool = False
+    speed_batch: tuple[int, ...] = ()  # texts side by side whose speed is measured beside that of 1
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 
 
@@ -82,7 +83,7 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
             measure_tasks(e.tasks, tasks, loaded, report, watch, batch_size=e.batch_size)
         if e.speed:
             del reference  # its memory is not the model's
-            _measure_speed(loaded, report, watch)
+            _measure_speed(loaded, report, watch, sorted({1, *e.speed_batch}))
         report.save("complete")
     return report.entries
 
@@ -171,18 +172,23 @@ def _measure_divergence(
         report.save("evaluating", divergence=found)
 
 
-def _measure_speed(loaded: LoadedModel, report: Report, watch: Stopwatch) -> None:
+def _measure_speed(
+    loaded: LoadedModel, report: Report, watch: Stopwatch, batches: Sequence[int]
+) -> None:
     """The speed of the model as it is, and with dense matrices in place of its packed ones."""
     prompt = min(256, loaded.max_length // 2)
     new = min(32, loaded.max_length - prompt)
     packed = bool(quantized_layers(loaded.model))
     found: dict[str, Any] = {}
-    for name in ("packed", "dense") if packed else ("dense",):
-        model = to_dense(loaded.model) if packed and name == "dense" else loaded.model
-        with watch("speed"):
-            measured = speed(model, device=report.device, prompt_tokens=prompt, new_tokens=new)
-        found[name] = asdict(measured)
-        report.save("evaluating", speed=found)
+    for kind in ("packed", "dense") if packed else ("dense",):
+        model = to_dense(loaded.model) if packed and kind == "dense" else loaded.model
+        for batch in batches:
+            with watch("speed"):
+                measured = speed(
+                    model, device=report.device, batch=batch, prompt_tokens=prompt, new_tokens=new
+                )
+            found[kind if batch == 1 else f"{kind}, {batch} texts"] = asdict(measured)
+            report.save("evaluating", speed=found)
 
 
 def _as_when_saved(e: Evaluation, saved: Mapping[str, Any]) -> Evaluation:

@@ -6,13 +6,22 @@ from torch import nn
 
 from quip.errors import UnsupportedModel, UsageError
 from quip.evaluate import speed as module
+from quip.evaluate.bandwidth import bytes_read
 from quip.evaluate.memory import module_bytes
-from quip.evaluate.speed import _decode, speed
+from quip.evaluate.speed import Run, _decode, speed
+from quip.packed.step import CAPTURES
 from tests.support.tiny import VOCAB, tiny
 
 
-def prompt(count: int = 9) -> torch.Tensor:
-    return torch.randint(VOCAB, (1, count), generator=torch.Generator().manual_seed(3))
+@pytest.fixture(autouse=True)
+def copied(monkeypatch) -> float:
+    """What the device copies, without copying it."""
+    monkeypatch.setattr(module, "copy_rate", lambda device: 1e9)
+    return 1e9
+
+
+def prompt(count: int = 9, texts: int = 1) -> torch.Tensor:
+    return torch.randint(VOCAB, (texts, count), generator=torch.Generator().manual_seed(3))
 
 
 # Positions learned and rotary; windows that slide over the cache.
@@ -27,11 +36,12 @@ def test_the_tokens_are_those_of_generate(name):
     expected = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False
     )
-    found, first, others = _decode(model, ids, new_tokens=count)
-    assert len(set(found[0].tolist())) > 4
-    assert torch.equal(torch.cat([ids, found], dim=1), expected)
-    assert first > 0
-    assert others > 0
+    run = _decode(model, ids, new_tokens=count)
+    assert len(set(run.tokens[0].tolist())) > 4
+    assert torch.equal(torch.cat([ids, run.tokens], dim=1), expected)
+    assert run.prefill_seconds > 0
+    assert run.token_seconds > 0
+    assert not run.graph
 
 
 @torch.no_grad()
@@ -44,11 +54,35 @@ def test_each_token_but_the_first_is_one_call_on_one_token():
     assert seen == [(1, 9), (1, 1), (1, 1), (1, 1)]
 
 
+@torch.no_grad()
+def test_steps_of_fixed_size_are_timed_once_they_are_captured(monkeypatch):
+    model, ids = tiny("llama", "sdpa"), prompt(texts=3)
+    expected = _decode(model, ids, new_tokens=10).tokens
+    made = []
+
+    def capture(compute, device):
+        made.append(len(clock))
+        return compute
+
+    clock: list[int] = []
+    monkeypatch.setattr(module, "now", lambda device: clock.append(1) or float(len(clock)))
+    monkeypatch.setitem(CAPTURES, "cpu", capture)
+    run = _decode(model, ids, new_tokens=10)
+    assert torch.equal(run.tokens, expected)
+    assert run.graph
+    assert made == [2]  # after the first token, and before the others are timed
+    assert run.token_seconds == 1 / 7
+
+
 @pytest.mark.parametrize("name", ["opt", "llama"])
-def test_speed_reports_what_was_run(name):
+def test_speed_reports_what_was_run(name, copied):
     model = tiny(name)
-    found = speed(model, device="cpu", prompt_tokens=8, new_tokens=5, repeats=2)
+    found = speed(model, device="cpu", prompt_tokens=8, new_tokens=5, repeats=2, batch=3)
     assert (found.prompt_tokens, found.new_tokens, found.repeats) == (8, 5, 2)
+    assert (found.batch, found.graph) == (3, False)
+    assert found.copy_bytes_per_second == copied
+    steps = found.decode_tokens_per_second / 3
+    assert found.bandwidth_share == pytest.approx(found.read_bytes * steps / copied)
     assert found.prefill_tokens_per_second > 0
     assert found.decode_tokens_per_second > 0
     assert found.model_bytes == module_bytes(model)
@@ -56,19 +90,25 @@ def test_speed_reports_what_was_run(name):
 
 
 def test_rates_are_medians_after_one_warm_up(monkeypatch):
-    # Seconds to the first token and of the other four; the first run warms up.
-    times = iter([(99.0, 99.0), (2.0, 1.0), (4.0, 8.0), (100.0, 2.0)])
+    # Seconds to the first token and of each other one; the first run warms up.
+    times = iter([(99.0, 99.0), (2.0, 0.25), (4.0, 2.0), (100.0, 0.5)])
     prompts = []
 
     def decode(model, ids, *, new_tokens):
         prompts.append(ids)
-        return ids, *next(times)
+        first, other = next(times)
+        return Run(
+            tokens=ids, prefill_seconds=first, token_seconds=other, cache_bytes=10, graph=True
+        )
 
     monkeypatch.setattr(module, "_decode", decode)
-    found = speed(tiny("opt"), device="cpu", prompt_tokens=8, new_tokens=5, repeats=3, seed=1)
-    assert found.prefill_tokens_per_second == 8 / 4.0
-    assert found.decode_tokens_per_second == 4 / 2.0
-    expected = torch.randint(VOCAB, (1, 8), generator=torch.Generator().manual_seed(1))
+    model = tiny("opt")
+    found = speed(model, device="cpu", batch=2, prompt_tokens=8, new_tokens=5, repeats=3, seed=1)
+    assert found.prefill_tokens_per_second == 16 / 4.0
+    assert found.decode_tokens_per_second == 2 / 0.5
+    assert found.read_bytes == bytes_read(model) + 10
+    assert found.graph
+    expected = torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(1))
     assert len(prompts) == 4
     assert all(torch.equal(ids, expected) for ids in prompts)
 
@@ -85,7 +125,8 @@ def test_a_model_without_positions_has_no_limit():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "least"), [("prompt_tokens", 0, 1), ("new_tokens", 1, 2), ("repeats", 0, 1)]
+    ("name", "value", "least"),
+    [("prompt_tokens", 0, 1), ("new_tokens", 1, 2), ("repeats", 0, 1), ("batch", 0, 1)],
 )
 def test_counts_too_small_to_time_are_refused(name, value, least):
     counts = {"prompt_tokens": 4, "new_tokens": 2, "repeats": 1, name: value}

@@ -10,6 +10,7 @@ import pytest
 
 from quip import cli
 from quip.errors import NonFinite, UnsupportedModel, UsageError
+from quip.evaluate.speed import Speed
 from quip.evaluate.zeroshot import ZeroShot
 from quip.jobs import evaluate, run, tasks
 from quip.jobs.evaluate import Evaluation, run_evaluation
@@ -17,6 +18,7 @@ from quip.jobs.report.text import table
 from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
 from quip.model.load import load_model
+from quip.packed.linear import quantized_layers
 from tests.support.runs import save_model, write_text
 
 RECIPE = build_recipe(quant="ldlq", wbits=3, incoh_processing=True)
@@ -103,8 +105,37 @@ def test_speed_is_measured_packed_and_dense(made):
         assert one["decode_tokens_per_second"] > 0
     # A table, not a measurement: at this size rotations take more than what codes save.
     assert "tokens per second" in table(report)
+    assert table(report).count("of dense") == 1
     plain = run_evaluation(Evaluation(model=experiment.model, speed=True, device="cpu"))
     assert list(plain["speed"]) == ["dense"]
+
+
+def test_speed_of_more_texts_is_measured_beside_that_of_one(made, monkeypatch):
+    def timed(model, *, device, batch, prompt_tokens, new_tokens):
+        counts = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch}
+        rate = batch * (3.0 if quantized_layers(model) else 2.0)
+        return Speed(
+            prefill_tokens_per_second=10.0 * rate,
+            decode_tokens_per_second=rate,
+            repeats=1,
+            model_bytes=1,
+            peak_bytes=2,
+            peak_since_process_start=False,
+            graph=False,
+            read_bytes=1,
+            copy_bytes_per_second=100.0,
+            bandwidth_share=rate / 100,
+            **counts,
+        )
+
+    monkeypatch.setattr(evaluate, "speed", timed)
+    report = run_evaluation(
+        Evaluation(model=str(made[0].save), speed=True, speed_batch=(4, 1), device="cpu")
+    )
+    assert list(report["speed"]) == ["packed", "packed, 4 texts", "dense", "dense, 4 texts"]
+    assert [one["batch"] for one in report["speed"].values()] == [1, 4, 1, 4]
+    lines = table(report).splitlines()
+    assert sum(line.endswith("decodes at 1.50 of dense") for line in lines) == 2
 
 
 def test_tasks_run_on_a_checkpoint_and_in_a_run(made, tmp_path, monkeypatch):
@@ -257,6 +288,8 @@ AT_ONCE = [
     ("evaluate SAVED --datasets ,", "--datasets ',': name one or more"),
     ("evaluate SAVED --seqlen 1", "--seqlen 1: at least 2 is needed"),
     ("evaluate SAVED --batch_size 0", "--batch_size 0: at least 1 is needed"),
+    ("evaluate SAVED --speed_batch 4", "--speed_batch speaks of --speed: add it"),
+    ("evaluate SAVED --speed --speed_batch 0", "--speed_batch: '0' is no whole number from 1"),
     ("evaluate SAVED --overwrite", "--overwrite speaks of --out"),
     ("run demo pydoc --save x", "--save needs weights to quantize: give --wbits 2 to 8"),
     ("run demo pydoc --wbits 2 --resume", "--resume takes up the run in --out"),

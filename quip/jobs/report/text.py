@@ -49,13 +49,18 @@ def _score(scores: Mapping[str, float]) -> Iterator[str]:
 def _speeds(found: Mapping[str, Any]) -> list[str]:
     if not found:
         return []
-    lines = ["", f"{'tokens per second':<20}{'prefill':>10}{'decode':>10}{'model':>12}{'peak':>12}"]
+    head = f"{'tokens per second':<20}{'prefill':>10}{'decode':>10}{'of copy':>9}"
+    lines = ["", f"{head}{'model':>12}{'peak':>12}"]
     for name, one in found.items():
         lines.append(
             f"{name:<20}{one['prefill_tokens_per_second']:>10.4g}"
-            f"{one['decode_tokens_per_second']:>10.4g}"
+            f"{one['decode_tokens_per_second']:>10.4g}{one['bandwidth_share']:>9.0%}"
             f"{size_words(one['model_bytes']):>12}{size_words(one['peak_bytes']):>12}"
         )
+        dense = found.get(name.replace("packed", "dense"), one)
+        if dense is not one:
+            ratio = one["decode_tokens_per_second"] / dense["decode_tokens_per_second"]
+            lines[-1] += f"  decodes at {ratio:.2f} of dense"
     return lines
 
 
