@@ -13,8 +13,8 @@ from quip.jobs.requests import request
 HELP = "measure a checkpoint or a model as it is"
 EXAMPLES = """
 quip evaluate demo --datasets pydoc --nsamples 4
-quip evaluate runs/demo-2bit --reference demo --speed
-quip evaluate runs/demo-2bit --speed --speed_batch 4,16
+quip evaluate runs/demo-2bit --reference demo
+quip evaluate runs/demo-2bit --speed --speed_batch 4
 """
 
 

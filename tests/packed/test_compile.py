@@ -4,8 +4,11 @@ import jaxtyping
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompileConfig, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, StaticCache
 
+from quip.matrix.build import build_recipe
+from quip.model.load import load_model
+from quip.model.quantize import quantize_model
 from quip.packed import ops
 from quip.packed.linear import QuantizedLinear, quantized_layers
 from quip.packed.parts import Parts
@@ -166,26 +169,30 @@ def test_generate_of_transformers_compiles_a_step_of_a_checkpoint(saved, product
     assert len(products) == 5 * len(quantized_layers(model))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [INCOHERENT, SHARP, VECTORS["2D"]], ids=["int", "E8P", "vq"])
-def test_inductor_compiles_a_packed_demo(flags, products):
-    from quip.matrix.build import build_recipe
-    from quip.model.load import load_model
-    from quip.model.quantize import quantize_model
+@pytest.fixture(params=[INCOHERENT, SHARP, VECTORS["2D"]], ids=["int", "E8P", "2D"])
+def demo(request) -> PreTrainedModel:
+    """The model of the package, quantized with Hessians of a few tokens."""
+    model = load_model("demo").model
+    recipe = build_recipe(**request.param)
+    quantize_model(model, torch.arange(100, 140)[None], recipe, device="cpu", seed=0)
+    return model.requires_grad_(False)
 
-    loaded = load_model("demo")
-    model, ids = loaded.model, torch.arange(100, 140)[None]
-    quick = {**flags, "quant": "nearest"} if "quant" in flags else flags
-    quantize_model(model, ids, build_recipe(**quick), device="cpu", seed=0)
-    model.requires_grad_(False)
-    with torch.no_grad():
-        expected = model(ids).logits
-        cache = StaticCache(config=model.config, max_cache_len=64)
-        step = compiled(model, "inductor")
-        model(input_ids=ids[:, :30], past_key_values=cache)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for i in range(30, 40):
-                products.clear()
-                found = step(input_ids=ids[:, i : i + 1], past_key_values=cache).logits
-                assert_near(found[0, 0], expected[0, i], 1e-4)
-                assert len(products) == len(quantized_layers(model))
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_compiles_a_packed_demo(demo, products):
+    ids = torch.arange(100, 140)[None]
+    expected = demo(ids, use_cache=False).logits
+    fast = compiled(demo, "inductor")
+    assert_near(fast(ids, use_cache=False).logits, expected, 1e-4)
+    torch.compiler.reset()
+    cache = StaticCache(config=demo.config, max_cache_len=64)
+    demo(input_ids=ids[:, :30], past_key_values=cache)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(30, 40):
+            inputs = demo.prepare_inputs_for_generation(
+                ids[:, i : i + 1], past_key_values=cache, position_ids=torch.tensor([[i]])
+            )
+            products.clear()
+            assert_near(fast(**inputs).logits[0, 0], expected[0, i], 1e-4)
+            assert len(products) == len(quantized_layers(demo))
