@@ -141,5 +141,5 @@ def _decode(model: PreTrainedModel, prompts: Int[Tensor, "batch s"], *, new_toke
         prefill_seconds=first - start,
         token_seconds=(end - second) / (new_tokens - begun),
         cache_bytes=held,
-        graph=step is not None,
+        graph=step is not None and step.captured,
     )

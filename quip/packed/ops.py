@@ -6,14 +6,16 @@ only, and a gradient, nothing of it breaks a graph.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quip.packed.parts import Parts, parts_of
+from quip.packed.parts import MADE, Parts, parts_of
 from quip.packed.spec import Spec
 
 ARGUMENTS = "Tensor[] stored, str spec, int[] sizes, int index"
@@ -31,8 +33,7 @@ def product(
     `spec` is the specification as JSON. A matrix that is no stack has one size. The members of a
     stack that are asked the same in turn share one product.
     """
-    parts = _parts(stored, spec, sizes, x.shape[-1])
-    codes = stored[0]
+    parts, codes = _parts(stored, spec, sizes, x.shape[-1], x), stored[0]
 
     def compute(x: Tensor) -> Sequence[Tensor]:
         return parts.multiply(x, codes).to(x.dtype).split(list(sizes), dim=-1)
@@ -57,7 +58,8 @@ def product_backward(
     g: Tensor, stored: Sequence[Tensor], spec: str, sizes: Sequence[int], index: int, n: int
 ) -> Tensor:
     """W_hat_i^T g in the dtype of g: the gradient of the n inputs of `product`."""
-    parts, wide = _parts(stored, spec, sizes, n), torch.promote_types(g.dtype, torch.float32)
+    parts = _parts(stored, spec, sizes, n, g)
+    wide = torch.promote_types(g.dtype, torch.float32)
     W = parts.dense(stored[0], n, wide)
     if parts.scales is not None:
         W *= parts.scales[:, None]
@@ -86,16 +88,42 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 product.register_autograd(_backward, setup_context=_keep)
 
 
-def _parts(stored: Sequence[Tensor], words: str, sizes: Sequence[int], n: int) -> Parts:
+def _parts(
+    stored: Sequence[Tensor], words: str, sizes: Sequence[int], n: int, like: Tensor
+) -> Parts:
+    """What n x m matrices of these tensors are computed with, in the dtype and place of `like`."""
     spec = _spec(words)
     names = (*_names(words, sum(sizes), n), "scales")  # those of a stack come last
-    return parts_of(dict(zip(names, stored, strict=False)), spec, sizes, n)
+    named = dict(zip(names, stored, strict=False))
+    made = MADE.get(named["codes"])
+    if like.is_cuda and not (made is not None and made.ready and made.fit(named)):
+        with ThreadPoolExecutor(1) as apart:
+            return apart.submit(make_apart, named, spec, sizes, n, like).result()
+    return parts_of(named, spec, sizes, n)
+
+
+def make_apart(
+    stored: Mapping[str, Tensor], spec: Spec, sizes: Sequence[int], n: int, like: Tensor
+) -> Parts:
+    """Parts, and all that a first product keeps for later ones: made in a thread of its own.
+
+    What compiled code allocates may lie in the memory of a CUDA graph, which is used anew when its
+    call has ended. That holds for the thread that runs it, and for no other.
+    """
+    device = like.device
+    with torch.no_grad(), torch.cuda.device(device) if like.is_cuda else nullcontext():
+        parts = parts_of(stored, spec, sizes, n)
+        parts.multiply(torch.zeros(1, n, dtype=like.dtype, device=device), stored["codes"])
+        if like.is_cuda:
+            torch.cuda.synchronize(device)
+    parts.ready = True
+    return parts
 
 
 @cache
 def _spec(words: str) -> Spec:
-    known = json.loads(words)
-    return Spec(known["codebook"], tuple(known["transforms"]))
+    found = json.loads(words)
+    return Spec(found["codebook"], tuple(found["transforms"]))
 
 
 @cache

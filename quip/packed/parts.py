@@ -58,7 +58,8 @@ class Parts:
         with torch.inference_mode(False):  # what is made may be used in training later
             self.decoder, self.transform = spec.restore(stored, sum(sizes), n)
             self.scales = _of_rows(stored["scales"], sizes) if "scales" in stored else None
-        self.answers = Answers()
+        self.answers = Answers()  # of compiled code
+        self.ready = False  # whether a product leaves nothing more to be made (ops.py)
 
     def fit(self, stored: Mapping[str, Tensor]) -> bool:
         """Whether these tensors are what the parts were made of, and unchanged."""

@@ -75,6 +75,7 @@ class Step:
         self._most = self._length + left
         self._tokens = torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device)
         self._positions = torch.full_like(self._tokens, self._length)
+        self.captured = False
         self._move(cache)
 
     @torch.no_grad()
@@ -102,6 +103,7 @@ class Step:
     def _begin_graph(self) -> Tensor:
         try:
             self._next = self._capture(self._compute, self._tokens.device)
+            self.captured = True
         except RuntimeError as error:  # nothing was computed
             _say_without(one_line(error))
             self._next = self._compute

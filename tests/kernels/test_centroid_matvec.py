@@ -13,6 +13,7 @@ from quip.kernels import centroid_matvec
 from quip.kernels.bits import pack
 from quip.kernels.centroid_matvec import cpu, reference
 from quip.kernels.centroid_matvec.cpu import FEW
+from quip.kernels.groups import even, row_groups
 
 needs_compiler = pytest.mark.skipif(not cpu.FORM.available(), reason="no C++ compiler here")
 
@@ -212,3 +213,10 @@ def test_without_a_compiler_torch_does_the_work(monkeypatch):
     packed = problem()
     assert packed.chosen(torch.zeros(1, packed.n)) is reference.multiply_by_parts
     check(torch.randn(1, packed.n), packed, centroid_matvec.multiply)
+
+
+@pytest.mark.parametrize(("m", "count"), [(22, 1), (22, 3), (22, 11), (7, 7), (3, 5)])
+def test_rows_are_in_the_groups_that_they_are_cut_into(m, count):
+    groups = row_groups(m, count, torch.device("cpu"))
+    assert groups.bincount(minlength=count).tolist() == even(m, count)
+    assert torch.equal(groups, groups.sort().values)

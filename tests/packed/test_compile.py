@@ -11,7 +11,7 @@ from quip.model.load import load_model
 from quip.model.quantize import quantize_model
 from quip.packed import ops
 from quip.packed.linear import QuantizedLinear, quantized_layers
-from quip.packed.parts import Parts
+from quip.packed.parts import MADE, Parts
 from tests.laws import assert_near
 from tests.support.checkpoints import INCOHERENT, SHARP, VECTORS, quantized
 from tests.support.tiny import logits, tokens
@@ -140,6 +140,17 @@ def test_a_layer_and_its_compiled_code_unpack_its_tensors_once(monkeypatch):
     assert made == [1]
 
 
+@pytest.mark.parametrize("flags", [INCOHERENT, SHARP], ids=["single", "stacks"])
+def test_what_a_product_keeps_can_be_made_apart_before_it(flags, products):
+    packed = layer(flags)
+    stored, x = packed.stored(), torch.randn(3, 32)
+    packed._forget()
+    parts = ops.make_apart(stored, packed.spec, packed.sizes, 32, x)
+    assert (parts.ready, products) == (True, [(1, 32)])
+    assert MADE[packed.codes] is parts
+    assert torch.equal(packed.product(x), parts.multiply(x, packed.codes))
+
+
 def test_inputs_of_another_width_are_refused_by_compiled_code_too():
     packed = layer()
     with pytest.raises(Exception, match="inputs of 31 numbers, to a matrix for 32"):
@@ -167,6 +178,17 @@ def test_generate_of_transformers_compiles_a_step_of_a_checkpoint(saved, product
     assert torch.equal(model.generate(ids, compile_config=config, **words), expected)
     assert model._compiled_call is not None
     assert len(products) == 5 * len(quantized_layers(model))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", [INCOHERENT, SHARP], ids=["single", "stacks"])
+def test_a_device_compiles_a_step_and_captures_it(flags):
+    model, ids = quantized("llama", flags, blocks=2).to("cuda"), tokens(1)[:, :6].to("cuda")
+    words = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **words)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **words), expected)
+    assert model._compiled_call is not None
 
 
 @pytest.fixture(params=[INCOHERENT, SHARP, VECTORS["2D"]], ids=["int", "E8P", "2D"])

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from quip.kernels import centroid_matvec, grid_matvec, lattice_matvec
+from quip.kernels.hadamard.rotations import turn
 from quip.packed import step as module
 from quip.packed.step import Step, fixed_step
 from tests.laws import assert_near
@@ -68,6 +70,7 @@ def assert_steps(model: PreTrainedModel) -> None:
     step, expected = begun(model)
     assert step is not None
     assert_near(torch.stack(run(step), dim=1), expected[:, PROMPT:].float(), NOISE)
+    assert step.captured
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "gpt-neox", "phi", "gptj"])
@@ -103,14 +106,21 @@ def test_a_cache_that_is_full_makes_room_for_twice_as_many_tokens(monkeypatch, c
 class Unwaited(TorchDispatchMode):
     """Fails where the host would wait for a device, or send it a number: no graph holds that."""
 
-    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "lift_fresh", "equal")
+    WAITS = ("_local_scalar_dense", "nonzero", "lift_fresh", "equal", "repeat_interleave")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket._qualified_op_name.split("::")[1] not in self.WAITS, func
         return func(*args, **(kwargs or {}))
 
 
-def test_no_step_but_the_first_waits_for_the_device(packed):
+def test_no_step_but_the_first_waits_for_the_device(packed, monkeypatch):
+    for operation in (
+        grid_matvec.multiply,
+        lattice_matvec.multiply,
+        centroid_matvec.multiply,
+        turn,
+    ):
+        monkeypatch.setattr(operation, "forms", {})  # what is computed in torch on a device
     step, _ = begun(packed)
     column = tokens(TEXTS)[:, :1]
     step(column)
@@ -127,7 +137,9 @@ def test_where_nothing_can_be_captured_steps_go_on_and_a_line_says_so(monkeypatc
     monkeypatch.setitem(module.CAPTURES, "cpu", fail)
     with caplog.at_level(logging.WARNING, "quip"):
         for _ in range(2):
-            assert_steps(tiny("llama", "sdpa"))
+            step, expected = begun(tiny("llama", "sdpa"))
+            assert_near(torch.stack(run(step), dim=1), expected[:, PROMPT:], NOISE)
+            assert not step.captured
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "tokens are computed without a CUDA graph, more slowly"
     ]
