@@ -76,6 +76,7 @@ class Step:
         self._tokens = torch.zeros(len(keys), 1, dtype=torch.long, device=keys.device)
         self._positions = torch.full_like(self._tokens, self._length)
         self.captured = False
+        self._next: Callable[[Step], Tensor]
         self._move(cache)
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class Step:
             self._move(self._cache)
         self._length += 1
         self._tokens.copy_(tokens)
-        return self._next()
+        return self._next(self)
 
     def _move(self, cache: Any) -> None:
         """Copy keys and values to where there is room for more tokens."""
@@ -94,20 +95,21 @@ class Step:
         self._cache = StaticCache(config=self._model.config, max_cache_len=self._room)
         for index, layer in enumerate(cache.layers):
             self._cache.update(layer.keys, layer.values, index)
-        self._next = self._begin
+        self._next = Step._begin  # not bound: memory of a device is not left to the collector
 
     def _begin(self) -> Tensor:
-        self._next = self._begin_graph
+        self._next = Step._begin_graph
         return self._compute()
 
     def _begin_graph(self) -> Tensor:
         try:
-            self._next = self._capture(self._compute, self._tokens.device)
-            self.captured = True
+            replay = self._capture(self._compute, self._tokens.device)
         except RuntimeError as error:  # nothing was computed
             _say_without(one_line(error))
-            self._next = self._compute
-        return self._next()
+            self._next = Step._compute
+        else:
+            self._next, self.captured = lambda _: replay(), True
+        return self._next(self)
 
     def _compute(self) -> Tensor:
         inputs = self._model.prepare_inputs_for_generation(

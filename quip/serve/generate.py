@@ -170,6 +170,8 @@ def _steps(
         if fresh is None:
             left = generation_config.max_length - input_ids.shape[1]
             step, fresh = fixed_step(model, out.past_key_values, left), 1
+            if step is not None:
+                model_kwargs, inputs, out = {}, None, None  # which hold the cache of the prompt
 
 
 def _choose(scores: Float[Tensor, "1 vocab"], rng: torch.Generator | None) -> Int[Tensor, "1 1"]:
