@@ -77,6 +77,16 @@ def rotated() -> Iterator[Case]:
                     yield Case((x.double(), double, block), options)
 
 
+def rotated_vectors() -> Iterator[Case]:
+    for n, block in ((96, None), (128, 32), (44 * 12, None)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for signs, bias in ((None, None), (randn(n, seed=1), randn(n, seed=2))):
+                for transpose in (False, True):
+                    x = randn(2, 3, n).to(dtype)
+                    options = {"transpose": transpose, "dtype": torch.float32}
+                    yield Case((x, signs, bias, block), options)
+
+
 def panels() -> Iterator[Case]:
     for (n, m), (steps, rows) in zip(
         ((1, 5), (9, 33), (40, 70)), ((1, 1), (9, 1), (1, 70)), strict=True
@@ -258,6 +268,7 @@ class Check:
 
 OPERATIONS: dict[Operation[Any, Any], Check] = {
     rotations.turn: Check(rotated),
+    rotations.turn_vectors: Check(rotated_vectors),
     panel.round_columns: Check(panels),
     panel.fit_and_round_columns: Check(fitted_panels),
     grid_matvec.multiply: Check(grid_products),
