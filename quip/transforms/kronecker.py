@@ -60,10 +60,10 @@ class Kronecker:
         return self.R_in.invert(self.R_out.invert_rows(W_hat))
 
     def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        return self.R_in.rotate(x)
+        return self.R_in.rotate_vectors(x)
 
     def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
-        return self.R_out.invert(y)
+        return self.R_out.invert_vectors(y)
 
 
 @dataclass(frozen=True)

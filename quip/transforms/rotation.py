@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.errors import QuipError
+from quip.kernels import kronecker
 from quip.kernels.bits import pack, unpack, words
 
 FILE_DTYPE = torch.bfloat16  # what a file keeps; drawn values are rounded to it
@@ -94,6 +95,20 @@ class Rotation:
         x = _columns(L, x).reshape(y.shape)
         return x if unmix is None else x.index_select(-1, unmix)
 
+    def rotate_vectors(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """R x by the fastest form: `rotate`, but for the noise of the dtype of x."""
+        if len(self.left.signs) > 1 or len(self.right.signs) > 1:
+            return self.rotate(x)
+        (left, right, _, _), (mix, _, shuffle, _) = self._factors(x), self._indices(x.device)
+        return kronecker.rotate(x, left, right, mix, shuffle)
+
+    def invert_vectors(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
+        """R^T y by the fastest form."""
+        if len(self.left.signs) > 1 or len(self.right.signs) > 1:
+            return self.invert(y)
+        (_, _, left, right), (_, unmix, _, unshuffle) = self._factors(y), self._indices(y.device)
+        return kronecker.rotate(y, left, right, unshuffle, unmix)
+
     def rotate_rows(self, W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """R W: `rotate` on the first axis, without a transposition."""
         L, R = self.left.like(W), self.right.like(W)
@@ -123,6 +138,19 @@ class Rotation:
                 moved = (None if i is None else i.int().to(device) for i in both)
                 self._moved[device] = tuple(moved)
         return self._moved[device]
+
+    def _factors(self, x: Tensor) -> tuple[Tensor, ...]:
+        """L, R^T, L^T and R of a rotation without blocks, each contiguous, like x."""
+        key = x.dtype, x.device
+        if key not in self._turned:
+            with torch.inference_mode(False):
+                L, R = self.left.like(x)[0], self.right.like(x)[0]
+                self._turned[key] = tuple(A.contiguous() for A in (L, R.T, L.T, R))
+        return self._turned[key]
+
+    @cached_property
+    def _turned(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, ...]]:
+        return {}
 
     @cached_property
     def _moved(self) -> dict[torch.device, tuple[Tensor | None, ...]]:

@@ -20,6 +20,7 @@ from quip.kernels import (
     centroids,
     grid_matvec,
     hessian,
+    kronecker,
     lattice_matvec,
     lattice_panel,
     lattice_points,
@@ -85,6 +86,14 @@ def rotated_vectors() -> Iterator[Case]:
                     x = randn(2, 3, n).to(dtype)
                     options = {"transpose": transpose, "dtype": torch.float32}
                     yield Case((x, signs, bias, block), options)
+def kronecker_rotations() -> Iterator[Case]:
+    rng = torch.Generator().manual_seed(2)
+    for p, q in ((1, 1), (1, 13), (3, 4), (8, 32), (17, 33), (24, 24), (32, 48)):
+        n, left, right = p * q, randn(p, p, seed=3), randn(q, q, seed=4)
+        for first in (None, torch.randperm(n, generator=rng)):
+            for last in (None, torch.randperm(n, generator=rng).int()):
+                for x in (randn(n), randn(2, 3, n), randn(n, 40).T):
+                    yield Case((x, left / p**0.5, (right / q**0.5).T, first, last))
 
 
 def panels() -> Iterator[Case]:
@@ -269,6 +278,7 @@ class Check:
 OPERATIONS: dict[Operation[Any, Any], Check] = {
     rotations.turn: Check(rotated),
     rotations.turn_vectors: Check(rotated_vectors),
+    kronecker.rotate: Check(kronecker_rotations),
     panel.round_columns: Check(panels),
     panel.fit_and_round_columns: Check(fitted_panels),
     grid_matvec.multiply: Check(grid_products),
