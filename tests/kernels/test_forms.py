@@ -86,6 +86,8 @@ def rotated_vectors() -> Iterator[Case]:
                     x = randn(2, 3, n).to(dtype)
                     options = {"transpose": transpose, "dtype": torch.float32}
                     yield Case((x, signs, bias, block), options)
+
+
 def kronecker_rotations() -> Iterator[Case]:
     rng = torch.Generator().manual_seed(2)
     for p, q in ((1, 1), (1, 13), (3, 4), (8, 32), (17, 33), (24, 24), (32, 48)):
