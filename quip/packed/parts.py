@@ -16,6 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from quip.kernels.bits import unpack
 from quip.packed.spec import Spec
+from quip.transforms.vectors import Vectors
 
 Kept = tuple[weakref.ref[Tensor], tuple[int, bool], dict[int, Tensor]]
 
@@ -58,6 +59,7 @@ class Parts:
         with torch.inference_mode(False):  # what is made may be used in training later
             self.decoder, self.transform = spec.restore(stored, sum(sizes), n)
             self.scales = _of_rows(stored["scales"], sizes) if "scales" in stored else None
+            self.vectors = Vectors.of(self.transform, self.scales)
         self.answers = Answers()  # of compiled code
         self.ready = False  # whether a product leaves nothing more to be made (ops.py)
 
@@ -69,17 +71,16 @@ class Parts:
     def multiply(
         self, x: Float[Tensor, "*batch n"], codes: Int32[Tensor, "m words"]
     ) -> Float[Tensor, "*batch m"]:
-        """diag(scales) W_hat x in the dtype of x, or in one wider."""
+        """diag(scales) W_hat x in the dtype of x."""
         m, n = len(codes), x.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
         if x.numel() // n * (m + n) > 2 * m * n:
             W = self.dense(codes, n, wide)
             return linear(x, (W if self.scales is None else W * self.scales[:, None]).to(x.dtype))
-        x_t = self.transform.input(x.to(wide))
+        x_t = self.vectors.input(x)
         # A rotation may gather all of |x| in one number, beyond the range of float16.
         dtype = wide if x.dtype == torch.float16 else x.dtype
-        y = self.transform.output(self.decoder.multiply(codes, x_t, dtype))
-        return y if self.scales is None else y * self.scales
+        return self.vectors.output(self.decoder.multiply(codes, x_t, dtype), x.dtype)
 
     def dense(
         self, codes: Int32[Tensor, "m words"], n: int, dtype: torch.dtype
