@@ -163,6 +163,25 @@ def _decoded(rows: Sequence[Row]) -> list[str]:
     return [f"All of a matrix as bfloat16, in µs: {', '.join(said)}.", ""] if rows else []
 
 
+def rotations(rows: Sequence[Row]) -> list[str]:
+    """Those of one vector, of more, and of weights; then what a layer takes."""
+    lines = [
+        "Rotations from bfloat16 to float32, signs included; the rows and columns of weights in "
+        "float32. The share is that of 3.0 TB/s at which many numbers are read and written once:",
+        "",
+        "| rotation | width | vectors | µs | torch, µs | share | error |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in (row for row in rows if "rotation" in row):
+        share = f"{r['share']:.0%}" if "share" in r else "-"
+        lines.append(
+            f"| {r['rotation']} | {r['width']} | {r['vectors']} | {r['us']:.1f} "
+            f"| {r['torch_us']:.1f} | {share} | {r['error']:.1e} |"
+        )
+    layers = [f"{r['us']:.1f} µs ({r['layer']})" for r in rows if "layer" in r]
+    return [*lines, "", f"All rotations of a 7B layer, one token: {', '.join(layers)}."]
+
+
 def _crossed(rows: Sequence[Row], column: Any) -> list[str]:
     """A line a code, a column for each size."""
     cells = {
@@ -225,6 +244,7 @@ SECTIONS = {
     "panel": panel,
     "hessian": hessian,
     "matvec": matvec,
+    "rotations": rotations,
     "block": block,
     "decode": decode,
 }
