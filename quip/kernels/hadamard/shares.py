@@ -11,6 +11,7 @@ BLOCKS = 64  # among how many all of them are: each block reads its vector whole
 SMALL = 64  # order of K: with larger ones, many vectors are multiplied by a product of matrices
 MANY = 64  # vectors, from which on they are
 THREADS = (128, 512)  # of a block, at least and at most
+PARTS = 8  # of a sum over K's columns, at most
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,15 @@ class Shares:
             fold = 16 if runs >= 128 else 8 if runs == 64 else 1
             wanted = min(fours, max(1, BLOCKS // (vectors * fold)))
         rows = 4 * math.ceil(fours / wanted)
-        columns = order * runs // fold
-        least, most = THREADS
+        numbers, (least, most) = order * runs // fold, THREADS
+        sums = 0 if order == 1 else rows // 4 * runs // fold  # of four rows
+        busy = max(numbers // 4, PARTS * sums)
         return cls(
             fold=fold,
             shares=math.ceil(order / rows),
             rows=rows,
-            threads=max(least, min(most, 32 * math.ceil(columns / 128))),
-            bytes=4 * (columns + (order * rows + 4 * most if order > 1 else 0)),
+            threads=max(least, min(most, 32 * math.ceil(busy / 32))),
+            bytes=4 * (numbers + (order * rows + 4 * most if order > 1 else 0)),
         )
 
 
