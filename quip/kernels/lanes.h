@@ -4,6 +4,9 @@
 
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {  // a library is one source
 
@@ -34,6 +37,19 @@ inline Floats load(const float *from, int64_t left, float fill = 0) {
     Floats lanes = all(fill);
     for (int64_t i = 0; i < left; i++) lanes[i] = from[i];
     return lanes;
+}
+
+// LANES bytes as numbers. g++ takes __builtin_convertvector apart, byte by byte
+inline Ints widened(const uint8_t *from) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+#elif defined(__AVX2__)
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from)));
+#else
+    Bytes bytes;
+    std::memcpy(&bytes, from, sizeof bytes);
+    return __builtin_convertvector(bytes, Ints);
+#endif
 }
 
 template <class Number, class Vector> void store(Number *to, const Vector &lanes, int64_t left) {

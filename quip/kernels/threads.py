@@ -1,0 +1,40 @@
+"""The threads of torch, for C++ that has none of its own.
+
+torch computes with a pool of OpenMP. A second pool beside it would fight it for the cores, so
+that threads.h enters the one that is there, by the address of its entry point.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+import torch
+
+POOLS = ("libgomp", "libiomp5", "libomp")  # all of them have the entry point of the first
+MAPS = Path("/proc/self/maps")  # the libraries of this process; Linux alone has it
+
+
+class Threads(ctypes.Structure):
+    """The struct Threads of threads.h."""
+
+    _fields_ = (("parallel", ctypes.c_void_p), ("count", ctypes.c_int64))
+
+
+def threads() -> Threads:
+    """As many as torch uses; without a pool the caller's own."""
+    return Threads(_entry(), torch.get_num_threads())
+
+
+@cache
+def _entry() -> int | None:
+    """Where GOMP_parallel begins in the library of torch's pool."""
+    lines = MAPS.read_text(encoding="utf-8").splitlines() if MAPS.exists() else []
+    paths = {line[line.index("/") :] for line in lines if "/" in line}
+    pools = [path for path in map(Path, paths) if path.name.startswith(POOLS)]
+    home = Path(torch.__file__).parent
+    for path in sorted(pools, key=lambda path: home not in path.parents):  # torch's own first
+        try:
+            return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
+        except (OSError, AttributeError):
+            continue
+    return None
