@@ -61,6 +61,36 @@ def test_the_kernel_is_the_product_with_the_decoded_matrix(m, n, bits, group, sy
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("n", "bits", "group", "symmetric"),
+    [(50, 2, None, True), (33, 3, 16, False), (576, 4, 1, True), (40, 8, 7, False)],
+)
+def test_weights_are_decoded_to_the_same_bits(n, bits, group, symmetric, dtype):
+    words, grids = problem(7, n, bits, group, symmetric)
+    x = torch.randn(2, FEW, n)
+    expected = multiply(x, words, grids, dtype)
+    assert torch.equal(multiply(x, words, grids, dtype, cpu.multiply_decoded), expected)
+
+
+@needs_compiler
+def test_threads_share_the_rows():
+    words, grids = problem(300, 1000, 3, None, symmetric=False)
+    given = torch.get_num_threads()
+    try:
+        for x, form in (
+            (torch.randn(2, 1000), cpu.multiply),
+            (torch.randn(9, 1000), cpu.multiply_decoded),
+        ):
+            torch.set_num_threads(1)
+            expected = multiply(x, words, grids, torch.float32, form)
+            torch.set_num_threads(3)
+            assert torch.equal(multiply(x, words, grids, torch.float32, form), expected)
+    finally:
+        torch.set_num_threads(given)
+
+
+@needs_compiler
 def test_strides_of_the_inputs_do_not_matter():
     words, grids = problem(6, 40, 3, 8, symmetric=False)
     x = torch.randn(40, 3).T
@@ -77,11 +107,11 @@ def test_a_few_single_precision_vectors_on_a_cpu_take_the_kernel():
     assert chosen(torch.zeros(16), words, grids) is cpu.multiply
     for x in {
         "many": torch.zeros(FEW + 1, 16),
-        "none": torch.zeros(0, 16),
         "double": torch.zeros(1, 16).double(),
-        "elsewhere": torch.zeros(1, 16, device="meta"),
         "gradient": torch.zeros(1, 16, requires_grad=True),
     }.values():
+        assert chosen(x, words, grids) is cpu.multiply_decoded
+    for x in (torch.zeros(0, 16), torch.zeros(1, 16, device="meta")):
         assert chosen(x, words, grids) is reference.multiply
     with torch.no_grad():
         assert chosen(torch.zeros(1, 16, requires_grad=True), words, grids) is cpu.multiply

@@ -1,4 +1,5 @@
-// Multiply a few vectors by a packed matrix: the fast form of the product with decoded weights.
+// Multiply a few vectors by a packed matrix: the fast form of the product with decoded weights. For
+// many vectors, the decoded weights in the dtype of the product.
 //
 // Weights that share a step and a zero along the whole row are never taken apart: a vector of
 // bytes of a plane is masked to one code of each byte, which is 2^shift times that code, and
@@ -35,7 +36,7 @@ struct Matvec {  // as in cpu.py
     const float *x;                          // [tokens, n]
     const void *step;                        // [m, groups], or [groups] where there are no zeros
     const uint8_t *zero;                     // [m, groups]; null: (2^bits - 1) / 2
-    float *y;                                // [tokens, m], out
+    void *y;                                 // [tokens, m], out, in float32
     int32_t bits, step_bytes;                // step_bytes: 2 for bfloat16, 4 for float32
     Threads threads;
 
@@ -156,7 +157,7 @@ template <int WIDTH, int T, int R>
 
 // y of T tokens at most, where a row has one step
 template <int T>
-void multiply_rows(const Matvec &a, const float *x) {
+void multiply_rows(const Matvec &a, const float *x, float *y) {
     constexpr int R = std::min(ROWS, SUMS / T);
     const std::vector<Plane> planes = planes_of(a, T);
     const Plane &last = planes.back();
@@ -188,7 +189,7 @@ void multiply_rows(const Matvec &a, const float *x) {
                                     : add_plane<1, T, R>)(plane, rows, inputs.data(), sums);
             for (int i = 0; i < R && r + i < stop; i++)
                 for (int64_t t = 0; t < a.tokens; t++)
-                    a.y[t * a.m + r + i] = a.scale(r + i, 1, 0) *
+                    y[t * a.m + r + i] = a.scale(r + i, 1, 0) *
                         (total(sums[i][t]) - a.middle(r + i, 1, 0) * x_sums[t]);
         }
     };
@@ -196,7 +197,7 @@ void multiply_rows(const Matvec &a, const float *x) {
 }
 
 // y of all tokens, where a row has a step for each group
-void multiply_groups(const Matvec &a, const float *x) {
+void multiply_groups(const Matvec &a, const float *x, float *y) {
     const int64_t groups = divide_up(a.n, a.group);
     std::vector<float> x_sums(a.tokens * groups);
     for (int64_t t = 0; t < a.tokens; t++)
@@ -222,27 +223,66 @@ void multiply_groups(const Matvec &a, const float *x) {
                     sums += step * here;
                     shift += step[0] * a.middle(r, groups, g) * x_sums[t * groups + g];
                 }
-                a.y[t * a.m + r] = total(sums) - shift;
+                y[t * a.m + r] = total(sums) - shift;
             }
         }
     };
     share(a.threads, a.m, divide_up(PIECE, a.n * a.tokens), some);
 }
 
+void put(float value, float *to) { *to = value; }
+
+void put(float value, uint16_t *to) {  // to the nearest bfloat16, ties to the even one
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// step (code - zero) of all rows, to [m, n]
+template <class Number> void decode_rows(const Matvec &a, Number *W) {
+    const int64_t groups = divide_up(a.n, a.group);
+    share(a.threads, a.m, divide_up(PIECE, a.n), [&](int64_t first, int64_t stop) {
+        std::vector<uint8_t> codes(a.n + sizeof(Words));
+        std::vector<float> steps(a.n), zeros(a.n, a.middle(0, 0, 0));
+        for (int64_t k = 0; !a.zero && k < a.n; k++) steps[k] = a.step_at(k / a.group);
+        for (int64_t r = first; r < stop; r++) {
+            for (int64_t g = 0; a.zero && g < groups; g++) {
+                const int64_t start = g * a.group, width = std::min(a.group, a.n - start);
+                std::fill_n(steps.data() + start, width, a.scale(r, groups, g));
+                std::fill_n(zeros.data() + start, width, a.middle(r, groups, g));
+            }
+            unpack(a.words + r * a.row_bytes, a.bits, a.n, codes.data());
+            const uint8_t *__restrict q = codes.data();
+            const float *__restrict step = steps.data(), *__restrict zero = zeros.data();
+            Number *__restrict to = W + r * a.n;
+            for (int64_t k = 0; k < a.n; k++) put((float(int32_t(q[k])) - zero[k]) * step[k], to + k);
+        }
+    });
+}
+
 }  // namespace
 
-extern "C" void multiply(const Matvec *given) {
+extern "C" void multiply(const Matvec *given, int32_t) {
     Matvec a = *given;
     const std::vector<float> scaled_x = scaled(a);
     const float *x = scaled_x.data();
-    if (a.zero && a.group < a.n) return multiply_groups(a, x);
+    float *y = static_cast<float *>(a.y);
+    if (a.zero && a.group < a.n) return multiply_groups(a, x, y);
     for (int64_t left = a.tokens; left > 0; left -= MOST) {
         a.tokens = std::min<int64_t>(MOST, left);
         (a.tokens == 1   ? multiply_rows<1>
          : a.tokens == 2 ? multiply_rows<2>
          : a.tokens <= 4 ? multiply_rows<4>
-                         : multiply_rows<8>)(a, x);
+                         : multiply_rows<8>)(a, x, y);
         x += MOST * a.n;
-        a.y += MOST * a.m;
+        y += MOST * a.m;
     }
+}
+
+// W~ [m, n] to `y`, in float32 or bfloat16
+extern "C" void decode(const Matvec *a, int32_t bytes) {
+    if (bytes == 4)
+        decode_rows(*a, static_cast<float *>(a->y));
+    else
+        decode_rows(*a, static_cast<uint16_t *>(a->y));
 }

@@ -1,6 +1,7 @@
-"""Multiply a few vectors by a packed matrix of integer grids: the ctypes side of cpu.cpp.
+"""Multiply vectors by a packed matrix of integer grids: the ctypes side of cpu.cpp.
 
-It never has W~ in memory, and rounds nothing to the dtype that the reference computes in.
+For a few vectors W~ is never in memory, and nothing is rounded to the dtype that the reference
+computes in. For more it is decoded, straight to that dtype.
 """
 
 import ctypes
@@ -10,13 +11,14 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Int32, Integer
 from torch import Tensor
+from torch.nn.functional import linear
 
 from quip.kernels.native import library
 from quip.kernels.operation import Form
 from quip.kernels.threads import Threads, threads
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-STEPS = (torch.float32, torch.bfloat16)
+NUMBERS = (torch.float32, torch.bfloat16)  # that cpu.cpp reads as steps and writes as weights
 FEW = 8  # vectors: for more, the matrix product of a decoded matrix is faster
 
 
@@ -42,28 +44,88 @@ def multiply(
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T in float32, without a gradient; `dtype` plays no part."""
+    x = x.detach().contiguous()
+    y = x.new_empty(*x.shape[:-1], len(words))
+    _call("multiply", x, words, step, zero, bits, group, y)
+    return y
+
+
+def multiply_decoded(
+    x: Float[Tensor, "*batch n"],
+    words: Int32[Tensor, "m words"],
+    step: Float[Tensor, "m_or_1 groups"],
+    zero: Integer[Tensor, "m groups"] | None,
+    *,
+    bits: int,
+    group: int | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch m"]:
+    """x W~^T as in reference.py, bit for bit: only the decoding is another."""
+    W = decode(words, step, zero, bits, group, x.shape[-1], dtype)
+    return linear(x.to(dtype), W).to(x.dtype)
+
+
+def decode(
+    words: Int32[Tensor, "m words"],
+    step: Float[Tensor, "m_or_1 groups"],
+    zero: Integer[Tensor, "m groups"] | None,
+    bits: int,
+    group: int | None,
+    n: int,
+    dtype: torch.dtype,
+) -> Float[Tensor, "m {n}"]:
+    """W~ of packed codes, computed in float32 and rounded to `dtype`, which is one of NUMBERS."""
+    W = torch.empty(len(words), n, dtype=dtype)
+    _call("decode", W, words, step, zero, bits, group, W)
+    return W
+
+
+def _call(
+    name: str,
+    x: Tensor,
+    words: Tensor,
+    step: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    group: int | None,
+    to: Tensor,
+) -> None:
+    """A function of cpu.cpp, which writes to the last tensor; decoding reads no x."""
     (m, width), n = words.shape, x.shape[-1]
-    x, words, step = x.detach().contiguous(), words.contiguous(), step.contiguous()
+    words, step = words.contiguous(), step.contiguous()
     zero = None if zero is None else zero.contiguous()
-    y = x.new_empty(*x.shape[:-1], m)
     call = _Matvec(
         *(m, n, x.numel() // n, 4 * width, group or n),
         *(words.data_ptr(), x.data_ptr(), step.data_ptr()),
-        *(None if zero is None else zero.data_ptr(), y.data_ptr()),
+        *(None if zero is None else zero.data_ptr(), to.data_ptr()),
         *(bits, step.itemsize, threads()),
     )
     native = library(SOURCE)
     assert native is not None
-    native.multiply(ctypes.byref(call))
-    return y
+    getattr(native, name)(ctypes.byref(call), to.itemsize)
 
 
-def _serves(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None, **_: object) -> bool:
-    if (x.dtype, x.device.type) != (torch.float32, "cpu") or step.dtype not in STEPS:
-        return False
+def _serves(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None, **known: object) -> bool:
     learns = torch.is_grad_enabled() and x.requires_grad
-    rows = len(step) == 1 if zero is None else len(step) == len(words) and zero.dtype == torch.uint8
-    return 0 < x.numel() <= FEW * x.shape[-1] and rows and not learns
+    few = 0 < x.numel() <= FEW * x.shape[-1]
+    return x.dtype == torch.float32 and few and not learns and _read(x, words, step, zero)
+
+
+def _serves_many(
+    x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None, *, dtype: torch.dtype, **_: object
+) -> bool:
+    return dtype in NUMBERS and x.numel() > 0 and _read(x, words, step, zero)
+
+
+def _read(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None) -> bool:
+    """Whether cpu.cpp reads such a matrix."""
+    here = x.device.type == words.device.type == "cpu"
+    if not here or step.dtype not in NUMBERS or step.requires_grad:
+        return False
+    if zero is None:
+        return len(step) == 1
+    return len(step) == len(words) and zero.dtype == torch.uint8
 
 
 FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)
+DECODED = Form(multiply_decoded, _serves_many, lambda: library(SOURCE) is not None)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from quip.kernels.native import library
 from quip.kernels.operation import Form
+from quip.kernels.threads import Threads, threads
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 
@@ -20,6 +21,7 @@ class _Rotation(ctypes.Structure):
     _fields_ = (
         *[(name, c_int64) for name in ("p", "q", "count")],
         *[(name, c_void_p) for name in ("left", "right", "first", "last", "x", "y")],
+        ("threads", Threads),
     )
 
 
@@ -44,6 +46,7 @@ def rotate(
         None if last is None else last.data_ptr(),
         x.data_ptr(),
         y.data_ptr(),
+        threads(),
     )
     native = library(SOURCE)
     assert native is not None
