@@ -95,19 +95,36 @@ class Rotation:
         x = _columns(L, x).reshape(y.shape)
         return x if unmix is None else x.index_select(-1, unmix)
 
-    def rotate_vectors(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """R x by the fastest form: `rotate`, but for the noise of the dtype of x."""
-        if len(self.left.signs) > 1 or len(self.right.signs) > 1:
-            return self.rotate(x)
-        (left, right, _, _), (mix, _, shuffle, _) = self._factors(x), self._indices(x.device)
-        return kronecker.rotate(x, left, right, mix, shuffle)
+    def rotate_vectors(
+        self, x: Float[Tensor, "*batch n"], factors: Float[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "*batch n"]:
+        """R diag(factors) x by the fastest form, in float32 at least."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        if self._blocked:
+            x = x.to(wide)
+            return self.rotate(x if factors is None else x * factors)
+        left, right, _, _ = self._factors(wide, x.device)
+        mix, _, shuffle, _ = self._indices(x.device)
+        return kronecker.rotate_scaled(x, left, right, mix, shuffle, factors, None, dtype=wide)
 
-    def invert_vectors(self, y: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """R^T y by the fastest form."""
-        if len(self.left.signs) > 1 or len(self.right.signs) > 1:
-            return self.invert(y)
-        (_, _, left, right), (_, unmix, _, unshuffle) = self._factors(y), self._indices(y.device)
-        return kronecker.rotate(y, left, right, unshuffle, unmix)
+    def invert_vectors(
+        self,
+        y: Float[Tensor, "*batch n"],
+        factors: Float[Tensor, " n"] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Float[Tensor, "*batch n"]:
+        """diag(factors) R^T y by the fastest form, in dtype, that of y by default."""
+        dtype = y.dtype if dtype is None else dtype
+        if self._blocked:
+            x = self.invert(y)
+            return (x if factors is None else x * factors).to(dtype)
+        _, _, left, right = self._factors(y.dtype, y.device)
+        _, unmix, _, unshuffle = self._indices(y.device)
+        return kronecker.rotate_scaled(y, left, right, unshuffle, unmix, None, factors, dtype=dtype)
+
+    @property
+    def _blocked(self) -> bool:
+        return len(self.left.signs) > 1 or len(self.right.signs) > 1
 
     def rotate_rows(self, W: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
         """R W: `rotate` on the first axis, without a transposition."""
@@ -139,12 +156,13 @@ class Rotation:
                 self._moved[device] = tuple(moved)
         return self._moved[device]
 
-    def _factors(self, x: Tensor) -> tuple[Tensor, ...]:
-        """L, R^T, L^T and R of a rotation without blocks, each contiguous, like x."""
-        key = x.dtype, x.device
+    def _factors(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """L, R^T, L^T and R of a rotation without blocks, each contiguous."""
+        key = dtype, device
         if key not in self._turned:
             with torch.inference_mode(False):
-                L, R = self.left.like(x)[0], self.right.like(x)[0]
+                like = torch.empty(0, dtype=dtype, device=device)
+                L, R = self.left.like(like)[0], self.right.like(like)[0]
                 self._turned[key] = tuple(A.contiguous() for A in (L, R.T, L.T, R))
         return self._turned[key]
 

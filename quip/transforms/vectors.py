@@ -10,6 +10,7 @@ from torch import Tensor
 from quip.kernels import hadamard
 from quip.transforms.base import Chain, Transform
 from quip.transforms.hadamard import Hadamard
+from quip.transforms.kronecker import Kronecker
 from quip.transforms.rescale import Rescale
 
 
@@ -17,42 +18,82 @@ from quip.transforms.rescale import Rescale
 class Vectors:
     """B x for activations x, and diag(scales) A^-1 y for what a matrix makes of them.
 
-    Factors of inputs and outputs beside a Hadamard matrix, casts too, are one pass with it.
+    Factors of inputs and outputs beside a rotation, casts too, are one pass with it.
     """
 
     chain: Chain
     scales: Float[Tensor, " m"] | None
-    turn: Hadamard | None  # all of it, for vectors of float32 or less
+    turn: "_Signed | _Scaled | None"  # all of it, for vectors of float32 or less
 
     @classmethod
     def of(cls, chain: Chain, scales: Float[Tensor, " m"] | None = None) -> "Vectors":
         """What the chain does to vectors, and the scales of rows after it."""
-        turn = _turn(chain.links)
-        if turn is not None and scales is not None:
-            turn = replace(turn, signs_out=turn.signs_out * scales)
-        return cls(chain, scales, turn)
+        return cls(chain, scales, _in_one(chain.links, scales))
 
     def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
         """B x, in float32 at least."""
         if self.turn is None or x.dtype == torch.float64:
             return self.chain.input(x.to(torch.promote_types(x.dtype, torch.float32)))
-        signs, block = self.turn.signs_in, self.turn.block
-        return hadamard.invert(x, block=block, signs=signs, dtype=torch.float32)
+        return self.turn.input(x)
 
     def output(self, y: Float[Tensor, "*batch m"], dtype: torch.dtype) -> Float[Tensor, "*batch m"]:
         """diag(scales) A^-1 y, rounded to dtype at the end."""
         if self.turn is None or y.dtype == torch.float64:
             y = self.chain.output(y)
             return (y if self.scales is None else y * self.scales).to(dtype)
-        signs, block = self.turn.signs_out, self.turn.block
+        return self.turn.output(y, dtype)
+
+
+@dataclass(frozen=True)
+class _Signed:
+    """A Hadamard transform whose signs hold the factors."""
+
+    transform: Hadamard
+
+    def input(self, x: Tensor) -> Tensor:
+        signs, block = self.transform.signs_in, self.transform.block
+        return hadamard.invert(x, block=block, signs=signs, dtype=torch.float32)
+
+    def output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        signs, block = self.transform.signs_out, self.transform.block
         return hadamard.rotate(y, block=block, signs=signs, dtype=dtype)
 
 
-def _turn(links: Sequence[Transform]) -> Hadamard | None:
-    """The one Hadamard transform that does to vectors what the links do, if there is one."""
+@dataclass(frozen=True)
+class _Scaled:
+    """A Kronecker product between factors."""
+
+    transform: Kronecker
+    before: Float[Tensor, " n"] | None
+    after: Float[Tensor, " m"] | None
+
+    def input(self, x: Tensor) -> Tensor:
+        return self.transform.R_in.rotate_vectors(x, self.before)
+
+    def output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.transform.R_out.invert_vectors(y, self.after, dtype)
+
+
+def _in_one(
+    links: Sequence[Transform], scales: Float[Tensor, " m"] | None
+) -> _Signed | _Scaled | None:
+    """One rotation that does to vectors what the links and the scales do, if there is one."""
     match tuple(links):
         case (Hadamard() as turn,):
-            return turn
+            return _Signed(_between(turn, None, scales))
         case (Rescale(r), Hadamard() as turn):
-            return replace(turn, signs_in=turn.signs_in / r.to(turn.signs_in))
+            return _Signed(_between(turn, r, scales))
+        case (Kronecker() as turn,):
+            return _Scaled(turn, None, scales)
+        case (Rescale(r), Kronecker() as turn):
+            return _Scaled(turn, 1 / r.float(), scales)
     return None
+
+
+def _between(turn: Hadamard, r: Tensor | None, scales: Tensor | None) -> Hadamard:
+    signs_in, signs_out = turn.signs_in, turn.signs_out
+    return replace(
+        turn,
+        signs_in=signs_in if r is None else signs_in / r.to(signs_in),
+        signs_out=signs_out if scales is None else signs_out * scales,
+    )

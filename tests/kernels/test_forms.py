@@ -98,6 +98,14 @@ def kronecker_rotations() -> Iterator[Case]:
                     yield Case((x, left / p**0.5, (right / q**0.5).T, first, last))
 
 
+def scaled_rotations() -> Iterator[Case]:
+    for case in kronecker_rotations():
+        x, *others = case.args
+        factors = randn(x.shape[-1], seed=5), randn(x.shape[-1], seed=6)
+        for before, after in (factors, (None, None)):
+            yield Case((x.bfloat16(), *others, before, after), {"dtype": torch.float32})
+
+
 def panels() -> Iterator[Case]:
     for (n, m), (steps, rows) in zip(
         ((1, 5), (9, 33), (40, 70)), ((1, 1), (9, 1), (1, 70)), strict=True
@@ -281,6 +289,7 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     rotations.turn: Check(rotated),
     rotations.turn_vectors: Check(rotated_vectors),
     kronecker.rotate: Check(kronecker_rotations),
+    kronecker.rotate_scaled: Check(scaled_rotations),
     panel.round_columns: Check(panels),
     panel.fit_and_round_columns: Check(fitted_panels),
     grid_matvec.multiply: Check(grid_products),

@@ -52,6 +52,19 @@ def test_any_batch_is_rotated_vector_by_vector(batch, emulated):  # noqa: F811
 
 
 @needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_factors_and_casts_are_part_of_it(dtype, emulated):  # noqa: F811
+    x, left, right, order = randn(2, 96).to(dtype), randn(8, 8), randn(12, 12), torch.randperm(96)
+    before, after = randn(96, seed=1), randn(96, seed=2)
+    args = (left, right, order, order.flip(0))
+    wide = cuda.rotate_scaled(x, *args, before, after, dtype=torch.float32)
+    doubled = [t.double() if t.is_floating_point() else t for t in (x * before, *args)]
+    assert_near(wide.double(), after.double() * reference.rotate(*doubled), NOISE)
+    narrow = cuda.rotate_scaled(x, *args, before, after, dtype=dtype)
+    assert torch.equal(narrow, wide.to(dtype))
+
+
+@needs_compiler
 def test_inverse_permutations_go_with_what_they_invert(emulated):  # noqa: F811
     held = len(cuda._INVERSES)
     order = torch.randperm(12)

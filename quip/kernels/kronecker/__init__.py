@@ -1,6 +1,5 @@
 """Rotate vectors by a Kronecker product of two small matrices, between two permutations."""
 
-from quip.kernels.kronecker import cpu, cuda, reference
-from quip.kernels.operation import Operation
+from quip.kernels.kronecker.operations import rotate, rotate_scaled
 
-rotate = Operation(reference.rotate, cuda=cuda.FORM, cpu=cpu.FORM)
+__all__ = ["rotate", "rotate_scaled"]

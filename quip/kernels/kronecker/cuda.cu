@@ -1,4 +1,5 @@
-// P' (left (x) right^T) P x for a few vectors on a CUDA device, in one launch: reference.py.
+// P' (left (x) right^T) P x for a few vectors on a CUDA device, in one launch, with factors of what
+// enters and leaves, and casts: operations.py.
 //
 // With X = x[first] as p x q, a block makes four columns of Y = (left X) right, as left (X right'), of
 // one vector at a time: it reads all of x and left, and four columns of right. A warp sums four rows
@@ -12,6 +13,7 @@ struct Rotation {  // as in cuda.py
     void *y;                      // the same, out
     const float *left, *right;    // [p, p], [q, q]
     const int32_t *first, *place; // [p q] or null; entry i of left X right goes to place[i]
+    const float *before, *after;  // factors of x and of y, [p q] or null
     int64_t vectors;
     int32_t p, q, x_kind, y_kind;
 };
@@ -50,6 +52,12 @@ DEVICE void copy_numbers(float *to, const void *from, int64_t at, int count, int
     }
 }
 
+// Of what this thread has copied
+DEVICE void multiply_numbers(float *to, const float *factors, int count) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < count; i += THREADS) to[i] *= factors[i];
+}
+
 // For rows of A [count, width], where entry(row, k) is A_rowk: sums of A_rowk times[k] over k
 template <class Entry, class Finish>
 DEVICE void multiply_rows(int count, int width, const float4 *times, Entry entry, Finish finish) {
@@ -81,6 +89,8 @@ DEVICE void prefetch_constants(const Rotation &a) {
     if (at < a.q * a.q) prefetch(a.right + at);
     if (a.first && at < a.p * a.q) prefetch(a.first + at);
     if (a.place && at < a.p * a.q) prefetch(a.place + at);
+    if (a.before && at < a.p * a.q) prefetch(a.before + at);
+    if (a.after && at < a.p * a.q) prefetch(a.after + at);
 }
 
 __global__ void __launch_bounds__(THREADS, 1) rotate_few(const Rotation a) {
@@ -103,6 +113,7 @@ __global__ void __launch_bounds__(THREADS, 1) rotate_few(const Rotation a) {
             }
         held = strip;
         copy_numbers(x, a.x, start, p * q, a.x_kind);
+        if (a.before) multiply_numbers(x, a.before, p * q);
         __syncthreads();
         multiply_rows(
             p, q, right,
@@ -112,8 +123,10 @@ __global__ void __launch_bounds__(THREADS, 1) rotate_few(const Rotation a) {
         multiply_rows(
             p, p, made, [&](int row, int k) { return left[row * p + k]; },
             [&](int row, int c, float sum) {
-                const int at = row * q + column + c;
-                if (column + c < q) write_number(a.y, start + (a.place ? a.place[at] : at), a.y_kind, sum);
+                if (column + c >= q) return;
+                const int made = row * q + column + c, at = a.place ? a.place[made] : made;
+                if (a.after) sum *= a.after[at];
+                write_number(a.y, start + at, a.y_kind, sum);
             });
     }
 }

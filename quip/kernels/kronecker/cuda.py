@@ -4,7 +4,6 @@ For more vectors, the products of matrices of reference.py are as fast as they c
 """
 
 import ctypes
-import math
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ class _Rotation(ctypes.Structure):
     """The struct Rotation of cuda.cu."""
 
     _fields_ = (
-        *[(name, c_void_p) for name in ("x", "y", "left", "right", "first", "place")],
+        *[(name, c_void_p) for name in ("x", "y", "left", "right")],
+        *[(name, c_void_p) for name in ("first", "place", "before", "after")],
         ("vectors", c_int64),
         *[(name, c_int32) for name in ("p", "q", "x_kind", "y_kind")],
     )
@@ -42,10 +42,26 @@ def rotate(
     last: Int[Tensor, " n"] | None,
 ) -> Float[Tensor, "*batch n"]:
     """P' (left (x) right^T) P x as in reference.py, without a gradient."""
+    return rotate_scaled(x, left, right, first, last, None, None, dtype=x.dtype)
+
+
+def rotate_scaled(
+    x: Float[Tensor, "*batch n"],
+    left: Float[Tensor, "p p"],
+    right: Float[Tensor, "q q"],
+    first: Int[Tensor, " n"] | None,
+    last: Int[Tensor, " n"] | None,
+    before: Float[Tensor, " n"] | None,
+    after: Float[Tensor, " n"] | None,
+    *,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch n"]:
+    """diag(after) P' (left (x) right^T) P diag(before) x in dtype, without a gradient."""
     x, left, right = laid_out(x), laid_out(left), laid_out(right)
-    (p, q), y = (len(left), len(right)), torch.empty_like(x)
+    (p, q), y = (len(left), len(right)), torch.empty_like(x, dtype=dtype)
     first = None if first is None else first.to(torch.int32).contiguous()
     place = None if last is None else _inverse(last)
+    before, after = (None if f is None else laid_out(f.float()) for f in (before, after))
     call = _Rotation(
         x=x.data_ptr(),
         y=y.data_ptr(),
@@ -53,6 +69,8 @@ def rotate(
         right=right.data_ptr(),
         first=pointer(first),
         place=pointer(place),
+        before=pointer(before),
+        after=pointer(after),
         vectors=x.numel() // x.shape[-1],
         p=p,
         q=q,
@@ -81,14 +99,19 @@ def _bytes(p: int, q: int) -> int:
 
 
 def _serves(x: Tensor, left: Tensor, right: Tensor, *_: object) -> bool:
-    if x.device.type != "cuda" or x.dtype != torch.float32 or len(right) > WIDEST:
+    return x.dtype == torch.float32 and _serves_scaled(x, left, right, dtype=x.dtype)
+
+
+def _serves_scaled(x: Tensor, left: Tensor, right: Tensor, *_: object, dtype: torch.dtype) -> bool:
+    if x.device.type != "cuda" or not {x.dtype, dtype} <= KINDS.keys():
         return False
-    if not 0 < x.numel() <= FEW * math.prod(map(len, (left, right))):
+    (p, q), kind = (len(left), len(right)), left.dtype
+    if kind != torch.float32 or q > WIDEST or not 0 < x.numel() <= FEW * p * q:
         return False
     known = torch.cuda.get_device_properties(x.device)
     room = getattr(known, "shared_memory_per_block_optin", known.shared_memory_per_block)
-    fits = _bytes(len(left), len(right)) <= room
-    return fits and not (torch.is_grad_enabled() and x.requires_grad)
+    return _bytes(p, q) <= room and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 FORM = Form(rotate, _serves, lambda: cuda.available(SOURCE))
+SCALED = Form(rotate_scaled, _serves_scaled, lambda: cuda.available(SOURCE))

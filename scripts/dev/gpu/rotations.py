@@ -68,19 +68,19 @@ class Rotated:
     def enter(self, x: Tensor, i: int = 0) -> Tensor:
         """As inputs of a product are rotated, to float32."""
         if self.kind == "kronecker":
-            return self.rotation.rotate_vectors(x.float())
+            return self.rotation.rotate_vectors(x)
         return hadamard.invert(x, block=self.block, signs=self.signs[i], dtype=torch.float32)
 
     def leave(self, y: Tensor, i: int = 0) -> Tensor:
         """As outputs of a product are, to bfloat16."""
         if self.kind == "kronecker":
-            return self.rotation.invert_vectors(y).bfloat16()
+            return self.rotation.invert_vectors(y, dtype=torch.bfloat16)
         return hadamard.rotate(y, block=self.block, signs=self.signs[i], dtype=torch.bfloat16)
 
     def enter_by_torch(self, x: Tensor) -> Tensor:
         """`enter` by the reference, in the dtype of x."""
         if self.kind == "kronecker":
-            left, right, _, _ = self.rotation._factors(x)
+            left, right, _, _ = self.rotation._factors(x.dtype, x.device)
             mix, _, shuffle, _ = self.rotation._indices(x.device)
             return kronecker.reference.rotate(x, left, right, mix, shuffle)
         signs = self.signs[0].to(x.dtype)
