@@ -23,6 +23,7 @@ constexpr int LANES = 4, VECTORS = 2;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Naturals __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 
 inline int64_t divide_up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
@@ -49,6 +50,39 @@ inline Ints widened(const uint8_t *from) {
     Bytes bytes;
     std::memcpy(&bytes, from, sizeof bytes);
     return __builtin_convertvector(bytes, Ints);
+#endif
+}
+
+// LANES numbers of bfloat16, the upper halves of floats
+inline Floats load(const uint16_t *from) {
+#if defined(__AVX512F__)
+    const auto *at = reinterpret_cast<const __m256i *>(from);
+    const Naturals low = (Naturals)_mm512_cvtepu16_epi32(_mm256_loadu_si256(at));
+#elif defined(__AVX2__)
+    const auto *at = reinterpret_cast<const __m128i *>(from);
+    const Naturals low = (Naturals)_mm256_cvtepu16_epi32(_mm_loadu_si128(at));
+#else
+    Naturals low;
+    for (int i = 0; i < LANES; i++) low[i] = from[i];
+#endif
+    return (Floats)(low << 16);
+}
+
+// The bits of the nearest bfloat16, of two as near those of the even one; NaN stays NaN
+inline Naturals rounded(Floats x) {
+    const Naturals bits = (Naturals)x, up = bits + 0x7fff + (bits >> 16 & 1);
+    return (x == x ? up : bits | 0x400000) >> 16;
+}
+
+inline void put(float *to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+inline void put(uint16_t *to, Floats x) {
+    const Naturals bits = rounded(x);
+#ifdef __AVX512F__
+    const __m256i halves = _mm512_cvtepi32_epi16((__m512i)bits);
+    std::memcpy(to, &halves, sizeof halves);
+#else
+    for (int i = 0; i < LANES; i++) to[i] = bits[i];
 #endif
 }
 

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -40,3 +43,8 @@ class Operation(Generic[P, R]):
             if form.serves(*args, **kwargs) and form.available():
                 return form.compute
         return self.reference
+
+
+def learns(*parts: Tensor | None) -> bool:
+    """Whether a gradient is to reach one of them, which only a reference passes on."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in parts)

@@ -14,15 +14,12 @@ POOLS = ("libgomp", "libiomp5", "libomp")  # all of them have the entry point of
 MAPS = Path("/proc/self/maps")  # the libraries of this process; Linux alone has it
 
 
-class Threads(ctypes.Structure):
-    """The struct Threads of threads.h."""
-
-    _fields_ = (("parallel", ctypes.c_void_p), ("count", ctypes.c_int64))
+FIELDS = (("parallel", ctypes.c_void_p), ("thread_count", ctypes.c_int64))  # Threads of threads.h
 
 
-def threads() -> Threads:
-    """As many as torch uses; without a pool the caller's own."""
-    return Threads(_entry(), torch.get_num_threads())
+def threads() -> tuple[int | None, int]:
+    """As many as torch uses, for the last FIELDS of a struct; without a pool the caller's own."""
+    return _entry(), torch.get_num_threads()
 
 
 @cache

@@ -18,6 +18,7 @@ from quip.kernels.bits import unpack
 from quip.packed.spec import Spec
 from quip.transforms.vectors import Vectors
 
+FEW = 16  # tokens: no decoder has a kernel for more
 Kept = tuple[weakref.ref[Tensor], tuple[int, bool], dict[int, Tensor]]
 
 
@@ -74,12 +75,14 @@ class Parts:
         """diag(scales) W_hat x in the dtype of x."""
         m, n = len(codes), x.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
-        if x.numel() // n * (m + n) > 2 * m * n:
+        tokens = x.numel() // n
+        if tokens * (m + n) > 2 * m * n:
             W = self.dense(codes, n, wide)
             return linear(x, (W if self.scales is None else W * self.scales[:, None]).to(x.dtype))
-        x_t = self.vectors.input(x)
         # A rotation may gather all of |x| in one number, beyond the range of float16.
         dtype = wide if x.dtype == torch.float16 else x.dtype
+        # A kernel for few tokens takes more exact inputs; else they are rounded now, in one pass.
+        x_t = self.vectors.input(x, wide if tokens <= FEW else dtype)
         return self.vectors.output(self.decoder.multiply(codes, x_t, dtype), x.dtype)
 
     def dense(

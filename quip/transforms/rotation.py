@@ -96,16 +96,20 @@ class Rotation:
         return x if unmix is None else x.index_select(-1, unmix)
 
     def rotate_vectors(
-        self, x: Float[Tensor, "*batch n"], factors: Float[Tensor, " n"] | None = None
+        self,
+        x: Float[Tensor, "*batch n"],
+        factors: Float[Tensor, " n"] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "*batch n"]:
-        """R diag(factors) x by the fastest form, in float32 at least."""
+        """R diag(factors) x by the fastest form, in float32 at least, then cast to dtype."""
         wide = torch.promote_types(x.dtype, torch.float32)
+        dtype = wide if dtype is None else dtype
         if self._blocked:
             x = x.to(wide)
-            return self.rotate(x if factors is None else x * factors)
+            return self.rotate(x if factors is None else x * factors).to(dtype)
         left, right, _, _ = self._factors(wide, x.device)
         mix, _, shuffle, _ = self._indices(x.device)
-        return kronecker.rotate_scaled(x, left, right, mix, shuffle, factors, None, dtype=wide)
+        return kronecker.rotate_scaled(x, left, right, mix, shuffle, factors, None, dtype=dtype)
 
     def invert_vectors(
         self,
@@ -113,12 +117,18 @@ class Rotation:
         factors: Float[Tensor, " n"] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "*batch n"]:
-        """diag(factors) R^T y by the fastest form, in dtype, that of y by default."""
-        dtype = y.dtype if dtype is None else dtype
+        """diag(factors) R^T y by the fastest form, in float32 at least, then cast to dtype.
+
+        A dtype of None is that of y.
+        """
+        dtype, wide = (
+            y.dtype if dtype is None else dtype,
+            torch.promote_types(y.dtype, torch.float32),
+        )
         if self._blocked:
-            x = self.invert(y)
+            x = self.invert(y.to(wide))
             return (x if factors is None else x * factors).to(dtype)
-        _, _, left, right = self._factors(y.dtype, y.device)
+        _, _, left, right = self._factors(wide, y.device)
         _, unmix, _, unshuffle = self._indices(y.device)
         return kronecker.rotate_scaled(y, left, right, unshuffle, unmix, None, factors, dtype=dtype)
 

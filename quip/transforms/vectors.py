@@ -30,16 +30,19 @@ class Vectors:
         """What the chain does to vectors, and the scales of rows after it."""
         return cls(chain, scales, _in_one(chain.links, scales))
 
-    def input(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-        """B x, in float32 at least."""
+    def input(
+        self, x: Float[Tensor, "*batch n"], dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "*batch n"]:
+        """B x, in float32 at least, then cast to dtype if one is given."""
+        wide = torch.promote_types(x.dtype, torch.float32)
         if self.turn is None or x.dtype == torch.float64:
-            return self.chain.input(x.to(torch.promote_types(x.dtype, torch.float32)))
-        return self.turn.input(x)
+            return self.chain.input(x.to(wide)).to(wide if dtype is None else dtype)
+        return self.turn.input(x, wide if dtype is None else dtype)
 
     def output(self, y: Float[Tensor, "*batch m"], dtype: torch.dtype) -> Float[Tensor, "*batch m"]:
         """diag(scales) A^-1 y, rounded to dtype at the end."""
         if self.turn is None or y.dtype == torch.float64:
-            y = self.chain.output(y)
+            y = self.chain.output(y.to(torch.promote_types(y.dtype, torch.float32)))
             return (y if self.scales is None else y * self.scales).to(dtype)
         return self.turn.output(y, dtype)
 
@@ -50,9 +53,9 @@ class _Signed:
 
     transform: Hadamard
 
-    def input(self, x: Tensor) -> Tensor:
+    def input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         signs, block = self.transform.signs_in, self.transform.block
-        return hadamard.invert(x, block=block, signs=signs, dtype=torch.float32)
+        return hadamard.invert(x, block=block, signs=signs, dtype=dtype)
 
     def output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         signs, block = self.transform.signs_out, self.transform.block
@@ -67,8 +70,8 @@ class _Scaled:
     before: Float[Tensor, " n"] | None
     after: Float[Tensor, " m"] | None
 
-    def input(self, x: Tensor) -> Tensor:
-        return self.transform.R_in.rotate_vectors(x, self.before)
+    def input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.transform.R_in.rotate_vectors(x, self.before, dtype)
 
     def output(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         return self.transform.R_out.invert_vectors(y, self.after, dtype)

@@ -104,6 +104,7 @@ def scaled_rotations() -> Iterator[Case]:
         factors = randn(x.shape[-1], seed=5), randn(x.shape[-1], seed=6)
         for before, after in (factors, (None, None)):
             yield Case((x.bfloat16(), *others, before, after), {"dtype": torch.float32})
+        yield Case((x, *others, None, factors[1]), {"dtype": torch.float32})
 
 
 def panels() -> Iterator[Case]:

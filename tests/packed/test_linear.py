@@ -22,6 +22,7 @@ from quip.packed.linear import QuantizedLinear
 from quip.packed.matrix import QuantizedMatrix
 from quip.packed.spec import Spec
 from quip.transforms import Chain
+from quip.transforms.vectors import Vectors
 from tests.laws import GRIDS, assert_near
 from tests.support.checkpoints import quantized
 from tests.support.tiny import tokens
@@ -106,10 +107,10 @@ def test_inputs_of_another_width_are_refused(grid, width):
 
 def test_few_tokens_transform_activations_and_many_transform_weights(monkeypatch):
     calls = []
-    for name in ("input", "undo"):
-        plain = getattr(Chain, name)
-        spied = lambda self, x, name=name, plain=plain: calls.append(name) or plain(self, x)  # noqa: E731
-        monkeypatch.setattr(Chain, name, spied)
+    for owner, name in ((Vectors, "input"), (Chain, "undo")):
+        plain = getattr(owner, name)
+        spied = lambda *args, name=name, plain=plain: calls.append(name) or plain(*args)  # noqa: E731
+        monkeypatch.setattr(owner, name, spied)
     packed = layer()
     for count, expected in ((FEW, "input"), (30, "input"), (31, "undo")):
         packed(inputs(count, N))

@@ -13,12 +13,13 @@ from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quip.kernels import threads
+from quip.kernels.cuda import pointer
 from quip.kernels.native import library
-from quip.kernels.operation import Form
-from quip.kernels.threads import Threads, threads
+from quip.kernels.operation import Form, learns
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-NUMBERS = (torch.float32, torch.bfloat16)  # that cpu.cpp reads as steps and writes as weights
+NUMBERS = {torch.float32, torch.bfloat16}  # that cpu.cpp reads as steps and writes as weights
 FEW = 8  # vectors: for more, the matrix product of a decoded matrix is faster
 
 
@@ -29,7 +30,7 @@ class _Matvec(ctypes.Structure):
         *[(name, c_int64) for name in ("m", "n", "tokens", "row_bytes", "group")],
         *[(name, c_void_p) for name in ("words", "x", "step", "zero", "y")],
         *[(name, c_int32) for name in ("bits", "step_bytes")],
-        ("threads", Threads),
+        *threads.FIELDS,
     )
 
 
@@ -44,7 +45,7 @@ def multiply(
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T in float32, without a gradient; `dtype` plays no part."""
-    x = x.detach().contiguous()
+    x = x.contiguous()
     y = x.new_empty(*x.shape[:-1], len(words))
     _call("multiply", x, words, step, zero, bits, group, y)
     return y
@@ -95,20 +96,28 @@ def _call(
     words, step = words.contiguous(), step.contiguous()
     zero = None if zero is None else zero.contiguous()
     call = _Matvec(
-        *(m, n, x.numel() // n, 4 * width, group or n),
-        *(words.data_ptr(), x.data_ptr(), step.data_ptr()),
-        *(None if zero is None else zero.data_ptr(), to.data_ptr()),
-        *(bits, step.itemsize, threads()),
+        m,
+        n,
+        x.numel() // n,
+        4 * width,
+        group or n,
+        words.data_ptr(),
+        x.data_ptr(),
+        step.data_ptr(),
+        pointer(zero),
+        to.data_ptr(),
+        bits,
+        step.itemsize,
+        *threads.threads(),
     )
     native = library(SOURCE)
     assert native is not None
     getattr(native, name)(ctypes.byref(call), to.itemsize)
 
 
-def _serves(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None, **known: object) -> bool:
-    learns = torch.is_grad_enabled() and x.requires_grad
+def _serves(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None, **_: object) -> bool:
     few = 0 < x.numel() <= FEW * x.shape[-1]
-    return x.dtype == torch.float32 and few and not learns and _read(x, words, step, zero)
+    return few and x.dtype == torch.float32 and not learns(x) and _read(x, words, step, zero)
 
 
 def _serves_many(
@@ -119,8 +128,7 @@ def _serves_many(
 
 def _read(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None) -> bool:
     """Whether cpu.cpp reads such a matrix."""
-    here = x.device.type == words.device.type == "cpu"
-    if not here or step.dtype not in NUMBERS or step.requires_grad:
+    if not (x.is_cpu and words.is_cpu and step.dtype in NUMBERS) or step.requires_grad:
         return False
     if zero is None:
         return len(step) == 1

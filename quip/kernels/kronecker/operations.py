@@ -27,4 +27,4 @@ def rotate_in_steps(
     return (y if after is None else y * after).to(dtype)
 
 
-rotate_scaled = Operation(rotate_in_steps, cuda=cuda.SCALED)
+rotate_scaled = Operation(rotate_in_steps, cuda=cuda.SCALED, cpu=cpu.SCALED)
