@@ -73,7 +73,7 @@ class Parts:
         self, x: Float[Tensor, "*batch n"], codes: Int32[Tensor, "m words"]
     ) -> Float[Tensor, "*batch m"]:
         """diag(scales) W_hat x in the dtype of x."""
-        m, n = len(codes), x.shape[-1]
+        m, n = codes.shape[0], x.shape[-1]
         wide = torch.promote_types(x.dtype, torch.float32)
         tokens = x.numel() // n
         if tokens * (m + n) > 2 * m * n:

@@ -132,7 +132,7 @@ class Rotation:
         _, unmix, _, unshuffle = self._indices(y.device)
         return kronecker.rotate_scaled(y, left, right, unshuffle, unmix, None, factors, dtype=dtype)
 
-    @property
+    @cached_property
     def _blocked(self) -> bool:
         return len(self.left.signs) > 1 or len(self.right.signs) > 1
 

@@ -46,7 +46,7 @@ def multiply(
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T in float32, without a gradient; `dtype` plays no part."""
     x = x.contiguous()
-    y = x.new_empty(*x.shape[:-1], len(words))
+    y = torch.empty(*x.shape[:-1], words.shape[0])
     _call("multiply", x, words, step, zero, bits, group, y)
     return y
 
@@ -131,8 +131,8 @@ def _read(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None) -> bool:
     if not (x.is_cpu and words.is_cpu and step.dtype in NUMBERS) or step.requires_grad:
         return False
     if zero is None:
-        return len(step) == 1
-    return len(step) == len(words) and zero.dtype == torch.uint8
+        return step.shape[0] == 1
+    return step.shape[0] == words.shape[0] and zero.dtype == torch.uint8
 
 
 FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)

@@ -57,8 +57,8 @@ def rotate_scaled(
     before, after = _laid_out(before, torch.float32), _laid_out(after, torch.float32)
     y = torch.empty(x.shape, dtype=dtype)
     call = _Rotation(
-        len(left),
-        len(right),
+        left.shape[0],  # len() of a tensor takes longer than this vector
+        right.shape[0],
         x.numel() // x.shape[-1],
         left.data_ptr(),
         right.data_ptr(),
