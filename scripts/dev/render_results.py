@@ -228,6 +228,23 @@ def of_vq(record: Mapping[str, Any]) -> str:
     )
 
 
+def of_decoding(record: Mapping[str, Any]) -> str:
+    """Packed models beside the dense one."""
+    lines = [
+        f"| {record['model']} | threads | prefill, tokens/s | of dense | decode, tokens/s | of dense |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['threads']} | {r['prefill']:,.0f} | {r['prefill_ratio']:.2f} "
+        f"| {r['decode']:,.1f} | {r['decode_ratio']:.2f} |"
+        for r in record["rows"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\nOne text, a prompt of {record['prompt_tokens']} tokens, {record['dtype']}, models in "
+        f"turns, CPU seconds where threads are 1; {record['cpu']}, commit {record['commit']}.\n"
+    )
+
+
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "table": of_table,
     "run": of_run,
@@ -235,6 +252,7 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "search": of_search,
     "em": of_em,
     "vq": of_vq,
+    "decoding": of_decoding,
     "kills": of_kills,
     "fuzz": of_fuzz,
     "soak": of_soak,
