@@ -245,6 +245,28 @@ def of_decoding(record: Mapping[str, Any]) -> str:
     )
 
 
+def of_blocks(record: Mapping[str, Any]) -> str:
+    """Blocks of a Hadamard rotation beside the whole width, model by model."""
+    lines = [
+        "| model | codes | block | bits as stored | mean proxy loss | perplexity | KL, nats |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    notes = []
+    for name, model in record["models"].items():
+        lines.append(f"| {name} | original | | | | {model['original']:.2f} | |")
+        lines += [
+            f"| {name} | {r['code']} | {r['block'] or 'whole'} | {r['bits_per_weight']:.2f} "
+            f"| {r['mean_proxy_loss']:.5f} | {r['perplexity']:.2f} | {r['kl']:.4f} |"
+            for r in model["rows"]
+        ]
+        notes.append(
+            f"{name}: calibrated on {model['calibration_windows']} windows, measured on "
+            f"{model['windows']}, of {model['seqlen']} tokens ({model['dtype']}, {model['cpu']}, "
+            f"commit {model['commit']})."
+        )
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "table": of_table,
     "run": of_run,
@@ -257,6 +279,7 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "fuzz": of_fuzz,
     "soak": of_soak,
     "gpu": of_gpu,
+    "hadamard_block": of_blocks,
 }
 
 if __name__ == "__main__":
