@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../threads.h"
 #include "../unpack.h"
 
 #if defined(__AVX2__) && !defined(__clang__)
@@ -31,6 +32,7 @@ constexpr int LANES = 16, SUMS = 16;  // SUMS: how many stay in registers
 constexpr int LANES = 8, SUMS = 8;
 #endif
 constexpr int PERMUTED_ROWS = 8, COPIED_ROWS = 4;  // at once, at most
+constexpr int64_t PIECE = 1 << 16;                 // products that are worth a thread
 constexpr int SPARE = 64;                          // bytes after the codes of a row: vectors reach beyond its end
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -49,6 +51,7 @@ struct CentroidMatvec {  // as in cpu.py; columns are counted in codes
     const float *scales;                      // [m, blocks]; null: all are 1
     float *y;                                 // [tokens, m], out
     int32_t bits;
+    Threads threads;
 
     int64_t row_group(int64_t row) const {
         const int64_t size = m / row_groups, more = m % row_groups, longer = more * (size + 1);
@@ -242,32 +245,35 @@ void multiply_rows(const CentroidMatvec &a) {
     const Inputs<T, Weights> in(a);
     const int64_t pitch = a.n + SPARE, blocks = (a.n + a.block - 1) / a.block;
     const bool wide = a.bits > 8;
-    std::vector<uint8_t> low(R * pitch), high(wide ? R * pitch : 0);
-    for (int64_t first = 0; first < a.m; first += R) {
-        int64_t numbers[R], groups[R];
-        for (int i = 0; i < R; i++) {
-            numbers[i] = std::min(first + i, a.m - 1);
-            groups[i] = a.row_group(numbers[i]);
-            const uint8_t *row = a.words + numbers[i] * a.row_bytes;
-            unpack(row, std::min(a.bits, 8), a.n, low.data() + i * pitch);
-            if (wide) unpack(row + a.n, a.bits - 8, a.n, high.data() + i * pitch);
-        }
-        Floats sums[R * T] = {};
-        for (const Run &run : in.runs) {
-            Row rows[R];
+    const int64_t together = (PIECE / (a.n * a.dim * T * R) + 1) * R;
+    share(a.threads, a.m, together, [&](int64_t begin, int64_t stop) {
+        std::vector<uint8_t> low(R * pitch), high(wide ? R * pitch : 0);
+        for (int64_t first = begin; first < stop; first += R) {
+            int64_t numbers[R], groups[R];
             for (int i = 0; i < R; i++) {
-                const int64_t at = i * pitch + run.start;
-                const int64_t tile = run.column_group * a.row_groups + groups[i];
-                rows[i] = {low.data() + at, wide ? high.data() + at : nullptr,
-                           a.centroids + (tile * a.dim << a.bits),
-                           a.scales ? a.scales[numbers[i] * blocks + run.block] : 1};
+                numbers[i] = std::min(first + i, a.m - 1);
+                groups[i] = a.row_group(numbers[i]);
+                const uint8_t *row = a.words + numbers[i] * a.row_bytes;
+                unpack(row, std::min(a.bits, 8), a.n, low.data() + i * pitch);
+                if (wide) unpack(row + a.n, a.bits - 8, a.n, high.data() + i * pitch);
             }
-            add_products<R, T, Weights>(rows, in.x.data() + run.x, run.steps, sums);
+            Floats sums[R * T] = {};
+            for (const Run &run : in.runs) {
+                Row rows[R];
+                for (int i = 0; i < R; i++) {
+                    const int64_t at = i * pitch + run.start;
+                    const int64_t tile = run.column_group * a.row_groups + groups[i];
+                    rows[i] = {low.data() + at, wide ? high.data() + at : nullptr,
+                               a.centroids + (tile * a.dim << a.bits),
+                               a.scales ? a.scales[numbers[i] * blocks + run.block] : 1};
+                }
+                add_products<R, T, Weights>(rows, in.x.data() + run.x, run.steps, sums);
+            }
+            for (int64_t t = 0; t < a.tokens; t++)
+                for (int i = 0; i < R && first + i < stop; i++)
+                    a.y[t * a.m + first + i] = total(sums[i * T + t]);
         }
-        for (int64_t t = 0; t < a.tokens; t++)
-            for (int i = 0; i < R && first + i < a.m; i++)
-                a.y[t * a.m + first + i] = total(sums[i * T + t]);
-    }
+    });
 }
 
 #ifdef PERMUTED

@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from quip.kernels import threads
 from quip.kernels.native import library
 from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FEW = 16  # vectors: for more, products with decoded rows are as fast, and use all cores
+FEW = 16  # vectors: for more, products with decoded rows are as fast
 
 DIMS = (1, 2, 4)
 
@@ -28,6 +29,7 @@ class _CentroidMatvec(ctypes.Structure):
         *[(name, c_int64) for name in ("columns", "row_groups", "block", "dim")],
         *[(name, c_void_p) for name in ("words", "x", "centroids", "scales", "y")],
         ("bits", c_int32),
+        *threads.FIELDS,
     )
 
 
@@ -48,6 +50,7 @@ def multiply(
     centroids = centroids.detach().float().contiguous()
     scales = None if scales is None else scales.detach().float().contiguous()
     y = X.new_empty(*x.shape[:-1], len(words))
+    parallel, count = threads.threads()
     call = _CentroidMatvec(
         m=len(words),
         n=n // d,
@@ -63,6 +66,8 @@ def multiply(
         scales=None if scales is None else scales.data_ptr(),
         y=y.data_ptr(),
         bits=bits,
+        parallel=parallel,
+        thread_count=count,
     )
     native = library(SOURCE)
     assert native is not None

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <vector>
 
+#include "../threads.h"
+
 #ifdef __has_builtin
 #if __has_builtin(__builtin_shufflevector) && defined(__AVX512F__)
 #define TWO_CODES  // in a vector
@@ -25,6 +27,7 @@ constexpr int LANES = 8, ROWS = 4, SUMS = 8;
 constexpr int DIM = 8, CODES = LANES / DIM;  // codes in a vector
 constexpr int WORD = 4, CHUNK = WORD * LANES;  // codes whose sign bytes make a word, a vector
 constexpr int BITS[DIM] = {0, 4, 1, 5, 2, 6, 3, 7};  // of a sign byte, by coordinate
+constexpr int64_t PIECE = 1 << 16;  // products that are worth a thread
 constexpr uint32_t SIGN = 1u << 31, ONE = 0x3f800000;
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
@@ -42,6 +45,7 @@ struct LatticeMatvec {  // as in cpu.py
     float *y;                                     // [tokens, m], out
     float ratio;
     Stage second;
+    Threads threads;
 };
 
 // What the rows are multiplied with, zeros after the last block: vectors of all T tokens in turn
@@ -207,13 +211,16 @@ template <Stage second, int T>
 void multiply_tokens(const LatticeMatvec &a) {
     constexpr int R = std::min(ROWS, std::max(1, SUMS / T));
     const Inputs<T> in(a);
-    std::vector<uint8_t> signs(2 * R * in.padded);
-    float y[T * R];
-    for (int64_t r = 0; r < a.m; r += R) {
-        multiply_rows<second, T, R>(a, in, r, signs.data(), y);
-        for (int64_t t = 0; t < a.tokens; t++)
-            for (int i = 0; i < R && r + i < a.m; i++) a.y[t * a.m + r + i] = y[t * R + i];
-    }
+    const int64_t rows = (PIECE / (DIM * a.blocks * T * R) + 1) * R;
+    share(a.threads, a.m, rows, [&](int64_t first, int64_t stop) {
+        std::vector<uint8_t> signs(2 * R * in.padded);
+        float y[T * R];
+        for (int64_t r = first; r < stop; r += R) {
+            multiply_rows<second, T, R>(a, in, r, signs.data(), y);
+            for (int64_t t = 0; t < a.tokens; t++)
+                for (int i = 0; i < R && r + i < stop; i++) a.y[t * a.m + r + i] = y[t * R + i];
+        }
+    });
 }
 
 template <Stage second>

@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
 
+from quip.kernels import threads
 from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage
 from quip.kernels.native import library
 from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FEW = 16  # vectors: for more, products with decoded rows are as fast, and use all cores
+FEW = 16  # vectors: for more, products with decoded rows are as fast
 NUMBERS = {E8P: 1, E81B: 2}  # the enum Stage
 
 
@@ -29,6 +30,7 @@ class _LatticeMatvec(ctypes.Structure):
         *[(name, c_void_p) for name in ("words", "x", "scales", "magnitudes", "points", "y")],
         ("ratio", c_float),
         ("second", c_int32),
+        *threads.FIELDS,
     )
 
 
@@ -48,6 +50,7 @@ def multiply(
     scales, (first, *others) = scales.float().contiguous(), stages
     second = others[0] if others else None
     assert isinstance(first, E8P)
+    parallel, count = threads.threads()
     call = _LatticeMatvec(
         m=len(words),
         blocks=n // DIM,
@@ -62,6 +65,8 @@ def multiply(
         y=y.data_ptr(),
         ratio=ratio or 1.0,
         second=NUMBERS[type(second)] if second else 0,
+        parallel=parallel,
+        thread_count=count,
     )
     native = library(SOURCE)
     assert native is not None
