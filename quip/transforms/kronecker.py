@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.stored import Options
-from quip.transforms.rotation import FILE_DTYPE, Rotation
+from quip.transforms.haar import FILE_DTYPE
+from quip.transforms.rotation import Rotation
 
 TENSORS = {"factors": FILE_DTYPE, "permutations": torch.int32}
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quip.errors import QuipError
 from quip.stored import Options
-from quip.transforms.rotation import FILE_DTYPE
+from quip.transforms.haar import FILE_DTYPE
 
 
 @dataclass(frozen=True)

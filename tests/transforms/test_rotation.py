@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quip.transforms.rotation import Haar, Rotation, balanced_factors
+from quip.transforms.haar import Haar
+from quip.transforms.rotation import Rotation, balanced_factors
 from tests import reference as ref
 from tests.laws import assert_near
 

@@ -11,7 +11,7 @@ from quip.transforms import (
     RescaleDraw,
     Transform,
 )
-from quip.transforms.rotation import FILE_DTYPE
+from quip.transforms.haar import FILE_DTYPE
 from tests import reference as ref
 from tests.laws import TRANSFORMS, assert_near, check_transform, permutation_bits, rotation_bits
 
