@@ -182,7 +182,7 @@ def _chunks(n: int, columns: int, warps: int, matrix: Matrix) -> int:
 
 @cache
 def _block_bytes(device: torch.device) -> int:
-    """Of a block's shared memory, less what the driver keeps of it."""
+    """Bytes of shared memory that a block may have, less what the driver keeps of it."""
     if device.type != "cuda":
         return BLOCK
     held = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
