@@ -128,8 +128,8 @@ def fitted_panels() -> Iterator[Case]:
 
 
 def grid_products() -> Iterator[Case]:
-    for bits, group in ((2, None), (3, 16), (8, 7)):
-        words, n = pack(integers(bits, 6, 50), bits), 50
+    for bits, group, n in ((2, None, 50), (3, 16, 50), (8, 7, 50), (3, None, 96), (4, 7, 64)):
+        words = pack(integers(bits, 6, n), bits)
         groups = -(-n // (group or n))
         for x in (randn(n), randn(1, n), randn(2, 4, n)):
             options = {"bits": bits, "group": group, "dtype": torch.float32}
@@ -147,6 +147,8 @@ def lattice_products() -> Iterator[Case]:
             for x in (randn(40), randn(3, 40), randn(2, 20, 40)):
                 args = (x, words, stages, randn(groups).abs())
                 yield Case(args, {**options, "dtype": torch.float32})
+            words, scales = pack(integers(bits, 7, 8), bits), randn(4 if group else 1).abs()
+            yield Case((randn(2, 64), words, stages, scales), {**options, "dtype": torch.float32})
 
 
 def dense_grids() -> Iterator[Case]:
