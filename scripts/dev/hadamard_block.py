@@ -61,7 +61,7 @@ def main() -> None:
         totals = json.loads((report / "run.json").read_text())["totals"]
         row |= {k: totals[k] for k in ("bits_per_weight", "mean_proxy_loss")} | numbers
     keep(
-        Path(args.model).stem,
+        Path(args.model).stem.partition(".")[0],
         {
             "original": found[0]["perplexity"],
             "rows": rows,
