@@ -76,7 +76,7 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        """W_hat x, without bias; in the dtype of x, or in one wider."""
+        """diag(row_scales) W_hat x, without bias; in the dtype of x, or in one wider."""
         self._check_width(x)
         return self._parts().multiply(x, self.codes)
 
@@ -105,6 +105,11 @@ class QuantizedLinear(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: x for name, x in self._buffers.items() if x is not None}
+
+    @property
+    def row_scales(self) -> Float[Tensor, " m"] | None:
+        """What each row of a stack is multiplied by; None of a matrix that is no stack."""
+        return self._parts().scales
 
     @property
     def qweight(self) -> Tensor:

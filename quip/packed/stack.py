@@ -79,7 +79,7 @@ class Stack(QuantizedLinear):
 
     def dequantize(self) -> Float[Tensor, "m n"]:
         """The W_i, one below the other, in the original basis, float32."""
-        scales = self._parts().scales
+        scales = self.row_scales
         assert scales is not None
         return super().dequantize() * scales[:, None]
 

@@ -47,6 +47,7 @@ class Tunable:
         stored, (decoder, chain) = layer.stored(), _restored(layer)
         codes = unpack(layer.codes, decoder.index_bits, layer.in_features // decoder.dim)
         self.layer, self._decoder, self._dtype = layer, decoder, dtype
+        self._scales = layer.row_scales
         names = [name for link in chain.links for name in TUNED.get(type(link), ())]
         self.vectors = {name: nn.Parameter(stored[name].float()) for name in names}
         learnable = decoder.learnable()
@@ -65,13 +66,11 @@ class Tunable:
             return self._held
         return self._decoder.decode_with(self._held, self.learnt).to(self._dtype)
 
-    def product(
-        self, x: Float[Tensor, "*batch n"], scales: Float[Tensor, " m"] | None = None
-    ) -> Float[Tensor, "*batch m"]:
-        """diag(scales) W_hat x, as `QuantizedLinear.product`; gradients reach what is tuned."""
+    def product(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        """As `QuantizedLinear.product`; gradients reach what is tuned."""
         x_t = self._chain.input(x.to(torch.promote_types(x.dtype, torch.float32)))
         y = self._chain.output(linear(x_t.to(self._dtype), self.W).to(x_t.dtype))
-        return y if scales is None else y * scales
+        return y if self._scales is None else y * self._scales
 
     @property
     def parameters(self) -> list[nn.Parameter]:
