@@ -2,8 +2,8 @@
 
 A row is a code and a number of texts, by what `quip evaluate --speed` measures: `ms` is a token of
 each text after 128 tokens, of a model of 4 blocks with its head, as one CUDA graph if `graph` says
-so; `block_us` what each block adds, by a model of one; `tokens_per_s` a model of 32 such blocks, and
-`over_bf16` how many times as fast that is as the dense one of the same run. On a CPU, tiny sizes.
+so; `block_us` what each block adds, by a model of one; `tokens_per_s` a model of 32 such blocks,
+and `over_bf16` how many times as fast that is as the dense one of the same run.
 """
 
 import torch
