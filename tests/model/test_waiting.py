@@ -26,6 +26,7 @@ LOOPS = ast.For | ast.While | ast.ListComp | ast.GeneratorExp | ast.SetComp | as
 # Who may ask for a number, wherever it stands: once a matrix or less often, or not of a device.
 WORDS = {
     "codebooks/e8p.py": {"_numbers"},
+    "kernels/lattice_panel/cuda.py": {"round_blocks"},
     "kernels/lattice_points/reference.py": {"_shapes"},
     "matrix/books.py": {"_columns", "_grid_b"},
     "matrix/methods.py": {""},
@@ -36,6 +37,7 @@ WORDS = {
 TABLES_MADE_ONCE = {
     "codebooks/e81b.py": {"pair_rows"},
     "kernels/hadamard/cpu.py": {"_codes"},
+    "kernels/hadamard/cuda.py": {"_codes", "_signs"},
     "kernels/lattice_matvec/cuda.py": {"_nibbles", "packed_tables"},
 }
 ONCE_A_MATRIX = {
