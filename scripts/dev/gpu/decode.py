@@ -17,7 +17,7 @@ ON = device()
 BLOCKS = 4 if ON.type == "cuda" else 2
 SIZES = {"prompt_tokens": 128, "new_tokens": 64, "repeats": 3}
 TINY = {"prompt_tokens": 8, "new_tokens": 6, "repeats": 1}
-CODES = ("int 4", "int 2", "E8P12", "int 3")
+CODES = ("int 4", "int 2", "E8P12", "int 3") if ON.type == "cuda" else ("int 4", "E8P12")
 BATCHES = (1, 4) if ON.type == "cuda" else (1,)
 TARGETS = {"int 4": 2.2, "int 2": 3.0, "E8P12": 2.7}
 
