@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.kernels.cuda import pointer
-from quip.kernels.few_tokens import KINDS, LONGEST, Matrix, row_stride
+from quip.kernels.few_tokens import LONGEST, Matrix, row_stride
+from quip.kernels.numbers import KINDS
 
 
 class Dense(ctypes.Structure):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
 from quip.kernels.cuda import pointer
+from quip.kernels.numbers import KINDS, laid_out
 
 FEW = 16  # vectors: for more, the matrix product of a decoded matrix is faster
 COLUMNS = 32  # of bytes, `parts` of them a vector, that one launch multiplies,
@@ -30,7 +31,6 @@ BLOCK = 224 * 2**10  # and of all of it, on an H100
 SHARED = 16  # columns of bytes, up to which they have registers
 STEPS, TABLE, SUMS = 144, 2**15, 160  # bytes of a group, a table, and a warp's sums of a column
 UNITS = 4  # of 16 bytes a plane, that a warp reads side by side: a chunk
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the enum Kind
 
 
 class Split(ctypes.Structure):
@@ -84,7 +84,7 @@ def multiply(
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T in the dtype of x, by calls of `start`, each for a few of the vectors."""
     n, m = x.shape[-1], len(matrix.words)
-    X = aligned(x.detach().reshape(-1, n))
+    X = laid_out(x.reshape(-1, n))
     parts = 3 if dtype == torch.float32 else 2
     together = (GROUPED if matrix.group else COLUMNS) // parts
     done = [_multiply(part, matrix, parts, start) for part in X.split(together)]
@@ -187,12 +187,6 @@ def _block_bytes(device: torch.device) -> int:
         return BLOCK
     held = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
     return min(BLOCK, held - 4 * 2**10)
-
-
-def aligned(numbers: Tensor) -> Tensor:
-    """The numbers as kernels read them: side by side, from an address where loads may begin."""
-    numbers = numbers.contiguous()
-    return numbers.clone() if numbers.data_ptr() % 16 else numbers
 
 
 def row_stride(numbers: Tensor | None) -> int:

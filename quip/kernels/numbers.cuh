@@ -7,22 +7,28 @@
 
 namespace {
 
-constexpr int AS_FLOAT = 0, AS_BFLOAT = 1, AS_HALF = 2;  // as in numbers.py
+enum Kind { FLOAT, BFLOAT, HALF };  // what a number is stored as, in the order of numbers.py
 
-DEVICE float half_number(uint32_t bits, int kind) {
-    return kind == AS_BFLOAT ? __uint_as_float(bits << 16)
-                             : __half2float(__ushort_as_half(uint16_t(bits)));
+DEVICE float from_bits(uint32_t bits, int kind) {  // the lower 16 of them
+    return kind == BFLOAT ? __uint_as_float(bits << 16)
+                          : __half2float(__ushort_as_half(uint16_t(bits)));
 }
 
+DEVICE float number(const void *from, int64_t at, int kind) {
+    return kind == FLOAT ? ((const float *)from)[at] : from_bits(((const uint16_t *)from)[at], kind);
+}
+
+// A number that an earlier kernel may just have written
+
 DEVICE float read_number(const void *from, int64_t at, int kind) {
-    if (kind == AS_FLOAT) return read_fresh((const float *)from + at);
-    return half_number(read_fresh((const uint16_t *)from + at), kind);
+    if (kind == FLOAT) return read_fresh((const float *)from + at);
+    return from_bits(read_fresh((const uint16_t *)from + at), kind);
 }
 
 // COUNT times four numbers side by side, `stride` numbers from each other; all are asked for at once.
 template <int COUNT>
 DEVICE void read_fours(float4 (&to)[COUNT], const void *from, int64_t at, int64_t stride, int kind) {
-    if (kind == AS_FLOAT) {
+    if (kind == FLOAT) {
 #pragma unroll
         for (int i = 0; i < COUNT; i++)
             to[i] = read_fresh((const float4 *)((const float *)from + at + i * stride));
@@ -35,24 +41,24 @@ DEVICE void read_fours(float4 (&to)[COUNT], const void *from, int64_t at, int64_
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
         const uint32_t low = uint32_t(four[i]), high = uint32_t(four[i] >> 32);
-        to[i] = float4{half_number(low & 0xffff, kind), half_number(low >> 16, kind),
-                       half_number(high & 0xffff, kind), half_number(high >> 16, kind)};
+        to[i] = float4{from_bits(low, kind), from_bits(low >> 16, kind),
+                       from_bits(high, kind), from_bits(high >> 16, kind)};
     }
 }
 
 DEVICE void write_number(void *to, int64_t at, int kind, float number) {
-    if (kind == AS_FLOAT)
+    if (kind == FLOAT)
         ((float *)to)[at] = number;
     else
-        ((uint16_t *)to)[at] = uint16_t(pair_of(number, 0, kind == AS_BFLOAT));
+        ((uint16_t *)to)[at] = uint16_t(pair_of(number, 0, kind == BFLOAT));
 }
 
 DEVICE void write_four(void *to, int64_t at, int kind, float4 four) {
-    if (kind == AS_FLOAT) {
+    if (kind == FLOAT) {
         *(float4 *)((float *)to + at) = four;
         return;
     }
-    const bool brain = kind == AS_BFLOAT;
+    const bool brain = kind == BFLOAT;
     const uint32_t low = pair_of(four.x, four.y, brain), high = pair_of(four.z, four.w, brain);
     *(unsigned long long *)((uint16_t *)to + at) = low | (unsigned long long)high << 32;
 }

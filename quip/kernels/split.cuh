@@ -11,7 +11,7 @@
 #ifndef QUIP_SPLIT
 #define QUIP_SPLIT
 
-#include "device.cuh"
+#include "numbers.cuh"
 
 // Not in the namespace below: nvcc makes what takes it invisible outside the library then.
 struct Split {  // as in few_tokens.py
@@ -29,22 +29,6 @@ namespace {
 
 constexpr int SPLITTERS = 384;      // threads of a block, at most
 constexpr int BATCH = 4;            // of four numbers, that a thread reads at once
-enum Kind { FLOAT, BFLOAT, HALF };  // what a number is stored as
-
-DEVICE float from_bits(uint32_t bits, int kind) {  // the lower 16 of them
-    return kind == BFLOAT ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(bits & 0xffff));
-}
-
-DEVICE float number(const void *from, int64_t at, int kind) {
-    return kind == FLOAT ? ((const float *)from)[at] : from_bits(((const uint16_t *)from)[at], kind);
-}
-
-DEVICE void write_number(void *to, int64_t at, int kind, float value) {
-    if (kind == FLOAT)
-        ((float *)to)[at] = value;
-    else
-        ((uint16_t *)to)[at] = uint16_t(pair_of(value, 0, kind == BFLOAT));
-}
 
 // number / by, for both of 2^16 at most, with inverse = (2^32 - 1) / by
 DEVICE uint32_t divided(uint32_t number, uint32_t inverse) {

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from quip.kernels.bits import unpack
 from quip.packed.spec import Spec
 from quip.transforms.vectors import Vectors
 
@@ -89,8 +88,7 @@ class Parts:
         self, codes: Int32[Tensor, "m words"], n: int, dtype: torch.dtype
     ) -> Float[Tensor, "m n"]:
         """W_hat in the original basis."""
-        unpacked = unpack(codes, self.decoder.index_bits, n // self.decoder.dim)
-        return self.transform.undo(self.decoder.decode(unpacked).to(dtype))
+        return self.transform.undo(self.decoder.dense(codes, n, dtype))
 
 
 # By the packed codes, for layers and for compiled code (ops.py) alike. Parts go with their codes.

@@ -1,4 +1,4 @@
-"""Packed models beside the dense one on this CPU: tokens a second, prefill and decoding, in one run.
+"""Packed models beside the dense one on this CPU: tokens a second of a prompt and after it.
 
     python scripts/dev/bench_decoding.py MODEL "4 bits=runs/demo-4bit" ... \\
         --out results/bench_decoding_NAME.json
@@ -8,6 +8,7 @@ With one thread times are CPU seconds, otherwise seconds; medians of prompts and
 """
 
 import argparse
+import itertools
 import json
 import platform
 import time
@@ -102,7 +103,7 @@ def seconds_of(model: PreTrainedModel, clock: Callable[[], float]) -> tuple[floa
         out = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
         times.append(clock())
-    prefill, *decode = [after - before for before, after in zip(times, times[1:], strict=False)]
+    prefill, *decode = [after - before for before, after in itertools.pairwise(times)]
     return prefill, median(decode)
 
 

@@ -231,7 +231,8 @@ def of_vq(record: Mapping[str, Any]) -> str:
 def of_decoding(record: Mapping[str, Any]) -> str:
     """Packed models beside the dense one."""
     lines = [
-        f"| {record['model']} | threads | prefill, tokens/s | of dense | decode, tokens/s | of dense |",
+        f"| {record['model']} | threads | prefill, tokens/s | of dense "
+        "| decode, tokens/s | of dense |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     lines += [

@@ -16,6 +16,7 @@ from quip.kernels.bits import pack
 from quip.kernels.few_tokens import FEW
 from quip.kernels.grid_matvec import cuda as grid_form
 from quip.kernels.lattice_matvec import cuda as lattice_form
+from quip.kernels.numbers import KINDS
 from tests.support import ptxas
 from tests.support.emulation import emulated, launch, needs_compiler  # noqa: F401
 
@@ -289,7 +290,7 @@ def read_split(split) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @pytest.mark.usefixtures("emulated")
 @needs_compiler
-@pytest.mark.parametrize("dtype", few_tokens.KINDS)
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_grids_are_decoded_to_the_bits_of_the_reference(bits, dtype):
     for group, symmetric in ((None, False), (64, False), (7, False), (1, True), (None, True)):
@@ -303,7 +304,7 @@ def test_grids_are_decoded_to_the_bits_of_the_reference(bits, dtype):
 
 @pytest.mark.usefixtures("emulated")
 @needs_compiler
-@pytest.mark.parametrize("dtype", few_tokens.KINDS)
+@pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("name", LATTICES)
 def test_lattices_are_decoded_as_the_reference_does(name, dtype):
     for group in (None, 3):
@@ -417,7 +418,7 @@ def test_products_on_a_device_take_the_kernels_and_answer_as_the_reference():
     def chosen(x):
         return multiply(x, words, there, x.dtype, form=grid_matvec.multiply.chosen)
 
-    for dtype in few_tokens.KINDS:
+    for dtype in KINDS:
         x = torch.randn(FEW + 1, 1024, dtype=dtype, device="cuda")
         assert chosen(x[:FEW]) is chosen(x) is grid_form.multiply
         assert multiply(x[:FEW], words, there, dtype).dtype == dtype
@@ -433,7 +434,7 @@ def test_products_on_a_device_take_the_kernels_and_answer_as_the_reference():
 
 @gpu
 @without_device
-@pytest.mark.parametrize("dtype", few_tokens.KINDS)
+@pytest.mark.parametrize("dtype", KINDS)
 def test_matrices_are_decoded_on_a_device(dtype):
     for m, n in ((40, 608), (1000, 4096)):
         made = [grids(m, n, bits, 1, symmetric=True) for bits in BITS]

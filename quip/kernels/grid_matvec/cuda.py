@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 
 from quip.kernels import cuda, dense, few_tokens
 from quip.kernels.dense import Dense, decodable
-from quip.kernels.few_tokens import KINDS, Matrix, Product, aligned, are_few
+from quip.kernels.few_tokens import Matrix, Product, are_few
+from quip.kernels.numbers import KINDS, laid_out
 from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cuda.cu")
@@ -66,7 +67,7 @@ def _matrix(
 ) -> Matrix:
     columns, words = UNIT_COLUMNS[bits], words.contiguous()
     group = None if group is None or group >= n else group
-    step = aligned((step if step.dtype in KINDS else step.float()).detach())
+    step = laid_out((step if step.dtype in KINDS else step.float()).detach())
     if zero is not None:
         zero = zero.to(torch.uint8).contiguous()
         return Matrix(words=words, unit_columns=columns, step=step, zero=zero, group=group)

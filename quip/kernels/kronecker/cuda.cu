@@ -43,7 +43,7 @@ DEVICE float sum_over_warp(const float4 &four) {
 }
 
 DEVICE void copy_numbers(float *to, const void *from, int64_t at, int count, int kind) {
-    if (kind == AS_FLOAT) {
+    if (kind == FLOAT) {
 #pragma unroll 8
         for (int i = threadIdx.x; i < count; i += THREADS) to[i] = read_fresh((const float *)from + at + i);
     } else {
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(THREADS, 1) rotate_few(const Rotation a) {
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const int64_t strip = tile / a.vectors, start = tile % a.vectors * p * q;
         const int column = int(strip) * COLUMNS;
-        if (held < 0) copy_numbers(left, a.left, 0, p * p, AS_FLOAT);
+        if (held < 0) copy_numbers(left, a.left, 0, p * p, FLOAT);
         if (held != strip)
             for (int i = threadIdx.x; i < COLUMNS * q; i += THREADS) {
                 const int k = i / COLUMNS, c = column + i % COLUMNS;

@@ -12,8 +12,9 @@ from torch.nn.functional import linear
 
 from quip.kernels import cuda, dense, few_tokens
 from quip.kernels.dense import Dense, decodable
-from quip.kernels.few_tokens import KINDS, Matrix, Product, aligned, are_few
+from quip.kernels.few_tokens import Matrix, Product, are_few
 from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage, code_bits
+from quip.kernels.numbers import KINDS, laid_out
 from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cuda.cu")
@@ -77,7 +78,7 @@ def _matrix(
     return Matrix(
         words=words.contiguous(),
         unit_columns=UNIT_COLUMNS,
-        factors=aligned((scales if scales.dtype in KINDS else scales.float()).detach()),
+        factors=laid_out((scales if scales.dtype in KINDS else scales.float()).detach()),
         factor_columns=DIM * group if group else n,
         tables=packed_tables(tuple(stages)),
         middle=sum(w * MIDDLES[type(s)] for s, w in zip(stages, (1.0, second), strict=False)),
