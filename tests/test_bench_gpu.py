@@ -80,7 +80,7 @@ def test_steps_of_decoding_are_carried_forward(section, tables):
 
 
 def test_a_section_without_a_table_of_its_own_shows_its_rows(tables):
-    text = tables("rotations", [{"n": 4096, "us": 2.5}, {"n": 11008, "error": 1e-3}])
+    text = tables("other", [{"n": 4096, "us": 2.5}, {"n": 11008, "error": 1e-3}])
     assert "| n | us | error |\n|---|---|---|\n| 4096 | 2.5 | - |\n| 11008 | - | 0.001 |" in text
     assert "\n(One run, commit abc.)\n" in text
 

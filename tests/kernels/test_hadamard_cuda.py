@@ -153,7 +153,7 @@ def test_the_operation_is_one_call_with_casts_and_bias(rng):
 # What it compiles to
 
 
-@pytest.mark.parametrize("capability", [pytest.param((8, 0), marks=pytest.mark.slow), (9, 0)])
+@pytest.mark.parametrize("capability", ptxas.CAPABILITIES)
 def test_no_kernel_spills(tmp_path, capability):
     compiled = ptxas.kernels(cuda.SOURCE, capability, tmp_path)
     assert len(compiled) == 4 + 3 + 6

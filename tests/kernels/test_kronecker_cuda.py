@@ -76,7 +76,7 @@ def test_inverse_permutations_go_with_what_they_invert(emulated):  # noqa: F811
     assert len(cuda._INVERSES) == held
 
 
-@pytest.mark.parametrize("capability", [pytest.param((8, 0), marks=pytest.mark.slow), (9, 0)])
+@pytest.mark.parametrize("capability", ptxas.CAPABILITIES)
 def test_the_kernel_does_not_spill(tmp_path, capability):
     (compiled,) = ptxas.kernels(cuda.SOURCE, capability, tmp_path)
     assert compiled.spilled == compiled.stack == 0

@@ -199,9 +199,7 @@ def rounded(given, name, group):
 # What it compiles to
 
 
-@pytest.mark.parametrize(
-    "capability", [pytest.param((8, 0), marks=pytest.mark.slow), (9, 0)], ids=str
-)
+@pytest.mark.parametrize("capability", ptxas.CAPABILITIES, ids=str)
 def test_nothing_is_spilled(capability, tmp_path):
     found = ptxas.kernels(cuda.SOURCE, capability, tmp_path)
     assert len(found) == 2  # known scales, fitted ones

@@ -9,7 +9,8 @@ import pytest
 
 from quip.kernels.cuda import Nvcc
 
-CAPABILITIES = [(8, 0), (9, 0)]  # A100, H100
+OLDER = pytest.param((8, 0), marks=pytest.mark.slow)  # A100
+CAPABILITIES = [OLDER, (9, 0)]  # and H100
 LIBRARY = "library.so"
 
 
