@@ -8,18 +8,8 @@ import torch
 from jaxtyping import Float, Int32, Integer, UInt8
 from torch import Tensor
 
-from quip.codebooks.base import (
-    FITTED,
-    Codebook,
-    Columns,
-    Decoder,
-    Fitted,
-    Groups,
-    Kept,
-    Panel,
-    constants,
-    side_by_side,
-)
+from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups, Kept, Panel, constants
+from quip.codebooks.fitted import Fitted, side_by_side
 from quip.errors import QuipError
 from quip.kernels import grid_matvec
 from quip.kernels.bits import pack, unpack, words

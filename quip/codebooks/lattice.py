@@ -20,18 +20,8 @@ from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
 from quip.codebooks import e8p, e81b
-from quip.codebooks.base import (
-    FITTED,
-    Codebook,
-    Columns,
-    Decoder,
-    Fitted,
-    Groups,
-    Kept,
-    Panel,
-    constants,
-    side_by_side,
-)
+from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups, Kept, Panel, constants
+from quip.codebooks.fitted import Fitted, side_by_side
 from quip.codebooks.names import DIM, LATTICES, Published
 from quip.errors import QuipError
 from quip.kernels import lattice_matvec, lattice_panel, lattice_points

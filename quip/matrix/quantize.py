@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook, Decoder, Groups, chosen
+from quip.codebooks.base import Codebook, Decoder, Groups
+from quip.codebooks.fitted import chosen
 from quip.matrix.linalg import energy
 from quip.matrix.prepare import Factored, Factorisations, keys
 from quip.matrix.recipe import Recipe

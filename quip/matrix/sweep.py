@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import Codebook, one_after_another
+from quip.codebooks.base import Codebook
+from quip.codebooks.fitted import one_after_another
 from quip.matrix.panel import panel_for
 
 PANEL = 128  # columns that are rounded in one call

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, candidate_rhos
-from quip.codebooks.base import Fitted, chosen, one_after_another, side_by_side
+from quip.codebooks.fitted import Fitted, chosen, one_after_another, side_by_side
 from tests import reference as ref
 from tests.laws import CODEBOOKS, assert_near, check_codebook, every_point
 
