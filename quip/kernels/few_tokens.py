@@ -86,7 +86,7 @@ def multiply(
     n, m = x.shape[-1], len(matrix.words)
     X = laid_out(x.reshape(-1, n))
     parts = 3 if dtype == torch.float32 else 2
-    together = (GROUPED if matrix.group else COLUMNS) // parts
+    together = _together(n, parts, matrix)
     done = [_multiply(part, matrix, parts, start) for part in X.split(together)]
     return (done[0] if len(done) == 1 else torch.cat(done)).view(*x.shape[:-1], m)
 
@@ -156,16 +156,28 @@ def are_few(x: Tensor, matrix: Matrix) -> bool:
     return few and _chunks(x.shape[-1], 3, 16, matrix) > 0
 
 
+def _together(n: int, parts: int, matrix: Matrix) -> int:
+    """Vectors of one launch: as many as a block has room for beside tables and steps."""
+    most = (GROUPED if matrix.group else COLUMNS) // parts
+    counts = range(most, 1, -1)
+    return next((count for count in counts if _fitting(n, count * parts, matrix)[1] > 0), 1)
+
+
 def _shared_out(n: int, columns: int, matrix: Matrix) -> tuple[int, int]:
-    """Warps a block, and layers of columns: blocks that multiply different parts of x.
+    """Warps a block, and layers of columns: blocks that multiply different parts of x."""
+    warps, chunks = _fitting(n, columns, matrix)
+    return warps, -(-n // (chunks * UNITS * matrix.unit_columns))
+
+
+def _fitting(n: int, columns: int, matrix: Matrix) -> tuple[int, int]:
+    """Warps a block, and the chunks that it has room for.
 
     Tables take so much of a block's memory that one block is all that a processor holds beside a
     long x: it has as many warps as two.
     """
     alone = matrix.tables is not None and n >= LONG and columns <= NARROW
     warps = 16 if alone else 8
-    chunks = _chunks(n, columns, warps, matrix)
-    return warps, -(-n // (chunks * UNITS * matrix.unit_columns))
+    return warps, _chunks(n, columns, warps, matrix)
 
 
 def _chunks(n: int, columns: int, warps: int, matrix: Matrix) -> int:

@@ -208,6 +208,19 @@ def test_where_a_block_has_no_room_the_matrix_is_decoded(monkeypatch):
 
 @pytest.mark.usefixtures("emulated")
 @needs_compiler
+@pytest.mark.parametrize(("kind", "kibibytes"), [("lattice", 96), ("grouped", 36)])
+def test_a_block_with_little_room_multiplies_fewer_vectors_at_once(monkeypatch, kind, kibibytes):
+    """As on cards with 100 KiB a processor, where 16 vectors leave no room beside the tables."""
+    monkeypatch.setattr(few_tokens, "_block_bytes", lambda device: kibibytes * 2**10)
+    decoder, codes = {
+        "lattice": lambda: lattices(3, 512, "E8P12", None),
+        "grouped": lambda: grids(3, 5120, 2, 64, symmetric=False),
+    }[kind]()
+    check(decoder, codes, torch.randn(FEW, codes.shape[1] * decoder.dim), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("emulated")
+@needs_compiler
 @pytest.mark.parametrize("name", ["E8P12", "E8P12RVQ4B"])
 def test_long_rows_of_lattices_are_split_among_sixteen_warps(name):
     n = few_tokens.LONG
