@@ -38,9 +38,10 @@ __device__ void load_feedback(const Panel &p, float *K) {
     for (int j = threadIdx.x / LANES; j < columns; j += warps) {
         const float *row = p.K + j * p.K_row;
         float4 w = {0, 0, 0, 0};
-        if (j < k + 3 && k < width && aligned) {
+        const bool real = j < k + 3 && j < width && k < width;
+        if (real && aligned) {
             w = __ldg(reinterpret_cast<const float4 *>(row + k));
-        } else if (j < k + 3 && k < width) {
+        } else if (real) {
             w.x = row[k];
             w.y = k + 1 < width ? row[k + 1] : 0.0f;
             w.z = k + 2 < width ? row[k + 2] : 0.0f;
