@@ -37,7 +37,7 @@ WORDS = {
 TABLES_MADE_ONCE = {
     "codebooks/e81b.py": {"pair_rows"},
     "kernels/hadamard/cpu.py": {"_codes"},
-    "kernels/hadamard/cuda.py": {"_codes", "_signs"},
+    "kernels/hadamard/cuda.py": {"_kernels"},
     "kernels/lattice_matvec/cuda.py": {"_nibbles", "packed_tables"},
 }
 ONCE_A_MATRIX = {

@@ -10,6 +10,7 @@ import math
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int8
@@ -80,7 +81,7 @@ def turn_vectors(
     if not is_multiplied(x.numel() // (order * runs), order):
         return _launched(x, signs, bias, order, runs, transpose, dtype)
     # K and S commute: the one that signs are next to is the kernel.
-    width, K = order * runs, _signs(order, x.device)
+    width, K = order * runs, _kernels(order, x.device).signs
     if transpose:
         z = _launched(x, signs, None, 1, runs, True, torch.float32, width)
         z = _multiplied(K.T, z.view(-1, order, runs)).view(x.shape)
@@ -101,14 +102,17 @@ def _launched(
 ) -> Tensor:
     """K x S / sqrt(width) in one launch; K of order 1 is none."""
     vectors, y = x.numel() // (order * runs), torch.empty_like(x, dtype=dtype)
-    share = Shares.of(vectors, order, runs)
+    share, K = Shares.of(vectors, order, runs), None
+    if order > 1:
+        known = _kernels(order, x.device)
+        K = known.codes if transpose else known.transposed
     call = Turn(
         x=x.data_ptr(),
         y=y.data_ptr(),
         before=pointer(signs) if transpose else None,
         after=None if transpose else pointer(signs),
         bias=pointer(bias),
-        K=pointer(None if order == 1 else _codes(order, transpose, x.device)),
+        K=pointer(K),
         vectors=vectors,
         n=x.shape[-1],
         order=order,
@@ -134,10 +138,10 @@ def _turn_rows(
     W: Float[Tensor, "n m"], signs: Tensor | None, block: int | None, transpose: bool
 ) -> Float[Tensor, "n m"]:
     """K by a product of matrices, and S six bits at a time."""
-    W, signs = laid_out(W), None if signs is None else laid_out(signs)
+    W, signs = laid_out(W), None if signs is None else laid_out(signs.float())
     n, m = W.shape
     order, runs = orders(block or n)
-    K = _signs(order, W.device)
+    K = _kernels(order, W.device).signs
     if order > 1 and not transpose:
         W = _multiplied(K, W.view(-1, order, runs * m)).view(n, m)
     left, inner, y = runs.bit_length() - 1, m, torch.empty_like(W)
@@ -166,19 +170,24 @@ def _multiplied(K: Tensor, x: Float[Tensor, "count order inner"]) -> Tensor:
     return torch.bmm(K.expand(len(x), *K.shape), x)
 
 
+class _Kernels(NamedTuple):
+    """K, and K^T, as kernels and as products of matrices read it."""
+
+    codes: Int8[Tensor, "order order"]
+    transposed: Int8[Tensor, "order order"]
+    signs: Float[Tensor, "order order"]
+
+
 @cache
-def _codes(order: int, transpose: bool, device: torch.device) -> Int8[Tensor, "order order"]:
-    """Entry i of row k is K_ik, or that of K^T; it is there when this returns."""
+def _kernels(order: int, device: torch.device) -> _Kernels:
+    """All of them at once, so that the first product makes what any other will use (ops.py).
+
+    They are there when this returns: a kernel may read them before the one before it is done.
+    """
     with torch.inference_mode(False):
         K = matrix(order).cpu()
-        return (K if transpose else K.T).contiguous().to(device)
-
-
-@cache
-def _signs(order: int, device: torch.device) -> Float[Tensor, "order order"]:
-    """K in float32."""
-    with torch.inference_mode(False):
-        return matrix(order).cpu().float().to(device)
+        parts = K.contiguous(), K.T.contiguous(), K.float()
+        return _Kernels(*(part.to(device) for part in parts))
 
 
 def _readable(x: Tensor, block: int | None, axis: int) -> bool:
