@@ -12,6 +12,7 @@ import shutil
 from ctypes import c_void_p
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from quip.errors import how_to_install
 from quip.kernels import native
 
 FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudadevrt=none")
+# Launches of all threads in turn: how much shared memory a kernel may have is set before each, and
+# ctypes lets other threads run meanwhile.
+LAUNCHING = Lock()
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def launch(source: Path, name: str, device: torch.device, *args: Any) -> None:
     """
     native_library = library(source, device)
     assert native_library is not None
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), LAUNCHING:
         stream = torch.cuda.current_stream(device).cuda_stream
         status = getattr(native_library, name)(*args, c_void_p(stream))
     torch.cuda.check_error(status)

@@ -2,7 +2,11 @@
 
 import logging
 import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,3 +112,22 @@ def test_without_a_device_nothing_is_compiled(source, monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # AMD's devices say so too
     assert not cuda.available(source)
     assert caplog.messages == []
+
+
+def test_threads_launch_in_turn(source, monkeypatch):
+    inside, seen = [], []
+
+    def two(*_):
+        inside.append(1)
+        time.sleep(0.01)
+        seen.append(len(inside))
+        inside.pop()
+        return 0
+
+    monkeypatch.setattr(cuda, "library", lambda *_: SimpleNamespace(two=two))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "check_error", lambda status: None)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: cuda.launch(source, "two", torch.device("cuda")), range(4)))
+    assert seen == [1] * 4
