@@ -112,6 +112,8 @@ def make_apart(
     """
     device = like.device
     with torch.no_grad(), torch.cuda.device(device) if like.is_cuda else nullcontext():
+        if like.is_cuda:  # the tensors may still be written by the stream of the other thread
+            torch.cuda.synchronize(device)
         parts = parts_of(stored, spec, sizes, n)
         parts.multiply(torch.zeros(1, n, dtype=like.dtype, device=device), stored["codes"])
         if like.is_cuda:
