@@ -89,9 +89,10 @@ class Ferry:
             return cargo
         with torch.no_grad(), self._aside(), suppress(torch.OutOfMemoryError):
             for key, x in tensors.items():
+                version = x._version  # before x is read: it may change meanwhile
                 copy = torch.empty_like(x, device=self._device)
                 copy.copy_(_staged(x), non_blocking=True)
-                cargo.copies[key] = x, x._version, copy
+                cargo.copies[key] = x, version, copy
         cargo.complete = self._stream.record_event() if self._stream else None
         return cargo
 

@@ -79,6 +79,18 @@ def test_what_changed_since_it_was_fetched_is_brought_again(monkeypatch):
     assert numbers(next(found)) == {1.0, 7.0, 8.0}
 
 
+def test_what_changes_while_it_is_fetched_is_brought_again(monkeypatch):
+    def staged(x):
+        before = x.clone()
+        x.fill_(9)
+        return before
+
+    monkeypatch.setattr(ferry, "_staged", staged)
+    found = crossing(blocks(2))
+    next(found)
+    assert numbers(next(found)) == {9.0}
+
+
 def test_a_block_that_does_not_fit_beside_the_present_one_comes_in_its_turn(monkeypatch):
     monkeypatch.setattr(ferry, "free_bytes", lambda _: 0)
     modules = blocks()
