@@ -7,10 +7,14 @@ on the device by itself, and one line in the log says why.
 
 import ctypes
 import importlib.util
+import logging
 import os
+import re
 import shutil
+import subprocess
 from ctypes import c_void_p
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,6 +25,7 @@ from torch import Tensor
 from quip.errors import how_to_install
 from quip.kernels import native
 
+log = logging.getLogger(__name__)
 FLAGS = ("-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudadevrt=none")
 # Launches of all threads in turn: how much shared memory a kernel may have is set before each, and
 # ctypes lets other threads run meanwhile.
@@ -65,11 +70,45 @@ def library(source: Path, device: torch.device | None = None) -> ctypes.CDLL | N
     return native.library(source, Nvcc(torch.cuda.get_device_capability(device)))
 
 
+@cache
 def available(source: Path) -> bool:
-    """Whether torch has a CUDA device at hand, and the source compiles for it."""
+    """Whether torch has a CUDA device, and the source compiles for all of them and their driver."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return False
-    return library(source) is not None
+    kinds = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return _driver_serves() and all(native.library(source, Nvcc(kind)) for kind in kinds)
+
+
+@cache
+def _driver_serves() -> bool:
+    """Whether the driver runs what nvcc makes: of its own major version, or an older one."""
+    try:
+        compiler = Nvcc((0, 0)).compiler()
+        said = subprocess.run((*compiler, "--version"), capture_output=True, text=True, check=False)
+    except OSError:
+        return True  # the library says why there is none
+    release, driver = re.search(r"release (\d+)", said.stdout), _driver_version()
+    if release is None or driver is None or int(release[1]) <= driver // 1000:
+        return True
+    log.warning(
+        "CUDA kernels: torch does their work, more slowly: %s is of CUDA %s, and the driver serves "
+        "%d.%d; update the driver, or name the folder of an older toolkit in CUDA_HOME",
+        compiler[0],
+        release[1],
+        driver // 1000,
+        driver % 1000 // 10,
+    )
+    return False
+
+
+def _driver_version() -> int | None:
+    """What CUDA the driver serves, as 1000 major + 10 minor; None where it does not say."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value
 
 
 def launch(source: Path, name: str, device: torch.device, *args: Any) -> None:

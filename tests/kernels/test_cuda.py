@@ -26,9 +26,17 @@ def device(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    native.library.cache_clear()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda, "_driver_version", lambda: 13000)
+    forget()
     yield
-    native.library.cache_clear()
+    forget()
+
+
+def forget():
+    """What a process keeps of what it has compiled, and of what it cannot compile."""
+    for kept in (native.library, cuda.available, cuda._driver_serves):
+        kept.cache_clear()
 
 
 @pytest.fixture
@@ -58,7 +66,7 @@ def test_a_library_is_compiled_for_the_device_and_kept(device, source, tmp_path)
     for _ in range(2):
         assert cuda.available(source)
         assert cuda.library(source).two() == 2
-        native.library.cache_clear()
+        forget()
     (line,) = compilations(tmp_path)
     assert "-arch=sm_90 " in line
     names = sorted(path.suffix for path in (tmp_path / "cache" / "quip").iterdir())
@@ -105,9 +113,40 @@ def test_what_nvcc_refuses_is_left_to_torch(device, source, tmp_path, caplog):
     assert line.endswith("nvcc fatal: Unsupported gpu architecture")
 
 
+def test_what_an_older_driver_cannot_run_is_left_to_torch(
+    device, source, tmp_path, monkeypatch, caplog
+):
+    stand_in(tmp_path, COMPILES)
+    monkeypatch.setattr(cuda, "_driver_version", lambda: 12040)
+    assert not cuda.available(source)
+    assert not cuda.available(source.with_name("other.cu"))
+    (line,) = caplog.messages
+    assert "is of CUDA 13, and the driver serves 12.4; update the driver, or name" in line
+
+
+def test_a_driver_that_does_not_say_is_believed(monkeypatch):
+    assert cuda._driver_version() is None or torch.version.cuda
+    monkeypatch.setattr(
+        "ctypes.CDLL", lambda name: SimpleNamespace(cuDriverGetVersion=lambda _: 999)
+    )
+    assert cuda._driver_version() is None
+
+
+def test_a_kernel_serves_all_devices_or_none(device, source, tmp_path, monkeypatch):
+    refuses = 'case "$*" in *sm_80*) echo no such device >&2; exit 1;; esac\n'
+    stand_in(tmp_path, refuses + COMPILES)
+    assert cuda.available(source)
+    forget()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda at=0: [(9, 0), (8, 0)][at or 0])
+    assert not cuda.available(source)
+
+
 def test_without_a_device_nothing_is_compiled(source, monkeypatch, caplog):
+    forget()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not cuda.available(source)
+    forget()
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # AMD's devices say so too
     assert not cuda.available(source)
