@@ -10,7 +10,7 @@ from quip.kernels import grid_matvec
 from quip.kernels.bits import pack
 from quip.kernels.grid_matvec import cpu, reference
 from quip.kernels.grid_matvec.cpu import FEW
-from tests.laws import JoinedPoints, Points
+from tests.laws import JoinedPoints, Points, assert_near
 
 needs_compiler = pytest.mark.skipif(not cpu.FORM.available(), reason="no C++ compiler here")
 
@@ -58,6 +58,15 @@ def test_the_kernel_is_the_product_with_the_decoded_matrix(m, n, bits, group, sy
     # Sums of q x and of zero x are taken apart: each is at most 2^bits times the sum of |step x|.
     scale = 2**bits * float(grids.step.max()) * x.abs().sum(-1, keepdim=True).double()
     assert bool(((ours - expected).abs() <= 1e-6 * scale + 1e-30).all())
+
+
+@needs_compiler
+def test_zeros_of_groups_cancel_no_digits():
+    words, grids = problem(64, 2048, 4, 32, symmetric=False)
+    x = torch.rand(1, 2048, generator=torch.Generator().manual_seed(0))  # all of one sign
+    expected = multiply(x.double(), words, grids, torch.float64)
+    ours = multiply_native(x, words, grids, torch.float32)
+    assert_near(ours.double(), expected, 5e-7)
 
 
 @needs_compiler

@@ -203,7 +203,7 @@ void multiply_groups(const Matvec &a, const float *x, float *y) {
     for (int64_t t = 0; t < a.tokens; t++)
         for (int64_t g = 0; g < groups; g++) {
             const int64_t start = g * a.group, width = std::min(a.group, a.n - start);
-            x_sums[t * groups + g] = sum(x + t * a.n + start, width);
+            x_sums[t * groups + g] = sum(x + t * a.n + start, width) / LANES;
         }
     const auto some = [&](int64_t first, int64_t stop) {
         static thread_local std::vector<uint8_t> codes;
@@ -212,7 +212,6 @@ void multiply_groups(const Matvec &a, const float *x, float *y) {
             unpack(a.words + r * a.row_bytes, a.bits, a.n, codes.data());
             for (int64_t t = 0; t < a.tokens; t++) {
                 Floats sums = {};
-                float shift = 0;
                 for (int64_t g = 0; g < groups; g++) {
                     const int64_t start = g * a.group, end = std::min(start + a.group, a.n);
                     const Floats step = all(a.scale(r, groups, g));
@@ -220,10 +219,11 @@ void multiply_groups(const Matvec &a, const float *x, float *y) {
                     for (int64_t k = start; k < end; k += LANES)
                         here += __builtin_convertvector(widened(codes.data() + k), Floats) *
                                 load(x + t * a.n + k, end - k);
-                    sums += step * here;
-                    shift += step[0] * a.middle(r, groups, g) * x_sums[t * groups + g];
+                    // The zero of a group goes from its own sum, an equal part from each lane: all
+                    // zeros in one sum at the end would cancel digits.
+                    sums += step * (here - a.middle(r, groups, g) * x_sums[t * groups + g]);
                 }
-                y[t * a.m + r] = total(sums) - shift;
+                y[t * a.m + r] = total(sums);
             }
         }
     };
