@@ -5,6 +5,7 @@ that threads.h enters the one that is there, by the address of its entry point.
 """
 
 import ctypes
+import os
 from functools import cache
 from pathlib import Path
 
@@ -25,13 +26,16 @@ def threads() -> tuple[int | None, int]:
 @cache
 def _entry() -> int | None:
     """Where GOMP_parallel begins in the library of torch's pool."""
-    lines = MAPS.read_text(encoding="utf-8").splitlines() if MAPS.exists() else []
+    try:
+        lines = os.fsdecode(MAPS.read_bytes()).splitlines()
+    except OSError:  # there are none, or a sandbox hides them
+        lines = []
     paths = {line[line.index("/") :] for line in lines if "/" in line}
     pools = [path for path in map(Path, paths) if path.name.startswith(POOLS)]
     home = Path(torch.__file__).parent
     for path in sorted(pools, key=lambda path: home not in path.parents):  # torch's own first
         try:
             return ctypes.cast(ctypes.CDLL(str(path)).GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
+        except (OSError, AttributeError, UnicodeError):  # ctypes cannot say which path failed
             continue
     return None

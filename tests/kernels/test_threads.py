@@ -45,8 +45,14 @@ def test_each_thread_of_the_pool_is_entered_once(several):
     assert len(seen) == len(set(seen)) == several
 
 
-def test_without_a_pool_the_caller_works_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(threads, "MAPS", tmp_path / "none")
+@pytest.mark.parametrize("kind", ["none", "hidden", "strange"])
+def test_without_a_pool_the_caller_works_alone(kind, monkeypatch, tmp_path):
+    maps = tmp_path / kind
+    if kind == "hidden":
+        maps.mkdir()  # which nobody can read as a file
+    if kind == "strange":
+        maps.write_bytes(b"7f00-7f01 r-xp 0 00:00 1 /no/\xff/libgomp.so.1 (deleted)\n")
+    monkeypatch.setattr(threads, "MAPS", maps)
     threads._entry.cache_clear()
     try:
         assert threads.threads() == (None, torch.get_num_threads())
