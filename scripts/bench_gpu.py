@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,12 @@ def main() -> int:
         started = time.monotonic()
         shares = [SHARES.get(other, 1) for other in args.only[index:]]
         limit = (until - started) * shares[0] / sum(shares)
-        for row in rows(name, args.device, limit, section):
-            section["rows"].append(row)
-            record["sections"][name] = section
-            print(f"{name}: {json.dumps(row)}", flush=True)
-            out.write_text(json.dumps(record, indent=2) + "\n")
+        with closing(rows(name, args.device, limit, section)) as found:
+            for row in found:
+                section["rows"].append(row)
+                record["sections"][name] = section
+                print(f"{name}: {json.dumps(row)}", flush=True)
+                out.write_text(json.dumps(record, indent=2) + "\n")
         section["seconds"] = round(time.monotonic() - started, 1)
         endings.append(section["ended"])
         print(f"{name}: {section['ended']} after {section['seconds']} s", flush=True)
@@ -68,7 +70,10 @@ def main() -> int:
 
 
 def rows(name: str, device: str, seconds: float, section: dict[str, Any]):
-    """The rows of a section as they come; section["ended"] says how it ended."""
+    """The rows of a section as they come; section["ended"] says how it ended.
+
+    Its program ends with it, also where an interruption (Ctrl-C) does not reach that.
+    """
     section["ended"] = "running"
     command = [sys.executable, str(ROOT / f"scripts/dev/gpu/{name}.py"), "--device", device]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -77,12 +82,15 @@ def rows(name: str, device: str, seconds: float, section: dict[str, Any]):
         late = threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
         timer.start()
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):  # and nothing that a library says
-                yield json.loads(line)
-        status = process.wait()
-        timer.cancel()
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):  # and nothing that a library says
+                    yield json.loads(line)
+            status = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
     ended = "done" if status == 0 else f"failed with status {status}"
     section["ended"] = f"stopped at its limit of {seconds:.0f} s" if late.is_set() else ended
 

@@ -4,7 +4,10 @@ import ast
 import importlib.util
 import json
 import runpy
+import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -151,6 +154,28 @@ def test_what_was_recorded_before_stays_until_it_is_measured_again(bench, tmp_pa
 def test_a_dry_run_records_nothing_unless_it_is_told_where(bench, tmp_path):
     assert bench("--device", "cpu", "--only", "forms") == 0
     assert not list(tmp_path.glob("**/*.json"))
+
+
+def test_an_interruption_leaves_no_section_behind(bench, monkeypatch):
+    started = []
+
+    class Watched(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            started.append(self)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+    monkeypatch.setattr(json, "dumps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench("--device", "cpu", "--only", "panel")
+    assert started[-1].returncode == -signal.SIGKILL  # the first one asked git for the commit
+    limits = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for thread in limits:  # for which Python would wait
+        thread.join(timeout=5)
+    assert not any(thread.is_alive() for thread in limits)
 
 
 def test_what_is_missing_is_said_in_one_line(bench, monkeypatch, capsys):
