@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 # Shares of the time, in the order of the run; a section that is not named here comes last.
-SHARES = {"forms": 4, "model": 2, "panel": 2, "hessian": 1, "matvec": 2, "block": 4, "decode": 3}
+SHARES = {"forms": 4, "model": 4, "panel": 2, "hessian": 1, "matvec": 2, "block": 4, "decode": 3}
 FOUND = sorted(p.stem for p in (ROOT / "scripts/dev/gpu").glob("[a-z]*.py"))
 SECTIONS = sorted(FOUND, key=lambda name: [*SHARES, name].index(name))
 NEEDED = ("transformers", "safetensors", "jaxtyping", "tqdm", "wrapt", "xxhash", "yaml", "pytest")
