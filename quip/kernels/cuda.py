@@ -87,16 +87,19 @@ def _driver_serves() -> bool:
         said = subprocess.run((*compiler, "--version"), capture_output=True, text=True, check=False)
     except OSError:
         return True  # the library says why there is none
-    release, driver = re.search(r"release (\d+)", said.stdout), _driver_version()
-    if release is None or driver is None or int(release[1]) <= driver // 1000:
+    release, driver = re.search(r"release \d+", said.stdout), _driver_version()
+    if release is None or driver is None:
+        return True
+    major, minor = driver // 1000, driver % 1000 // 10
+    if release[0] in {f"release {older}" for older in range(major + 1)}:
         return True
     log.warning(
-        "CUDA kernels: torch does their work, more slowly: %s is of CUDA %s, and the driver serves "
-        "%d.%d; update the driver, or name the folder of an older toolkit in CUDA_HOME",
+        "CUDA kernels: torch does their work, more slowly: %s is of %s, and the driver serves "
+        "CUDA %d.%d; update the driver, or name the folder of an older toolkit in CUDA_HOME",
         compiler[0],
-        release[1],
-        driver // 1000,
-        driver % 1000 // 10,
+        release[0],
+        major,
+        minor,
     )
     return False
 

@@ -121,7 +121,7 @@ def test_what_an_older_driver_cannot_run_is_left_to_torch(
     assert not cuda.available(source)
     assert not cuda.available(source.with_name("other.cu"))
     (line,) = caplog.messages
-    assert "is of CUDA 13, and the driver serves 12.4; update the driver, or name" in line
+    assert "is of release 13, and the driver serves CUDA 12.4; update the driver, or name" in line
 
 
 def test_a_driver_that_does_not_say_is_believed(monkeypatch):
