@@ -114,6 +114,18 @@ def _driver_version() -> int | None:
     return None if failed else version.value
 
 
+@cache  # asked for each call, and so is `block_bytes`
+def processors(device: torch.device) -> int:
+    """How many thread blocks run at once on a device, at one a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def block_bytes(device: torch.device) -> int:
+    """Shared memory that a thread block may have: CUDA keeps 1,024 bytes of a multiprocessor's."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+
+
 def launch(source: Path, name: str, device: torch.device, *args: Any) -> None:
     """Call int NAME(*args, stream) of a source on the device's current stream, and do not wait.
 

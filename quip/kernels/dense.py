@@ -11,6 +11,7 @@ from torch import Tensor
 from quip.kernels.cuda import pointer
 from quip.kernels.few_tokens import LONGEST, Matrix, row_stride
 from quip.kernels.numbers import KINDS
+from quip.kernels.operation import learns
 
 
 class Dense(ctypes.Structure):
@@ -61,6 +62,5 @@ def decode(
 
 def decodable(words: Tensor, n: int, dtype: torch.dtype, numbers: Tensor) -> bool:
     """Whether a kernel makes a matrix of these words: on CUDA, and `numbers` need no gradient."""
-    learns = torch.is_grad_enabled() and numbers.requires_grad
     fits = n % 32 == 0 and 0 < n <= LONGEST and len(words) > 0
-    return words.device.type == "cuda" and dtype in KINDS and fits and not learns
+    return words.device.type == "cuda" and dtype in KINDS and fits and not learns(numbers)

@@ -10,14 +10,14 @@ import ctypes
 from collections.abc import Callable
 from ctypes import c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from jaxtyping import Float, Int32, UInt8
 from torch import Tensor
 
-from quip.kernels.cuda import pointer
+from quip.kernels.cuda import block_bytes, pointer
 from quip.kernels.numbers import KINDS, laid_out
+from quip.kernels.operation import learns
 
 FEW = 16  # vectors: for more, the matrix product of a decoded matrix is faster
 COLUMNS = 32  # of bytes, `parts` of them a vector, that one launch multiplies,
@@ -151,8 +151,7 @@ def _split(X: Float[Tensor, "tokens n"], matrix: Matrix, parts: int) -> tuple[Sp
 
 def are_few(x: Tensor, matrix: Matrix) -> bool:
     """Whether the kernel takes them: they need no gradient, and a block has room for one."""
-    learns = torch.is_grad_enabled() and x.requires_grad
-    few = x.dtype in KINDS and 0 < x.numel() <= FEW * x.shape[-1] and not learns
+    few = x.dtype in KINDS and 0 < x.numel() <= FEW * x.shape[-1] and not learns(x)
     return few and _chunks(x.shape[-1], 3, 16, matrix) > 0
 
 
@@ -192,13 +191,9 @@ def _chunks(n: int, columns: int, warps: int, matrix: Matrix) -> int:
     return room // (columns * (chunk + gaps))
 
 
-@cache
 def _block_bytes(device: torch.device) -> int:
-    """Bytes of shared memory that a block may have, less what the driver keeps of it."""
-    if device.type != "cuda":
-        return BLOCK
-    held = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    return min(BLOCK, held - 4 * 2**10)
+    """Bytes of shared memory that a block may have, less what else is in it."""
+    return min(BLOCK, block_bytes(device) - 3 * 2**10) if device.type == "cuda" else BLOCK
 
 
 def row_stride(numbers: Tensor | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quip.kernels import threads
 from quip.kernels.native import library
-from quip.kernels.operation import Form
+from quip.kernels.operation import Form, learns
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 16  # vectors: for more, products with decoded rows are as fast
@@ -88,12 +88,10 @@ def _serves(
 ) -> bool:
     if (x.dtype, x.device.type) != (torch.float32, "cpu"):
         return False
-    factors = [factor for factor in (x, centroids, scales) if factor is not None]
-    learns = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
     k, d = centroids.shape[2:]
     whole = block is None or block % d == 0  # no scale begins inside a vector
     known = k == 2**bits and d in DIMS and whole
-    return 0 < x.numel() <= FEW * x.shape[-1] and known and not learns
+    return 0 < x.numel() <= FEW * x.shape[-1] and known and not learns(x, centroids, scales)
 
 
 FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from quip.kernels import cuda
-from quip.kernels.cuda import pointer
+from quip.kernels.cuda import block_bytes, pointer
 from quip.kernels.hadamard.matrices import check, factors, matrix
 from quip.kernels.hadamard.shares import Shares, is_multiplied, is_short, orders
 from quip.kernels.numbers import KINDS, laid_out
@@ -223,9 +223,7 @@ def _serves_vectors(
         order = 1  # S is left
     if is_short(order, runs):
         return True
-    known = torch.cuda.get_device_properties(x.device)
-    room = getattr(known, "shared_memory_per_block_optin", known.shared_memory_per_block)
-    return Shares.of(vectors, order, runs).bytes <= room
+    return Shares.of(vectors, order, runs).bytes <= block_bytes(x.device)
 
 
 FORM = Form(turn, _serves, lambda: cuda.available(SOURCE))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quip.kernels.hadamard import cpu, cuda, reference
-from quip.kernels.operation import Operation
+from quip.kernels.operation import Operation, learns
 
 turn = Operation(reference.turn, cuda=cuda.FORM, cpu=cpu.FORM)
 
@@ -96,7 +96,7 @@ def _turned_vectors(
 ) -> Tensor:
     """`turn_vectors`, and with gradients."""
     dtype = x.dtype if dtype is None else dtype
-    if not _learns(x, signs, bias):
+    if not learns(x, signs, bias):
         return turn_vectors(x, signs, bias, block, transpose=transpose, dtype=dtype)
     y = _differentiable(x.to(_wide(x)), signs, block, False, transpose)
     return (y if bias is None else y + bias).to(dtype)
@@ -105,7 +105,7 @@ def _turned_vectors(
 def _turned_rows(W: Tensor, signs: Tensor | None, block: int | None, *, transpose: bool) -> Tensor:
     """`turn` of rows in any dtype, and with gradients."""
     wide = W.to(_wide(W))
-    if _learns(W, signs):
+    if learns(W, signs):
         return _differentiable(wide, signs, block, True, transpose).to(W.dtype)
     signs = None if signs is None else signs.to(wide)
     return turn(wide, signs, block, rows=True, transpose=transpose).to(W.dtype)
@@ -114,10 +114,6 @@ def _turned_rows(W: Tensor, signs: Tensor | None, block: int | None, *, transpos
 def _wide(x: Tensor) -> torch.dtype:
     """Float32 at least: exact enough for long sums, and rounded once."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _learns(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _differentiable(

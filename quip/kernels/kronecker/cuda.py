@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from quip.kernels import cuda
-from quip.kernels.cuda import pointer
+from quip.kernels.cuda import block_bytes, pointer
 from quip.kernels.numbers import KINDS, laid_out
-from quip.kernels.operation import Form
+from quip.kernels.operation import Form, learns
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 FEW = 16  # vectors
@@ -108,9 +108,7 @@ def _serves_scaled(x: Tensor, left: Tensor, right: Tensor, *_: object, dtype: to
     (p, q), kind = (len(left), len(right)), left.dtype
     if kind != torch.float32 or q > WIDEST or not 0 < x.numel() <= FEW * p * q:
         return False
-    known = torch.cuda.get_device_properties(x.device)
-    room = getattr(known, "shared_memory_per_block_optin", known.shared_memory_per_block)
-    return _bytes(p, q) <= room and not (torch.is_grad_enabled() and x.requires_grad)
+    return _bytes(p, q) <= block_bytes(x.device) and not learns(x)
 
 
 FORM = Form(rotate, _serves, lambda: cuda.available(SOURCE))

@@ -15,7 +15,7 @@ from torch import Tensor
 from quip.kernels import threads
 from quip.kernels.lattice_points.tables import DIM, E8P, E81B, Stage
 from quip.kernels.native import library
-from quip.kernels.operation import Form
+from quip.kernels.operation import Form, learns
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 16  # vectors: for more, products with decoded rows are as fast
@@ -77,8 +77,7 @@ def multiply(
 def _serves(x: Tensor, *_: object, **__: object) -> bool:
     if (x.dtype, x.device.type) != (torch.float32, "cpu"):
         return False
-    learns = torch.is_grad_enabled() and x.requires_grad
-    return 0 < x.numel() <= FEW * x.shape[-1] and not learns
+    return 0 < x.numel() <= FEW * x.shape[-1] and not learns(x)
 
 
 FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)

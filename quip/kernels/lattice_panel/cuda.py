@@ -6,7 +6,6 @@ Nothing waits for the device. Codes and scales are those of reference.py up to t
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.kernels import cuda
-from quip.kernels.cuda import pointer
+from quip.kernels.cuda import block_bytes, pointer, processors
 from quip.kernels.lattice_panel.reference import Kept
 from quip.kernels.lattice_points.cuda import Lattice, lattice
 from quip.kernels.lattice_points.tables import DIM, Stage, code_bits, code_dtype
@@ -123,18 +122,6 @@ def _launch(name: str, panel: _Panel, X: Tensor, blocks: int) -> None:
     cuda.launch(SOURCE, name, X.device, ctypes.byref(panel), blocks)
 
 
-@cache  # asked for each panel, and so is `memory`
-def processors(device: torch.device) -> int:
-    """How many thread blocks run at once on a device, at one a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def memory(device: torch.device) -> int:
-    """The bytes that a thread block may have to itself: CUDA keeps 1,024 of a multiprocessor's."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
-
-
 def _tiles(m: int, most: int) -> int:
     """The tiles of LANES rows of each of `most` thread blocks, for m rows."""
     return -(-m // (LANES * most))
@@ -151,7 +138,7 @@ def _serves_scales(
     if not _serves(X) or len(rhos) > CANDIDATES:
         return False
     tiles = _tiles(X.shape[1], processors(X.device))
-    return BYTES + tiles * TILE_BYTES <= memory(X.device)
+    return BYTES + tiles * TILE_BYTES <= block_bytes(X.device)
 
 
 def _available() -> bool:

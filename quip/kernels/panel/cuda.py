@@ -2,7 +2,6 @@
 
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from quip.kernels import cuda
-from quip.kernels.cuda import pointer
+from quip.kernels.cuda import pointer, processors
 from quip.kernels.operation import Form
 
 SOURCE = Path(__file__).with_name("cuda.cu")
@@ -116,12 +115,6 @@ def fit_and_round_columns(
 def _by_rows(K: Tensor) -> Tensor:
     """K with the columns of a row side by side."""
     return K if K.stride(1) == 1 else K.contiguous()
-
-
-@cache  # asked for each panel
-def processors(device: torch.device) -> int:
-    """How many thread blocks run at once on a device, at one a multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _threads(m: int, most: int) -> int | None:
