@@ -70,18 +70,24 @@ def problem():
     return make
 
 
+@pytest.fixture(autouse=True)
+def log():
+    """main() gives the log a handler on the stream of that moment, which ends with the test."""
+    log = logging.getLogger("quip")
+    yield log
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
+
+
 @pytest.fixture
 def command(monkeypatch):
-    """main() sets defaults of the environment and the log, which end with the test."""
+    """main() sets defaults of the environment, which end with the test."""
     for name, value in (("HF_HUB_VERBOSITY", "error"), ("TRANSFORMERS_VERBOSITY", "error")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("TQDM_DISABLE", "1")  # read when tqdm is imported, which it is by now
     transformers.utils.logging.disable_progress_bar()
     yield
     transformers.utils.logging.enable_progress_bar()
-    log = logging.getLogger("quip")
-    log.handlers.clear()
-    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
