@@ -21,6 +21,7 @@ from quip.codebooks import (
     Learned,
     MinMaxGrid,
     RmsGrid,
+    Trellis,
     candidate_rhos,
 )
 from quip.codebooks.base import tiles
@@ -215,7 +216,13 @@ CODEBOOKS: dict[str, Codebook] = {
 }
 
 # Codes over rows, which are no codebooks of vectors: `check_tiles` and `check_polish` are theirs.
-TILED: dict[str, Codebook] = {"steps, 4 rows": Steps(4), "steps, 7 rows": Steps(7)}
+TILED: dict[str, Codebook] = {
+    "steps, 4 rows": Steps(4),
+    "steps, 7 rows": Steps(7),
+    "trellis, columns": Trellis(code="mul1", bits=2, states=6, rows=8),
+    "trellis, squares": Trellis(code="mcg", bits=2, states=7, rows=4, columns=4),
+    "trellis, pairs": Trellis(code="mul1", bits=1.5, states=6, rows=8, columns=2),
+}
 
 POLISHES: dict[str, Polish] = {"one pass": Greedy(1), "three passes": Greedy(3)}
 

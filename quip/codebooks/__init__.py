@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, candidate_rhos
     from quip.codebooks.lattice import Lattice, Lattices
     from quip.codebooks.learned import Centroids, Learned
+    from quip.codebooks.trellis import Trellis, Trellises
 
     DECODERS: dict[str, Any]  # by the name that a file gives them
 
@@ -21,6 +22,7 @@ _HOMES = {
     **dict.fromkeys(("Grids", "MinMaxGrid", "RmsGrid", "candidate_rhos"), "grid"),
     **dict.fromkeys(("Lattice", "Lattices"), "lattice"),
     **dict.fromkeys(("Centroids", "Learned"), "learned"),
+    **dict.fromkeys(("Trellis", "Trellises"), "trellis"),
 }
 
 __all__ = [
@@ -37,6 +39,8 @@ __all__ = [
     "Learned",
     "MinMaxGrid",
     "RmsGrid",
+    "Trellis",
+    "Trellises",
     "candidate_rhos",
 ]
 

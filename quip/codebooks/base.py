@@ -183,6 +183,10 @@ class Codebook(Protocol):
         """What decodes a matrix whose groups were fitted by `books`, as a file holds it."""
         ...
 
+    def split(self, codes: Integer[Tensor, "m k"]) -> Integer[Tensor, "m parts"]:
+        """Codes as the decoder of `joined` has them, which may be several for one of these."""
+        return codes
+
     def panel(self, W: Float[Tensor, "m n"], *, refit: bool) -> Panel | None:
         """A faster way to round the columns of W than a column at a time; None: there is none.
 

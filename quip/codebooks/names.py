@@ -5,8 +5,9 @@ A new codebook is a file beside this one and a line in CODEBOOKS.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+Bits: TypeAlias = int | float  # per weight; what is whole is an int
 DIM = 8  # of the lattices
 
 
@@ -36,16 +37,16 @@ class Entry:
     """A codebook by name; `title` is what a list says of it."""
 
     title: str
-    bits: tuple[int, ...]  # per weight, to choose from
+    bits: tuple[Bits, ...]  # per weight, to choose from
     home: str  # the file beside this one, which is also what a checkpoint calls its decoder
     decoder: str  # the class in that file
 
     @property
-    def only_bits(self) -> int | None:
+    def only_bits(self) -> Bits | None:
         """The bits per weight of a codebook that leaves no choice, such as a lattice."""
         return self.bits[0] if len(self.bits) == 1 else None
 
-    def widths(self, wanted: tuple[int, ...]) -> tuple[int, ...]:
+    def widths(self, wanted: tuple[Bits, ...]) -> tuple[Bits, ...]:
         """The bits per weight to try: those wanted, or the only ones there are."""
         return wanted if self.only_bits is None else self.bits
 
@@ -68,6 +69,12 @@ CODEBOOKS = {
         bits=tuple(range(1, 9)),
         home="learned",
         decoder="Centroids",
+    ),
+    "trellis": Entry(
+        title="a tile of weights together, as a walk through 2^L states",
+        bits=(1, 1.5, 2, 2.5, 3, 3.5, 4),
+        home="trellis",
+        decoder="Trellises",
     ),
 }
 INTEGERS = next(iter(CODEBOOKS))  # the default

@@ -10,7 +10,7 @@ from importlib import import_module
 from itertools import chain, combinations
 from typing import TYPE_CHECKING, Any
 
-from quip.codebooks.names import CODEBOOKS, Choice
+from quip.codebooks.names import CODEBOOKS, Bits, Choice
 from quip.errors import UsageError
 from quip.matrix.books import READERS
 from quip.matrix.flags import IGNORED, Flags
@@ -116,7 +116,7 @@ def _read(f: Flags, readers: dict[str, str]) -> Parts:
     )
 
 
-def _bits(f: Flags) -> int:
+def _bits(f: Flags) -> Bits:
     """Bits per weight: those said, or the only ones of the codebook."""
     only, bits = CODEBOOKS[f.codebook].only_bits, CODEBOOKS[f.codebook].bits
     if only is not None and f.wbits not in (None, only):

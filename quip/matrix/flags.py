@@ -33,7 +33,7 @@ of_processing = partial(flag, "incoherence processing")
 class Flags:
     """What may be said of a recipe on a command line; the names are those of the flags."""
 
-    wbits: int | None = of_method(
+    wbits: int | float | None = of_method(
         "bits per weight; 16, the default, evaluates the model as it is (a lattice has its own: "
         "leave it out)",
         kind=int,

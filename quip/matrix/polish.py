@@ -106,7 +106,8 @@ def _decoded(
     d, k = books[0].dim, codes.shape[1]
     first = books[0].at(0).decode(codes[:, 0])
     if first.dtype == torch.float32:  # as in a file: in one call, not one for each column
-        return books[0].joined(books, Groups(k, group and group // d)).decode(codes)
+        joined = books[0].joined(books, Groups(k, group and group // d))
+        return joined.decode(books[0].split(codes))
     later = range(d, k * d, d)
     places = ((lo // group, lo % group) if group else (0, lo) for lo in later)
     rest = [books[i].at(at).decode(c) for (i, at), c in zip(places, codes.T[1:], strict=True)]

@@ -103,7 +103,7 @@ def _round(W_t: Tensor, f: Factored, book: Codebook, recipe: Recipe) -> tuple[Te
         W_t = book.clamp(W_t)
     codes, books = sweep_and_polish(W_t, f, book, recipe)
     groups = Groups(codes.shape[1], recipe.group and recipe.group // book.dim)
-    return codes, book.joined(books, groups)
+    return book.split(codes), book.joined(books, groups)
 
 
 def sweep_and_polish(

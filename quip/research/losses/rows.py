@@ -23,7 +23,7 @@ class Case:
 
     quant: str
     codebook: str
-    wbits: int
+    wbits: int | float
     processing: str  # baseline or incoherence
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class LossRow(MatrixRecord):
 
     quant: str
     codebook: str
-    wbits: int
+    wbits: int | float
     processing: str
     absolute_loss: float  # tr(E H E^T), original basis, undamped H
     rho: float | None  # the range of grid b; None: fitted, or of no such grid

@@ -1,0 +1,10 @@
+"""Trellis codes: the nearest walks, and the values of walks."""
+
+from quip.kernels.operation import Operation
+from quip.kernels.trellis import reference
+from quip.kernels.trellis.tables import Code, Tiling
+
+__all__ = ["Code", "Tiling", "decode", "encode"]
+
+encode = Operation(reference.encode)
+decode = Operation(reference.decode)

@@ -1,0 +1,52 @@
+"""A code on its bitshift trellis, and how a matrix is cut into the sequences that walk it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Code:
+    """The values of all states of a bitshift trellis (QTIP), where a step brings `bits` new bits.
+
+    A kernel may compute those of a name that it knows instead of reading the table.
+    """
+
+    name: str
+    bits: int  # of a step: k V
+    table: Float[Tensor, "states V"]  # float32, of 2^L states
+
+    @property
+    def L(self) -> int:
+        """The bits of a state."""
+        return len(self.table).bit_length() - 1
+
+    @property
+    def V(self) -> int:
+        """The weights of a step."""
+        return self.table.shape[1]
+
+    @property
+    def window(self) -> int:
+        """The steps whose bits a state holds, the first of them perhaps in part."""
+        return -(-self.L // self.bits)
+
+    def to(self, device: torch.device) -> "Code":
+        """Move the table to a device."""
+        return replace(self, table=self.table.to(device))
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a matrix is cut into sequences: `count` tiles one below the other, of `columns` columns.
+
+    The rows are cut as `even` of kernels/groups.py cuts them. A sequence goes through its tile row
+    by row; or, where all tiles have as many weights as `order`, its step t is at place order[t] of
+    the row-major steps of the tile.
+    """
+
+    count: int
+    columns: int
+    order: tuple[int, ...] | None = None
