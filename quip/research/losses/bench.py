@@ -235,7 +235,7 @@ def _in_order(losses: Iterable[LossRow], store: HessianStore) -> list[LossRow]:
     orders = [list(PROCESSING), list(CODEBOOKS), list(METHODS)]
     places = {name: i for i, name in enumerate(n for one in store.inputs for n in one.matrices)}
 
-    def place(loss: LossRow) -> tuple[int, ...]:
+    def place(loss: LossRow) -> tuple[int | float, ...]:
         words = (loss.processing, loss.codebook, loss.quant)
         ranks = (order.index(word) for order, word in zip(orders, words, strict=True))
         return *ranks, loss.wbits, places[loss.name]

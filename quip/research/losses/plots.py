@@ -76,7 +76,7 @@ def plot_methods(losses: Sequence[LossRow], path: Path) -> None:
     methods = list(dict.fromkeys(case.method for case in cases))
     figure = Figure(figsize=(max(8.0, 2 + 0.9 * len(methods)), 4.5), layout="constrained")
     axes = figure.add_subplot()
-    series: dict[tuple[int, str], dict[str, float]] = {}
+    series: dict[tuple[int | float, str], dict[str, float]] = {}
     for case, rows in cases.items():
         series.setdefault((case.wbits, case.processing), {})[case.method] = geometric_mean(rows)
     widths = sorted({bits for bits, _ in series})
