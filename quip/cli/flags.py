@@ -99,7 +99,7 @@ def _recipe_given(args: Arguments) -> dict[str, Any]:
 def recipe_words(args: Arguments) -> str:
     """The recipe of these flags, once bits are settled, for a person."""
     faithful = ", as printed" if args.faithful else ""
-    if CODEBOOKS[args.codebook].only_bits:
+    if CODEBOOKS[args.codebook].only_bits or args.codebook == "trellis":
         return f"{args.quant}, {args.codebook} ({args.wbits} bits){faithful}"
     processing = "with" if args.incoh_processing else "without"
     return f"{args.quant}, {args.wbits} bits, {processing} incoherence processing{faithful}"

@@ -9,11 +9,12 @@ from quip.cli.output import aligned, names
 from quip.cli.parse import Arguments, refuse_both
 from quip.cli.streams import say
 from quip.cli.values import place, seed
-from quip.codebooks.names import CODEBOOKS, INTEGERS
+from quip.codebooks.names import CODEBOOKS, INTEGERS, Bits
 from quip.errors import UsageError
 from quip.jobs.requests import request
 from quip.matrix.flags import FLAGS
 from quip.matrix.methods import METHODS
+from quip.matrix.said import number
 
 if TYPE_CHECKING:
     from quip.research.losses.bench import ProxyBench
@@ -23,6 +24,7 @@ EXAMPLES = """
 quip proxy demo demo-hessians --processing baseline,incoherence --out runs/demo-proxy
 """
 OF_ALL = ("npasses", "percdamp", "rho", "faithful", "range")  # of each recipe
+OF_TRELLIS = ("trellis_code", "trellis_states", "tile")
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """All but MODEL and STORE."""
     _case_flags(parser.add_argument_group("what is compared"))
     group = parser.add_argument_group("method, of all that are compared")
-    for name in OF_ALL:
+    for name in (*OF_ALL, *OF_TRELLIS):
         add_flag(group, name)
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="of rotations (default 0)")
     group = parser.add_argument_group("machine and output")
@@ -57,7 +59,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def _case_flags(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--quant", default="all", metavar="A,B,...", help="methods, or all (the default)")
-    add("--wbits", metavar="B,...", help="bits per weight of the integer grid (default 2,3,4)")
+    add(
+        "--wbits",
+        metavar="B,...",
+        help="bits per weight, of what has none of its own (default 2,3,4)",
+    )
     add(
         "--processing",
         metavar="A,B",
@@ -72,7 +78,8 @@ def _case_flags(group: argparse._ArgumentGroup) -> None:
         "--codebook",
         default=INTEGERS,
         metavar="A,B,...",
-        help="int (the default) and lattices, which have their own bits; q, k and v are not fused",
+        help="int (the default), vq, trellis, and lattices, which have their own bits; q, k and v "
+        "are not fused",
     )
     add(
         "--layers",
@@ -138,12 +145,12 @@ def _processing(args: Arguments) -> tuple[str, ...]:
 
 def _flags(args: Arguments) -> dict[str, Any]:
     """The flags of a recipe that were given, by the names of `quip.matrix.flags.Flags`."""
-    given = {FLAGS[name].name: getattr(args, name) for name in OF_ALL}
+    given = {FLAGS[name].name: getattr(args, name) for name in (*OF_ALL, *OF_TRELLIS)}
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _numbers(text: str, flag: str) -> tuple[int, ...]:
+def _numbers(text: str, flag: str) -> tuple[Bits, ...]:
     try:
-        return tuple(int(word) for word in names(text, flag))
+        return tuple(number(word) for word in names(text, flag))
     except ValueError:
-        raise UsageError(f"{flag} {text}: whole numbers are needed, as in {flag} 2,3") from None
+        raise UsageError(f"{flag} {text}: numbers are needed, as in {flag} 2,3") from None

@@ -32,6 +32,10 @@ LATTICES = {
 }
 
 
+TRELLIS_CODES = ("learned", "mcg", "mul1", "1mad", "3inst", "int8", "hyb")
+MOST_STATES = 16  # bits of a state
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """A codebook by name; `title` is what a list says of it."""

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from quip.codebooks.names import LATTICES, Choice
 from quip.errors import UsageError
 from quip.matrix.methods import METHODS
-from quip.matrix.takes import Take
+from quip.matrix.takes import Take, columns_of
+from quip.matrix.trellis import trellis
 from quip.matrix.vectors import learned
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def _grid_b(take: Take, *, bits: int, unbiased: bool) -> Choice:
     return Choice(
         codebook=partial(_rms, bits=bits, unbiased=unbiased, rhos=rhos),
         trials=({}, *({"rhos": (one,)} for one in tried)) if rho == "auto" else (),
-        group=None if faithful else _columns(range_ or "column", least=1),
+        group=None if faithful else columns_of(range_ or "column", least=1),
         clamp_target=faithful,
     )
 
@@ -94,7 +95,7 @@ def lattice(take: Take) -> Choice:
     return Choice(
         codebook=partial(_lattice, stages=row.stages, ratio=ratio, rhos=rhos),
         trials=tuple({"rhos": (one,)} for one in rhos) if scale == "auto" else (),
-        group=None if faithful else _columns(range_ or LATTICE_RANGE, least=8),
+        group=None if faithful else columns_of(range_ or LATTICE_RANGE, least=8),
         stack=not take("no_fuse"),
         rotation="hadamard",
         passes=SHARP_PASSES if faithful else LATTICE_PASSES,
@@ -106,20 +107,8 @@ READERS: dict[str, Callable[[Take], Choice]] = {
     "grid": grid,
     "lattice": lattice,
     "learned": learned,
+    "trellis": trellis,
 }
-
-
-def _columns(range_: str, *, least: int) -> int | None:
-    """The columns that share a range; None: all."""
-    if range_ == "tensor":
-        return None
-    if range_ == "column" and least == 1:
-        return 1
-    if range_.isdecimal() and int(range_) > 0 and int(range_) % least == 0:
-        return int(range_)
-    if least > 1:
-        raise UsageError(f"--range {range_}: say tensor, or a multiple of {least} columns")
-    raise UsageError(f"--range {range_}: say tensor, column or a number of columns")
 
 
 def _min_max(**options: Any) -> "MinMaxGrid":

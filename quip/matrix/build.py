@@ -117,7 +117,7 @@ def _read(f: Flags, readers: dict[str, str]) -> Parts:
 
 
 def _bits(f: Flags) -> Bits:
-    """Bits per weight: those said, or the only ones of the codebook."""
+    """Bits per weight: those said, or the only ones of the codebook; what is whole is an int."""
     only, bits = CODEBOOKS[f.codebook].only_bits, CODEBOOKS[f.codebook].bits
     if only is not None and f.wbits not in (None, only):
         raise UsageError(
@@ -125,11 +125,17 @@ def _bits(f: Flags) -> Bits:
             "--codebook"
         )
     found = f.wbits if only is None else only
-    if found is None or found not in bits:
+    if found in bits:
+        return bits[bits.index(found)]
+    if found is not None and found % 1:
+        other = next((name for name, row in CODEBOOKS.items() if found in row.bits), None)
         raise UsageError(
-            f"--wbits {found}: {bits[0]} to {bits[-1]} bits can be quantized to (16 evaluates only)"
+            f"--wbits {found}: {f.codebook} has {', '.join(map(str, bits))} bits; say one of them"
+            + (f", or --codebook {other}" if other else "")
         )
-    return found
+    raise UsageError(
+        f"--wbits {found}: {bits[0]} to {bits[-1]} bits can be quantized to (16 evaluates only)"
+    )
 
 
 def _rotation(

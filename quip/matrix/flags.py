@@ -4,171 +4,22 @@ The command line, `build_recipe`, the descriptions of tables and the documents r
 Which flags a part of a recipe reads is said by the part (quip.matrix.books, quip.matrix.build).
 """
 
-import math
 from dataclasses import Field, dataclass, fields
 from functools import partial
 from typing import Any
 
-from quip.codebooks.names import CODEBOOKS, INTEGERS
 from quip.errors import UsageError, short, shown
-from quip.matrix.methods import EXTRAS, METHODS, ROTATIONS, UNROTATED
-from quip.matrix.said import (
-    MOST,
-    MOST_PASSES,
-    bad_passes,
-    bad_rho,
-    bad_scale,
-    flag,
-    listed,
-    number_or_auto,
-)
+from quip.matrix.flags_of_codes import FlagsOfCodes
+from quip.matrix.methods import EXTRAS, ROTATIONS, UNROTATED
+from quip.matrix.said import MOST, bad_rho, flag, number_or_auto
 
-of_method = partial(flag, "method")
-of_codebook = partial(flag, "codebook")
-of_vectors = partial(flag, "vector codebooks (vq)")
 of_processing = partial(flag, "incoherence processing")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(FlagsOfCodes):
     """What may be said of a recipe on a command line; the names are those of the flags."""
 
-    wbits: int | float | None = of_method(
-        "bits per weight; 16, the default, evaluates the model as it is (a lattice has its own: "
-        "leave it out)",
-        kind=int,
-        choices=(*range(1, 9), 16),
-    )
-    quant: str = of_method(
-        f"how weights are rounded (default ldlq): {listed(METHODS)}",
-        default="ldlq",
-        choices=METHODS,
-    )
-    npasses: int | None = of_method(
-        "greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for lattices "
-        "after feedback (10 with --faithful), 2 for vq (0 with --faithful) and 0 for grids",
-        kind=int,
-        metavar="N",
-        refuse=bad_passes,
-    )
-    unbiased: bool = of_method("round at random, so that the mean is exact", kind=bool)
-    groupsize: int | None = of_method(
-        "columns of a row that share one range in grid a (by default the whole row); weights that "
-        "share one codebook of vq (by default 65,536)",
-        kind=int,
-        metavar="N",
-        refuse=lambda n: n < 1 and "a group has at least one column",
-    )
-    percdamp: float = of_method(
-        "what is added to the diagonal of H, as a share of its mean (default 0.01); ten times more "
-        "after each failed factorisation, three times at most",
-        default=0.01,
-        kind=float,
-        metavar="X",
-        refuse=lambda x: not 0 <= x < math.inf and "damping is a finite share, 0 or more",
-    )
-    lazy_batch: bool = of_method(
-        "accepted and ignored: updates are always blocked, with the same codes", kind=bool
-    )
-    codebook: str = of_codebook(
-        f"what weights are rounded to (default {INTEGERS}): {listed(CODEBOOKS)}. A lattice brings "
-        "its own --wbits; lattices and vq bring --rotation hadamard, two greedy passes after "
-        "feedback (--npasses) and stacks of q, k and v (--no_fuse)",
-        default=INTEGERS,
-        choices=CODEBOOKS,
-    )
-    scale: str | None = of_codebook(
-        "auto: quantize each matrix with several scales of the lattice, and keep the one with the "
-        "smallest proxy loss",
-        choices=("auto",),
-    )
-    scale_override: float | None = of_codebook(
-        "the RMS that weights have when they meet the lattice (default: of six values around the "
-        "Gaussian optimum, the one with the smallest squared error at each fit; with --faithful "
-        "the published one)",
-        kind=float,
-        metavar="X",
-        refuse=bad_scale,
-    )
-    resid_scale_override: float | None = of_codebook(
-        "by how much the second stage of a lattice magnifies what the first one left (default: 2.1 "
-        "at 3 bits, 3.8 at 4; with --faithful the published 2.04 and 3.45)",
-        kind=float,
-        metavar="X",
-        refuse=bad_scale,
-    )
-    no_fuse: bool = of_codebook(
-        "quantize q, k and v, and up and gate, one by one instead of stacked (lattices and vq)",
-        kind=bool,
-    )
-    vq_dim: int | None = of_vectors(
-        "neighbours of a row that are rounded together to one centroid (default 4 up to 2 bits, 2 "
-        "up to 4, else 1)",
-        kind=int,
-        choices=(1, 2, 4),
-    )
-    columns_per_group: int | None = of_vectors(
-        "columns of a group of weights that share a codebook (default 256, or all of a group of "
-        "fewer weights; groups of a matrix are made even)",
-        kind=int,
-        metavar="N",
-        refuse=lambda n: n < 1 and "a group has at least one column",
-    )
-    bits_per_value: float | None = of_vectors(
-        "choose the --groupsize with which codes, codebooks and scales come to X bits per weight, "
-        "not counting the scale of 16 bits of each codebook, as in the paper",
-        kind=float,
-        metavar="X",
-        refuse=lambda x: not 0 < x <= 32 and "a number of bits up to 32 is needed",
-    )
-    em_iters: int | None = of_vectors(
-        "iterations of EM for each codebook (default 100)",
-        kind=int,
-        metavar="N",
-        refuse=lambda n: (
-            (n < 0 and "it cannot be negative")
-            or (n > MOST_PASSES and f"at most {MOST_PASSES:,} make sense: it settles in hundreds")
-        ),
-    )
-    vq_seed: str | None = of_vectors(
-        "where EM starts: cdf, quantiles (for --vq_dim 1 alone, whose default it is); kpp, "
-        "k-means++ (the default of others); mahalanobis, vectors at even ranks of their distance "
-        "to the mean (the default with --faithful)",
-        choices=("mahalanobis", "kpp", "cdf"),
-    )
-    vq_weights: str | None = of_vectors(
-        "what errors weigh in EM and rounding: loss, the default, what they cost in the sweep; "
-        "none, all alike",
-        choices=("loss", "none"),
-    )
-    vq_scaling: int | None = of_vectors(
-        "divide every N weights of a row by a scale of 4 bits before they meet their codebook",
-        kind=int,
-        metavar="N",
-        refuse=lambda n: n < 1 and "a scale serves at least one weight",
-    )
-    codebook_update: str | None = of_vectors(
-        "after the sweep, and after each of --npasses: cg, the default, moves centroids to where "
-        "the loss is least, codes fixed, by conjugate gradients; none leaves them",
-        choices=("cg", "none"),
-    )
-    codebook_bits: int | None = of_vectors(
-        "bits of the entries of codebooks (default 8); 4: whole numbers in units of 128 weights",
-        kind=int,
-        choices=(16, 8, 4),
-    )
-    codebook_scale: str | None = of_vectors(
-        "what shares a scale of the entries of codebooks: each codebook its own (the default), or "
-        "all of the same columns one",
-        choices=("codebook", "columns"),
-    )
-    svd_rank: float | None = of_vectors(
-        "store the codebooks of --vq_dim 1 as a product of factors whose rank is a share X of "
-        "their size",
-        kind=float,
-        metavar="X",
-        refuse=lambda x: not 0 < x <= 1 and "a share above 0, up to 1, is needed",
-    )
     incoh_processing: bool = of_processing(
         "QuIP's processing: short for --pre_gptqH --pre_rescale --pre_proj --qfn b", kind=bool
     )
@@ -190,8 +41,8 @@ class Flags:
     )
     rotation: str | None = of_processing(
         "the rotation by name: kronecker (QuIP), blocked (a factor for each block), hadamard "
-        "(QuIP#: random signs and a Hadamard matrix; the default for lattices and vq), or none in "
-        "place of that default",
+        "(QuIP#: random signs and a Hadamard matrix; the default for lattices, vq and trellis), or "
+        "none in place of that default",
         choices=(*ROTATIONS, UNROTATED),
     )
     hadamard_block: int | None = of_processing(
@@ -206,9 +57,9 @@ class Flags:
         choices=("a", "b"),
     )
     range_: str | None = of_processing(
-        "what the range of grid b or the scale of a lattice is fitted to: the whole matrix once "
-        "(the default with --faithful), or the running weights of each column (the default; a "
-        "lattice: of 8) or of every N columns as the rounding reaches them",
+        "what the range of grid b or the scale of a lattice or trellis is fitted to: the whole "
+        "matrix once (the default with --faithful), or the running weights of each column (the "
+        "default; a lattice or trellis: of 8) or of every N columns as the rounding reaches them",
         metavar="{tensor,column,N}",
         refuse=lambda word: (
             len(str(word)) > 9 and "say tensor, or fewer than 1,000,000,000 columns"

@@ -89,4 +89,16 @@ RECIPES = {
         )
         for dim, bits in GPTVQ
     },
+    **{
+        f"trellis-{bits}bit{fast}": Named(
+            title=f"QTIP's trellis with a learned code of 2^{states} states, {bits} bits",
+            flags={
+                "wbits": bits,
+                "quant": "ldlq",
+                "codebook": "trellis",
+                "trellis_states": states,
+            },
+        )
+        for bits, states, fast in ((2, 12, ""), (3, 12, ""), (4, 12, ""), (2, 10, "-fast"))
+    },
 }

@@ -31,6 +31,12 @@ def listed(rows: Mapping[str, Any]) -> str:
     return "; ".join(f"{name}, {row.title}" for name, row in rows.items())
 
 
+def number(word: str) -> int | float:
+    """A number; a whole one is an int, and stands in a report as one."""
+    value = float(word)
+    return int(value) if value.is_integer() else value
+
+
 def number_or_auto(word: str) -> float | str:
     """A number, where the word is one; what else is no good is refused with all other values."""
     try:
@@ -54,6 +60,21 @@ def bad_scale(x: float) -> str | bool:
     if isinstance(x, str) or not 0 < x < math.inf:
         return "a positive number is needed"
     return not 0.01 <= x <= 100 and "scales of lattices lie between 0.01 and 100"
+
+
+def tile_of(word: str) -> tuple[int, int]:
+    """The rows and columns of a tile, as in 256x1. Raises ValueError for what is none."""
+    rows, columns = (int(x) if x.isascii() and x.isdecimal() else 0 for x in word.split("x"))
+    if not (0 < rows < MOST and 0 < columns < MOST):
+        raise ValueError(word)
+    return rows, columns
+
+
+def bad_tile(word: str) -> str | bool:
+    try:
+        return not tile_of(word)
+    except (AttributeError, ValueError):
+        return "rows x columns are needed, as in 256x1"
 
 
 def as_line(flags: Mapping[str, Any]) -> list[str]:

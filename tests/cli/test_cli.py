@@ -57,7 +57,7 @@ AT_ONCE = [
     ("demo", "the following arguments are required: dataset"),
     ("demo pydoc --zork", "unrecognized arguments: --zork (--help explains every flag)"),
     ("demo pydoc --wbits 9", "argument --wbits: invalid choice: 9"),
-    ("demo pydoc --wbits two", "argument --wbits: invalid int value: 'two'"),
+    ("demo pydoc --wbits two", "argument --wbits: invalid number value: 'two'"),
     ("demo pydoc --quant zork", "argument --quant: invalid choice: 'zork'"),
     ("demo pydoc --dtype int8", "argument --dtype: invalid choice: 'int8'"),
     ("demo pydoc --wbits 2 --qfn b", "--qfn b needs --pre_proj"),
@@ -385,7 +385,7 @@ def test_a_later_file_wins_over_an_earlier_one_in_both_commands(asked, folder):
     ("text", "reason"),
     [
         ("wbits: 9", "argument --wbits: invalid choice: 9"),
-        ("wbits: two", "argument --wbits: invalid int value: 'two'"),
+        ("wbits: two", "argument --wbits: invalid number value: 'two'"),
         ("quant: zork", "argument --quant: invalid choice: 'zork'"),
         ("nsamples: 1.5", "argument --nsamples: invalid int value: '1.5'"),
         ("zork: 1", "unknown name 'zork'; names are those of flags"),

@@ -55,7 +55,7 @@ def test_incoh_processing_is_the_papers_word_for_incoherence_alone(quip, here):
     ("flags", "message"),
     [
         (["--incoh_processing", "--processing", "baseline"], "leave one of them out"),
-        (["--wbits", "2,x"], "--wbits 2,x: whole numbers are needed, as in --wbits 2,3"),
+        (["--wbits", "2,x"], "--wbits 2,x: numbers are needed, as in --wbits 2,3"),
         (["--wbits", "2", "--codebook", "E8P12"], "lattices have their own bits; leave it out"),
         (["--quant", "all,ldlq"], "--quant all: not one of nearest"),
         (["--rho", "wide"], "--rho wide: a positive number or auto is needed"),

@@ -46,6 +46,9 @@ ASKED = {
     "codebook_bits": 16,
     "codebook_scale": "columns",
     "svd_rank": 0.5,
+    "trellis_code": "mul1",
+    "trellis_states": 10,
+    "tile": "16x16",
     **{name: True for name, known in FLAGS.items() if known.metadata["said"].kind is bool},
 }
 GRIDS = {

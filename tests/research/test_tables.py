@@ -155,7 +155,7 @@ def test_a_description_that_means_nothing_is_refused_before_anything_runs(tmp_pa
         ("quant: nearest", "recipe: quip-1bit", "recipe 'quip-1bit': not one of quip-2bit"),
         ("ratio: [Near, QuIP]", "published: 1", "rows.share.published is 1, not true or false"),
         ("ratio: [Near, QuIP]", "ratio: 3", "rows.share.ratio is 3, not a list"),
-        ("quant: nearest", "wbits: [2]", r"wbits is \[2\], and int is needed"),
+        ("quant: nearest", "wbits: [2]", r"wbits is \[2\], and int or float is needed"),
     ):
         path.write_text(OWN.replace(old, new))
         with pytest.raises(UsageError, match=match):

@@ -84,7 +84,7 @@ def _is_hub_id(name: str) -> bool:
     return bool(found) and not Path(name).exists()
 
 
-def _bits(report: Mapping[str, Any]) -> int | None:
+def _bits(report: Mapping[str, Any]) -> int | float | None:
     """Bits of a code; None where matrices differ in them."""
     if report.get("plan"):
         return None

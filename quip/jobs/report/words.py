@@ -59,7 +59,7 @@ class RunWords(TypedDict, total=False):
 class CodebookWords(TypedDict):
     """A codebook, as far as a card shows it."""
 
-    bits: NotRequired[int | None]
+    bits: NotRequired[int | float | None]
 
 
 class RecipeWords(TypedDict):

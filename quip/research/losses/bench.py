@@ -23,7 +23,8 @@ from quip.errors import Unavailable, UsageError, finite, shown
 from quip.jobs.calibration import store_for
 from quip.jobs.requests import Machine, Place
 from quip.matrix.build import build_recipe, flags_read
-from quip.matrix.flags import Flags
+from quip.matrix.flags import FLAGS, Flags
+from quip.matrix.flags_of_codes import TRELLIS
 from quip.matrix.linalg import energy
 from quip.matrix.methods import METHODS
 from quip.matrix.quantize import quantize_by_many
@@ -47,7 +48,7 @@ class ProxyBench(Machine, Place):
     model: str
     store: Path
     quants: tuple[str, ...]
-    wbits: tuple[int, ...] = (2, 3, 4)  # of grids; a lattice has its own
+    wbits: tuple[int | float, ...] = (2, 3, 4)  # of grids; a lattice has its own
     processing: tuple[str, ...] = ("baseline",)
     codebooks: tuple[str, ...] = (INTEGERS,)
     flags: Mapping[str, Any] = field(default_factory=dict)  # of all recipes, as `Flags` names them
@@ -63,7 +64,7 @@ class ProxyBench(Machine, Place):
         """
         self._check()
         found: dict[Case, Recipe] = {}
-        unread = set(self.flags)
+        unread = {name for name, value in self.flags.items() if value is not False}
         for processing, codebook, quant in product(self.processing, self.codebooks, self.quants):
             if codebook in LATTICES and quant == "ldlbal_admm" and len(self.quants) > 1:
                 continue
@@ -77,10 +78,10 @@ class ProxyBench(Machine, Place):
                 )
                 unread -= read
         for flag in unread:
-            raise UsageError(
-                f"--{flag.rstrip('_')} speaks of the incoherent grid: add --incoh_processing, "
-                "or --processing baseline,incoherence"
-            )
+            of = "the incoherent grid: add --incoh_processing, or --processing baseline,incoherence"
+            if FLAGS[name := flag.rstrip("_")].metadata["said"].group == TRELLIS:
+                of = "trellis codes: add --codebook trellis"
+            raise UsageError(f"--{name} speaks of {of}")
         return found
 
     def _check(self) -> None:

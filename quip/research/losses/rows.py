@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from quip.codebooks.names import INTEGERS
+from quip.matrix.said import number
 from quip.model.records import MatrixRecord
 from quip.packed.files import naming_damage
 from quip.reading import read_text
@@ -78,6 +79,8 @@ def _loss(row: Mapping[str, str]) -> LossRow:
         text = row[field.name]
         if field.type in (int, float, str):
             known[field.name] = field.type(text)
+        elif field.name == "wbits":
+            known[field.name] = number(text)
         else:
             known[field.name] = float(text) if text else None
     return LossRow(**known)
