@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from quip.cli import COMMANDS, parser_of
 from quip.cli.parse import Parser
+from quip.matrix.said import number
 
 
 def commands() -> str:
@@ -70,7 +71,7 @@ def _names(action: argparse.Action) -> str:
     if not action.option_strings:
         return f"`{_positional(action)}`"
     takes = action.nargs != 0
-    value = action.metavar or ("N" if action.type is int else "NAME")
+    value = action.metavar or ("N" if action.type in (int, number) else "NAME")
     return ", ".join(f"`{o} {value}`" if takes else f"`{o}`" for o in action.option_strings)
 
 

@@ -121,3 +121,14 @@ def test_an_estimate_counts_what_learning_codebooks_takes(monkeypatch, asked, tm
     assert seconds[2, 2, "none", None] < seconds[2, 2, None, None]  # updated
     assert seconds[3, 1, None, None] < seconds[3, 2, None, None]  # 64 centroids
     assert seconds[3, 2, None, 10] < seconds[3, 2, None, 30]
+
+
+def test_an_estimate_counts_the_states_of_a_trellis(monkeypatch, asked, tmp_path):
+    monkeypatch.setattr(estimate, "_flops", lambda device, dtype: 1e9)
+    settings = Settings(dataset="c4", evaluate=("a",), seqlen=16)
+    found = list(cells(read_table("trellis_states"), [asked[1]], settings, tmp_path))
+    seconds = {
+        cell.flags.get("trellis_states"): one.seconds
+        for cell, one in zip(found, estimate.estimates(found), strict=True)
+    }
+    assert 0 < seconds[8] < seconds[10] < seconds[12]

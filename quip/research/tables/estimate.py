@@ -8,6 +8,7 @@ With N calibration tokens, a matrix of m outputs and n inputs costs
                   solves twice 2 n^3 in each of up to 100 iterations
     learn         codebooks of k centroids: 3 k m n for each iteration of EM, 2 m n^2 for each of
                   up to 30 steps of their update
+    search        a trellis of s states: 3 s m n, twice, for each scale that is tried and each pass
     evaluate      2 (m n) for each token, and the vocabulary
     tune          6 m n for each token and epoch, of a block after each of its inputs, of a
                   whole model with the vocabulary
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quip.codebooks import Learned
+from quip.codebooks import Learned, Trellis
 from quip.errors import QuipError
 from quip.evaluate.memory import module_bytes
 from quip.matrix.centroids import UpdateCentroids
@@ -128,6 +129,7 @@ def _operations(cell: Cell, shape: Shape) -> float:
     rotated = bool(flags.get("incoh_processing") or flags.get("pre_proj"))
     for m, n in shape.matrices:
         total += (1.0 + 2.0 * passes) * m * n * n + _learning(recipe, m, n)
+        total += (1.0 + passes) * _searching(recipe, m, n)
         total += solve * n**3 if rotated else solve * n**3 / 2  # inputs that are shared
     return total
 
@@ -139,6 +141,13 @@ def _learning(recipe: Recipe | None, m: int, n: int) -> float:
     book = recipe.codebook
     steps = sum(polish.steps for polish in recipe.polish if isinstance(polish, UpdateCentroids))
     return 3.0 * 2**book.index_bits * book.iterations * m * n + 2.0 * steps * m * n * n
+
+
+def _searching(recipe: Recipe | None, m: int, n: int) -> float:
+    """Operations that finding the walks of a matrix on a trellis takes, once."""
+    if recipe is None or not isinstance(recipe.codebook, Trellis):
+        return 0.0
+    return 6.0 * 2**recipe.codebook.states * m * n * max(1, len(recipe.trials))
 
 
 def _bytes(cell: Cell, shape: Shape) -> float:

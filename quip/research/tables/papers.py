@@ -9,14 +9,14 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent / "published"
-FILES = ("cells.csv", "gptvq.csv")
+FILES = ("cells.csv", "gptvq.csv", "qtip.csv")
 SUSPECT = "SUSPECT"  # cells that the paper prints by mistake
 KEYS = ("model", "processing", "method", "wbits", "metric")
 
 
 @cache
 def published() -> Mapping[tuple[str, ...], float]:
-    """(model, processing, method, wbits, metric) -> the printed number: of QuIP, and of GPTVQ.
+    """(model, processing, method, wbits, metric) -> the printed number: of QuIP, GPTVQ, QTIP.
 
     Where a table prints by mistake another model's numbers, those read off a figure count.
     """
