@@ -32,8 +32,8 @@ class FlagsOfCodes:
     )
     npasses: int | None = of_method(
         "greedy passes over the columns: by default 10 for ldlqRG and allbal, else 2 for lattices "
-        "after feedback (10 with --faithful), 2 for vq (0 with --faithful) and 0 for grids and "
-        "trellis",
+        "after feedback (10 with --faithful), 2 for vq (0 with --faithful), 1 for trellis after "
+        "feedback and 0 for grids",
         kind=int,
         metavar="N",
         refuse=bad_passes,
@@ -59,8 +59,8 @@ class FlagsOfCodes:
     )
     codebook: str = of_codebook(
         f"what weights are rounded to (default {INTEGERS}): {listed(CODEBOOKS)}. A lattice brings "
-        "its own --wbits; lattices and vq bring --rotation hadamard, two greedy passes after "
-        "feedback (--npasses) and stacks of q, k and v (--no_fuse), and trellis all but passes",
+        "its own --wbits; lattices, vq and trellis bring --rotation hadamard, one or two greedy "
+        "passes after feedback (--npasses) and stacks of q, k and v (--no_fuse)",
         default=INTEGERS,
         choices=CODEBOOKS,
     )

@@ -97,6 +97,7 @@ RECIPES = {
                 "quant": "ldlq",
                 "codebook": "trellis",
                 "trellis_states": states,
+                **({"npasses": 0} if fast else {}),
             },
         )
         for bits, states, fast in ((2, 12, ""), (3, 12, ""), (4, 12, ""), (2, 10, "-fast"))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 LEARNED = (8, 10, 12)  # bits of a state, for which there are tables
 WIDEST = 64  # bits of a row of a tile
 RANGE = 8  # columns that share a scale
+PASSES = 1  # a second one gains a third as much
 SIZES = (0.93, 1.0, 1.07)  # of weights that meet the code, to try
 
 
@@ -33,6 +34,7 @@ def trellis(take: Take) -> Choice:
         group=columns_of(take("range_") or str(columns * -(-RANGE // columns)), least=columns),
         stack=not take("no_fuse"),
         rotation="hadamard",
+        passes=PASSES,
     )
 
 

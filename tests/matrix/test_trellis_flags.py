@@ -6,6 +6,7 @@ from quip.codebooks import Trellis
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe, check_flags
 from quip.matrix.methods import METHODS
+from quip.matrix.polish import Greedy
 from quip.matrix.recipe import describe
 from quip.transforms import HadamardDraw
 
@@ -86,10 +87,11 @@ def test_a_trellis_is_learned_on_tiles_of_a_column_rotated_and_stacked():
     recipe = build_recipe(**TRELLIS)
     assert recipe.codebook == LEARNED
     assert recipe.transforms == (HadamardDraw(block=None),)
-    assert (recipe.group, recipe.polish, recipe.stack, recipe.trials) == (8, (), True, ())
+    assert (recipe.group, recipe.stack, recipe.trials) == (8, True, ())
+    assert recipe.polish == (Greedy(1),)
     assert not build_recipe(**TRELLIS, no_fuse=True).stack
     assert build_recipe(**TRELLIS, rotation="none").transforms == ()
-    assert build_recipe(**TRELLIS, npasses=1).polish
+    assert build_recipe(**TRELLIS, quant="nearest").polish == ()
 
 
 @pytest.mark.parametrize(
