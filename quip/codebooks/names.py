@@ -34,6 +34,7 @@ LATTICES = {
 
 TRELLIS_CODES = ("learned", "mcg", "mul1", "1mad", "3inst", "int8", "hyb")
 MOST_STATES = 16  # bits of a state
+LEARNED_STATES = (8, 10, 12)  # those for which there are tables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from quip.codebooks.names import MOST_STATES, Bits, Choice
+from quip.codebooks.names import LEARNED_STATES, MOST_STATES, Bits, Choice
 from quip.errors import UsageError
 from quip.matrix.said import tile_of
 from quip.matrix.takes import Take, columns_of
@@ -11,7 +11,6 @@ from quip.matrix.takes import Take, columns_of
 if TYPE_CHECKING:
     from quip.codebooks import Trellis
 
-LEARNED = (8, 10, 12)  # bits of a state, for which there are tables
 WIDEST = 64  # bits of a row of a tile
 RANGE = 8  # columns that share a scale
 PASSES = 1  # a second one gains a third as much
@@ -41,11 +40,12 @@ def trellis(take: Take) -> Choice:
 def _states(take: Take, code: str, step: int) -> int:
     """The bits of a state, of a code whose steps bring so many."""
     said = take("trellis_states")
-    states: int = said or (max(LEARNED) if code == "learned" else MOST_STATES)
-    if code == "learned" and states not in LEARNED:
+    states: int = said or (max(LEARNED_STATES) if code == "learned" else MOST_STATES)
+    if code == "learned" and states not in LEARNED_STATES:
+        there = ", ".join(map(str, LEARNED_STATES))
         raise UsageError(
-            f"--trellis_states {states}: learned codes have {', '.join(map(str, LEARNED))}; say "
-            "one of them, or another --trellis_code"
+            f"--trellis_states {states}: learned codes have {there}; say one of them, or another "
+            "--trellis_code"
         )
     if step >= states:
         raise UsageError(

@@ -268,6 +268,32 @@ def of_blocks(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "", *notes]) + "\n"
 
 
+def of_trellis(record: Mapping[str, Any]) -> str:
+    """Squared errors of trellis codes: a line for bits and states, a column for each code."""
+    rows = {(r["bits"], r["states"], r["code"]): r for r in record["rows"]}
+    codes = list(dict.fromkeys(r["code"] for r in record["rows"]))
+    lines = [
+        "| bits | no code has less | states | " + " | ".join(codes) + " |",
+        "|---:|---:|---:|" + "---:|" * len(codes),
+    ]
+    for bits, states in dict.fromkeys(sorted(key[:2] for key in rows)):
+        found = [rows.get((bits, states, name)) for name in codes]
+        cells = [f"{r['mse']:.4f}{'' if r['met'] else ' (missed)'}" if r else "-" for r in found]
+        least = f"{4.0**-bits:.4f}"
+        lines.append(f"| {bits:g} | {least} | 2^{states} | {' | '.join(cells)} |")
+    errors = [
+        max(r["error"] / r["mse"] for r in record["rows"] if (r["states"] > 12) == large)
+        for large in (False, True)
+    ]
+    return "\n".join(lines) + (
+        f"\n\nMean squared error of Gaussian weights of variance 1 in circles of "
+        f"{record['weights']}, {record['circles']:,} of them up to 2^12 states and "
+        f"{record['large']:,} above. Standard errors are up to {errors[0]:.1%} and "
+        f"{errors[1]:.1%}, and nearly alike for all codes, which meet the same weights (commit "
+        f"{record['commit']}).\n"
+    )
+
+
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "table": of_table,
     "run": of_run,
@@ -281,6 +307,7 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "soak": of_soak,
     "gpu": of_gpu,
     "hadamard_block": of_blocks,
+    "trellis_mse": of_trellis,
 }
 
 if __name__ == "__main__":
