@@ -14,7 +14,7 @@ from quip.model.load import LoadedModel, load_model
 from quip.packed.checkpoint import SHARD, check_folder, to_dense
 from quip.packed.checks import is_finite
 from quip.packed.files import weight_bytes
-from quip.packed.quip_sharp.read import GENERATION
+from quip.packed.published import GENERATION
 from quip.packed.quip_sharp.write import published_config, published_tensors
 
 

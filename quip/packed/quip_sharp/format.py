@@ -22,6 +22,7 @@ from quip.codebooks import LATTICES
 from quip.errors import QuipError, UnsupportedModel, UsageError, shown
 from quip.packed.layout import Layout
 from quip.packed.linear import QuantizedLinear
+from quip.packed.published import FLOAT, Slot
 from quip.packed.quip_sharp.codes import check_size, words_per_row
 from quip.packed.spec import Spec
 from quip.packed.stack import Stack
@@ -46,15 +47,7 @@ MATRICES = {
 # The first that divides n is the K of Omega_n; what is left has to be a power of two.
 ORDERS = (172, 156, 140, 124, 116, 108, 60, 52, 36, 28, 20, 12)
 HEAD = "lm_head.weight"
-INTEGER, HALF, FLOAT = ("I64",), ("F16",), ("F16", "BF16", "F32")
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The shape of a tensor of a file, and the types that it may have there."""
-
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...]
+INTEGER, HALF = ("I64",), ("F16",)
 
 
 @dataclass(frozen=True)

@@ -6,35 +6,37 @@ Headers are compared with what config.json promises before anything is converted
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from quip.codebooks import LATTICES
-from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line
-from quip.files import check_new
+from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
 from quip.kernels.bits import pack
-from quip.packed.checkpoint import read_tokenizer, save_checkpoint, skeleton
+from quip.packed.checkpoint import save_checkpoint, skeleton
 from quip.packed.files import DAMAGED, TensorEntry, weight_bytes
+from quip.packed.published import (
+    FLOAT,
+    Slot,
+    check_out,
+    generation_of,
+    headers,
+    tokenizer_of,
+)
 from quip.packed.quip_sharp.codes import unpack_codes
 from quip.packed.quip_sharp.format import (
-    FLOAT,
     HEAD,
     IDS,
     Matrix,
-    Slot,
     exactly,
     expected_layout,
     matrices,
     rescales,
 )
-from quip.packed.quip_sharp.headers import check, headers, read_config
+from quip.packed.quip_sharp.headers import check, read_config
 from quip.packed.spec import Spec
-from quip.reading import read_json, read_text
 
-GENERATION = "generation_config.json"
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -60,16 +62,14 @@ def import_quip_sharp(
     variant of the layout, and Unavailable for files that are missing, damaged or do not fit.
     """
     folder, out = Path(folder), Path(out)
-    check_new(out, "OUT", overwrite=overwrite)
-    if folder.resolve().is_relative_to(out.resolve()):
-        raise UsageError(f"OUT {out}: the model is in it, and would be lost; name another")
+    check_out(folder, out, overwrite=overwrite)
     try:
         config, spec = read_config(folder)
         held = headers(folder)
         model = _skeleton(config, spec, tied=HEAD not in held)
         check(held, _wanted(model, spec))
-        words = _tokenizer(str(folder) if tokenizer is None else tokenizer)
-        texts = _generation(folder / GENERATION)
+        words = tokenizer_of(str(folder) if tokenizer is None else tokenizer)
+        texts = generation_of(folder)
         _fill(model, spec, held)
     except QuipError as error:
         raise type(error)(f"{folder}: {error}") from error
@@ -105,22 +105,6 @@ def _wanted(model: PreTrainedModel, spec: Spec) -> dict[str, Slot]:
         wanted |= {f"{matrix.name}.{key}": slot for key, slot in slots.items()}
     rest = {key: x for key, x in model.state_dict().items() if key not in ours}
     return wanted | {key: Slot(tuple(x.shape), FLOAT) for key, x in rest.items()}
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    remedy = "give --tokenizer NAME, the hub id or folder of the original model"
-    try:
-        return read_tokenizer(name)
-    except Exception as error:  # the loaders underneath raise no common class
-        raise Unavailable(f"no usable tokenizer in {name} ({one_line(error)}); {remedy}") from error
-
-
-def _generation(path: Path) -> dict[str, str]:
-    """The file that says how to generate, as it is, if there is one and it is JSON."""
-    if not path.is_file():
-        return {}
-    read_json(path, dict[str, Any], remedy=DAMAGED, called=GENERATION)
-    return {GENERATION: read_text(path)}
 
 
 def _fill(model: PreTrainedModel, spec: Spec, held: Mapping[str, TensorEntry]) -> None:
