@@ -12,7 +12,7 @@ where target is the RMS that Gaussian weights should have when they meet the cod
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int32, Integer
@@ -21,13 +21,13 @@ from torch import Tensor
 from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups, constants, tile_count
 from quip.codebooks.fitted import side_by_side
 from quip.codebooks.names import Bits
-from quip.codebooks.trellis_codes import code, target_rms, weights_per_step
+from quip.codebooks.trellis_codes import check_options, code, target_rms, weights_per_step
 from quip.errors import QuipError, UsageError
 from quip.kernels import trellis, trellis_matvec
 from quip.kernels.bits import words
 from quip.kernels.groups import spread
 from quip.kernels.lattice_panel.reference import candidate_scales
-from quip.kernels.trellis import Code, Tiling
+from quip.kernels.trellis import ORDERS, Code, Tiling
 from quip.shapes import Within
 from quip.stored import Options
 
@@ -35,6 +35,7 @@ UNFITTED = torch.empty(0)
 FileBits: TypeAlias = Annotated[int | float, Within(0.5, 8)]
 States: TypeAlias = Annotated[int, Within(1, 16)]
 Rows: TypeAlias = Annotated[int, Within(1, 2**20)]
+Order: TypeAlias = Literal["mma"] | None  # of the steps of a tile; None: row by row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ class Trellises(Decoder):
     rows: int
     columns: int
     group: int | None  # columns; None: all
+    order: Order = None
     scale: Float[Tensor, " groups"]
 
     @property
@@ -164,10 +166,11 @@ class Trellises(Decoder):
         return code(self.code, self.bits, self.states, device)
 
     def _tiling(self, m: int) -> Tiling:
-        return Tiling(tile_count(m, self.rows), self.columns)
+        order = self.order and ORDERS[self.order]
+        return Tiling(tile_count(m, self.rows), self.columns, order)
 
     def options(self) -> Options:
-        names = ("code", "bits", "states", "rows", "columns", "group")
+        names = ("code", "bits", "states", "rows", "columns", "group", "order")
         return {name: getattr(self, name) for name in names}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -185,8 +188,9 @@ class Trellises(Decoder):
         rows: Rows,
         columns: Columns,
         group: Columns | None,
+        order: Order,
     ) -> dict[str, Tensor]:
-        _check(code, bits, states, columns, group)
+        check_options(code, bits, states, rows, columns, group, order)
         V, groups = weights_per_step(code, bits), Groups(n, group)
         kV = round(bits * V)
         return {
@@ -207,11 +211,14 @@ class Trellises(Decoder):
         rows: int,
         columns: int,
         group: int | None,
+        order: Order,
     ) -> "Trellises":
-        _check(code, bits, states, columns, group)
+        check_options(code, bits, states, rows, columns, group, order)
         scale = tensors["scale"]
-        if n % columns:
-            raise QuipError(f"tiles of {columns} columns do not fit {n} inputs: it is damaged")
+        if n % columns or (order and m % rows):
+            raise QuipError(
+                f"tiles of {rows} x {columns} do not fit {m} x {n} weights: it is damaged"
+            )
         if m // tile_count(m, rows) * round(bits * columns) < states:
             raise QuipError(
                 f"tiles of {rows} x {columns} of {m} outputs have less bits than a state, "
@@ -226,15 +233,6 @@ class Trellises(Decoder):
             rows=rows,
             columns=columns,
             group=group,
+            order=order,
             scale=scale,
         )
-
-
-def _check(name: str, bits: Bits, states: int, columns: int, group: int | None) -> None:
-    """Raise QuipError for options of a file that make no code."""
-    V = weights_per_step(name, bits)
-    code(name, bits, states, torch.device("cpu"))  # raises where there is none
-    if (bits * V) % 1 or columns % V:
-        raise QuipError(f"{bits} bits a weight make no whole steps of {V} in {columns} columns")
-    if group is not None and group % columns:
-        raise QuipError(f"groups of {group} columns are no multiple of tiles of {columns}")

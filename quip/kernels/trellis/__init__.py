@@ -2,9 +2,9 @@
 
 from quip.kernels.operation import Operation
 from quip.kernels.trellis import reference
-from quip.kernels.trellis.tables import Code, Tiling
+from quip.kernels.trellis.tables import ORDERS, Code, Tiling
 
-__all__ = ["Code", "Tiling", "decode", "encode"]
+__all__ = ["ORDERS", "Code", "Tiling", "decode", "encode"]
 
 encode = Operation(reference.encode)
 decode = Operation(reference.decode)

@@ -50,3 +50,20 @@ class Tiling:
     count: int
     columns: int
     order: tuple[int, ...] | None = None
+
+
+def _mma() -> tuple[int, ...]:
+    """The 16 x 16 tile that EXL3 has: step 8 t + i is the i-th weight of thread t of 32.
+
+    Tensor cores take it as 16 inputs x 8 outputs twice; thread t holds of each half the inputs
+    2 (t mod 4) + 0, 1, 8, 9 of output t / 4. Rows here are outputs.
+    """
+    places = []
+    for step in range(256):
+        thread, i = divmod(step, 8)
+        column = 2 * (thread % 4) + i % 2 + 8 * (i // 2 % 2)
+        places.append(16 * (thread // 4 + 8 * (i // 4)) + column)
+    return tuple(places)
+
+
+ORDERS = {"mma": _mma()}  # by the name that a file gives them
