@@ -23,7 +23,9 @@ class Hadamard:
         W~ = Omega_m^T S_out^-1 W S_in^-1 Omega_n,   H~ = Omega_n^T S_in H S_in Omega_n,
         W_hat = S_out Omega_m W~_hat Omega_n^T S_in.
 
-    S_in and S_out are drawn as random signs. Fine-tuning may make them any numbers.
+    S_in and S_out are drawn as random signs. Fine-tuning may make them any numbers, and files of
+    EXL3 hold scales in their place, 0 for an output that is always 0: that has no inverse, which
+    `apply` takes and nothing else.
     """
 
     signs_in: Float[Tensor, " n"]
@@ -49,9 +51,9 @@ class Hadamard:
             hadamard.check(size, block)
         signs_in, signs_out = tensors["signs_in"].float(), tensors["signs_out"].float()
         for signs in (signs_in, signs_out):
-            if not bool((signs.isfinite() & (signs != 0)).all()):
+            if not bool(signs.isfinite().all()):
                 raise QuipError(
-                    "a sign of its Hadamard transform is 0 or not finite: the file is damaged"
+                    "a sign of its Hadamard transform is not finite: the file is damaged"
                 )
         return cls(signs_in, signs_out, block)
 

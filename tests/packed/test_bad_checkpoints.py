@@ -260,13 +260,13 @@ def test_signs_and_biases_that_are_no_numbers_are_refused_by_name(tmp_path):
     bias = next(name for name in held if name.endswith("k_proj.bias"))
     damage(folder, lambda x: x[bias][2].fill_(torch.inf))
     assert f"{bias}: it holds NaN or infinity" in refusals(folder)
-    damage(folder, lambda x: (x[bias].zero_(), x[signs].zero_()))
+    damage(folder, lambda x: (x[bias].zero_(), x[signs].fill_(torch.nan)))
     assert (
-        f"{signs.removesuffix('.signs_out')}: a sign of its Hadamard transform is 0 or not finite"
+        f"{signs.removesuffix('.signs_out')}: a sign of its Hadamard transform is not finite"
         in refusals(folder)
     )
-    damage(folder, lambda x: (x[signs].fill_(1), x[signs][3].zero_()))
-    assert "is 0 or not finite: the file is damaged" in refusals(folder)
+    damage(folder, lambda x: (x[signs].fill_(1), x[signs][3].fill_(torch.inf)))
+    assert "is not finite: the file is damaged" in refusals(folder)
 
 
 @pytest.fixture(scope="module")
