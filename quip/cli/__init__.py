@@ -10,6 +10,7 @@ from quip.cli import (
     finetune,
     generate,
     hessians,
+    import_exl3,
     import_quip_sharp,
     inspect,
     proxy,
@@ -36,6 +37,7 @@ COMMANDS = {
     "inspect": inspect,
     "export": export,
     "import-quip-sharp": import_quip_sharp,
+    "import-exl3": import_exl3,
     "recipes": recipes,
 }
 

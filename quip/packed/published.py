@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from quip.errors import Unavailable, UnsupportedModel, UsageError, one_line, short, shown
@@ -86,6 +88,13 @@ def check_held(held: Mapping[str, TensorEntry], wanted: Mapping[str, Slot]) -> N
             f"{foreign(name)} is in the files, and in no model of this config.json; name another "
             "folder"
         )
+
+
+def exactly(x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """x in another type; None if that cannot hold it exactly."""
+    y = x.to(dtype)
+    wide = torch.promote_types(x.dtype, dtype)
+    return y if torch.equal(y.to(wide), x.to(wide)) else None
 
 
 def foreign(name: str) -> str:

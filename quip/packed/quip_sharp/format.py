@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -210,13 +209,6 @@ def check_spec(spec: Spec) -> None:
             f"its Hadamard matrices have blocks of {block}, in the published layout one block; "
             "quantize without --hadamard_block"
         )
-
-
-def exactly(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """x in another type; None if that cannot hold it exactly."""
-    y = x.to(dtype)
-    wide = torch.promote_types(x.dtype, dtype)
-    return y if torch.equal(y.to(wide), x.to(wide)) else None
 
 
 def _prefix(members: tuple[str, ...]) -> str:

@@ -17,6 +17,7 @@ from quip.errors import NonFinite, UnsupportedModel, UsageError
 from quip.kernels.bits import unpack
 from quip.packed.checks import is_finite
 from quip.packed.layout import Layout
+from quip.packed.published import exactly
 from quip.packed.quip_sharp.codes import pack_codes
 from quip.packed.quip_sharp.format import (
     ARCHITECTURES,
@@ -24,7 +25,6 @@ from quip.packed.quip_sharp.format import (
     IDS,
     Matrix,
     check_spec,
-    exactly,
     expected_layout,
     matrices,
     params,

@@ -83,6 +83,7 @@ LINES = {
     "inspect": ["saved"],
     "export": ["saved", "exported", "--dense"],
     "import-quip-sharp": ["saved", "imported"],
+    "import-exl3": ["saved", "imported"],
     "recipes": [],
 }
 
