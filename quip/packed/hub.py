@@ -6,7 +6,7 @@ transformers has its quantizers, and not before: importing them takes seconds.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ class QuipQuantizer(HfQuantizer):
         layout = saved.within(model)
         layout.make_room(model)
         files = kwargs.get("checkpoint_files") or ()
-        held = check_files(model, files)
+        held = check_files(model, files, beside=set(saved.names) - set(layout.names))
         if verifying.get():
             check_digests([Path(file) for file in files])
         self._renames = bool(lacking(model, held))
@@ -148,11 +148,14 @@ def _hold_weight(module: Any) -> None:
     module.weight = weight
 
 
-def check_files(model: nn.Module, files: Sequence[str]) -> set[str]:
+def check_files(
+    model: nn.Module, files: Sequence[str], *, beside: Collection[str] = ()
+) -> set[str]:
     """Compare the headers of safetensors files with what the model needs; the names in them.
 
     transformers itself only warns of what is missing, and fills it at random. Packed matrices must
     be there; other tensors may go by older names in a file, but under their own have their shape.
+    Tensors of the matrices `beside` belong to no part of this model.
     """
     found: dict[str, TensorEntry] = {}
     for file in files:
@@ -175,7 +178,7 @@ def check_files(model: nn.Module, files: Sequence[str]) -> set[str]:
                     f"{name}.{key}: config.json asks for {wanted}, and the files hold {there}; "
                     + DAMAGED
                 )
-    check_left_over(model, found.keys())
+    check_left_over(model, {name for name in found if name.rpartition(".")[0] not in beside})
     for name, tensor in model.state_dict().items():
         if name in found and found[name].shape != tuple(tensor.shape):
             raise Unavailable(
@@ -218,7 +221,8 @@ def guard(layout: Layout) -> str:
     transformers fills what is missing at random, and only warns of it. A weight of another shape
     is an error to it: so without quip it refuses a checkpoint that holds this one.
     """
-    return f"{min(layout.names)}.weight"
+    first = min(layout.names, key=lambda name: ("." not in name, name), default="")  # no head
+    return f"{first}.weight"
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again

@@ -109,10 +109,19 @@ class Layout:
         )
 
     def within(self, model: nn.Module) -> "Layout":
-        """This layout by the names that this model has, whether with its head or without."""
+        """This layout by the names that this model has, whether with its head or without.
+
+        Matrices outside the base model, as a packed head is, are left out of a model that is no
+        more than that.
+        """
         here = {name for name, _ in model.named_modules()}
+        alone = getattr(model, "base_model", None) is model
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        modules = {own_name(model, name, here): spec for name, spec in self.modules.items()}
+        if alone:
+            modules = {k: x for k, x in modules.items() if k in here or k.startswith(prefix)}
         return Layout(
-            {own_name(model, name, here): spec for name, spec in self.modules.items()},
+            modules,
             {
                 tuple(own_name(model, name, here) for name in names): spec
                 for names, spec in self.stacks.items()

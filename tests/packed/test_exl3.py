@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from quip.jobs.export import export_dense
 from quip.jobs.inspect import inspect_checkpoint
@@ -195,6 +195,17 @@ def test_inspecting_an_import_shows_its_bits(ours):
         # Beside the codes 16 bits for each input and output, and a scale.
         assert 0 < row["bits_per_weight"] - row["codebook"]["bits"] < 0.26
     assert load_model(str(ours)).dtype_name == "float16"
+
+
+@pytest.mark.parametrize("kinds", [FEW, {"lm_head": FEW["lm_head"]}], ids=["some", "none"])
+def test_the_model_without_its_packed_head_is_read_alone(tmp_path, kinds):
+    dense = write_exl3(tmp_path / "theirs", kinds=kinds)
+    import_exl3(tmp_path / "theirs", tmp_path / "ours")
+    model = AutoModel.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert len(quantized_layers(model)) == len(kinds) - 1
+    with torch.no_grad():
+        wanted = dense.model(tokens()).last_hidden_state
+        torch.testing.assert_close(model(tokens()).last_hidden_state, wanted, rtol=0, atol=1e-4)
 
 
 def test_an_import_is_exported_dense(theirs, ours, tmp_path):
