@@ -69,7 +69,7 @@ def code(name: str, bits: Bits, L: int, device: torch.device) -> Code:
 def _check(name: str, bits: Bits, L: int) -> None:
     if name not in TRELLIS_CODES:
         raise QuipError(f"no trellis code is called {name!r}; there are {_listed(TRELLIS_CODES)}")
-    if bits not in RHO:
+    if (2 * bits) % 1 or (name not in COMPUTED and bits not in RHO):
         raise QuipError(f"a trellis has no {bits} bits per weight; there are {_listed(RHO)}")
     step = round(bits * weights_per_step(name, bits))
     if not step < L <= MOST_STATES:
@@ -82,6 +82,28 @@ def _check(name: str, bits: Bits, L: int) -> None:
 
 def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(str, values))
+
+
+def check_options(
+    name: str,
+    bits: Bits,
+    states: int,
+    rows: int,
+    columns: int,
+    group: int | None,
+    order: str | None,
+) -> None:
+    """Raise QuipError for options of a file that make no code."""
+    _check(name, bits, states)
+    V = weights_per_step(name, bits)
+    if columns % V:
+        raise QuipError(f"{bits} bits a weight make no whole steps of {V} in {columns} columns")
+    if group is not None and group % columns:
+        raise QuipError(f"groups of {group} columns are no multiple of tiles of {columns}")
+    if order and (rows, columns, V) != (16, 16, 1):
+        raise QuipError(
+            f"the order {order} is one of 16 x 16 steps, not of {rows} x {columns // V}"
+        )
 
 
 @cache

@@ -33,7 +33,9 @@ def test_the_loss_is_the_sum_of_the_errors_of_blocks_weighed_by_d(problem, rows,
     blocks = eta.view(40, -1, columns)
     loss = torch.einsum("mbi,bij,mbj->", blocks, D, blocks)
     energy = ((W @ H) * W).sum()
-    assert proxy_loss(W, W_hat, H) == pytest.approx(float(loss / energy), rel=1e-11)  # float64 noise
+    assert proxy_loss(W, W_hat, H) == pytest.approx(
+        float(loss / energy), rel=1e-11
+    )  # float64 noise
 
 
 @compiled
