@@ -115,3 +115,8 @@ inline int __float_as_int(float of) { return int(__float_as_uint(of)); }
 inline float __int_as_float(int of) { return __uint_as_float(unsigned(of)); }
 
 }  // namespace
+
+// Each is rounded by itself on the host too, whose instructions multiply and add one after the other
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }

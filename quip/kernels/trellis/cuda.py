@@ -1,0 +1,180 @@
+"""Trellis codes on a CUDA device: the ctypes side of cuda.cu, for float32 and steps of 1 or 2 weights.
+
+Codes and values are those of reference.py bit for bit, and nothing waits for the device. Back
+pointers take `back_bytes` of the device's memory for each tile that is searched at a time.
+"""
+
+import ctypes
+from ctypes import c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float32, Int32, Integer
+from torch import Tensor
+
+from quip.kernels import cuda
+from quip.kernels.cuda import block_bytes, pointer, processors
+from quip.kernels.numbers import KINDS, laid_out
+from quip.kernels.operation import Form, learns
+from quip.kernels.trellis.reference import WIDE
+from quip.kernels.trellis.tables import Code, Tiling
+
+SOURCE = Path(__file__).with_name("cuda.cu")
+QUAD, WARPS = 4, 32  # as in cuda.cu
+THREADS = 32 * WARPS  # of a block, at most
+RESIDENT = 2048  # threads of a multiprocessor
+MEMORY = 2**30  # bytes of back pointers, at most
+STEPS = {1: (1, 2, 3, 4), 2: (2, 3, 4, 5, 6, 7, 8)}  # by V, the bits of a step
+
+
+class _Encode(ctypes.Structure):
+    """The struct Encode of cuda.cu."""
+
+    _fields_ = (
+        *[(name, c_int64) for name in ("m", "d", "tiles", "back_bytes")],
+        *[(name, c_void_p) for name in ("x", "table", "back", "codes")],
+        *[(name, c_int32) for name in ("L", "longest", "wide", "blocks", "threads", "bytes")],
+    )
+
+
+class _Decode(ctypes.Structure):
+    """The struct Decode of cuda.cu."""
+
+    _fields_ = (
+        *[(name, c_int64) for name in ("m", "n", "tiles", "row_bytes", "group")],
+        *[(name, c_void_p) for name in ("words", "table", "scales", "order", "W")],
+        *[(name, c_int32) for name in ("bits", "stored", "L", "V", "across", "kind")],
+    )
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a thread block needs to search a tile."""
+
+    longest: int  # steps of the longest tile
+    threads: int
+    bytes: int  # of shared memory
+    back_bytes: int  # of back pointers
+
+    @classmethod
+    def of(cls, m: int, d: int, code: Code, tiles: int) -> "Room":
+        longest, overlaps = -(-m // tiles) * d // code.V, len(code.table) >> code.bits
+        quads, word = overlaps // QUAD, 1 if code.bits <= 2 else 2 if code.bits <= 4 else 4
+        numbers = 2 * overlaps + longest * code.V + 2 * WARPS
+        return cls(longest, min(max(quads, 32), THREADS), 4 * numbers, longest * quads * word)
+
+    def blocks(self, device: torch.device, tiles: int) -> int:
+        """How many thread blocks share the tiles: no more than can run at once."""
+        held = min(RESIDENT // self.threads, block_bytes(device) // self.bytes)
+        return min(tiles, max(1, held) * processors(device), MEMORY // self.back_bytes)
+
+
+def encode(x: Float32[Tensor, "m d"], code: Code, *, tiles: int) -> Integer[Tensor, " m"]:
+    """`encode` of reference.py."""
+    (m, d), x, table = x.shape, laid_out(x), laid_out(code.table)
+    wide, room = d // code.V * code.bits > WIDE, Room.of(m, d, code, tiles)
+    blocks = room.blocks(x.device, tiles)
+    back = x.new_empty(blocks, room.back_bytes, dtype=torch.uint8)
+    codes = x.new_empty(m, dtype=torch.int64 if wide else torch.int32)
+    call = _Encode(
+        m=m,
+        d=d,
+        tiles=tiles,
+        back_bytes=room.back_bytes,
+        x=pointer(x),
+        table=pointer(table),
+        back=pointer(back),
+        codes=pointer(codes),
+        L=code.L,
+        longest=room.longest,
+        wide=wide,
+        blocks=blocks,
+        threads=room.threads,
+        bytes=room.bytes,
+    )
+    cuda.launch(SOURCE, "encode_walks", x.device, ctypes.byref(call), code.bits, code.V)
+    return codes
+
+
+def decode(codes: Integer[Tensor, "m steps"], code: Code, tiling: Tiling) -> Float32[Tensor, "m n"]:
+    """`decode` of reference.py."""
+    (m, k), codes = codes.shape, codes.to(torch.uint8).contiguous()
+    W = code.table.new_empty(m, k * code.V)
+    decode_planes(codes, code, tiling, W, stored=8, scales=None, group=None)
+    return W
+
+
+def decode_planes(
+    rows: Tensor,
+    code: Code,
+    tiling: Tiling,
+    W: Tensor,
+    *,
+    stored: int,
+    scales: Tensor | None,
+    group: int | None,
+) -> None:
+    """Write to W [m, n] the values of codes that lie in planes of `stored` bits, as in bits.py.
+
+    They are multiplied by the scale of their group of columns, and rounded to the dtype of W.
+    """
+    (m, n), table = W.shape, laid_out(code.table)
+    order = None if tiling.order is None else _order(tiling.order, W.device)
+    call = _Decode(
+        m=m,
+        n=n,
+        tiles=tiling.count,
+        row_bytes=rows.element_size() * rows.shape[1],
+        group=0 if group is None or group >= n else group,
+        words=pointer(rows),
+        table=pointer(table),
+        scales=pointer(scales),
+        order=pointer(order),
+        W=pointer(W),
+        bits=code.bits,
+        stored=stored,
+        L=code.L,
+        V=code.V,
+        across=tiling.columns // code.V,
+        kind=KINDS[W.dtype],
+    )
+    cuda.launch(SOURCE, "decode_walks", W.device, ctypes.byref(call))
+
+
+@cache
+def _order(order: tuple[int, ...], device: torch.device) -> Int32[Tensor, " steps"]:
+    return torch.tensor(order, dtype=torch.int32, device=device)
+
+
+def _encodes(x: Tensor, code: Code, *, tiles: int) -> bool:
+    plain = x.dtype == torch.float32 and x.numel() > 0 and not learns(x, code.table)
+    if not plain or x.device.type != "cuda" or not _known(code):
+        return False
+    room = Room.of(*x.shape, code, tiles)
+    return room.bytes <= block_bytes(x.device) and room.back_bytes <= MEMORY
+
+
+def _known(code: Code) -> bool:
+    """Whether there is a kernel for steps of so many bits."""
+    return code.bits in STEPS.get(code.V, ()) and code.L >= code.bits + 2
+
+
+def decodable(rows: Tensor, n: int, code: Code, scales: Tensor | None) -> bool:
+    """Whether the kernel decodes these rows: on CUDA, where nothing needs a gradient."""
+    some = rows.numel() > 0 and n < 2**31 and code.bits <= 8 and code.L < 31
+    return rows.device.type == "cuda" and some and not learns(code.table, scales)
+
+
+def _decodes(codes: Tensor, code: Code, tiling: Tiling) -> bool:
+    return decodable(codes, codes.shape[-1] * code.V, code, None)
+
+
+def available() -> bool:
+    """Whether torch has a CUDA device at hand, and the source compiles for it."""
+    return cuda.available(SOURCE)
+
+
+ENCODE = Form(encode, _encodes, available)
+DECODE = Form(decode, _decodes, available)
