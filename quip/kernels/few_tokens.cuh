@@ -112,21 +112,6 @@ DEVICE void copy_inputs(const Product &a, const Layout<Code, GROUPED> &at, uint8
     }
 }
 
-// scales[token], and behind them what the numbers of a token add up to
-DEVICE void copy_scales(const Split &a, float *scales) {
-    for (int token = threadIdx.x; token < a.tokens; token += blockDim.x) {
-        float total = 0;
-        for (int part = a.parts - 1; part >= 0; part--) {
-            int sum = 0;
-            for (int piece = 0; piece < a.pieces; piece++)
-                sum += read_fresh(a.sums + (token * a.parts + part) * a.pieces + piece);
-            total = 256 * total + float(sum);
-        }
-        scales[token] = read_fresh(a.scales + token);
-        scales[a.tokens + token] = scales[token] * total;
-    }
-}
-
 // {step, step * zero} of each group of a row; FULL: steps are of float32
 template <bool FULL> DEVICE void copy_row(const Product &a, int64_t row, int groups, uint8_t *to) {
     const uint8_t *zeros = a.zero + row * a.zero_row;

@@ -96,7 +96,7 @@ def _multiply(
 ) -> Float[Tensor, "tokens m"]:
     (tokens, n), (m, length) = X.shape, matrix.words.shape
     warps, layers = _shared_out(n, tokens * parts, matrix)
-    inputs, room = _split(X, matrix, parts)
+    inputs, room = split(X, parts, matrix.factors, matrix.factor_columns)
     y = X.new_empty(layers, tokens, m, dtype=X.dtype if layers == 1 else torch.float32)
     step, zero = matrix.step, matrix.zero
     start(
@@ -126,8 +126,13 @@ def _multiply(
     return y[0] if layers == 1 else y.sum(0).to(X.dtype)
 
 
-def _split(X: Float[Tensor, "tokens n"], matrix: Matrix, parts: int) -> tuple[Split, Tensor]:
-    """What x is split to bytes by, and the memory that they are written to."""
+def split(
+    X: Float[Tensor, "tokens n"],
+    parts: int,
+    factors: Float[Tensor, " groups"] | None,
+    factor_columns: int,
+) -> tuple[Split, UInt8[Tensor, " bytes"]]:
+    """What x times the factors of its columns is split to bytes by, and the memory for them."""
     (tokens, n), rows = X.shape, len(X) * parts
     pieces = -(-n // PIECE)
     room = X.new_empty(rows * n + 4 * tokens + 4 * rows * pieces, dtype=torch.uint8)
@@ -136,13 +141,13 @@ def _split(X: Float[Tensor, "tokens n"], matrix: Matrix, parts: int) -> tuple[Sp
         n=n,
         tokens=tokens,
         x=X.data_ptr(),
-        factors=pointer(matrix.factors),
-        factor_columns=min(matrix.factor_columns, n),
+        factors=pointer(factors),
+        factor_columns=min(factor_columns, n),
         bytes=start,
         scales=start + rows * n,
         sums=start + rows * n + 4 * tokens,
         x_kind=KINDS[X.dtype],
-        factor_kind=0 if matrix.factors is None else KINDS[matrix.factors.dtype],
+        factor_kind=0 if factors is None else KINDS[factors.dtype],
         parts=parts,
         pieces=pieces,
     )

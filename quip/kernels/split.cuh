@@ -180,6 +180,21 @@ int start_split(const Split &a, cudaStream_t stream) {
                   shared_bytes, stream, a);
 }
 
+// scales[token], and behind them what the numbers of a token add up to
+DEVICE void copy_scales(const Split &a, float *scales) {
+    for (int token = threadIdx.x; token < a.tokens; token += blockDim.x) {
+        float total = 0;
+        for (int part = a.parts - 1; part >= 0; part--) {
+            int sum = 0;
+            for (int piece = 0; piece < a.pieces; piece++)
+                sum += read_fresh(a.sums + (token * a.parts + part) * a.pieces + piece);
+            total = 256 * total + float(sum);
+        }
+        scales[token] = read_fresh(a.scales + token);
+        scales[a.tokens + token] = scales[token] * total;
+    }
+}
+
 }  // namespace
 
 #endif

@@ -120,3 +120,10 @@ inline float __int_as_float(int of) { return __uint_as_float(unsigned(of)); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
+
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t which) {
+    const uint64_t bytes = low | uint64_t(high) << 32;
+    uint32_t to = 0;
+    for (int i = 0; i < 4; i++) to |= uint32_t(bytes >> (which >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return to;
+}
