@@ -1,4 +1,4 @@
-"""What trellis codes achieve on Gaussian weights, beside the figures that were measured for them."""
+"""What trellis codes achieve on Gaussian weights, beside the figures measured for them."""
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import quip.kernels
 from quip.codebooks import e8p, e81b
+from quip.codebooks.trellis_codes import code as named
 from quip.kernels import (
     centroid_matvec,
     centroids,
@@ -25,12 +26,15 @@ from quip.kernels import (
     lattice_panel,
     lattice_points,
     panel,
+    trellis,
+    trellis_matvec,
 )
 from quip.kernels.bits import pack
 from quip.kernels.hadamard import rotations
 from quip.kernels.lattice_points import operations
 from quip.kernels.lattice_points.tables import Stage, code_bits
 from quip.kernels.operation import Form, Operation
+from quip.kernels.trellis import Code, Tiling
 
 CPU = torch.device("cpu")
 STAGES = [(e8p.tables(CPU),), tuple(s.tables(CPU) for s in (e8p, e81b)), 2 * (e8p.tables(CPU),)]
@@ -50,6 +54,8 @@ class Case:
         def there(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(map(there, value))
+            if isinstance(value, Code):
+                return value.to(device)
             if isinstance(value, Stage):
                 return type(value)(**{name: there(x) for name, x in vars(value).items()})
             return value.to(device) if isinstance(value, Tensor) else value
@@ -259,6 +265,56 @@ def learned_panels() -> Iterator[Case]:
             yield Case((X, K.T, eta, h, centroids_), options, (2,))
 
 
+# L, bits and V of trellises, and the columns of their tiles
+TRELLISES = [(8, 1, 1, 1), (8, 2, 1, 1), (7, 3, 1, 4), (9, 4, 1, 16), (8, 3, 2, 2), (8, 4, 2, 4)]
+
+
+def trellis_codes() -> Iterator[tuple[Code, int]]:
+    for L, bits, V, columns in TRELLISES:
+        yield Code("table", bits, randn(2**L, V, seed=L)), columns
+
+
+def searches() -> Iterator[Case]:
+    for code, columns in trellis_codes():
+        for tiles in (1, 2):
+            yield Case((randn(37, columns), code), {"tiles": tiles})
+
+
+def walks() -> Iterator[Case]:
+    order = tuple(torch.randperm(256, generator=torch.Generator().manual_seed(3)).tolist())
+    for code, columns in trellis_codes():
+        codes = integers(code.bits, 32, 48)
+        for tiling in (Tiling(1, columns), Tiling(3, columns)):
+            yield Case((codes.to(torch.uint8), code, tiling))
+        if columns == 16:
+            yield Case((codes, code, Tiling(2, columns, order)))
+
+
+def packed_trellises() -> Iterator[tuple[Tensor, Code, Tensor, Tiling, int, int | None]]:
+    """Words, code, scales, tiling, n and group."""
+    mul1 = named("mul1", 2, 16, CPU)
+    for code, columns in (*trellis_codes(), (mul1, 1)):
+        n = 96 * code.V
+        words = pack(integers(code.bits, 80, 96), code.bits)
+        for group, groups in ((None, 1), (32, n // 32)):
+            yield words, code, randn(groups).abs() + 0.5, Tiling(2, columns), n, group
+
+
+def trellis_products() -> Iterator[Case]:
+    for words, code, scales, tiling, n, group in packed_trellises():
+        for dtype in (torch.float32, torch.bfloat16):
+            for x in (randn(n), randn(3, n), randn(2, 20, n)):
+                args = (x, words, code, scales, tiling)
+                yield Case(args, {"group": group, "dtype": dtype})
+
+
+def dense_trellises() -> Iterator[Case]:
+    for words, code, scales, tiling, n, group in packed_trellises():
+        for dtype in (torch.float32, torch.bfloat16):
+            options = {"n": n, "group": group, "dtype": dtype}
+            yield Case((words, code, scales, tiling), options)
+
+
 def second_moments() -> Iterator[Case]:
     for n in (5, 70, 1030):
         for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -269,6 +325,11 @@ def near(ours: Tensor, expected: Tensor) -> None:
     """The noise of float32 in sums of some 50 numbers, or of 528 in a rotation."""
     size = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5 * size)
+
+
+def near_as_rounded(ours: Tensor, expected: Tensor) -> None:
+    """The noise of bfloat16, to which both factors of a sum of some 100 products are rounded."""
+    torch.testing.assert_close(ours, expected, rtol=0, atol=float(expected.abs().max()) / 100)
 
 
 def near_below(ours: Tensor, expected: Tensor) -> None:
@@ -308,6 +369,10 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     centroids.assign: Check(assignments, equal_but_for_ties),
     centroids.improve: Check(improvements),
     centroids.round_columns: Check(learned_panels),
+    trellis.encode: Check(searches, torch.testing.assert_close),
+    trellis.decode: Check(walks, torch.testing.assert_close),
+    trellis_matvec.multiply: Check(trellis_products, near_as_rounded),
+    trellis_matvec.decode: Check(dense_trellises, torch.testing.assert_close),
     hessian.add_products: Check(second_moments, near_below),
 }
 

@@ -1,4 +1,4 @@
-"""The loss of trellis codes under feedback: an identity for every tile, and what tiles are worth."""
+"""The loss of trellis codes under feedback: an identity for every tile, and their worth."""
 
 import pytest
 import torch

@@ -3,8 +3,8 @@
 // A thread keeps the costs of four overlaps that lie side by side, e ... e + 3. For each u it reads
 // the costs that lead there, of the overlap before (two of them where a step brings one bit), and
 // the values of the four states: from registers where it has no others to keep, otherwise from L1
-// and L2. Costs of one step and the next lie in turn in two halves of the block's memory, what u was
-// lowest in memory of the device.
+// and L2. Costs of one step and the next lie in turn in two halves of the block's memory; which u was
+// the lowest, there too where there is room, since one thread walks back.
 //
 // Each operation is rounded by itself, and of equal costs the first one is kept: codes are those of
 // reference.py bit for bit.
@@ -15,7 +15,7 @@ struct Encode {  // as in cuda.py
     int64_t m, d, tiles, back_bytes;
     const float *x;      // [m, d]
     const float *table;  // [2^L, V]
-    uint8_t *back;       // [blocks, back_bytes]
+    uint8_t *back;       // [blocks, back_bytes], or null: a block's own memory has room for them
     void *codes;         // [m], out
     int32_t L, longest, wide, blocks, threads, bytes;  // longest: steps of the longest tile
 };
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(MOST, 1) encode(const Encode a) {
     const int overlaps = 1 << (a.L - BITS), quads = overlaps / QUAD, me = threadIdx.x;
     float *costs = (float *)shared_memory(), *x = costs + 2 * overlaps;
     uint32_t *found = (uint32_t *)(x + a.longest * V);
-    Back *back = (Back *)(a.back + blockIdx.x * a.back_bytes);
+    Back *back = (Back *)(a.back ? a.back + blockIdx.x * a.back_bytes : (uint8_t *)(found + 2 * WARPS));
     await_previous();
     typename Of::Values held[HELD ? Of::LEADING : 1];
     if (HELD && me < quads)

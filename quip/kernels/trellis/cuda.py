@@ -1,7 +1,6 @@
-"""Trellis codes on a CUDA device: the ctypes side of cuda.cu, for float32 and steps of 1 or 2 weights.
+"""Trellis codes on a CUDA device: the ctypes side of cuda.cu, for steps of one or two weights.
 
-Codes and values are those of reference.py bit for bit, and nothing waits for the device. Back
-pointers take `back_bytes` of the device's memory for each tile that is searched at a time.
+Codes and values are those of reference.py bit for bit, and nothing waits for the device.
 """
 
 import ctypes
@@ -25,6 +24,7 @@ SOURCE = Path(__file__).with_name("cuda.cu")
 QUAD, WARPS = 4, 32  # as in cuda.cu
 THREADS = 32 * WARPS  # of a block, at most
 RESIDENT = 2048  # threads of a multiprocessor
+RESERVED = 1024  # bytes that CUDA keeps of each block's memory
 MEMORY = 2**30  # bytes of back pointers, at most
 STEPS = {1: (1, 2, 3, 4), 2: (2, 3, 4, 5, 6, 7, 8)}  # by V, the bits of a step
 
@@ -51,32 +51,38 @@ class _Decode(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Room:
-    """What a thread block needs to search a tile."""
+    """What a thread block needs to search a tile, where it may have `most` bytes of shared memory.
+
+    Back pointers are there if three such blocks are no more than a multiprocessor holds.
+    """
 
     longest: int  # steps of the longest tile
     threads: int
     bytes: int  # of shared memory
-    back_bytes: int  # of back pointers
+    back_bytes: int  # of the device's memory
 
     @classmethod
-    def of(cls, m: int, d: int, code: Code, tiles: int) -> "Room":
+    def of(cls, m: int, d: int, code: Code, tiles: int, most: int) -> "Room":
         longest, overlaps = -(-m // tiles) * d // code.V, len(code.table) >> code.bits
         quads, word = overlaps // QUAD, 1 if code.bits <= 2 else 2 if code.bits <= 4 else 4
-        numbers = 2 * overlaps + longest * code.V + 2 * WARPS
-        return cls(longest, min(max(quads, 32), THREADS), 4 * numbers, longest * quads * word)
+        threads, back = min(max(quads, 32), THREADS), longest * quads * word
+        needed = 4 * (2 * overlaps + longest * code.V + 2 * WARPS)
+        inside = 3 * (needed + back + RESERVED) <= most + RESERVED
+        return cls(longest, threads, needed + back * inside, 0 if inside else back)
 
-    def blocks(self, device: torch.device, tiles: int) -> int:
+    def blocks(self, tiles: int, device: torch.device) -> int:
         """How many thread blocks share the tiles: no more than can run at once."""
         held = min(RESIDENT // self.threads, block_bytes(device) // self.bytes)
-        return min(tiles, max(1, held) * processors(device), MEMORY // self.back_bytes)
+        fitting = MEMORY // self.back_bytes if self.back_bytes else tiles
+        return min(tiles, fitting, max(1, held) * processors(device))
 
 
 def encode(x: Float32[Tensor, "m d"], code: Code, *, tiles: int) -> Integer[Tensor, " m"]:
     """`encode` of reference.py."""
     (m, d), x, table = x.shape, laid_out(x), laid_out(code.table)
-    wide, room = d // code.V * code.bits > WIDE, Room.of(m, d, code, tiles)
-    blocks = room.blocks(x.device, tiles)
-    back = x.new_empty(blocks, room.back_bytes, dtype=torch.uint8)
+    wide, room = d // code.V * code.bits > WIDE, Room.of(m, d, code, tiles, block_bytes(x.device))
+    blocks = room.blocks(tiles, x.device)
+    back = x.new_empty(blocks * room.back_bytes, dtype=torch.uint8) if room.back_bytes else None
     codes = x.new_empty(m, dtype=torch.int64 if wide else torch.int32)
     call = _Encode(
         m=m,
@@ -152,13 +158,14 @@ def _encodes(x: Tensor, code: Code, *, tiles: int) -> bool:
     plain = x.dtype == torch.float32 and x.numel() > 0 and not learns(x, code.table)
     if not plain or x.device.type != "cuda" or not _known(code):
         return False
-    room = Room.of(*x.shape, code, tiles)
-    return room.bytes <= block_bytes(x.device) and room.back_bytes <= MEMORY
+    (m, d), most = x.shape, block_bytes(x.device)
+    room = Room.of(m, d, code, tiles, most)
+    return room.bytes <= most and room.back_bytes <= MEMORY
 
 
 def _known(code: Code) -> bool:
     """Whether there is a kernel for steps of so many bits."""
-    return code.bits in STEPS.get(code.V, ()) and code.L >= code.bits + 2
+    return code.bits in STEPS.get(code.V, ()) and code.bits + 2 <= code.L
 
 
 def decodable(rows: Tensor, n: int, code: Code, scales: Tensor | None) -> bool:

@@ -1,7 +1,7 @@
 """Multiply vectors by a packed matrix of trellis codes, or decode it."""
 
 from quip.kernels.operation import Operation
-from quip.kernels.trellis_matvec import reference
+from quip.kernels.trellis_matvec import cuda, reference
 
-multiply = Operation(reference.multiply)
-decode = Operation(reference.decode_words)
+multiply = Operation(reference.multiply, cuda=cuda.MULTIPLY)
+decode = Operation(reference.decode_words, cuda=cuda.DECODE)

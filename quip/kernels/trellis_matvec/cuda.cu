@@ -57,8 +57,9 @@ template <bool MASKED> struct Hashes {
 
     template <int BITS>
     DEVICE static uint32_t read(const Product &a, uint32_t string, int row) {
-        constexpr int HALF = Strings<BITS>::HALF;
-        const uint32_t state = string << (16 - BITS * (HALF - 1 - row)) >> 16;
+        // Bytes `at` and `at + 1` once the string is moved up to them: fewer shifts, and no mask
+        const int low = BITS * (Strings<BITS>::HALF - 1 - row), at = (low + 7) / 8;
+        const uint32_t state = __byte_perm(string << (8 * at - low), 0, 0x4400 | (at + 1) << 4 | at);
         const uint32_t product = state * a.factor + a.increment;
         return MASKED ? product & 0x3f3f3f3f : product;
     }
@@ -131,7 +132,8 @@ template <bool PAIRED> struct Lookups {
 // Where a lane's rows begin, and the rows above them
 template <int BITS> struct Strip {
     static constexpr int ABOVE = 16 / BITS;
-    int64_t own, above;
+    const uint8_t *own, *above;
+    int64_t row;
 
     __host__ DEVICE static int64_t per_tile(const Product &a) {
         return ((a.m + a.tiles - 1) / a.tiles + OWN - 1) / OWN;
@@ -143,8 +145,9 @@ template <int BITS> struct Strip {
         const int64_t tile = strip / each, size = a.m / a.tiles, more = a.m % a.tiles;
         const int64_t first = tile * size + (tile < more ? tile : more), rows = size + (tile < more);
         const int64_t begin = strip % each * OWN, start = begin + OWN <= rows ? begin : rows - OWN;
-        own = first + start;
-        above = (start ? own : first + rows) - ABOVE;
+        row = first + start;
+        own = a.words + row * a.row_bytes;
+        above = a.words + ((start ? row : first + rows) - ABOVE) * a.row_bytes;
     }
 };
 
@@ -154,11 +157,11 @@ template <int BITS> struct Words {
     uint32_t at[BYTES][CODES];  // [.., row] until they are turned, then [.., code of the byte]
 
     DEVICE void read(const Product &a, const Strip<BITS> &strip, int offset, bool some) {
+        const uint8_t *from = strip.above + offset;
 #pragma unroll
-        for (int i = 0; i < ABOVE + OWN; i++) {
-            const int64_t row = i < ABOVE ? strip.above + i : strip.own + i - ABOVE;
-            const uint32_t *from = (const uint32_t *)(a.words + row * a.row_bytes + offset);
-            at[i / CODES][i % CODES] = some ? __ldg(from) : 0;
+        for (int i = 0; i < ABOVE + OWN; i++, from += a.row_bytes) {
+            if (i == ABOVE) from = strip.own + offset;
+            at[i / CODES][i % CODES] = some ? __ldg((const uint32_t *)from) : 0;
         }
     }
     DEVICE void turn() {
@@ -253,7 +256,7 @@ __global__ void __launch_bounds__(32 * Values::WARPS, Values::BLOCKS) multiply_f
     const auto chunk_of = [&](int i) { return begin + 2 * (warp + Values::WARPS * (i / 2)) + i % 2; };
     for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
         const Strip<BITS> strip(a, block * STRIPS + g);
-        if (warp == 0 && t == 0) rows[g] = strip.own;
+        if (warp == 0 && t == 0) rows[g] = strip.row;
         int exact[OWN / 2][4] = {};
         Held now, next;
         uint32_t inputs[Held::CODES], next_inputs[Held::CODES];
