@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from quip.codebooks import LATTICES, Grids, Groups, Lattices
+from quip.codebooks.trellis import Trellises
 from quip.kernels.bits import unpack
 from quip.kernels.bits import words as count_words
 
@@ -32,13 +33,20 @@ CODES = {"int 2": 2, "int 3": 3, "int 4": 4, "int 8": 8, "E8P12": 2, "E8P12RVQ3B
     "int 2 g128": 2,
     "int 4 g128": 4,
 }
+# Trellis codes that the kernel computes, and those that it looks up as it does learned ones
+TRELLISES = {"MUL1 2": ("mul1", 16), "MUL1 4": ("mul1", 16)} | {
+    "trellis 2, L 12": ("mul1", 12),
+    "trellis 4, L 12": ("mul1", 12),
+}
+CODES |= {name: int(name.split()[1].strip(",")) for name in TRELLISES}
+TILE = 256  # rows
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)]
 LAYER = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
 TINY = [(64, 512), (40, 1024)]
 SHARES = {"int 4": 0.80, "int 3": 0.75, "int 2": 0.65, "E8P12": 0.60, "E8P12RVQ4B": 0.65}
 MICROSECONDS = {"int 2": 4.5, "E8P12": 5.5}
 CHECKED = 32  # rows at either end
-FEW = ("int 2", "int 4", "E8P12")
+FEW = ("int 2", "int 4", "E8P12", "MUL1 2", "trellis 2, L 12")
 MANY = (32, 256, 2048)  # vectors
 
 
@@ -65,7 +73,7 @@ def main() -> None:
 class Problem:
     """Several matrices of random codes of one kind."""
 
-    decoder: Grids | Lattices
+    decoder: Grids | Lattices | Trellises
     words: Tensor  # [count, m, words]
 
     @classmethod
@@ -83,14 +91,23 @@ class Problem:
     def rows(self, rows: slice, n: int) -> Tensor:
         """Decoded rows of the first matrix, in float64."""
         decoder = self.decoder
+        if isinstance(decoder, Trellises):  # all of the first tile, or of the last one
+            m = self.words.shape[1]
+            first = max(0, m - TILE) if rows.start else 0
+            codes = unpack(self.words[0, first : first + TILE], decoder.index_bits, n)
+            return decoder.decode(codes)[rows.start - first : rows.stop - first].double()
         if isinstance(decoder, Grids) and decoder.zero is not None:
             decoder = replace(decoder, step=decoder.step[rows], zero=decoder.zero[rows])
         count = n // decoder.dim
         return decoder.decode(unpack(self.words[0, rows], decoder.index_bits, count)).double()
 
 
-def decoder_of(code: str, m: int, n: int) -> Grids | Lattices:
+def decoder_of(code: str, m: int, n: int) -> Grids | Lattices | Trellises:
     """Steps of each column, as incoherent weights have them, or those of each row's groups."""
+    if code in TRELLISES:
+        name, states = TRELLISES[code]
+        scale, options = torch.tensor([0.9], device=ON), {"rows": TILE, "columns": 1, "group": None}
+        return Trellises(code=name, bits=CODES[code], states=states, scale=scale, **options)
     if code in LATTICES:
         scale = torch.tensor([0.9], device=ON)
         groups = Groups(n // 8, None)
