@@ -23,7 +23,8 @@ CODES = [
     *(("mul1", 16, 2, Kind.BYTES), ("mul1", 16, 4, Kind.BYTES), ("1mad", 16, 2, Kind.BYTES)),
     *(("int8", 16, 2, Kind.SIX_BITS), ("int8", 16, 4, Kind.SIX_BITS)),
     *(("table", 12, 2, Kind.PAIRS), ("table", 10, 4, Kind.PAIRS), ("table", 4, 2, Kind.PAIRS)),
-    *(("table", 12, 4, Kind.TABLE), ("table", 15, 2, Kind.TABLE)),
+    *(("table", 12, 4, Kind.TABLE), ("table", 15, 2, Kind.TABLE), ("table", 8, 3, Kind.TABLE)),
+    *(("table", 12, 3, Kind.TABLE), ("table", 11, 3, Kind.TABLE), ("table", 4, 3, Kind.TABLE)),
 ]
 # Of the norm of y: x and a table are rounded to 16 bits of the largest number; MUL1's values of up
 # to 3.5, with a size of 1, are not rounded to float16.
@@ -69,7 +70,7 @@ def check(
     x = torch.randn(*batch, n, generator=torch.Generator().manual_seed(n)).to(x_dtype)
     tiling, there = Tiling(tiles, 1), torch.device(device)
     args = x.to(there), words.to(there), code.to(there), scales.to(there), tiling
-    assert cuda._are_few(args[0], m, args[2], tiling)
+    assert cuda._values_for(args[0], m, args[2], tiling) is not None
     ours = cuda.multiply(*args, group=group, dtype=dtype).cpu()
     assert (ours.dtype, ours.shape) == (x.dtype, (*batch, m))
     options = {"n": n, "group": group, "dtype": torch.float32}
@@ -110,7 +111,7 @@ def test_many_columns_are_shared_out_to_layers_of_blocks(two_processors, monkeyp
         launch(*args)
 
     monkeypatch.setattr("quip.kernels.cuda.launch", look)
-    for code in (code_of("mul1", 16, 2), code_of("table", 8, 4)):
+    for code in (code_of("mul1", 16, 2), code_of("table", 8, 4), code_of("table", 8, 3)):
         for x_dtype in (torch.float32, torch.bfloat16):
             check(code, 70, 2112, 1, (2,), x_dtype=x_dtype)
     assert min(layers) > 1
@@ -135,10 +136,10 @@ def test_equal_inputs_give_equal_bits_wherever_they_stand(name, two_processors):
 @needs_compiler
 def test_a_column_at_a_time_gives_the_matrix(two_processors):
     """Where no other hides a wrong value."""
-    for name, L in (("mul1", 16), ("table", 12)):
-        code, n = code_of(name, L, 2), 32
-        words, scales = matrix(400, n, 2, None)
-        tiling, options = Tiling(3, 1), {"group": None, "dtype": torch.bfloat16}
+    for name, L, bits in (("mul1", 16, 2), ("table", 12, 2), ("table", 12, 3), ("table", 12, 4)):
+        code, n = code_of(name, L, bits), 32
+        words, scales = matrix(160, n, bits, None)
+        tiling, options = Tiling(2, 1), {"group": None, "dtype": torch.bfloat16}
         columns = torch.eye(n)[[0, 9, 18, 31]]
         ours = cuda.multiply(columns, words, code, scales, tiling, **options)
         W = reference.decode_words(
@@ -157,7 +158,9 @@ def test_all_else_is_multiplied_by_the_decoded_matrix(two_processors):
     for x, m, code, tiling in (
         (many, 64, code_of("table", 8, 2), Tiling(1, 1)),
         (many[:9], 64, code_of("table", 8, 2), Tiling(1, 1)),  # two at a time
-        (few, 64, code_of("table", 8, 3), Tiling(1, 1)),
+        (few, 64, code_of("table", 13, 3), Tiling(1, 1)),
+        (few, 64, code_of("mul1", 16, 3), Tiling(1, 1)),
+        (few, 64, code_of("table", 8, 1), Tiling(1, 1)),
         (few, 64, code_of("table", 8, 2), Tiling(4, 16)),
         (few, 62, code_of("table", 8, 2), Tiling(2, 1)),  # tiles of less than two strips
         (few, 64, pair, Tiling(1, 2)),
@@ -165,7 +168,7 @@ def test_all_else_is_multiplied_by_the_decoded_matrix(two_processors):
         (few.double(), 64, code_of("table", 8, 2), Tiling(1, 1)),
     ):
         n = x.shape[1]
-        assert not cuda._are_few(x, m, code, tiling)
+        assert cuda._values_for(x, m, code, tiling) is None
         words = pack(torch.randint(2**code.bits, (m, n // code.V), generator=rng), code.bits)
         args, options = (x, words, code, torch.ones(1), tiling), {"group": None, "dtype": x.dtype}
         options["dtype"] = torch.float32
@@ -201,7 +204,7 @@ def test_a_code_whose_table_is_another_than_its_name_says_is_read_from_the_table
 @pytest.mark.parametrize("capability", ptxas.CAPABILITIES)
 def test_the_kernels_spill_nothing_and_two_blocks_have_their_registers(capability, tmp_path):
     kernels = ptxas.kernels(cuda.SOURCE, capability, tmp_path)
-    assert len(kernels) == 9  # four kinds of values of 2 and 4 bits, and what splits x
+    assert len(kernels) == 10  # four kinds of values of 2 and 4 bits, one of 3, and what splits x
     for kernel in kernels:
         assert (kernel.spilled, kernel.stack) == (0, 0), kernel
         assert kernel.registers <= (128 if "Hashes" in kernel.name else 168), kernel
@@ -213,9 +216,9 @@ def test_the_kernels_spill_nothing_and_two_blocks_have_their_registers(capabilit
 def test_bytes_of_a_block_are_what_the_source_asks_for(two_processors, monkeypatch):
     """The largest: a table of 2^16 values, beside which an A100 has no room for two vectors."""
     made, code = values_of(code_of("table", 16, 2)), code_of("table", 16, 2)
-    assert made.bytes(code, 2) == 2**17 + 8 * 8 + 8 * 2 + 12 * 8 * 132 * 4
+    assert made.bytes(2, 2) == 2**17 + 8 * 8 + 8 * 2 + 12 * 8 * 132 * 4
     monkeypatch.setattr(cuda, "block_bytes", lambda device: 163 * 2**10)
-    assert not cuda._are_few(torch.zeros(1, 32), 64, code, Tiling(1, 1))
+    assert cuda._values_for(torch.zeros(1, 32), 64, code, Tiling(1, 1)) is None
 
 
 def test_only_matrices_on_a_device_are_sent_to_the_kernels():

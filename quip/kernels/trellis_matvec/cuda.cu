@@ -1,5 +1,5 @@
 // y = x W~^T for a few vectors x and packed trellis codes, on tensor cores of int8: tiles of one
-// column, whose states go down the rows, and steps of one weight of 2 or 4 bits.
+// column, whose states go down the rows, and steps of one weight of 2, 3 or 4 bits.
 //
 // A warp computes 8 strips of 16 rows; the warps of a block share the rows and split the columns, in
 // chunks of 16 bytes. A lane 4 g + t reads word t of a chunk in the rows of strip g, and in those above
@@ -11,7 +11,8 @@
 //       row 1    c3 c2 c1 c0            ->            c1:  row 0 | row 1 | row 2 | row 3
 //       ...      (highest bits first)                 ...
 //
-// Four such bytes of a column, two of them above, hold the states of 16 / BITS rows.
+// Four such bytes of a column, two of them above, hold the states of 16 / BITS rows. Codes of 3 bits
+// are put together from their two planes, as 4 bits of which the highest is 0.
 //
 // A value is unit (q - middle), where q is the sum of the four bytes of a product with the state
 // (MUL1, INT8: they are four entries of a row, and meet the same x), or 16 bits of a table, whose two
@@ -23,7 +24,7 @@ struct Product {  // as in cuda.py
     Split inputs;
     int64_t m, tiles, row_bytes;
     const uint8_t *words;   // [m, row_bytes]
-    const uint16_t *table;  // [2^L] or null
+    const uint16_t *table;  // [2^L] or null; of 3 bits: [2^16], by the 4 bits of four codes
     void *y;                // [layers, tokens, m], out: the sum over layers is x W~^T
     float unit, middle;
     uint32_t factor, increment;  // of the product with a state
@@ -64,7 +65,7 @@ template <bool MASKED> struct Hashes {
         return MASKED ? product & 0x3f3f3f3f : product;
     }
     template <int BITS>
-    DEVICE static void multiply(const Product &a, const Strings<BITS> &strings, uint32_t x, int,
+    DEVICE static void multiply(const Product &a, const Strings<BITS> &strings, uint32_t x, int, int,
                                 int (&sums)[OWN / 2][4], const uint8_t *) {
         using Of = Strings<BITS>;
 #pragma unroll
@@ -86,9 +87,10 @@ template <bool MASKED> struct Hashes {
 template <bool PAIRED> struct Lookups {
     static constexpr int DIGITS = 2, WARPS = 12, BLOCKS = 1;
 
+    // copy: what is added to an offset, where a table has copies of each value
     template <int BITS>
     DEVICE static void multiply(const Product &a, const Strings<BITS> &strings, uint32_t x, int digit,
-                                int (&sums)[OWN / 2][4], const uint8_t *table) {
+                                int copy, int (&sums)[OWN / 2][4], const uint8_t *table) {
         using Of = Strings<BITS>;
         constexpr int STEP = PAIRED ? 2 : 1;
         const uint32_t mask = PAIRED ? ((1u << (a.L + BITS)) - 1) << 2 : ((1u << a.L) - 1) << 1;
@@ -103,7 +105,7 @@ template <bool PAIRED> struct Lookups {
 #pragma unroll
                 for (int column = 0; column < 4; column++) {
                     const uint32_t string = strings.at[low + half * (Of::HALVES / 2)][column];
-                    const uint8_t *from = table + (down(string, by) & mask);
+                    const uint8_t *from = table + ((down(string, by) & mask) | copy);
                     found[half][column] = PAIRED ? *(const uint32_t *)from : *(const uint16_t *)from;
                 }
 #pragma unroll
@@ -120,12 +122,14 @@ template <bool PAIRED> struct Lookups {
     DEVICE static void fill(const Product &a, int bits, uint8_t *table) {
         const int states = 1 << a.L;
         if (PAIRED)
+#pragma unroll 4
             for (int i = threadIdx.x; i < states << bits; i += blockDim.x)
                 ((uint32_t *)table)[i] =
-                    __ldg(a.table + (i >> bits)) | uint32_t(__ldg(a.table + i % states)) << 16;
+                    __ldg(a.table + (i >> bits)) | uint32_t(__ldg(a.table + (i & (states - 1)))) << 16;
         else
-            for (int i = threadIdx.x; i < states; i += blockDim.x)
-                ((uint16_t *)table)[i] = __ldg(a.table + i);
+#pragma unroll 4
+            for (int i = threadIdx.x; i < states / 8; i += blockDim.x)
+                ((uint4 *)table)[i] = __ldg((const uint4 *)a.table + i);
     }
 };
 
@@ -151,19 +155,23 @@ template <int BITS> struct Strip {
     }
 };
 
-// Words of all rows of a lane, those above first, to words of bytes of each code of a byte
+// A word of each row of a lane, those above first
+template <int BITS, class Take>
+DEVICE void read_rows(const Product &a, const Strip<BITS> &strip, int offset, bool some, Take take) {
+    const uint8_t *from = strip.above + offset;
+#pragma unroll
+    for (int i = 0; i < Strip<BITS>::ABOVE + OWN; i++, from += a.row_bytes) {
+        if (i == Strip<BITS>::ABOVE) from = strip.own + offset;
+        take(i, some ? __ldg((const uint32_t *)from) : 0);
+    }
+}
+
+// Words of all rows, which are turned to words of bytes of each code of a byte
 template <int BITS> struct Words {
-    static constexpr int CODES = 8 / BITS, ABOVE = 16 / BITS, BYTES = (ABOVE + OWN) / CODES;
+    static constexpr int CODES = 8 / BITS, BYTES = (16 / BITS + OWN) / CODES;
     uint32_t at[BYTES][CODES];  // [.., row] until they are turned, then [.., code of the byte]
 
-    DEVICE void read(const Product &a, const Strip<BITS> &strip, int offset, bool some) {
-        const uint8_t *from = strip.above + offset;
-#pragma unroll
-        for (int i = 0; i < ABOVE + OWN; i++, from += a.row_bytes) {
-            if (i == ABOVE) from = strip.own + offset;
-            at[i / CODES][i % CODES] = some ? __ldg((const uint32_t *)from) : 0;
-        }
-    }
+    DEVICE uint32_t &of(int row) { return at[row / CODES][row % CODES]; }
     DEVICE void turn() {
 #pragma unroll
         for (int byte = 0; byte < BYTES; byte++) {
@@ -196,6 +204,53 @@ template <int BITS> struct Words {
             to.at[half][2] = __byte_perm(CD, AB, 0x5410), to.at[half][3] = __byte_perm(CD, AB, 0x7632);
         }
         return to;
+    }
+};
+
+// What a lane reads at a time, of chunk `pair` or one of a pair; x as the codes of its bytes need it
+template <int BITS> struct Unit {
+    static constexpr int FIELD = BITS, PARTS = 1, CODES = 8 / BITS, SLICES = CODES;
+    Words<BITS> words;
+    uint32_t x[SLICES];
+
+    DEVICE static int chunk(int pair, int odd) { return 2 * pair + odd; }  // one line of the caches
+
+    DEVICE void read(const Product &a, const Strip<BITS> &strip, const uint8_t *inputs, int plane_bytes,
+                     int offset, int, bool some) {
+        read_rows(a, strip, offset, some, [&](int row, uint32_t word) { words.of(row) = word; });
+#pragma unroll
+        for (int i = 0; i < SLICES; i++)
+            x[i] = some ? read_fresh((const uint32_t *)(inputs + i * plane_bytes + offset)) : 0;
+    }
+    DEVICE Words<BITS> part(int) const { return words; }
+};
+
+// A word of the plane of 2 bits, first of its first half and then of the other, and one of the plane
+// of 1 bit: bit i of a byte there belongs to code i / 2 of the byte of half i % 2
+template <> struct Unit<3> {
+    static constexpr int FIELD = 4, PARTS = 2, CODES = 2, SLICES = 4, ALL = 16 / FIELD + OWN;
+    uint32_t two[ALL], one[ALL], x[SLICES];
+
+    DEVICE static int chunk(int pair, int) { return pair; }
+
+    DEVICE void read(const Product &a, const Strip<FIELD> &strip, const uint8_t *inputs, int plane_bytes,
+                     int offset, int odd, bool some) {
+        read_rows(a, strip, odd * plane_bytes + offset, some, [&](int row, uint32_t word) { two[row] = word; });
+        read_rows(a, strip, 2 * plane_bytes + offset, some,
+                  [&](int row, uint32_t word) { one[row] = word >> odd; });
+#pragma unroll
+        for (int i = 0; i < SLICES; i++)
+            x[i] = some ? read_fresh((const uint32_t *)(inputs + (2 * i + odd) * plane_bytes + offset)) : 0;
+    }
+    DEVICE Words<FIELD> part(int index) const {
+        Words<FIELD> words;
+#pragma unroll
+        for (int row = 0; row < ALL; row++) {
+            const uint32_t low = two[row] >> 4 * index, high = one[row] >> 4 * index;
+            words.of(row) = (low & 0x03030303) | (low << 2 & 0x30303030) | (high << 2 & 0x04040404) |
+                            (high << 4 & 0x40404040);
+        }
+        return words;
     }
 };
 
@@ -236,49 +291,48 @@ struct Layout {
 
 template <int BITS, class Values>
 __global__ void __launch_bounds__(32 * Values::WARPS, Values::BLOCKS) multiply_few(const Product a, const Layout at) {
-    using Held = Words<BITS>;
+    using Of = Unit<BITS>;
+    using Rows = Strip<Of::FIELD>;
     uint8_t *memory = shared_memory();
     int64_t *rows = (int64_t *)(memory + at.rows);
     float *scales = (float *)(memory + at.scales), *sums = (float *)(memory + at.sums);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-    const int n = int(a.inputs.n), plane_bytes = n / Held::CODES, chunks = (plane_bytes + CHUNK - 1) / CHUNK;
+    const int plane_bytes = int(a.inputs.n) / (Of::SLICES * Of::PARTS);
+    const int chunks = (plane_bytes + CHUNK - 1) / CHUNK;
     const int begin = chunks * blockIdx.y / a.layers, end = chunks * (blockIdx.y + 1) / a.layers;
     const int columns = int(a.inputs.tokens) * a.inputs.parts * Values::DIGITS;
+    const int digit = g % Values::DIGITS, copy = BITS == 3 ? lane % 2 * 16 : 0;
     const uint8_t *x = a.inputs.bytes + (g < columns ? g / Values::DIGITS : 0) * a.inputs.n;
-    const int64_t blocks = (a.tiles * Strip<BITS>::per_tile(a) + STRIPS - 1) / STRIPS;
+    const int64_t blocks = (a.tiles * Rows::per_tile(a) + STRIPS - 1) / STRIPS;
     let_next_begin();
     Values::fill(a, BITS, memory);
     await_previous();
     copy_scales(a.inputs, scales);
     __syncthreads();
 
-    // A warp takes two chunks side by side, which are one line of the caches.
-    const auto chunk_of = [&](int i) { return begin + 2 * (warp + Values::WARPS * (i / 2)) + i % 2; };
+    const auto chunk_of = [&](int i) { return begin + Of::chunk(warp + Values::WARPS * (i / 2), i % 2); };
     for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
-        const Strip<BITS> strip(a, block * STRIPS + g);
+        const Rows strip(a, block * STRIPS + g);
         if (warp == 0 && t == 0) rows[g] = strip.row;
         int exact[OWN / 2][4] = {};
-        Held now, next;
-        uint32_t inputs[Held::CODES], next_inputs[Held::CODES];
-        const auto fetch = [&](Held &words, uint32_t(&to)[Held::CODES], int i) {
+        Of now, next;
+        const auto fetch = [&](Of &to, int i) {
             const int chunk = chunk_of(i), offset = CHUNK * chunk + 4 * t;
-            const bool some = chunk < end && offset < plane_bytes;
-            words.read(a, strip, offset, some);
-#pragma unroll
-            for (int code = 0; code < Held::CODES; code++)
-                to[code] = some ? read_fresh((const uint32_t *)(x + code * plane_bytes + offset)) : 0;
+            to.read(a, strip, x, plane_bytes, offset, i % 2, chunk < end && offset < plane_bytes);
         };
-        fetch(now, inputs, 0);
+        fetch(now, 0);
         for (int i = 0; chunk_of(i) < end; i++) {
-            fetch(next, next_inputs, i + 1);
-            now.turn();
+            fetch(next, i + 1);
 #pragma unroll
-            for (int code = 0; code < Held::CODES; code++)
-                Values::template multiply<BITS>(a, now.strings(code), inputs[code], g % Values::DIGITS, exact,
-                                                memory);
+            for (int part = 0; part < Of::PARTS; part++) {
+                auto words = now.part(part);
+                words.turn();
+#pragma unroll
+                for (int code = 0; code < Of::CODES; code++)
+                    Values::template multiply<Of::FIELD>(a, words.strings(code), now.x[part * Of::CODES + code],
+                                                         digit, copy, exact, memory);
+            }
             now = next;
-#pragma unroll
-            for (int code = 0; code < Held::CODES; code++) inputs[code] = next_inputs[code];
         }
 #pragma unroll
         for (int i = 0; i < OWN / 2; i++)
@@ -296,7 +350,7 @@ __global__ void __launch_bounds__(32 * Values::WARPS, Values::BLOCKS) multiply_f
 template <int BITS, class Values> int start(const Product &a, int table_bytes, cudaStream_t stream) {
     if (a.inputs.tokens * a.inputs.parts * Values::DIGITS > COLUMNS) return cudaErrorInvalidValue;
     if (const int status = start_split(a.inputs, stream)) return status;
-    const int64_t blocks = (a.tiles * Strip<BITS>::per_tile(a) + STRIPS - 1) / STRIPS;
+    const int64_t blocks = (a.tiles * Strip<Unit<BITS>::FIELD>::per_tile(a) + STRIPS - 1) / STRIPS;
     const Layout at(a, table_bytes, Values::WARPS, Values::DIGITS);
     return launch(multiply_few<BITS, Values>, blocks, a.layers, 32 * Values::WARPS, at.all, stream, a, at);
 }
@@ -317,6 +371,7 @@ template <int BITS> int start_kind(const Product &a, int kind, cudaStream_t stre
 extern "C" int multiply_trellis(const Product *a, int bits, int kind, cudaStream_t stream) {
     switch (bits) {
         case 2: return start_kind<2>(*a, kind, stream);
+        case 3: return start<3, Lookups<false>>(*a, 2 << a->L, stream);
         case 4: return start_kind<4>(*a, kind, stream);
     }
     return cudaErrorInvalidValue;

@@ -1,6 +1,6 @@
 """Multiply vectors by a matrix of packed trellis codes, or decode it, on CUDA: by cuda.cu.
 
-A few vectors are multiplied by codes of 2 or 4 bits on tiles of one column, in half precision:
+A few vectors are multiplied by codes of 2 to 4 bits on tiles of one column, in half precision:
 what MUL1, 1MAD and INT8 compute of a state is a sum of bytes, and values of a table are rounded to
 16 bits of their range. MUL1's sums are not rounded to float16 as its values are, which is 2^-12 of
 the largest. For all else W~ is decoded, exactly.
@@ -22,10 +22,10 @@ from quip.kernels.numbers import KINDS, laid_out
 from quip.kernels.operation import Form, learns
 from quip.kernels.trellis import Code, Tiling
 from quip.kernels.trellis import cuda as walks
-from quip.kernels.trellis_matvec.values import PARTS, WIDE, Kind, Values, values_of
+from quip.kernels.trellis_matvec.values import PARTS, Kind, Values, values_of
 
 SOURCE = Path(__file__).with_name("cuda.cu")
-BITS = (2, 4)  # of a step
+BITS = {2: 2, 3: 1, 4: 4}  # of a step, and those of them in the plane that is the last
 OWN, STRIPS, CHUNK, COLUMNS = 16, 8, 16, 8  # as in cuda.cu
 LAUNCHES = 4  # for more, the matrix product of a decoded matrix is faster
 
@@ -55,10 +55,11 @@ def multiply(
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T for a few vectors, which are rounded to 16 bits; for more, with W~ in `dtype`."""
     n, m = x.shape[-1], len(words)
-    if dtype == torch.float32 or not _are_few(x, m, code, tiling):
+    values = None if dtype == torch.float32 else _values_for(x, m, code, tiling)
+    if values is None:
         W = decode(words, code, scales, tiling, n=n, group=group, dtype=dtype)
         return linear(x.to(dtype), W).to(x.dtype)
-    values, X = values_of(code), laid_out(x.reshape(-1, n))
+    X = laid_out(x.reshape(-1, n))
     factors = laid_out((scales if scales.dtype in KINDS else scales.float()).detach())
     together = X.split(COLUMNS // (PARTS * values.kind.digits))
     words = words.contiguous()
@@ -92,7 +93,7 @@ def _multiply(
         middle=values.middle,
         factor=values.factor,
         increment=values.increment,
-        L=code.L,
+        L=0 if values.table is None else len(values.table).bit_length() - 1,
         y_kind=KINDS[y.dtype],
         layers=layers,
     )
@@ -103,24 +104,24 @@ def _multiply(
 
 def _layers(m: int, n: int, code: Code, tiling: Tiling, kind: Kind, device: torch.device) -> int:
     """Parts of the columns, so that blocks of few rows are as many as can run at once."""
-    longest, chunks = -(-m // tiling.count), -(-n * code.bits // (8 * CHUNK))
+    longest, chunks = -(-m // tiling.count), -(-n * BITS[code.bits] // (8 * CHUNK))
     blocks = -(-tiling.count * -(-longest // OWN) // STRIPS)
     at_once = processors(device) * (2 if kind < Kind.TABLE else 1)
-    return max(1, min(at_once // blocks, chunks // kind.warps))
+    return max(1, min(at_once // blocks, -(-chunks // kind.warps)))
 
 
-def _are_few(x: Tensor, m: int, code: Code, tiling: Tiling) -> bool:
-    """Whether the kernel multiplies them, and needs no gradient for it."""
+def _values_for(x: Tensor, m: int, code: Code, tiling: Tiling) -> Values | None:
+    """What the kernel multiplies these vectors with; None where W~ is to be decoded for them."""
     n = x.shape[-1]
     down = tiling.columns == code.V == 1 and tiling.order is None and m // tiling.count >= 2 * OWN
-    fits = code.bits in BITS and code.L <= WIDE and n % 32 == 0 and 0 < n <= LONGEST
+    fits = code.bits in BITS and n % 32 == 0 and 0 < n <= LONGEST
     few = x.dtype in KINDS and 0 < x.numel() <= FEW * n and not learns(x)
-    if not (down and fits and few):
-        return False
-    values = values_of(code)
+    values = values_of(code) if down and fits and few else None
+    if values is None:
+        return None
     together = COLUMNS // (PARTS * values.kind.digits)
-    has_room = values.bytes(code, together) <= block_bytes(x.device)
-    return has_room and x.numel() <= LAUNCHES * together * n
+    has_room = values.bytes(code.bits, together) <= block_bytes(x.device)
+    return values if has_room and x.numel() <= LAUNCHES * together * n else None
 
 
 def decode(
