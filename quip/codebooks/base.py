@@ -95,10 +95,14 @@ class Decoder(Stored, Protocol):
         """What tuning may move, in float32: numbers from which weights are decoded."""
         return {}
 
+    def prepared(self, codes: Integer[Tensor, "m k"]) -> Integer[Tensor, "m k"]:
+        """What tuning keeps of codes for `decode_with`, which takes that in place of them."""
+        return codes
+
     def decode_with(
         self, codes: Integer[Tensor, "m k"], values: Mapping[str, Tensor]
     ) -> Float[Tensor, "m n"]:
-        """W~ with these in place of what is `learnable`; gradients reach them."""
+        """W~ of `prepared` codes with these for what is `learnable`; gradients reach them."""
         return self.decode(codes)
 
     def learned(self, values: Mapping[str, Tensor]) -> "Decoder":

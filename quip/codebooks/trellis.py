@@ -10,32 +10,25 @@ column keep the whole feedback of LDLQ, and have their dimension from their rows
 where target is the RMS that Gaussian weights should have when they meet the code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, TypeAlias
+from functools import cache
 
 import torch
-from jaxtyping import Float, Int32, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups, constants, tile_count
+from quip.codebooks.base import FITTED, Codebook, Groups, constants, tile_count
 from quip.codebooks.fitted import side_by_side
 from quip.codebooks.names import Bits
-from quip.codebooks.trellis_codes import check_options, code, target_rms, weights_per_step
-from quip.errors import QuipError, UsageError
-from quip.kernels import trellis, trellis_matvec
-from quip.kernels.bits import words
-from quip.kernels.groups import spread
+from quip.codebooks.trellis_codes import code, target_rms
+from quip.codebooks.trellises import Trellises
+from quip.errors import UsageError
+from quip.kernels import trellis
 from quip.kernels.lattice_panel.reference import candidate_scales
-from quip.kernels.trellis import ORDERS, Code, Tiling
-from quip.shapes import Within
-from quip.stored import Options
+from quip.kernels.trellis import Code, Tiling
 
 UNFITTED = torch.empty(0)
-FileBits: TypeAlias = Annotated[int | float, Within(0.5, 8)]
-States: TypeAlias = Annotated[int, Within(1, 16)]
-Rows: TypeAlias = Annotated[int, Within(1, 2**20)]
-Order: TypeAlias = Literal["mma"] | None  # of the steps of a tile; None: row by row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +45,7 @@ class Trellis(Codebook):
     rows: int = 256
     columns: int = 1
     size: float = 1.0
+    own: bool = False  # whether each matrix has a table of its own, which tuning may move
     scale: Tensor = field(default=UNFITTED, metadata=FITTED)  # []
 
     @property
@@ -106,10 +100,19 @@ class Trellis(Codebook):
             columns=self.columns,
             group=groups.size and groups.size * self.columns,
             scale=side_by_side(books, "scale").float(),  # exact: fit rounded them
+            table=self._code(self.scale.device).table.half() if self.own else None,  # exact, too
         )
 
     def _code(self, device: torch.device) -> Code:
-        return code(self.code, self.bits, self.states, device)
+        made = own_code if self.own else code
+        return made(self.code, self.bits, self.states, device)
+
+
+@cache
+def own_code(name: str, bits: Bits, L: int, device: torch.device) -> Code:
+    """The code as it is in a table that a matrix has for itself: in float16."""
+    found = code(name, bits, L, device)
+    return Code("table", found.bits, found.table.half().float())
 
 
 def split(codes: Integer[Tensor, "m k"], bits: int, index_bits: int) -> Integer[Tensor, "m steps"]:
@@ -118,121 +121,3 @@ def split(codes: Integer[Tensor, "m k"], bits: int, index_bits: int) -> Integer[
         return codes
     shifts = torch.arange(0, index_bits, bits, device=codes.device)
     return ((codes.unsqueeze(-1).long() >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trellises(Decoder):
-    """The trellis code of a matrix with the scale of each group of its columns."""
-
-    code: str
-    bits: Bits
-    states: int
-    rows: int
-    columns: int
-    group: int | None  # columns; None: all
-    order: Order = None
-    scale: Float[Tensor, " groups"]
-
-    @property
-    def dim(self) -> int:
-        return weights_per_step(self.code, self.bits)
-
-    @property
-    def index_bits(self) -> int:
-        return round(self.bits * self.dim)
-
-    def decode(self, codes: Integer[Tensor, "m k"]) -> Float[Tensor, "m n"]:
-        """scale C[s] in float32."""
-        W = trellis.decode(codes, self._code(codes.device), self._tiling(len(codes)))
-        return W.mul_(spread(self.scale[None], self.group, W.shape[1]))
-
-    def dense(
-        self, words: Int32[Tensor, "m words"], n: int, dtype: torch.dtype
-    ) -> Float[Tensor, "m n"]:
-        here, tiling = self._code(words.device), self._tiling(len(words))
-        return trellis_matvec.decode(
-            words, here, self.scale, tiling, n=n, group=self.group, dtype=dtype
-        )
-
-    def multiply(
-        self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
-    ) -> Float[Tensor, "*batch m"]:
-        here, tiling = self._code(x.device), self._tiling(len(words))
-        return trellis_matvec.multiply(
-            x, words, here, self.scale, tiling, group=self.group, dtype=dtype
-        )
-
-    def _code(self, device: torch.device) -> Code:
-        return code(self.code, self.bits, self.states, device)
-
-    def _tiling(self, m: int) -> Tiling:
-        order = self.order and ORDERS[self.order]
-        return Tiling(tile_count(m, self.rows), self.columns, order)
-
-    def options(self) -> Options:
-        names = ("code", "bits", "states", "rows", "columns", "group", "order")
-        return {name: getattr(self, name) for name in names}
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"scale": self.scale}
-
-    @classmethod
-    def empty(
-        cls,
-        m: int,
-        n: int,
-        *,
-        code: str,
-        bits: FileBits,
-        states: States,
-        rows: Rows,
-        columns: Columns,
-        group: Columns | None,
-        order: Order,
-    ) -> dict[str, Tensor]:
-        check_options(code, bits, states, rows, columns, group, order)
-        V, groups = weights_per_step(code, bits), Groups(n, group)
-        kV = round(bits * V)
-        return {
-            "codes": torch.empty(m, words(n // V, kV), dtype=torch.int32, device="meta"),
-            "scale": torch.empty(groups.count, dtype=torch.float32, device="meta"),
-        }
-
-    @classmethod
-    def restore(
-        cls,
-        tensors: Mapping[str, Tensor],
-        m: int,
-        n: int,
-        *,
-        code: str,
-        bits: Bits,
-        states: int,
-        rows: int,
-        columns: int,
-        group: int | None,
-        order: Order,
-    ) -> "Trellises":
-        check_options(code, bits, states, rows, columns, group, order)
-        scale = tensors["scale"]
-        if n % columns or (order and m % rows):
-            raise QuipError(
-                f"tiles of {rows} x {columns} do not fit {m} x {n} weights: it is damaged"
-            )
-        if m // tile_count(m, rows) * round(bits * columns) < states:
-            raise QuipError(
-                f"tiles of {rows} x {columns} of {m} outputs have less bits than a state, "
-                f"{states}: the file is damaged"
-            )
-        if not bool(((scale > 0) & scale.isfinite()).all()):
-            raise QuipError("a scale of its trellis is not a positive number: the file is damaged")
-        return cls(
-            code=code,
-            bits=bits,
-            states=states,
-            rows=rows,
-            columns=columns,
-            group=group,
-            order=order,
-            scale=scale,
-        )

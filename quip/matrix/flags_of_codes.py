@@ -177,3 +177,8 @@ class FlagsOfCodes:
         metavar="AxB",
         refuse=bad_tile,
     )
+    own_table: bool = of_trellis(
+        "give each matrix its own copy of the table, 2^N numbers of 16 bits for N bits of a state, "
+        "which fine-tuning then moves",
+        kind=bool,
+    )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quip.codebooks import Trellis
 
 WIDEST = 64  # bits of a row of a tile
+MOST_OWN = 12  # bits of a state, for a table in each matrix
 RANGE = 8  # columns that share a scale
 PASSES = 1  # a second one gains a third as much
 SIZES = (0.93, 1.0, 1.07)  # of weights that meet the code, to try
@@ -28,7 +29,7 @@ def trellis(take: Take) -> Choice:
         raise UsageError("--scale auto tries several scales: leave out what fixes one")
     made = {"code": code, "bits": bits, "states": states, "rows": rows, "columns": columns}
     return Choice(
-        codebook=partial(_trellis, **made, size=override or 1.0),
+        codebook=partial(_trellis, **made, size=override or 1.0, own=_own(take, code, states)),
         trials=tuple({"size": size} for size in SIZES) if scale else (),
         group=columns_of(take("range_") or str(columns * -(-RANGE // columns)), least=columns),
         stack=not take("no_fuse"),
@@ -53,6 +54,17 @@ def _states(take: Take, code: str, step: int) -> int:
             f"state has more than that; say {step + 1} or more"
         )
     return states
+
+
+def _own(take: Take, code: str, states: int) -> bool:
+    """Whether each matrix has a table of its own."""
+    own: bool = take("own_table")
+    if own and (code == "hyb" or states > MOST_OWN):
+        raise UsageError(
+            f"--own_table with --trellis_code {code} of 2^{states} states: a table of so many "
+            f"numbers is larger than most matrices; say learned, or --trellis_states {MOST_OWN}"
+        )
+    return own
 
 
 def _tile(take: Take, bits: Bits, weights: int, states: int) -> tuple[int, int]:

@@ -245,7 +245,7 @@ def test_an_order_that_a_tile_cannot_have_is_damage(published, tmp_path, options
 def test_tiles_that_do_not_fit_a_matrix_are_damage():
     options = {"code": "mcg", "bits": 2, "states": 16, "rows": 16, "columns": 16, "group": None}
     with pytest.raises(QuipError, match="tiles of 16 x 16 do not fit 24 x 32 weights"):
-        Trellises.restore({"scale": torch.ones(1)}, 24, 32, **options, order="mma")
+        Trellises.restore({"scale": torch.ones(1)}, 24, 32, **options, order="mma", own=False)
 
 
 def test_tensors_of_a_matrix_may_lie_in_several_files(copy, tmp_path):

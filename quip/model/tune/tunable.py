@@ -52,7 +52,7 @@ class Tunable:
         self.vectors = {name: nn.Parameter(stored[name].float()) for name in names}
         learnable = decoder.learnable()
         self.learnt = {name: nn.Parameter(x.clone()) for name, x in learnable.items()}
-        self._held = codes if learnable else decoder.decode(codes).to(dtype)
+        self._held = decoder.prepared(codes) if learnable else decoder.decode(codes).to(dtype)
         self._chain = Chain(tuple(self._tuned(link) for link in chain.links))
 
     def _tuned(self, link: Any) -> Any:

@@ -54,6 +54,7 @@ class Matrix:
             "columns": TILE,
             "group": None,
             "order": ORDER,
+            "own": False,
         }
         return Spec.from_json(codebook, [{"kind": "hadamard", "block": BLOCK}])
 
