@@ -39,7 +39,7 @@ TABLES_MADE_ONCE = {
     "kernels/hadamard/cpu.py": {"_codes"},
     "kernels/hadamard/cuda.py": {"_kernels"},
     "kernels/lattice_matvec/cuda.py": {"_nibbles", "packed_tables"},
-    "kernels/trellis_matvec/values.py": {"_hashed", "_tabled"},
+    "kernels/trellis_matvec/values.py": {"_hashed", "_stages", "_tabled"},
 }
 ONCE_A_MATRIX = {
     "codebooks/centroids.py": {"restore"},

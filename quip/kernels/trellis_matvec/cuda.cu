@@ -349,7 +349,7 @@ __global__ void __launch_bounds__(32 * Values::WARPS, Values::BLOCKS) multiply_f
 
 template <int BITS, class Values> int start(const Product &a, int table_bytes, cudaStream_t stream) {
     if (a.inputs.tokens * a.inputs.parts * Values::DIGITS > COLUMNS) return cudaErrorInvalidValue;
-    if (const int status = start_split(a.inputs, stream)) return status;
+    if (const int status = a.inputs.x ? start_split(a.inputs, stream) : 0) return status;
     const int64_t blocks = (a.tiles * Strip<Unit<BITS>::FIELD>::per_tile(a) + STRIPS - 1) / STRIPS;
     const Layout at(a, table_bytes, Values::WARPS, Values::DIGITS);
     return launch(multiply_few<BITS, Values>, blocks, a.layers, 32 * Values::WARPS, at.all, stream, a, at);

@@ -1,9 +1,9 @@
 """Multiply vectors by a matrix of packed trellis codes, or decode it, on CUDA: by cuda.cu.
 
-A few vectors are multiplied by codes of 2 to 4 bits on tiles of one column, in half precision:
-what MUL1, 1MAD and INT8 compute of a state is a sum of bytes, and values of a table are rounded to
-16 bits of their range. MUL1's sums are not rounded to float16 as its values are, which is 2^-12 of
-the largest. For all else W~ is decoded, exactly.
+A few vectors are multiplied by codes of 2 to 4 bits on tiles of one column. What MUL1, 1MAD and
+INT8 make of a state is a sum of bytes, and values of a table are rounded to 16 bits of their range.
+MUL1's sums are not rounded to float16 as its values are, which is 2^-12 of the largest. Where the
+product is asked for in float32, a second one adds what these leave. For all else W~ is decoded.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from quip.kernels.numbers import KINDS, laid_out
 from quip.kernels.operation import Form, learns
 from quip.kernels.trellis import Code, Tiling
 from quip.kernels.trellis import cuda as walks
-from quip.kernels.trellis_matvec.values import PARTS, Kind, Values, values_of
+from quip.kernels.trellis_matvec.values import Kind, Values, values_of
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 BITS = {2: 2, 3: 1, 4: 4}  # of a step, and those of them in the plane that is the last
@@ -53,33 +53,37 @@ def multiply(
     group: int | None,
     dtype: torch.dtype,
 ) -> Float[Tensor, "*batch m"]:
-    """x W~^T for a few vectors, which are rounded to 16 bits; for more, with W~ in `dtype`."""
-    n, m = x.shape[-1], len(words)
-    values = None if dtype == torch.float32 else _values_for(x, m, code, tiling)
-    if values is None:
+    """x W~^T for a few vectors, as few_tokens.py tells; for more, with W~ decoded to `dtype`."""
+    n, m, exact = x.shape[-1], len(words), dtype == torch.float32
+    stages = _stages_for(x, m, code, tiling, 3 if exact else 2)
+    if not stages:
         W = decode(words, code, scales, tiling, n=n, group=group, dtype=dtype)
         return linear(x.to(dtype), W).to(x.dtype)
-    X = laid_out(x.reshape(-1, n))
+    X, words = laid_out(x.reshape(-1, n)), words.contiguous()
     factors = laid_out((scales if scales.dtype in KINDS else scales.float()).detach())
-    together = X.split(COLUMNS // (PARTS * values.kind.digits))
-    words = words.contiguous()
-    done = [_multiply(part, words, code, values, factors, group or n, tiling) for part in together]
+    done = []
+    for part in X.split(_together(stages, 3 if exact else 2)):
+        inputs, room = split(part, 3 if exact else 2, factors, group or n)
+        y = _multiply(part, inputs, words, code, stages[0], tiling)
+        for rest in stages[1:] if exact else ():
+            inputs.x = None  # it is split already
+            y = y + _multiply(part, inputs, words, code, rest, tiling)
+        del room  # whoever gets it next writes after the product has read it: one stream
+        done.append(y)
     return (done[0] if len(done) == 1 else torch.cat(done)).view(*x.shape[:-1], m)
 
 
 def _multiply(
     X: Float[Tensor, "tokens n"],
+    inputs: Split,
     words: Int32[Tensor, "m words"],
     code: Code,
     values: Values,
-    factors: Float[Tensor, " groups"],
-    factor_columns: int,
     tiling: Tiling,
 ) -> Float[Tensor, "tokens m"]:
     """The products with as many vectors as tensor cores take at once."""
     (tokens, n), m = X.shape, len(words)
     layers = _layers(m, n, code, tiling, values.kind, X.device)
-    inputs, room = split(X, PARTS, factors, factor_columns)
     y = X.new_empty(layers, tokens, m, dtype=X.dtype if layers == 1 else torch.float32)
     call = _Product(
         inputs=inputs,
@@ -98,7 +102,6 @@ def _multiply(
         layers=layers,
     )
     cuda.launch(SOURCE, "multiply_trellis", X.device, ctypes.byref(call), code.bits, values.kind)
-    del room  # whoever gets it next writes after the product has read it: one stream
     return y[0] if layers == 1 else y.sum(0).to(X.dtype)
 
 
@@ -110,18 +113,24 @@ def _layers(m: int, n: int, code: Code, tiling: Tiling, kind: Kind, device: torc
     return max(1, min(at_once // blocks, -(-chunks // kind.warps)))
 
 
-def _values_for(x: Tensor, m: int, code: Code, tiling: Tiling) -> Values | None:
-    """What the kernel multiplies these vectors with; None where W~ is to be decoded for them."""
+def _stages_for(x: Tensor, m: int, code: Code, tiling: Tiling, parts: int) -> tuple[Values, ...]:
+    """What the kernel multiplies these vectors with; nothing where W~ is to be decoded for them."""
     n = x.shape[-1]
     down = tiling.columns == code.V == 1 and tiling.order is None and m // tiling.count >= 2 * OWN
     fits = code.bits in BITS and n % 32 == 0 and 0 < n <= LONGEST
     few = x.dtype in KINDS and 0 < x.numel() <= FEW * n and not learns(x)
-    values = values_of(code) if down and fits and few else None
-    if values is None:
-        return None
-    together = COLUMNS // (PARTS * values.kind.digits)
-    has_room = values.bytes(code.bits, together) <= block_bytes(x.device)
-    return values if has_room and x.numel() <= LAUNCHES * together * n else None
+    stages = values_of(code) if down and fits and few else ()
+    if not stages:
+        return ()
+    together = _together(stages, parts)
+    room = max(values.bytes(code.bits, together, parts) for values in stages)
+    wanted = room <= block_bytes(x.device) and x.numel() <= LAUNCHES * together * n
+    return stages if wanted else ()
+
+
+def _together(stages: tuple[Values, ...], parts: int) -> int:
+    """Vectors of one launch."""
+    return COLUMNS // (parts * max(values.kind.digits for values in stages))
 
 
 def decode(

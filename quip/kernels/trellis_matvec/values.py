@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import torch
-from jaxtyping import Int16, Int64
+from jaxtyping import Float64, Int16, Int64
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -21,12 +21,12 @@ HASHES = {
     "1mad": (34038481, 76625530, 0xFF),
     "int8": (0xCBAC1FED, 0, 0x3F),
 }
-WIDE = 16  # bits of a state that is multiplied
-PARTS = 2  # bytes of x
+WIDE = 16  # bits of a state that is multiplied, and the most of one that is looked up
 STRIPS, SPACED = 8, 132  # as in cuda.cu
 NIBBLES = 4  # codes of 3 bits, of a state of 12 bits at most
 PAIRS = 2**16  # bytes of a table of two rows' values, at most
-ROUNDING = 2**-11  # of the largest value: that of float16
+ROUNDING = 2**-11  # of the largest value: that of float16,
+NOISE = 2**-24  # and of float32
 
 
 class Kind(IntEnum):
@@ -56,38 +56,52 @@ class Values:
     increment: int = 0
     table: Int16[Tensor, " entries"] | None = None
 
-    def bytes(self, bits: int, tokens: int) -> int:
+    def bytes(self, bits: int, tokens: int, parts: int) -> int:
         """Bytes that a block needs for the table and the sums of its warps."""
         entries = 0 if self.table is None else len(self.table)
         table = 4 * entries << bits if self.kind is Kind.PAIRS else 2 * entries
-        sums = self.kind.warps * tokens * PARTS * self.kind.digits * SPACED
+        sums = self.kind.warps * tokens * parts * self.kind.digits * SPACED
         return table + 8 * (STRIPS + tokens) + 4 * sums
 
 
+Made = tuple[Values, Tensor]  # and what values they leave
 _made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of tables, which stay as they are
 
 
-def values_of(code: Code) -> Values | None:
-    """What the kernel is to know of a code; None where it cannot make its values."""
+def values_of(code: Code) -> tuple[Values, ...]:
+    """What the kernel is to know of a code, and of what that leaves; nothing where it cannot."""
     made = _made.setdefault(code.table, {})
     if (code.name, code.bits) not in made:
-        made[code.name, code.bits] = _hashed(code) or _tabled(code)
+        made[code.name, code.bits] = _stages(code)
     return made[code.name, code.bits]
 
 
-def _hashed(code: Code) -> Values | None:
+def _stages(code: Code) -> tuple[Values, ...]:
+    """Values to 16 bits, as a bfloat16 product needs them; and the rest, if there is any."""
+    most = 3 * NIBBLES if code.bits == 3 else WIDE
+    if most < code.L:
+        return ()
+    C = code.table[:, 0].cpu().double()
+    first, rest = _hashed(C, code) or _tabled(C, code)
+    if float(rest.abs().max()) <= NOISE * float(C.abs().max()):
+        return (first,)
+    return first, _tabled(rest, code)[0]
+
+
+def _hashed(C: Float64[Tensor, " states"], code: Code) -> Made | None:
     """The sums of bytes of a code that has such values; None where a table has others."""
     if code.name not in HASHES or code.L != WIDE or code.bits == 3:
         return None
     factor, increment, counted = HASHES[code.name]
-    q, C = _sums(factor, increment, counted).double(), code.table[:, 0].cpu().double()
+    q = _sums(factor, increment, counted).double()
     off = q - q.mean()
     unit = off @ C / (off @ off)
     middle = q.mean() - C.mean() / unit
-    if float((unit * (q - middle) - C).abs().max()) > ROUNDING * float(C.abs().max()):
+    rest = C - unit * (q - middle)
+    if float(rest.abs().max()) > ROUNDING * float(C.abs().max()):
         return None
     kind = Kind.BYTES if counted == 0xFF else Kind.SIX_BITS
-    return Values(kind, float(unit), float(middle), factor, increment)
+    return Values(kind, float(unit), float(middle), factor, increment), rest
 
 
 def _sums(factor: int, increment: int, counted: int) -> Int64[Tensor, " states"]:
@@ -96,18 +110,16 @@ def _sums(factor: int, increment: int, counted: int) -> Int64[Tensor, " states"]
     return torch.stack([products >> shift & counted for shift in (0, 8, 16, 24)]).sum(0)
 
 
-def _tabled(code: Code) -> Values | None:
-    """Values of the table in steps of 2^-16 of their range."""
-    most = 3 * NIBBLES if code.bits == 3 else WIDE
-    if most < code.L:
-        return None
-    C = code.table[:, 0].cpu().double()
+def _tabled(C: Float64[Tensor, " states"], code: Code) -> Made:
+    """Values in steps of 2^-16 of their range."""
     low, high = C.min(), C.max()
     unit = float((high - low).clamp(min=1e-30)) / 0xFFFF
-    table = ((C - low) / unit).round().int().to(torch.int16)
+    q = ((C - low) / unit).round()
+    table = q.int().to(torch.int16)
     if code.bits == 3:
         codes = torch.arange(2**WIDE)[:, None] >> 4 * torch.arange(NIBBLES) & 7
         table = table[(codes << 3 * torch.arange(NIBBLES)).sum(1) % len(table)]
     pairs = code.bits != 3 and 4 * len(table) << code.bits <= PAIRS
     kind = Kind.PAIRS if pairs else Kind.TABLE
-    return Values(kind, unit, -float(low) / unit, table=table.to(code.table.device))
+    values = Values(kind, unit, -float(low) / unit, table=table.to(code.table.device))
+    return values, C - (low + unit * q)
