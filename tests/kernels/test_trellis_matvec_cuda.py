@@ -115,8 +115,7 @@ def test_many_columns_are_shared_out_to_layers_of_blocks(two_processors, monkeyp
 
     monkeypatch.setattr("quip.kernels.cuda.launch", look)
     for code in (code_of("mul1", 16, 2), code_of("table", 8, 4), code_of("table", 8, 3)):
-        for x_dtype in (torch.float32, torch.bfloat16):
-            check(code, 70, 2112, 1, (2,), x_dtype=x_dtype)
+        check(code, 40, 2112, 1, (), x_dtype=torch.bfloat16)
     assert min(layers) > 1
 
 

@@ -33,12 +33,11 @@ CODES = {"int 2": 2, "int 3": 3, "int 4": 4, "int 8": 8, "E8P12": 2, "E8P12RVQ3B
     "int 2 g128": 2,
     "int 4 g128": 4,
 }
-# Trellis codes that the kernel computes, and those that it looks up as it does learned ones
-TRELLISES = {"MUL1 2": ("mul1", 16), "MUL1 4": ("mul1", 16)} | {
-    "trellis 2, L 12": ("mul1", 12),
-    "trellis 4, L 12": ("mul1", 12),
+# Codes that the kernel computes, and one that it looks up as it does learned ones; bits of a state
+TRELLISES = {"MUL1 2": ("mul1", 16), "MUL1 4": ("mul1", 16), "INT8 2": ("int8", 16)} | {
+    f"trellis {bits}": ("mcg", 12) for bits in (2, 3, 4)
 }
-CODES |= {name: int(name.split()[1].strip(",")) for name in TRELLISES}
+CODES |= {name: int(name.split()[1]) for name in TRELLISES}
 TILE = 256  # rows
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (8192, 28672)]
 LAYER = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]
@@ -46,7 +45,7 @@ TINY = [(64, 512), (40, 1024)]
 SHARES = {"int 4": 0.80, "int 3": 0.75, "int 2": 0.65, "E8P12": 0.60, "E8P12RVQ4B": 0.65}
 MICROSECONDS = {"int 2": 4.5, "E8P12": 5.5}
 CHECKED = 32  # rows at either end
-FEW = ("int 2", "int 4", "E8P12", "MUL1 2", "trellis 2, L 12")
+FEW = ("int 2", "int 4", "E8P12", "MUL1 2", "trellis 2")
 MANY = (32, 256, 2048)  # vectors
 
 
