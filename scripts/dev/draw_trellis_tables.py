@@ -9,9 +9,9 @@ moves each value C towards the mean of the weights that met it, and beyond:
 
     C += step (sum - count C) / (count + 4),   step falling from 3 to 0
 
-Tables begin with random values and are rounded to float16 in the end. They come out bit for bit on
-any machine: weights are multiples of 2^-12 from a generator whose streams are frozen, sums of them
-are exact, all else is rounded by each operation alone, and all forms of the search agree.
+Tables begin with random values, and end in float16. They come out bit for bit on any machine:
+weights are multiples of 2^-12 from a generator whose streams are frozen, sums of them are exact,
+all else is rounded by each operation alone, and all forms of the search take the same walks.
 """
 
 import argparse
@@ -61,14 +61,14 @@ class Plan:
 
 
 def learned(bits: float, L: int) -> Plan:
-    """A row for each state, and on average 32 steps of a round for each row."""
+    """A row for each state, and on average 32 weights of a round for each row."""
     V = weights_per_step("learned", bits)
     return Plan(
         seed=(L, round(2 * bits)),
         step_bits=round(bits * V),
         rows=torch.arange(2**L),
         signs=torch.ones(2**L, V),
-        circles=V * 2**L // 8,
+        circles=2**L // 8,
         rounds=500 if L == 12 else 1000,
     )
 
@@ -112,7 +112,7 @@ def draw(name: str) -> NDArray[np.float16]:
     make, of = PLANS[name]
     plan = make(*of)
     rng = np.random.RandomState(plan.seed)
-    C = rng.standard_normal((int(plan.rows.max()) + 1, plan.V))
+    C = units(rng, int(plan.rows.max()) + 1, plan.V) * UNIT
     if plan.rows.numel() > len(C):
         C[:, 0] = abs(C[:, 0])  # half of the states negate it
     for r in range(plan.rounds):
@@ -126,8 +126,7 @@ def meet(
     C: NDArray[np.float64], plan: Plan, rng: np.random.RandomState
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """How many steps met each row, [rows, 1], and the sums of their weights, [rows, V]."""
-    shape = (plan.circles * WEIGHTS // plan.V, plan.V)
-    whole = np.rint(rng.standard_normal(shape) / UNIT)
+    whole = units(rng, plan.circles * WEIGHTS // plan.V, plan.V)
     x = torch.from_numpy((whole * UNIT).astype(np.float32))  # exact: less than 2^24 units
     table = torch.from_numpy(C).float()[plan.rows] * plan.signs
     code = Code("table", plan.step_bits, table.contiguous())
@@ -138,6 +137,14 @@ def meet(
     count = np.bincount(rows, minlength=len(C))[:, None].astype(np.float64)
     sums = [np.bincount(rows, weights=w, minlength=len(C)) for w in whole.T]
     return count, np.stack(sums, 1) * UNIT
+
+
+def units(rng: np.random.RandomState, *shape: int) -> NDArray[np.float64]:
+    """Gaussian numbers of variance 1, rounded to multiples of UNIT and divided by it.
+
+    Rounded, since their logarithms may differ in the last bit from one machine to another.
+    """
+    return np.rint(rng.standard_normal(shape) / UNIT)
 
 
 def keep(tables: Mapping[str, NDArray[np.float16]]) -> None:
