@@ -22,7 +22,8 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
         default=0,
         metavar="N",
         help="after each group of matrices tune what is left of the block, its norms, signs "
-        "and centroids, to give the original outputs, for at most N passes (default 0: no tuning)",
+        "and what codebooks learn, to give the original outputs, for at most N passes (default 0: "
+        "no tuning)",
     )
     add("--ft_lr", type=float, metavar="X", help="rate of weights and norms (default 5e-5)")
     add("--ft_signs_lr", type=float, metavar="X", help="rate of sign vectors (default 5e-4)")
@@ -30,7 +31,8 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
         "--ft_centroids_lr",
         type=float,
         metavar="X",
-        help="rate of learned centroids, as a share of their RMS (default 5e-3)",
+        help="rate of learned centroids, and of scales and tables of trellis codes, as a share of "
+        "their RMS (default 5e-3)",
     )
     add("--ft_batch_size", type=int, metavar="N", help="windows in a step (default 8)")
     add(

@@ -37,6 +37,17 @@ LEARNED = (
     {"vq_dim": 2, "codebook_bits": 4, "faithful": True},
     {"vq_dim": 1, "wbits": 3, "svd_rank": 0.5},
 )
+TRELLIS = {"codebook": "trellis", "wbits": 2, "trellis_states": 6, "npasses": 0}
+TRELLISES = (
+    {"trellis_code": "learned", "trellis_states": 8, "tile": "8x2", "wbits": 2.5},
+    {"trellis_code": "hyb", "tile": "7x4"},
+    {"trellis_code": "mul1", "wbits": 1.5, "own_table": True},
+    *(
+        {"trellis_code": code, "tile": tile, "wbits": bits, "range_": "tensor"}
+        for code, tile, bits in (("1mad", "16x16", 3), ("mcg", "9x2", 2.5), ("3inst", "20x1", 4))
+    ),
+    {"trellis_code": "int8", "trellis_states": 9},
+)
 KINDS = [
     *(("llama", {"wbits": 2 + i % 7, **flags}) for i, flags in enumerate(GRIDS.values())),
     ("odd", {"wbits": 3, "incoh_processing": True}),
@@ -55,6 +66,7 @@ KINDS = [
     ("products", {**VQ, "vq_dim": 2, "vq_scaling": 6, "columns_per_group": 24, "rotation": "none"}),
     ("qwen2", {**VQ, "vq_dim": 4, "wbits": 1, "groupsize": 10**6}),
     ("opt", {**SHARP, "hadamard_block": 8}),
+    *(("llama", TRELLIS | more) for more in TRELLISES),
 ]
 
 

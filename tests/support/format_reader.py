@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from tests.support import format_learned
+from tests.support import format_learned, format_trellis
 
 TEXT = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 PATTERNS = re.findall(r"\b[13]{8}\b", TEXT)
@@ -53,7 +53,7 @@ def part(tensors: Mapping[str, Any], name: str) -> dict[str, np.ndarray]:
 
 def matrix(spec: Mapping[str, Any], own: Mapping[str, np.ndarray], m: int, n: int) -> np.ndarray:
     book = spec["codebook"]
-    W = {"grid": grid, "lattice": lattice, "learned": learned}[book["kind"]](own, m, n, book)
+    W = BOOKS[book["kind"]](own, m, n, book)
     for transform in reversed(spec["transforms"]):
         W = UNDO[transform["kind"]](W, own, transform)
     return W
@@ -64,6 +64,12 @@ def learned(own: Mapping, m: int, n: int, book: Mapping) -> np.ndarray:
         [unpack(x, book["bits"] * book["dim"], n // book["dim"]) for x in own["codes"]]
     )
     return format_learned.weights(own, codes, n, book, unpack)
+
+
+def trellis(own: Mapping, m: int, n: int, book: Mapping) -> np.ndarray:
+    V = format_trellis.weights_per_step(book)
+    codes = np.stack([unpack(x, round(book["bits"] * V), n // V) for x in own["codes"]])
+    return format_trellis.weights(own, codes, n, book)
 
 
 def unpack(row: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -235,4 +241,5 @@ def powers_of_x(p: int, rule: np.ndarray) -> list[tuple[int, ...]]:
     return [*found]
 
 
+BOOKS = {"grid": grid, "lattice": lattice, "learned": learned, "trellis": trellis}
 UNDO = {"rescale": rescale, "kronecker": kronecker, "hadamard": hadamard}

@@ -2,10 +2,10 @@
 
     y = S_out Omega_m W~ Omega_n^T S_in x
 
-For a while each packed matrix computes with S_in, S_out and the centroids of W~ as float32
-parameters, as are all other parameters of the module; the W~ of a lattice or a grid is fixed, and
-decoded once. Afterwards every tensor is of the type that it was, with the values of the state that
-was chosen; if none was, each is the very tensor it was.
+For a while each packed matrix computes with S_in, S_out and what its decoder learns (centroids; the
+scales and tables of a trellis) as float32 parameters, as are all other parameters of the module; the
+W~ of a lattice or a grid is fixed, and decoded once. Afterwards every tensor is of the type that it
+was, with the values of the state that was chosen; if none was, each is the very tensor it was.
 """
 
 from collections.abc import Iterable, Iterator
