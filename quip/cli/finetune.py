@@ -48,7 +48,7 @@ def _tuning_flags(group: argparse._ArgumentGroup) -> None:
         "--centroids_lr",
         type=float,
         metavar="X",
-        help="the same for learned centroids, and scales and tables of trellis codes, as a share of "
+        help="the same for learned centroids, scales and tables of trellis codes, as a share of "
         "their RMS (default 5e-3)",
     )
     add("--batch_size", type=int, metavar="N", help="windows a step (default 2)")

@@ -1,4 +1,4 @@
-"""Tokens to calibrate with and to evaluate on: named data sets, sampled as published, or files."""
+"""Tokens to calibrate and evaluate with: named data sets as published, or files."""
 
 import random
 from pathlib import Path

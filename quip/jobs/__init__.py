@@ -1,1 +1,1 @@
-"""Whole jobs, from names to folders: run, collect Hessians, evaluate, tune, export, inspect."""
+"""From names to folders: run, collect Hessians, evaluate, tune, export, inspect."""

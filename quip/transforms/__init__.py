@@ -1,4 +1,4 @@
-"""Changes of basis that make W and H easy to round, applied structurally and undone exactly.
+"""Changes of basis that make W and H easy to round, applied and undone exactly.
 
 W becomes W~ = A W B^-1 and H becomes B H B^T, so that tr(W H W^T) keeps its value and
 A^-1 W~ (B x) = W x. `Rescale` is a diagonal B; `Kronecker` has orthogonal A and B, each

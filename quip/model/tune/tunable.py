@@ -2,8 +2,8 @@
 
     y = S_out Omega_m W~ Omega_n^T S_in x
 
-For a while each packed matrix computes with S_in, S_out and what its decoder learns (centroids; the
-scales and tables of a trellis) as float32 parameters, as are all other parameters of the module; the
+For a while each packed matrix computes with S_in, S_out and what its decoder learns (centroids; of
+a trellis scales and tables) as float32 parameters, as are all other parameters of the module; the
 W~ of a lattice or a grid is fixed, and decoded once. Afterwards every tensor is of the type that it
 was, with the values of the state that was chosen; if none was, each is the very tensor it was.
 """
