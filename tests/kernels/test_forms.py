@@ -34,7 +34,7 @@ from quip.kernels.hadamard import rotations
 from quip.kernels.lattice_points import operations
 from quip.kernels.lattice_points.tables import Stage, code_bits
 from quip.kernels.operation import Form, Operation
-from quip.kernels.trellis import Code, Tiling
+from quip.kernels.trellis import ORDERS, Code, Tiling
 
 CPU = torch.device("cpu")
 STAGES = [(e8p.tables(CPU),), tuple(s.tables(CPU) for s in (e8p, e81b)), 2 * (e8p.tables(CPU),)]
@@ -298,6 +298,8 @@ def packed_trellises() -> Iterator[tuple[Tensor, Code, Tensor, Tiling, int, int 
         words = pack(integers(code.bits, 80, 96), code.bits)
         for group, groups in ((None, 1), (32, n // 32)):
             yield words, code, randn(groups).abs() + 0.5, Tiling(2, columns), n, group
+        if columns == 16:
+            yield words, code, randn(1).abs() + 0.5, Tiling(5, columns, ORDERS["mma"]), n, None
 
 
 def trellis_products() -> Iterator[Case]:
