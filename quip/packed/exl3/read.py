@@ -111,7 +111,8 @@ def _config(folder: Path) -> PretrainedConfig:
 def _skeleton(config: PretrainedConfig, *, tied: bool) -> PreTrainedModel:
     """The model as transformers makes it, on the meta device."""
     # What the files have is used: an lm_head of its own is one, whatever config.json says.
-    config.tie_word_embeddings = tied and config.tie_word_embeddings
+    for part in () if tied else (config, config.get_text_config()):
+        part.tie_word_embeddings = False
     return skeleton(config).eval().requires_grad_(False)
 
 
