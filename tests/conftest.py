@@ -9,13 +9,14 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import jaxtyping
 import pytest
 import torch
 import transformers
 
 if importlib.util.find_spec("beartype"):  # not on every machine that lends a GPU
-    jaxtyping.install_import_hook("quip", "beartype.beartype")
+    from tests.support import checked
+
+    checked.install("quip")
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 
