@@ -493,20 +493,25 @@ def test_two_runs_cannot_write_to_one_folder(plan, tmp_path):
     assert run_experiment(plan())["status"] == "complete"
 
 
-def test_a_process_that_is_killed_leaves_a_run_that_can_be_taken_up(model, tmp_path):
+def test_a_process_that_is_killed_leaves_a_run_that_can_be_taken_up(quip, model, tmp_path):
     """kill -9 between two blocks, as soon as the first is written."""
     train = write_text(tmp_path / "train.txt")
-    line = [sys.executable, "-m", "quip.run", model, train, "--wbits", "2", "--incoh_processing"]
+    line = ["run", model, train, "--wbits", "2", "--incoh_processing"]
     line += ["--nsamples", "8", "--seqlen", "16", "--eval_datasets", "none"]
-    first = subprocess.Popen([*line, "--out", tmp_path / "run"], stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [sys.executable, "-m", "quip", *line, "--out", tmp_path / "run"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as here
+        stderr=subprocess.DEVNULL,
+    )
     block = tmp_path / "run" / "blocks" / "block-0000.safetensors"
     while not block.exists() and first.poll() is None:
         time.sleep(0.001)
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
-    done = subprocess.run([*line, "--out", tmp_path / "run", "--resume"], capture_output=True)
-    assert done.returncode == 0, done.stderr
-    subprocess.run([*line, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    status, _, err = quip(*line, "--out", tmp_path / "run", "--resume")
+    assert status == 0, err
+    status, _, err = quip(*line, "--out", tmp_path / "whole")
+    assert status == 0, err
     for path in (tmp_path / "whole" / "blocks").glob("block-*"):
         ours, expected = (resume._read(p)[0] for p in (block.parent / path.name, path))
         assert ours.keys() == expected.keys()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import quip
 from quip.errors import NonFinite, QuipError, Unavailable
@@ -25,7 +26,7 @@ from quip.packed.linear import QuantizedLinear, quantized_layers
 from tests.laws import GRIDS
 from tests.support.checkpoints import (
     INCOHERENT,
-    fresh,
+    forked,
     quantized,
     refusal,
     refusals,
@@ -263,40 +264,31 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     assert not existing or before == {path.name: path.read_bytes() for path in final.iterdir()}
 
 
-LIMITED = """
-import json, os, resource, sys
-from pathlib import Path
-import quip
-from transformers import AutoTokenizer
-
-saved, final, large = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-model, lines = quip.load(saved), []
-tokenizer = AutoTokenizer.from_pretrained(saved)
-many = AutoTokenizer.from_pretrained(saved)
-many.add_tokens([f"word{i}" for i in range(3000)])
-_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-# A write beyond the limit fails, since Python ignores its signal.
-for limit, words, texts in (
-    (200, tokenizer, {}),  # config.json
-    (large // 2, tokenizer, {}),  # model.safetensors
-    (2 * large, many, {}),  # tokenizer.json
-    (2 * large, tokenizer, {"run.json": "x" * 3 * large}),
-):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    for folder, overwrite in ((final / "new", False), (final / "old", True)):
-        try:
-            quip.save_checkpoint(model, words, folder, texts=texts, overwrite=overwrite)
-        except quip.errors.QuipError as error:
-            lines.append(f"{type(error).__name__}: {error}")
-resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-print(json.dumps(lines))
-"""
+def said_when_full(saved: Path, final: Path, large: int) -> list[str]:
+    """What saving says where the disk takes no more, of each file in turn."""
+    model, lines = quip.load(saved), []
+    tokenizer, many = (AutoTokenizer.from_pretrained(saved) for _ in range(2))
+    many.add_tokens([f"word{i}" for i in range(3000)])
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # A write beyond the limit fails, since Python ignores its signal.
+    for limit, words, texts in (
+        (200, tokenizer, {}),  # config.json
+        (large // 2, tokenizer, {}),  # model.safetensors
+        (2 * large, many, {}),  # tokenizer.json
+        (2 * large, tokenizer, {"run.json": "x" * 3 * large}),
+    ):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        for folder, overwrite in ((final / "new", False), (final / "old", True)):
+            with pytest.raises(QuipError) as refused:
+                quip.save_checkpoint(model, words, folder, texts=texts, overwrite=overwrite)
+            lines.append(f"{type(refused.value).__name__}: {refused.value}")
+    return lines
 
 
 def test_a_disk_that_takes_no_more_is_one_line_and_leaves_what_was_there(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "old")
     large = (saved / "model.safetensors").stat().st_size
-    lines = fresh(LIMITED, saved, tmp_path, large)
+    lines = forked(lambda: said_when_full(saved, tmp_path, large))  # its limits end with it
     assert len(lines) == 8
     for i, line in enumerate(lines):
         folder = tmp_path / ("old" if i % 2 else "new")

@@ -13,7 +13,7 @@ from quip.packed.checkpoint import load
 from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
 from quip.packed.quip_sharp.write import published_tensors
-from tests.support.checkpoints import SHARP, fresh, mixed, quantized, refusals, save
+from tests.support.checkpoints import SHARP, mixed, quantized, refusals, save
 from tests.support.damage import body_of
 from tests.support.tiny import VOCAB, tokens
 
@@ -51,23 +51,11 @@ def test_a_checkpoint_of_several_specifications_is_loaded_as_it_was_saved(model,
         assert all(torch.equal(x, layer.stored()[key]) for key, x in ours.stored().items())
 
 
-def test_it_is_written_as_format_2_and_loads_in_a_new_process(model, saved):
+def test_it_is_written_as_format_2(model, saved):
     found = words(saved)
     assert (found["format"], {*found}) == (2, {"quant_method", "format", "specs"})
     assert [part["codebook"]["kind"] for part in found["specs"]] == ["grid", "lattice", "grid"]
     assert Layout.from_json(found) == Layout.of(model)
-    code = """
-import json, sys, quip, torch
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-with torch.inference_mode():
-    logits = model(input_ids=torch.tensor(json.loads(sys.argv[2])), use_cache=False).logits
-print(json.dumps(logits[0, -1].tolist()))
-"""
-    ids = tokens(1)
-    with torch.inference_mode():
-        expected = load(saved)(input_ids=ids, use_cache=False).logits[0, -1]
-    torch.testing.assert_close(torch.tensor(fresh(code, saved, ids.tolist())), expected)
 
 
 def test_a_reader_of_format_1_alone_asks_for_an_upgrade(saved, monkeypatch):
