@@ -57,7 +57,7 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--circles", type=int, default=1024, help="of weights, up to 2^12 states")
-    parser.add_argument("--large", type=int, default=512, help="circles with more states")
+    parser.add_argument("--large", type=int, default=256, help="circles with more states")
     parser.add_argument("--codes", nargs="+", default=TRELLIS_CODES, choices=TRELLIS_CODES)
     parser.add_argument("--bits", nargs="+", type=float, default=CODEBOOKS["trellis"].bits)
     parser.add_argument("--states", nargs="+", type=int, default=(*LEARNED_STATES, MOST_STATES))
