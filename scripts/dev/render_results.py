@@ -278,19 +278,18 @@ def of_trellis(record: Mapping[str, Any]) -> str:
     ]
     for bits, states in dict.fromkeys(sorted(key[:2] for key in rows)):
         found = [rows.get((bits, states, name)) for name in codes]
-        cells = [f"{r['mse']:.4f}{'' if r['met'] else ' (missed)'}" if r else "-" for r in found]
-        least = f"{4.0**-bits:.4f}"
+        cells = [f"{r['mse']:#.3g}{'' if r['met'] else ' (missed)'}" if r else "-" for r in found]
+        least = f"{4.0**-bits:#.3g}"
         lines.append(f"| {bits:g} | {least} | 2^{states} | {' | '.join(cells)} |")
     errors = [
         max(r["error"] / r["mse"] for r in record["rows"] if (r["states"] > 12) == large)
         for large in (False, True)
     ]
     return "\n".join(lines) + (
-        f"\n\nMean squared error of Gaussian weights of variance 1 in circles of "
-        f"{record['weights']}, {record['circles']:,} of them up to 2^12 states and "
-        f"{record['large']:,} above. Standard errors are up to {errors[0]:.1%} and "
-        f"{errors[1]:.1%}, and nearly alike for all codes, which meet the same weights (commit "
-        f"{record['commit']}).\n"
+        f"\n\nMean squared error of Gaussian weights in circles of {record['weights']}, beside "
+        f"their mean square: {record['circles']:,} circles up to 2^12 states and "
+        f"{record['large']:,} above, the same for all codes. Standard errors are up to "
+        f"{errors[0]:.1%} and {errors[1]:.1%} of the value (commit {record['commit']}).\n"
     )
 
 

@@ -40,7 +40,7 @@ MOST = {  # squared error, of code, bits and states
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """The mean squared error of a weight, and the standard error of that."""
+    """The mean squared error beside the mean square of the weights, and its standard error."""
 
     code: str
     bits: Bits
@@ -104,12 +104,15 @@ def measure(name: str, bits: Bits, states: int, X: Tensor) -> Row:
     walks = trellis.encode(x, here, tiles=len(X))
     x_hat = trellis.decode(walks[:, None], here, Tiling(len(X), here.V))
     squares = ((x_hat.double() - x) / target).square().view(len(X), -1).mean(1)
+    sizes = X.double().square().mean(1)
+    mse = squares.mean() / sizes.mean()  # large circles have large errors, whatever the code
+    spread = (squares - mse * sizes).std() / sizes.mean()
     return Row(
         code=name,
         bits=bits,
         states=states,
-        mse=float(squares.mean()),
-        error=float(squares.std() / len(X) ** 0.5),
+        mse=float(mse),
+        error=float(spread / len(X) ** 0.5),
         most=MOST.get((name, bits, states)),
     )
 

@@ -135,7 +135,7 @@ def test_kernels_are_told_the_names_of_what_they_can_compute():
     ("name", "bits", "L", "says"),
     [
         ("e8p", 2, 12, "no trellis code is called 'e8p'; there are learned, mcg, m"),
-        ("mcg", 5, 12, "a trellis has no 5 bits per weight; there are 1, 1.5, 2"),
+        ("learned", 5, 12, "a trellis has no 5 bits per weight; there are 1, 1.5, 2"),
         ("mcg", 2.25, 12, "a trellis has no 2.25 bits per weight"),
         ("mcg", 2, 17, "a state of mcg at 2 bits has 3 to 16 bits, not 17"),
         ("mcg", 4, 4, "a state of mcg at 4 bits has 5 to 16 bits, not 4"),
