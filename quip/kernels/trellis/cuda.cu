@@ -21,20 +21,21 @@ struct Encode {  // as in cuda.py
 };
 
 struct Decode {  // as in cuda.py
-    int64_t m, n, tiles, row_bytes, group;  // columns that share a scale; 0: all
+    int64_t m, n, tiles, row_bytes;
     const uint8_t *words;   // [m, row_bytes]: planes of the bits of codes, as in bits.py
     const float *table;     // [2^L, V]
     const float *scales;    // [groups] or null: 1
     const int32_t *order;   // or null: row by row
     void *W;                // [m, n], out
     int32_t bits, stored, L, V, across, kind;  // stored: the bits that a code takes in the planes
+    int32_t group;  // columns that share a scale, some tiles; 0: all
 };
 
 namespace {
 
 constexpr int QUAD = 4;
 constexpr int WARPS = 32;     // of a block, at most
-constexpr int RUN = 16;       // steps of a thread that decodes
+constexpr int RUN = 32;       // steps of a thread that decodes
 constexpr int DECODERS = 256;
 
 struct Rows {
@@ -259,37 +260,48 @@ struct Places {
     }
 };
 
-// A thread takes RUN steps of a sequence, neighbours those of the tiles side by side.
-__global__ void __launch_bounds__(DECODERS) decode(const Decode a) {
-    const int across = a.across, beside = int(a.n) / (a.V * across), window = (a.L + a.bits - 1) / a.bits;
+// A thread takes RUN steps of a sequence, neighbours those of the tiles side by side. DOWN: tiles are a
+// step wide, and their sequences go down the rows.
+template <int V, bool DOWN> __global__ void __launch_bounds__(DECODERS) decode(const Decode a) {
+    const int across = DOWN ? 1 : a.across, beside = int(a.n) / (V * across);
+    const int window = (a.L + a.bits - 1) / a.bits;
     const int64_t longest = (a.m + a.tiles - 1) / a.tiles * across, runs = (longest + RUN - 1) / RUN;
     const uint32_t mask = (1u << a.L) - 1;
     await_previous();
     const int64_t all = a.tiles * runs * beside, stride = int64_t(gridDim.x) * DECODERS;
     for (int64_t i = int64_t(blockIdx.x) * DECODERS + threadIdx.x; i < all; i += stride) {
-        const int block = int(i % beside), run = int(i / beside % runs);
-        const Rows rows = rows_of(a.m, a.tiles, i / beside / runs);
-        const int steps = int(rows.count) * across, first = run * RUN;
-        const int last = first + RUN < steps ? first + RUN : steps;
+        const int64_t tile = i / beside / runs;
+        const int block = int(i % beside), first = int(i / beside - tile * runs) * RUN;
+        const Rows rows = rows_of(a.m, a.tiles, tile);
+        const int steps = int(rows.count) * across, last = first + RUN < steps ? first + RUN : steps;
+        const float scale = a.scales ? a.scales[a.group ? block * across * V / a.group : 0] : 1;
         Places places(a, block * across);
         uint32_t state = 0;
         for (int t = first - window + 1; t < last; t++) {
-            int place = t;
-            while (place < 0) place += steps;
-            if (a.order) place = a.order[place];
-            const int down = place / across, step = block * across + place - down * across;
-            if (across > 1) places = Places(a, step);
+            int down = t, step = block;
+            while (down < 0) down += steps;
+            if constexpr (!DOWN) {
+                const int place = a.order ? a.order[down] : down;
+                down = place / across, step = block * across + place - down * across;
+                places = Places(a, step);
+            }
             const int64_t row = rows.first + down;
             state = (state << a.bits | places.read(a, row)) & mask;
             if (t < first) continue;
-            for (int v = 0; v < a.V; v++) {
-                const int column = step * a.V + v;
-                float w = __ldg(a.table + state * a.V + v);
-                if (a.scales) w = __fmul_rn(w, a.scales[a.group ? column / a.group : 0]);
-                write_number(a.W, row * a.n + column, a.kind, w);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                const float w = __fmul_rn(__ldg(a.table + state * V + v), scale);
+                write_number(a.W, row * a.n + step * V + v, a.kind, w);
             }
         }
     }
+}
+
+template <int V> int start_decoding(const Decode &a, cudaStream_t stream) {
+    const int64_t longest = (a.m + a.tiles - 1) / a.tiles * a.across;
+    const int64_t threads = a.tiles * ((longest + RUN - 1) / RUN) * (a.n / (V * a.across));
+    const auto kernel = a.across == 1 && !a.order ? decode<V, true> : decode<V, false>;
+    return launch(kernel, (threads + DECODERS - 1) / DECODERS, 1, DECODERS, 0, stream, a);
 }
 
 }  // namespace
@@ -313,7 +325,9 @@ extern "C" int encode_walks(const Encode *a, int bits, int V, cudaStream_t strea
 }
 
 extern "C" int decode_walks(const Decode *a, cudaStream_t stream) {
-    const int64_t longest = (a->m + a->tiles - 1) / a->tiles * a->across;
-    const int64_t threads = a->tiles * ((longest + RUN - 1) / RUN) * (a->n / (a->V * a->across));
-    return launch(decode, (threads + DECODERS - 1) / DECODERS, 1, DECODERS, 0, stream, *a);
+    switch (a->V) {
+        case 1: return start_decoding<1>(*a, stream);
+        case 2: return start_decoding<2>(*a, stream);
+    }
+    return cudaErrorInvalidValue;
 }

@@ -43,9 +43,9 @@ class _Decode(ctypes.Structure):
     """The struct Decode of cuda.cu."""
 
     _fields_ = (
-        *[(name, c_int64) for name in ("m", "n", "tiles", "row_bytes", "group")],
+        *[(name, c_int64) for name in ("m", "n", "tiles", "row_bytes")],
         *[(name, c_void_p) for name in ("words", "table", "scales", "order", "W")],
-        *[(name, c_int32) for name in ("bits", "stored", "L", "V", "across", "kind")],
+        *[(name, c_int32) for name in ("bits", "stored", "L", "V", "across", "kind", "group")],
     )
 
 
@@ -170,8 +170,9 @@ def _known(code: Code) -> bool:
 
 def decodable(rows: Tensor, n: int, code: Code, scales: Tensor | None) -> bool:
     """Whether the kernel decodes these rows: on CUDA, where nothing needs a gradient."""
-    some = rows.numel() > 0 and n < 2**31 and code.bits <= 8 and code.L < 31
-    return rows.device.type == "cuda" and some and not learns(code.table, scales)
+    some = rows.numel() > 0 and 0 < n < 2**31
+    known = code.bits <= 8 and code.V in STEPS and code.L < 31
+    return rows.device.type == "cuda" and some and known and not learns(code.table, scales)
 
 
 def _decodes(codes: Tensor, code: Code, tiling: Tiling) -> bool:

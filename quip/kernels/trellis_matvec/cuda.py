@@ -175,7 +175,8 @@ def _decodes(
     group: int | None,
     dtype: torch.dtype,
 ) -> bool:
-    return dtype in KINDS and n > 0 and walks.decodable(words, n, code, scales)
+    whole = group is None or group % tiling.columns == 0  # tiles of a group
+    return whole and dtype in KINDS and walks.decodable(words, n, code, scales)
 
 
 def available() -> bool:
