@@ -1,0 +1,178 @@
+// Multiply a few vectors by a packed matrix of trellis codes, or decode it.
+//
+// The inputs of a block lie in the order of its weights, and stay in registers while it goes down
+// the rows of a group.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../lanes.h"
+#include "../threads.h"
+#include "walk.h"
+#include "weights.h"
+
+namespace {
+
+constexpr int64_t PIECE = 1 << 16;  // products that are worth a thread
+constexpr int NEAR = 12;            // bits of a window; pairs of more leave the first cache
+
+// x times the scales, in the order of the weights: vectors of all T tokens in turn
+template <class Weights, int T>
+std::vector<float> inputs(const TrellisMatvec &a, const std::vector<Place> &all) {
+    constexpr int WIDTH = Weights::WIDTH, VECTORS = Weights::VECTORS;
+    std::vector<float> x(all.size() / 2 * VECTORS * T * LANES);
+    float *to = x.data();
+    for (size_t p = 0; p < all.size(); p += 2)
+        for (int v = 0; v < VECTORS; v++, to += T * LANES)
+            for (int l = 0; l < LANES; l++) {
+                const int step = Weights::step(v, l);
+                const Place &place = all[p + step / STEPS];
+                if (step % STEPS >= place.count) continue;
+                const int64_t column = (place.first + step % STEPS) * WIDTH +
+                    Weights::minor(l) % WIDTH;
+                const float scale = a.scales[column / a.group];
+                for (int64_t t = 0; t < a.tokens; t++)
+                    to[t * LANES + l] = a.x[t * a.steps * WIDTH + column] * scale;
+            }
+    return x;
+}
+
+// sums += products of a block with the inputs of T tokens
+template <class Weights, int T>
+[[gnu::always_inline]] inline void add_block(Walk &walk, int64_t p, const Weights &weights,
+                                             const float *x, Floats (*sums)[T]) {
+    constexpr int ROWS = Weights::ROWS, VECTORS = Weights::VECTORS, BATCH = Weights::BATCH;
+    Walk::Block block(walk, p);
+    Floats kept[T == 1 ? VECTORS : 1];
+    for (int v = 0; v < VECTORS && T == 1; v++) kept[v] = load(x + v * LANES);
+    for (int first = 0; first < walk.rows; first += BATCH * ROWS) {
+        typename Weights::Held held[BATCH];  // all, before any is looked up
+        for (int i = 0; i < BATCH && first + i * ROWS < walk.rows; i++) {
+            Shorts low[ROWS], high[ROWS];
+            for (int j = 0; j < ROWS; j++) block.go(first + i * ROWS + j, low[j], high[j]);
+            weights.put(held[i], low, high);
+        }
+        for (int i = 0; i < BATCH && first + i * ROWS < walk.rows; i++) {
+            Floats *to = sums[first / ROWS + i], now[2][T] = {};
+            for (int t = 0; t < T; t++) now[0][t] = to[t];
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; v++) {
+                const Floats w = weights(held[i], v);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++)
+                    now[v % 2][t] += w * (T == 1 ? kept[v] : load(x + (v * T + t) * LANES));
+            }
+            for (int t = 0; t < T; t++) to[t] = now[0][t] + now[1][t];
+        }
+    }
+}
+
+template <class Weights, int T>
+void multiply_tokens(const TrellisMatvec &a, const Weights &weights) {
+    constexpr int ROWS = Weights::ROWS;
+    const std::vector<Place> all = places(a);
+    const std::vector<float> x = inputs<Weights, T>(a, all);
+    const int64_t size = divide_up(PIECE, a.steps * a.width * T * GROUP) * GROUP;
+    float *y = static_cast<float *>(a.out);
+    share(a.threads, a.m, std::max<int64_t>(size, 2 * GROUP), [&](int64_t first, int64_t stop) {
+        Walk walk(a, all, first, stop);
+        while (walk.go()) {
+            Floats sums[GROUP / ROWS][T] = {};
+            for (size_t p = 0; p < all.size(); p += 2)
+                add_block<Weights, T>(walk, p, weights,
+                                      x.data() + p / 2 * Weights::VECTORS * T * LANES, sums);
+            for (int64_t t = 0; t < a.tokens; t++)
+                for (int i = 0; i < walk.rows; i++) {
+                    float total = 0;
+                    for (int l = i % ROWS; l < LANES; l += ROWS) total += sums[i / ROWS][t][l];
+                    y[t * a.m + walk.row + i] = total;
+                }
+        }
+    });
+}
+
+template <class Weights> void multiply_with(TrellisMatvec a, const Weights &weights) {
+    for (int64_t left = a.tokens; left > 0; left -= 8) {
+        a.tokens = std::min<int64_t>(8, left);
+        (a.tokens == 1   ? multiply_tokens<Weights, 1>
+         : a.tokens == 2 ? multiply_tokens<Weights, 2>
+         : a.tokens <= 4 ? multiply_tokens<Weights, 4>
+                         : multiply_tokens<Weights, 8>)(a, weights);
+        a.x += 8 * a.steps * a.width;
+        a.out = static_cast<float *>(a.out) + 8 * a.m;
+    }
+}
+
+template <class Weights, class Number>
+void decode_rows(const TrellisMatvec &a, const Weights &weights, Number *W) {
+    constexpr int WIDTH = Weights::WIDTH, VECTORS = Weights::VECTORS / 2;  // of a place
+    const std::vector<Place> all = places(a);
+    const int64_t n = a.steps * WIDTH;
+    std::vector<float> scales(n + LANES);
+    for (int64_t k = 0; k < n; k++) scales[k] = a.scales[k / a.group];
+    share(a.threads, a.m, divide_up(PIECE, n * GROUP) * GROUP, [&](int64_t first, int64_t stop) {
+        Walk walk(a, all, first, stop);
+        while (walk.go())
+            for (size_t p = 0; p < all.size(); p += 2) {
+                Walk::Block block(walk, p);
+                for (int i = 0; i < walk.rows; i++) {
+                    typename Weights::Held held;
+                    Shorts low, high;
+                    block.go(i, low, high);
+                    weights.put(held, &low, &high);
+                    for (int v = 0; v < 2 * VECTORS; v++) {
+                        const Place &place = all[p + v / VECTORS];
+                        const int64_t from = v % VECTORS * LANES, left = place.count * WIDTH - from;
+                        if (left <= 0) continue;
+                        const int64_t k = place.first * WIDTH + from;
+                        Number numbers[LANES];
+                        put(numbers, weights(held, v) * load(scales.data() + k));
+                        std::copy_n(numbers, std::min<int64_t>(LANES, left),
+                                    W + (walk.row + i) * n + k);
+                    }
+                }
+            }
+    });
+}
+
+template <class Weights>
+void decode_with(const TrellisMatvec &a, const Weights &weights, int bytes) {
+    if (bytes == 4)
+        decode_rows(a, weights, static_cast<float *>(a.out));
+    else
+        decode_rows(a, weights, static_cast<uint16_t *>(a.out));
+}
+
+}  // namespace
+
+// W~ [m, n] to `out`, in float32 or bfloat16
+extern "C" void decode_trellis(const TrellisMatvec *a, int32_t bytes) {
+    if (a->width == 2)
+        decode_with(*a, Numbers<2>(a->table, a->state_bits), bytes);
+    else
+        decode_with(*a, Numbers<1>(a->table, a->state_bits), bytes);
+}
+
+extern "C" void multiply_trellis(const TrellisMatvec *a, int32_t) {
+    const int bits = a->state_bits;
+    switch (a->kind) {
+    case MUL1: return multiply_with(*a, Computed<MUL1>(bits));
+    case MCG: return multiply_with(*a, Computed<MCG>(bits));
+    case THREE_INST: return multiply_with(*a, Computed<THREE_INST>(bits));
+    case ONE_MAD: return multiply_with(*a, Computed<ONE_MAD>(bits));
+    case INT8: return multiply_with(*a, Computed<INT8>(bits));
+    case TABLE: break;
+    }
+#ifdef HALVES
+    if (a->halves && a->width == 2)
+        return multiply_with(*a, Pairs<1, 2>((const uint32_t *)a->halves, bits));
+    if (a->pairs && bits + a->bits > NEAR)
+        return multiply_with(*a, Mixed(a->pairs, a->halves, bits + a->bits, bits));
+    if (a->pairs) return multiply_with(*a, Pairs<2, 1>(a->pairs, bits + a->bits));
+    if (a->halves && a->across == 1) return multiply_with(*a, Singles(a->halves, bits));
+#endif
+    if (a->width == 2) return multiply_with(*a, Numbers<2>(a->table, bits));
+    multiply_with(*a, Numbers<1>(a->table, bits));
+}

@@ -1,0 +1,178 @@
+"""Multiply vectors by a packed matrix of trellis codes, or decode it: the ctypes side of cpu.cpp.
+
+For a few vectors W~ is never in memory, and nothing is rounded to the dtype that the reference
+computes in. For more it is decoded, straight to that dtype.
+"""
+
+import ctypes
+from ctypes import c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int16, Int32
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quip.kernels import threads
+from quip.kernels.cuda import pointer
+from quip.kernels.native import library
+from quip.kernels.operation import Form, learns
+from quip.kernels.trellis import Code, Tiling
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FEW = 16  # vectors: for more, products with a decoded matrix are as fast
+STATES, STEP = 16, 8  # bits of a state and of a step, at most
+WIDTHS = 1, 2  # weights of a step
+WINDOW = 14  # bits; larger tables of pairs do not stay in a cache
+KINDS = {"mul1": 1, "mcg": 2, "3inst": 3, "1mad": 4, "int8": 5}  # the enum Kind of walk.h
+NUMBERS = {torch.float32, torch.bfloat16}  # that cpu.cpp writes as weights
+
+
+class _TrellisMatvec(ctypes.Structure):
+    """The struct TrellisMatvec of walk.h."""
+
+    _fields_ = (
+        *[(name, c_int64) for name in ("m", "steps", "tokens", "row_bytes", "group")],
+        *[(name, c_int64) for name in ("tiles", "across")],
+        *[(name, c_void_p) for name in ("words", "x", "scales", "table", "halves", "pairs", "out")],
+        *[(name, c_int32) for name in ("bits", "state_bits", "width", "kind")],
+        *threads.FIELDS,
+    )
+
+
+def multiply(
+    x: Float[Tensor, "*batch n"],
+    words: Int32[Tensor, "m words"],
+    code: Code,
+    scales: Float[Tensor, " groups"],
+    tiling: Tiling,
+    *,
+    group: int | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch m"]:
+    """x W~^T in float32, without a gradient; `dtype` plays no part."""
+    x = x.detach().contiguous()
+    y = x.new_empty(*x.shape[:-1], len(words))
+    _call("multiply_trellis", x, words, code, scales, tiling, group, y)
+    return y
+
+
+def multiply_decoded(
+    x: Float[Tensor, "*batch n"],
+    words: Int32[Tensor, "m words"],
+    code: Code,
+    scales: Float[Tensor, " groups"],
+    tiling: Tiling,
+    *,
+    group: int | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "*batch m"]:
+    """x W~^T as in reference.py, bit for bit: only the decoding is another."""
+    W = decode(words, code, scales, tiling, n=x.shape[-1], group=group, dtype=dtype)
+    return linear(x.to(dtype), W).to(x.dtype)
+
+
+def decode(
+    words: Int32[Tensor, "m words"],
+    code: Code,
+    scales: Float[Tensor, " groups"],
+    tiling: Tiling,
+    *,
+    n: int,
+    group: int | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "m {n}"]:
+    """W~, computed in float32 and rounded to `dtype`."""
+    W = torch.empty(len(words), n, dtype=dtype if dtype in NUMBERS else torch.float32)
+    _call("decode_trellis", W, words, code, scales, tiling, group, W)
+    return W.to(dtype)
+
+
+def _call(
+    name: str,
+    x: Tensor,
+    words: Tensor,
+    code: Code,
+    scales: Tensor,
+    tiling: Tiling,
+    group: int | None,
+    to: Tensor,
+) -> None:
+    """A function of cpu.cpp, which writes to the last tensor; decoding reads no x."""
+    n, words, scales = x.shape[-1], words.contiguous(), scales.detach().float().contiguous()
+    down = tiling.columns == code.V  # a step is a row, and the next row the next step
+    call = _TrellisMatvec(
+        len(words),
+        n // code.V,
+        x.numel() // n,
+        4 * words.shape[1],
+        group or n,
+        tiling.count,
+        tiling.columns // code.V,
+        words.data_ptr(),
+        x.data_ptr(),
+        scales.data_ptr(),
+        code.table.data_ptr(),
+        pointer(halves(code)),
+        pointer(pairs(code)) if down else None,
+        to.data_ptr(),
+        code.bits,
+        code.L,
+        code.V,
+        KINDS.get(code.name, 0),
+        *threads.threads(),
+    )
+    native = library(SOURCE)
+    assert native is not None
+    getattr(native, name)(ctypes.byref(call), to.itemsize)
+
+
+@lru_cache(maxsize=64)
+def halves(code: Code) -> Int16[Tensor, "states V"] | None:
+    """The bits of the table in float16; None where it has other numbers."""
+    numbers = code.table.detach().half()
+    return numbers.view(torch.int16) if torch.equal(numbers.float(), code.table) else None
+
+
+@lru_cache(maxsize=64)
+def pairs(code: Code) -> Int32[Tensor, " windows"] | None:
+    """Two halves for each window of L + bits bits: of a row, and above it those of the next one.
+
+    None where they would be many, or a step has two weights already.
+    """
+    table = halves(code)
+    if table is None or code.V > 1 or code.L + code.bits > WINDOW:
+        return None
+    window = torch.arange(len(table) << code.bits)
+    rows = table[torch.stack([window >> code.bits, window & (len(table) - 1)], 1), 0]
+    return rows.contiguous().view(torch.int32).squeeze(1)
+
+
+def _serves(
+    x: Tensor, words: Tensor, code: Code, scales: Tensor, tiling: Tiling, **_: object
+) -> bool:
+    n = x.shape[-1]
+    few = 0 < x.numel() <= FEW * n and x.dtype == torch.float32
+    return few and not learns(x) and _read(words, code, scales, tiling, n=n)
+
+
+def _serves_many(
+    x: Tensor, words: Tensor, code: Code, scales: Tensor, tiling: Tiling, **_: object
+) -> bool:
+    return x.numel() > 0 and _read(words, code, scales, tiling, n=x.shape[-1])
+
+
+def _read(
+    words: Tensor, code: Code, scales: Tensor, tiling: Tiling, *, n: int, **_: object
+) -> bool:
+    """Whether cpu.cpp reads such a matrix."""
+    if code.V not in WIDTHS or code.L > STATES or code.bits > STEP or tiling.order is not None:
+        return False
+    here = words.is_cpu and words.numel() > 0 and n % tiling.columns == 0
+    return here and code.table.is_contiguous() and not learns(code.table, scales)
+
+
+FORM = Form(multiply, _serves, lambda: library(SOURCE) is not None)
+DECODED = Form(multiply_decoded, _serves_many, lambda: library(SOURCE) is not None)
+DECODE = Form(decode, _read, lambda: library(SOURCE) is not None)

@@ -1,0 +1,212 @@
+// The states of the rows of a packed matrix, and where its columns are.
+//
+// In tiles of one step a row each column is a shift register of the last codes: it goes down the
+// rows, whose bytes are read as they are packed. In wider tiles a row of a tile is one, and the
+// states of whole rows are written down.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "../lanes.h"
+#include "../threads.h"
+#include "../unpack.h"
+
+namespace {
+
+constexpr int STEPS = 2 * LANES, HELD = 2 * STEPS;  // of a vector of states; of a block of two
+constexpr int GROUP = 32;                           // rows that a block goes down at once
+
+typedef uint16_t Shorts __attribute__((vector_size(2 * STEPS)));
+
+enum Kind : int32_t { TABLE, MUL1, MCG, THREE_INST, ONE_MAD, INT8 };  // as in cpu.py
+
+struct TrellisMatvec {  // as in cpu.py
+    int64_t m, steps, tokens, row_bytes, group;  // steps of a row; columns that share a scale
+    int64_t tiles, across;                       // one below the other; steps of a row of one
+    const uint8_t *words;                        // [m, row_bytes]
+    const float *x, *scales;                     // [tokens, steps * width], [groups]
+    const float *table;                          // [2^state_bits, width]
+    const uint16_t *halves;                      // the same numbers; null: they are no halves
+    const uint32_t *pairs;                       // of halves: two rows of each window; null: none
+    void *out;                                   // y [tokens, m], or W~ [m, steps * width]
+    int32_t bits, state_bits, width;
+    Kind kind;
+    Threads threads;
+
+    int64_t tile_start(int64_t i) const { return i * (m / tiles) + std::min(i, m % tiles); }
+    int64_t tile_of(int64_t row) const {
+        const int64_t size = m / tiles, more = m % tiles, longer = more * (size + 1);
+        return row < longer ? row / (size + 1) : more + (row - longer) / size;
+    }
+    bool packed() const { return across == 1 && !(bits & (bits - 1)); }  // bytes of one plane do
+};
+
+inline Shorts shorts(const uint16_t *from) {
+    Shorts to;
+    std::memcpy(&to, from, sizeof to);
+    return to;
+}
+
+// STEPS bytes
+inline Shorts shorts(const uint8_t *from) {
+#if defined(__AVX512BW__)
+    return (Shorts)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__AVX2__)
+    return (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from));
+#else
+    Shorts to;
+    for (int i = 0; i < STEPS; i++) to[i] = from[i];
+    return to;
+#endif
+}
+
+// The states after codes of `bits` bits in each byte, which `up` brings to the top of 16
+inline Shorts after(Shorts states, Shorts bytes, int up, int bits) {
+#ifdef __AVX512VBMI2__
+    const __m512i top = _mm512_sll_epi16((__m512i)bytes, _mm_cvtsi32_si128(up));
+    return (Shorts)_mm512_shldv_epi16((__m512i)states, top, _mm512_set1_epi16(bits));
+#else
+    return states << bits | bytes << up >> (16 - bits);
+#endif
+}
+
+// Some neighbouring columns, STEPS at most: their codes are in the same bits of the bytes at `byte`
+struct Place {
+    int64_t byte, first, count;
+    int up;
+};
+
+// All places of a row, two for each block
+inline std::vector<Place> places(const TrellisMatvec &a) {
+    std::vector<Place> all;
+    const int fields = a.packed() ? 8 / a.bits : 1;
+    const int64_t size = divide_up(a.steps, fields);
+    for (int64_t byte = 0; byte < size; byte += STEPS)
+        for (int f = 0; f < fields; f++) {
+            const int64_t first = f * size + byte;
+            const int64_t count = std::min({int64_t(STEPS), size - byte, a.steps - first});
+            if (count > 0) all.push_back({byte, first, count, 16 - (f + 1) * a.bits});
+        }
+    if (all.size() % 2) all.push_back({0, 0, 0, 0});
+    return all;
+}
+
+// Goes down the rows first ... stop - 1 of a matrix, GROUP at once at most
+class Walk {
+  public:
+    Walk(const TrellisMatvec &a, const std::vector<Place> &all, int64_t first, int64_t stop)
+        : a(a), all(all), next(first), stop(stop), padded(divide_up(a.steps, STEPS) * STEPS),
+          stride(padded + sizeof(Words)), registers(all.size()), copies(GROUP * stride),
+          written(a.across > 1 ? (GROUP + 1) * stride : 0) {}
+
+    int64_t row;  // of the group
+    int rows;
+
+    // Whether there is another group
+    bool go() {
+        if (next >= stop) return false;
+        const int64_t tile = a.tile_of(next), start = a.tile_start(tile);
+        const int64_t end = a.tile_start(tile + 1);
+        if (next == start || !begun) begin(start, end - start);
+        row = next, rows = std::min({int64_t(GROUP), stop - next, end - next});
+        read(row, rows);
+        next += rows;
+        return true;
+    }
+
+    // A block from the top row of the group on
+    class Block {
+      public:
+        Block(Walk &walk, int64_t p)
+            : walk(walk), p(p), one(walk.all[p]), two(walk.all[p + 1]), low(walk.registers[p]),
+              high(walk.registers[p + 1]), bits(walk.a.bits), down(walk.a.across == 1) {}
+        ~Block() { walk.registers[p] = low, walk.registers[p + 1] = high; }
+
+        // The states of row i, with older bits above them; anything for the row after the last one
+        [[gnu::always_inline]] void go(int i, Shorts &to_low, Shorts &to_high) {
+            if (down) {
+                const Shorts bytes = shorts(walk.at[i] + one.byte);
+                const bool same = one.byte == two.byte;
+                low = after(low, bytes, one.up, bits);
+                high = after(high, same ? bytes : shorts(walk.at[i] + two.byte), two.up,
+                             bits);
+            } else {
+                low = shorts(walk.states(i) + one.first);
+                high = shorts(walk.states(i) + two.first);
+            }
+            to_low = low, to_high = high;
+        }
+
+      private:
+        Walk &walk;
+        const int64_t p;
+        const Place one, two;
+        Shorts low, high;
+        const int bits;
+        const bool down;
+    };
+
+  private:
+    uint16_t *states(int i) { return written.data() + (i + 1) * stride; }
+
+    // Reads as many rows above the next one, in the circle of its tile, as a state remembers
+    void begin(int64_t start, int64_t size) {
+        begun = true;
+        std::fill(registers.begin(), registers.end(), Shorts{});
+        std::fill_n(written.begin(), a.across > 1 ? padded : 0, 0);
+        for (int64_t i = divide_up(a.state_bits, a.bits * a.across); i > 0; i--) {
+            const int64_t back = (next - start - i) % size;
+            read(start + back + (back < 0 ? size : 0), 1);
+            for (size_t p = 0; p < all.size() && a.across == 1; p++)
+                registers[p] = after(registers[p], shorts(at[0] + all[p].byte),
+                                     all[p].up, a.bits);
+        }
+    }
+
+    // Points to the bytes of `count` rows from `first` on, or writes down their codes
+    void read(int64_t first, int count) {
+        for (int i = 0; i < count; i++) {
+            const int64_t r = first + i;
+            uint8_t *copy = copies.data() + i * stride;
+            at[i] = a.packed() ? a.words + r * a.row_bytes : copy;
+            if (a.packed() && (a.m - r) * a.row_bytes < padded)  // vectors reach beyond it
+                at[i] = copy, std::copy_n(a.words + r * a.row_bytes, a.row_bytes, copy);
+        }
+        at[count] = at[count - 1];
+        if (a.packed()) return;
+        int64_t start = 0;
+        int low = 0;  // plane by plane: the next one finds bytes that have reached the cache
+        for (int width : {8, 4, 2, 1}) {
+            if (!(a.bits & width)) continue;
+            for (int i = 0; i < count; i++)
+                unpack_plane(a.words + (first + i) * a.row_bytes + start, width, low, a.steps,
+                             copies.data() + i * stride);
+            start += divide_up(a.steps * width, 8), low += width;
+        }
+        if (a.across == 1) return;
+        for (int i = 0; i < count; i++) write_states(at[i], states(i - 1), states(i));
+        std::copy_n(states(count - 1), padded, states(-1));
+    }
+
+    void write_states(const uint8_t *codes, const uint16_t *from, uint16_t *to) {
+        const uint32_t mask = (1u << a.state_bits) - 1;
+        for (int64_t j = 0; j < a.steps;) {
+            const int64_t stop = j + a.across;
+            for (uint32_t state = from[stop - 1]; j < stop; j++)
+                to[j] = state = (state << a.bits | codes[j]) & mask;
+        }
+    }
+
+    const TrellisMatvec &a;
+    const std::vector<Place> &all;
+    int64_t next, stop, padded, stride;  // no power of 2: such rows would evict each other
+    bool begun = false;
+    std::vector<Shorts> registers;
+    std::vector<uint8_t> copies;
+    std::vector<uint16_t> written;
+    const uint8_t *at[GROUP + 1];
+};
+
+}  // namespace

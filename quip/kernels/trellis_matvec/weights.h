@@ -1,0 +1,225 @@
+// The weights of a block from its states: looked up, or computed as the name of the code says.
+//
+// A form of weights has the states of ROWS rows `put` into a `Held`, of which it then makes vectors
+// of weights: those of lane l of vector v belong to the step step(v, l) of the block, and to one of
+// its WIDTH columns or ROWS rows, minor(l).
+
+#pragma once
+
+#include "walk.h"
+
+#if defined(__AVX2__) && defined(__F16C__)
+#define HALVES  // are read
+#endif
+
+namespace {
+
+inline Shorts low_bits(int count) {
+    const uint16_t mask = (1u << count) - 1;
+    return Shorts{} + mask;
+}
+
+// Looked up one by one: the vectors have ROWS x WIDTH weights of one step after the other
+template <int ROWS_, int WIDTH_> struct Listed {
+    static constexpr int ROWS = ROWS_, WIDTH = WIDTH_, EACH = LANES / ROWS / WIDTH;
+    static constexpr int VECTORS = HELD / EACH, BATCH = GROUP / ROWS;
+    struct Held {
+        alignas(64) uint16_t at[HELD];
+    };
+    static int step(int v, int lane) { return v * EACH + lane / (ROWS * WIDTH); }
+    static int minor(int lane) { return lane % (ROWS * WIDTH); }
+
+    Shorts mask;
+    explicit Listed(int bits) : mask(low_bits(bits)) {}
+    [[gnu::always_inline]] void put(Held &held, const Shorts *low, const Shorts *high) const {
+        const Shorts both[2] = {low[ROWS - 1] & mask, high[ROWS - 1] & mask};
+        std::memcpy(held.at, both, sizeof both);
+    }
+};
+
+template <int WIDTH_> struct Numbers : Listed<1, WIDTH_> {
+    using Base = Listed<1, WIDTH_>;
+    const float *table;
+    Numbers(const float *table, int bits) : Base(bits), table(table) {}
+    [[gnu::always_inline]] Floats operator()(const typename Base::Held &held, int v) const {
+        constexpr int WIDTH = WIDTH_;
+        float lanes[LANES];
+        const uint16_t *at = held.at + v * Base::EACH;
+#pragma GCC unroll 16
+        for (int i = 0; i < Base::EACH; i++)
+            std::memcpy(lanes + i * WIDTH, table + at[i] * WIDTH, 4 * WIDTH);
+        return load(lanes);
+    }
+};
+
+#ifdef HALVES
+// 16 of the bits of four states
+inline uint64_t state(uint64_t all, int shift) {
+#ifdef __BMI__
+    return _bextr_u64(all, shift, 16);
+#else
+    return uint16_t(all >> shift);
+#endif
+}
+
+// The entries of states that lie in memory, taken apart in registers: loads are what is short
+[[gnu::always_inline]] inline __m128i entries(const uint32_t *table, const uint16_t *at) {
+    uint64_t all;
+    std::memcpy(&all, at, sizeof all);
+    __m128i found = _mm_cvtsi32_si128(table[uint16_t(all)]);
+    found = _mm_insert_epi32(found, table[state(all, 16)], 1);
+    found = _mm_insert_epi32(found, table[state(all, 32)], 2);
+    return _mm_insert_epi32(found, table[all >> 48], 3);
+}
+
+// Of a and b in turn
+[[gnu::always_inline]] inline __m128i entries(const uint16_t *table, uint64_t a, uint64_t b) {
+    __m128i found = _mm_cvtsi32_si128(table[uint16_t(a)]);
+    found = _mm_insert_epi16(found, table[uint16_t(b)], 1);
+    found = _mm_insert_epi16(found, table[state(a, 16)], 2);
+    found = _mm_insert_epi16(found, table[state(b, 16)], 3);
+    found = _mm_insert_epi16(found, table[state(a, 32)], 4);
+    found = _mm_insert_epi16(found, table[state(b, 32)], 5);
+    found = _mm_insert_epi16(found, table[a >> 48], 6);
+    return _mm_insert_epi16(found, table[b >> 48], 7);
+}
+
+[[gnu::always_inline]] inline Floats numbers(__m128i low, __m128i high) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtph_ps(_mm256_set_m128i(high, low));
+#else
+    return (Floats)_mm256_cvtph_ps(low);
+#endif
+}
+
+// Two halves an entry: of two columns, or of a row and the next one, whose states together are a
+// window of L + bits bits
+template <int ROWS_, int WIDTH_> struct Pairs : Listed<ROWS_, WIDTH_> {
+    using Base = Listed<ROWS_, WIDTH_>;
+    const uint32_t *table;
+    Pairs(const uint32_t *table, int bits) : Base(bits), table(table) {}
+    [[gnu::always_inline]] Floats operator()(const typename Base::Held &held, int v) const {
+        const uint16_t *at = held.at + v * Base::EACH;
+        return numbers(entries(table, at), entries(table, at + Base::EACH - 4));
+    }
+};
+
+// Of `at` and of `below` in turn: two rows of single halves
+[[gnu::always_inline]] inline Floats rows(const uint16_t *table, const uint16_t *at,
+                                          const uint16_t *below) {
+    constexpr int LAST = LANES / 2 - 4;
+    uint64_t low[2], high[2];
+    std::memcpy(&low[0], at, 8), std::memcpy(&low[1], below, 8);
+    std::memcpy(&high[0], at + LAST, 8), std::memcpy(&high[1], below + LAST, 8);
+    return numbers(entries(table, low[0], low[1]), entries(table, high[0], high[1]));
+}
+
+// Two rows from a table of single halves
+struct Singles {
+    static constexpr int ROWS = 2, WIDTH = 1, EACH = LANES / 2;
+    static constexpr int VECTORS = HELD / EACH, BATCH = GROUP / ROWS;
+    struct Held {
+        alignas(64) uint16_t at[2][HELD];
+    };
+    static int step(int v, int lane) { return v * EACH + lane / 2; }
+    static int minor(int lane) { return lane % 2; }
+
+    const uint16_t *table;
+    Shorts mask;
+    Singles(const uint16_t *table, int bits) : table(table), mask(low_bits(bits)) {}
+    [[gnu::always_inline]] void put(Held &held, const Shorts *low, const Shorts *high) const {
+        const Shorts all[4] = {low[0] & mask, high[0] & mask, low[1] & mask, high[1] & mask};
+        std::memcpy(held.at, all, sizeof all);
+    }
+    [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
+        return rows(table, held.at[0] + v * EACH, held.at[1] + v * EACH);
+    }
+};
+
+// The first half of a block as in Pairs, whose table waits for the second cache; the other half as
+// in Singles, whose table is in the first one, but which loads twice as often
+struct Mixed {
+    static constexpr int ROWS = 2, WIDTH = 1, EACH = LANES / 2;
+    static constexpr int VECTORS = HELD / EACH, BATCH = GROUP / ROWS;
+    struct Held {
+        alignas(64) uint16_t at[3][STEPS];  // windows of the first half, rows of the other
+    };
+    static int step(int v, int lane) { return v % 2 * STEPS + v / 2 * EACH + lane / 2; }
+    static int minor(int lane) { return lane % 2; }
+
+    const uint32_t *pairs;
+    const uint16_t *halves;
+    Shorts window_mask, mask;
+    Mixed(const uint32_t *pairs, const uint16_t *halves, int window_bits, int bits)
+        : pairs(pairs), halves(halves), window_mask(low_bits(window_bits)), mask(low_bits(bits)) {}
+    [[gnu::always_inline]] void put(Held &held, const Shorts *low, const Shorts *high) const {
+        const Shorts all[3] = {low[1] & window_mask, high[0] & mask, high[1] & mask};
+        std::memcpy(held.at, all, sizeof all);
+    }
+    [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
+        const int at = v / 2 * EACH;
+        if (v % 2) return rows(halves, held.at[1] + at, held.at[2] + at);
+        return numbers(entries(pairs, held.at[0] + at),
+                       entries(pairs, held.at[0] + at + EACH - 4));
+    }
+};
+#endif
+
+// `start` and the sum of the bytes
+inline Naturals add_bytes(uint32_t start, Naturals x) {
+#ifdef __AVX512VNNI__
+    const __m512i ones = _mm512_set1_epi8(1);
+    return (Naturals)_mm512_dpbusd_epi32(_mm512_set1_epi32(start), (__m512i)x, ones);
+#else
+    const Naturals two = (x & 0xff00ff) + (x >> 8 & 0xff00ff);
+    return start + (two & 0xffff) + (two >> 16);
+#endif
+}
+
+// To the 11 bits of a half, of two as near the even one; above its subnormal numbers
+inline Floats rounded_to_half(Floats x) {
+    const Naturals exponent = (Naturals)x & 0x7f800000;
+    const Floats large = (Floats)(exponent + 0x06c00000);  // its power of 2, times 1.5 * 2^13
+    return x + large - large;
+}
+
+// Computed: even steps of a vector of states, then odd ones
+template <Kind kind> struct Computed {
+    static constexpr int ROWS = 1, WIDTH = 1, VECTORS = HELD / LANES, BATCH = 1;
+    struct Held {
+        Naturals states[2];
+    };
+    static int step(int v, int lane) { return v / 2 * STEPS + 2 * lane + v % 2; }
+    static int minor(int) { return 0; }
+
+    uint32_t mask;
+    explicit Computed(int bits) : mask((1u << bits) - 1) {}
+    [[gnu::always_inline]] void put(Held &held, const Shorts *low, const Shorts *high) const {
+        held.states[0] = (Naturals)*low, held.states[1] = (Naturals)*high;
+    }
+    [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
+        const Naturals both = held.states[v / 2], s = (v % 2 ? both >> 16 : both) & mask;
+        constexpr uint32_t START = 0x4b000000;  // 2^23, whose last bit is that of 1
+        if (kind == MUL1) {
+            const Floats sum = (Floats)add_bytes(START + 1024, s * 0x83dcd12du);
+#ifdef __FMA__
+            return rounded_to_half(sum * 0x1.bb8p-8f - 0x1.bb94c4p15f);
+#else
+            return rounded_to_half((sum - 8388608.0f) * 0x1.bb8p-8f - 0x1.4c4p3f);
+#endif
+        }
+        if (kind == ONE_MAD) {
+            const Naturals x = s * 34038481u + 76625530u;
+            return ((Floats)add_bytes(START, x) - 8389118.0f) * (1 / 147.800537f);
+        }
+        if (kind == INT8)
+            return (Floats)add_bytes(START, s * 0xcbac1fedu & 0x3f3f3f3f) - 8388734.0f;
+        const Naturals x = kind == MCG ? s * 0xcbac1fedu : s * 89226354u + 64248484u;
+        const Naturals y = (x & 0x8fff8fff) ^ 0x3b603b60;  // two halves, which are not subnormal
+        const Naturals low = (y << 16 & 0x80000000) | ((y << 13 & 0xfffe000) + 0x38000000);
+        const Naturals high = (y & 0x80000000) | ((y >> 3 & 0xfffe000) + 0x38000000);
+        return rounded_to_half((Floats)low + (Floats)high);
+    }
+};
+
+}  // namespace
