@@ -11,6 +11,4 @@ multiply = Operation(
     decoded=cpu.DECODED,
     decoded_squares=squares.DECODED,
 )
-decode = Operation(
-    reference.decode_words, cuda=cuda.DECODE, cpu=cpu.DECODE, squares=squares.DECODE
-)
+decode = Operation(reference.decode_words, cuda=cuda.DECODE, cpu=cpu.DECODE, squares=squares.DECODE)
