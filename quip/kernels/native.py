@@ -49,7 +49,16 @@ class Toolchain:
         return _processor()
 
 
+class Rounding(Toolchain):
+    """C++ where each operation on floats is rounded: no product is fused with a sum."""
+
+    def flags(self) -> tuple[str, ...]:
+        # The last one counts. A pragma would not: g++ knows none, clang++ heeds none at `fast`.
+        return *super().flags(), "-ffp-contract=off"
+
+
 CPP = Toolchain()
+ROUNDED = Rounding()
 
 
 @cache
