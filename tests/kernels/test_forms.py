@@ -290,6 +290,20 @@ def walks() -> Iterator[Case]:
             yield Case((codes, code, Tiling(2, columns, order)))
 
 
+def trellis_panels() -> Iterator[Case]:
+    for code, columns in trellis_codes():
+        if columns * code.bits // code.V > 63:
+            continue  # a code with a sign
+        n, m, tiling = 3 * columns, 37, Tiling(2, columns)
+        K = torch.diag(torch.full((n - columns,), 0.5), columns)  # exact: walks are sensitive
+        X, A = randn(n, m), randn(3, columns, columns, seed=1)
+        old = integers(code.bits, 3, m)
+        kept = {"base": X + 0.1, "kept": (old, A @ A.mT)}
+        for options, scales in (({}, [0.9]), (kept, [0.9, 1.0, 1.1])):
+            args = X, K, torch.full_like(X, torch.nan), torch.tensor(scales), code, tiling
+            yield Case(args, options, (2,))
+
+
 def packed_trellises() -> Iterator[tuple[Tensor, Code, Tensor, Tiling, int, int | None]]:
     """Words, code, scales, tiling, n and group."""
     mul1 = named("mul1", 2, 16, CPU)
@@ -373,6 +387,7 @@ OPERATIONS: dict[Operation[Any, Any], Check] = {
     centroids.round_columns: Check(learned_panels),
     trellis.encode: Check(searches, torch.testing.assert_close),
     trellis.decode: Check(walks, torch.testing.assert_close),
+    trellis.round_columns: Check(trellis_panels, torch.testing.assert_close),
     trellis_matvec.multiply: Check(trellis_products, near_as_rounded),
     trellis_matvec.decode: Check(dense_trellises, torch.testing.assert_close),
     hessian.add_products: Check(second_moments, near_below),

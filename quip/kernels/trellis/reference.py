@@ -17,7 +17,7 @@ every form of it takes the same walk.
 """
 
 import torch
-from jaxtyping import Float32, Int32, Int64, Integer
+from jaxtyping import Float, Float32, Int32, Int64, Integer
 from torch import Tensor
 
 from quip.kernels.groups import even
@@ -27,6 +27,11 @@ WIDE = 31  # bits: a wider code takes an int64
 MEMORY = 2**27  # bytes of back pointers, of as many tiles as are searched together
 
 
+def code_dtype(d: int, code: Code) -> torch.dtype:
+    """What holds the codes of d weights of a row."""
+    return torch.int64 if d // code.V * code.bits > WIDE else torch.int32
+
+
 def encode(x: Float32[Tensor, "m d"], code: Code, *, tiles: int) -> Integer[Tensor, " m"]:
     """The walks near to x in `tiles` tiles of rows; of each row the codes of its d / V steps.
 
@@ -34,8 +39,7 @@ def encode(x: Float32[Tensor, "m d"], code: Code, *, tiles: int) -> Integer[Tens
     with any sign.
     """
     m, d = x.shape
-    steps = d // code.V
-    dtype = torch.int64 if steps * code.bits > WIDE else torch.int32
+    steps, dtype = d // code.V, code_dtype(d, code)
     shifts = torch.arange(0, steps * code.bits, code.bits, device=x.device)
     found, first = [], 0
     for size, count in _alike(m, tiles):
@@ -115,6 +119,63 @@ def decode(codes: Integer[Tensor, "m steps"], code: Code, tiling: Tiling) -> Flo
         values = values.view(count, k // across, size, tiling.columns)
         found.append(values.transpose(1, 2).reshape(size * count, -1))
     return torch.cat(found)
+
+
+def split(codes: Integer[Tensor, "m k"], bits: int, index_bits: int) -> Integer[Tensor, "m steps"]:
+    """The codes of single steps, `bits` each, that codes of `index_bits` bits hold."""
+    if bits == index_bits:
+        return codes
+    shifts = torch.arange(0, index_bits, bits, device=codes.device)
+    return ((codes.unsqueeze(-1).long() >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)
+
+
+def round_columns(
+    X: Float[Tensor, "n m"],
+    K: Float[Tensor, "n n"],
+    eta: Float[Tensor, "n m"],
+    scales: Float[Tensor, " scales"],
+    code: Code,
+    tiling: Tiling,
+    *,
+    base: Float[Tensor, "n m"] | None = None,
+    kept: tuple[Integer[Tensor, "blocks m"], Float[Tensor, "blocks d d"]] | None = None,
+) -> Integer[Tensor, "blocks m"]:
+    """The codes of the columns X, d = tiling.columns at a time, with the errors of those before.
+
+        x = X[span] + sum_{j<lo} K[j, span] eta[j]     span = lo ... lo + d - 1
+        eta[span] = x - s w, or base[span] - s w       w are the values of the walks near to x / s
+
+    s is the scale, one for all or one for each span. `kept` are codes and a metric for each span:
+    those of a tile stay where the new ones are no nearer to x in the sum of e^T metric e.
+    """
+    d, codes = tiling.columns, []
+    units = scales.expand(len(X) // d)
+    sizes = even(X.shape[1], tiling.count)
+    repeats = torch.tensor(sizes, device=X.device)
+    for j, lo in enumerate(range(0, len(X), d)):
+        span = slice(lo, lo + d)
+        x = torch.addmm(X[span], K[:lo, span].T, eta[:lo]).T if lo else X[span].T
+        new = encode((x / units[j]).float(), code, tiles=tiling.count)
+        w = _values(new, code, tiling).to(x) * units[j]
+        if kept is not None:
+            old = kept[0][j].to(new.dtype)
+            w_old = _values(old, code, tiling).to(x) * units[j]
+            gain = _squares(x - w_old, kept[1][j]) - _squares(x - w, kept[1][j])
+            sums = torch.stack([part.sum() for part in gain.split(sizes)])
+            better = sums.repeat_interleave(repeats) > 0
+            new, w = torch.where(better, new, old), torch.where(better[:, None], w, w_old)
+        codes.append(new)
+        eta[span] = ((x if base is None else base[span].T) - w).T
+    return torch.stack(codes)
+
+
+def _values(codes: Tensor, code: Code, tiling: Tiling) -> Float32[Tensor, "m d"]:
+    bits = tiling.columns // code.V * code.bits
+    return decode(split(codes[:, None], code.bits, bits), code, tiling)
+
+
+def _squares(e: Tensor, metric: Tensor) -> Float[Tensor, " m"]:
+    return ((e @ metric) * e).sum(1)
 
 
 def _along(tiles: Tensor, code: Code, order: tuple[int, ...] | None) -> Tensor:
