@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from quip.codebooks.base import FITTED, Codebook, Groups, constants, tile_count
+from quip.codebooks.base import FITTED, Codebook, Groups, Kept, Panel, constants, tile_count
 from quip.codebooks.fitted import side_by_side
 from quip.codebooks.names import Bits
 from quip.codebooks.trellis_codes import code, target_rms
@@ -89,7 +89,12 @@ class Trellis(Codebook):
         return trellis.decode(walks, here, tiling).to(self.scale.dtype) * self.scale
 
     def split(self, codes: Integer[Tensor, "m k"]) -> Integer[Tensor, "m steps"]:
-        return split(codes, self._code(codes.device).bits, self.index_bits)
+        return trellis.split(codes, self._code(codes.device).bits, self.index_bits)
+
+    def panel(self, W: Float[Tensor, "m n"], *, refit: bool) -> Panel | None:
+        """By kernels/trellis on a CPU, without a look at Python between two columns."""
+        plain = (W.dtype, W.device.type) == (torch.float32, "cpu")
+        return _round_panel if plain and not refit else None
 
     def joined(self, books: Sequence[Codebook], groups: Groups) -> "Trellises":
         return Trellises(
@@ -115,9 +120,20 @@ def own_code(name: str, bits: Bits, L: int, device: torch.device) -> Code:
     return Code("table", found.bits, found.table.half().float())
 
 
-def split(codes: Integer[Tensor, "m k"], bits: int, index_bits: int) -> Integer[Tensor, "m steps"]:
-    """The codes of single steps, `bits` each, that codes of `index_bits` bits hold."""
-    if bits == index_bits:
-        return codes
-    shifts = torch.arange(0, index_bits, bits, device=codes.device)
-    return ((codes.unsqueeze(-1).long() >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(1)
+def _round_panel(
+    X: Float[Tensor, "n m"],
+    K: Float[Tensor, "n n"],
+    eta: Float[Tensor, "n m"],
+    h: Float[Tensor, " n"],
+    books: Sequence[Trellis],
+    *,
+    base: Float[Tensor, "n m"] | None = None,
+    kept: Kept | None = None,
+    refit: bool = False,
+) -> tuple[Integer[Tensor, "k m"], Sequence[Trellis]]:
+    """`round_panel` of matrix/panel.py, of books that are fitted."""
+    assert not refit
+    book, scales = books[0], side_by_side(books, "scale")
+    tiling = Tiling(tile_count(X.shape[1], book.rows), book.columns)
+    here = book._code(X.device)
+    return trellis.round_columns(X, K, eta, scales, here, tiling, base=base, kept=kept), books
