@@ -215,12 +215,19 @@ def test_the_kernels_spill_nothing_and_two_blocks_have_their_registers(capabilit
         assert hasattr(library, name)
 
 
-def test_bytes_of_a_block_are_what_the_source_asks_for(two_processors, monkeypatch):
-    """The largest: a table of 2^16 values, beside which an A100 has no room for two vectors."""
-    code = code_of("table", 16, 2)
-    assert values_of(code)[0].bytes(2, 2, 2) == 2**17 + 8 * 8 + 8 * 2 + 12 * 8 * 132 * 4
-    monkeypatch.setattr(cuda, "block_bytes", lambda device: 163 * 2**10)
-    assert not cuda._stages_for(torch.zeros(1, 32), 64, code, Tiling(1, 1), 2)
+@needs_compiler
+def test_a_block_with_less_room_multiplies_fewer_vectors_at_once(two_processors, monkeypatch):
+    code = code_of("table", 12, 2)
+    (values, _), vectors = values_of(code), torch.zeros(3, 96)
+    assert values.bytes(2, 2, 2) == 2**16 + 8 * (8 + 2) + 12 * 8 * 132 * 4
+    counts = []
+    for room in (H100, 99 * 2**10, 64 * 2**10):  # as cards have it, and too little for a table
+        monkeypatch.setattr(cuda, "block_bytes", lambda device, room=room: room)
+        counts.append(cuda._together((values,), code, 2, CPU))
+        assert bool(cuda._stages_for(vectors, 64, code, Tiling(1, 1), 2)) == (room > 2**16)
+        if room == 99 * 2**10:
+            check(code, 64, 96, 1, (3,))
+    assert counts == [2, 1, 0]
 
 
 def test_only_matrices_on_a_device_are_sent_to_the_kernels():

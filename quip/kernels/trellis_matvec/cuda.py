@@ -55,15 +55,16 @@ def multiply(
 ) -> Float[Tensor, "*batch m"]:
     """x W~^T for a few vectors, as few_tokens.py tells; for more, with W~ decoded to `dtype`."""
     n, m, exact = x.shape[-1], len(words), dtype == torch.float32
-    stages = _stages_for(x, m, code, tiling, 3 if exact else 2)
+    parts = 3 if exact else 2  # bytes of x
+    stages = _stages_for(x, m, code, tiling, parts)
     if not stages:
         W = decode(words, code, scales, tiling, n=n, group=group, dtype=dtype)
         return linear(x.to(dtype), W).to(x.dtype)
     X, words = laid_out(x.reshape(-1, n)), words.contiguous()
     factors = laid_out((scales if scales.dtype in KINDS else scales.float()).detach())
     done = []
-    for part in X.split(_together(stages, 3 if exact else 2)):
-        inputs, room = split(part, 3 if exact else 2, factors, group or n)
+    for part in X.split(_together(stages, code, parts, x.device)):
+        inputs, room = split(part, parts, factors, group or n)
         y = _multiply(part, inputs, words, code, stages[0], tiling)
         for rest in stages[1:] if exact else ():
             inputs.x = None  # it is split already
@@ -122,15 +123,16 @@ def _stages_for(x: Tensor, m: int, code: Code, tiling: Tiling, parts: int) -> tu
     stages = values_of(code) if down and fits and few else ()
     if not stages:
         return ()
-    together = _together(stages, parts)
-    room = max(values.bytes(code.bits, together, parts) for values in stages)
-    wanted = room <= block_bytes(x.device) and x.numel() <= LAUNCHES * together * n
-    return stages if wanted else ()
+    together = _together(stages, code, parts, x.device)
+    return stages if x.numel() <= LAUNCHES * together * n else ()
 
 
-def _together(stages: tuple[Values, ...], parts: int) -> int:
-    """Vectors of one launch."""
-    return COLUMNS // (parts * max(values.kind.digits for values in stages))
+def _together(stages: tuple[Values, ...], code: Code, parts: int, device: torch.device) -> int:
+    """Vectors of one launch, as many as a block has room for; 0 where there is none for one."""
+    counts = range(COLUMNS // (parts * max(values.kind.digits for values in stages)), 0, -1)
+    left = block_bytes(device)
+    fitting = (c for c in counts if all(v.bytes(code.bits, c, parts) <= left for v in stages))
+    return next(fitting, 0)
 
 
 def decode(
