@@ -1,6 +1,6 @@
 """Draw the tables of trellis codes that lie in the package: Lloyd's algorithm on the trellis.
 
-    python scripts/dev/draw_trellis_tables.py               (all of them: 15 minutes)
+    python scripts/dev/draw_trellis_tables.py               (all of them: six minutes)
     python scripts/dev/draw_trellis_tables.py learned-2-10  (this one; the others stay as they are)
     python scripts/dev/draw_trellis_tables.py --check       (write nothing, exit 1 if one differs)
 
@@ -93,6 +93,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.names) - set(PLANS):
         parser.error(f"no table is called {', '.join(sorted(unknown))}")
+    torch.set_num_threads(1)  # a round is too short to share
     tables = load_file(TABLES) if TABLES.exists() else {}
     differ = []
     for name in args.names or PLANS:
