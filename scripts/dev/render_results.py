@@ -293,6 +293,23 @@ def of_trellis(record: Mapping[str, Any]) -> str:
     )
 
 
+def of_trellis_speed(record: Mapping[str, Any]) -> str:
+    """What rounding to trellis codes takes: a line for bits and states."""
+    lines = [
+        "| states | bits | a column in a call | columns of a panel | of a greedy pass |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| 2^{r['states']} | {r['bits']} | {r['encode_us']:.2f} µs{'' if r['met'] else ' (missed)'} "
+        f"| {r['panel_us']:.2f} µs | {r['greedy_us']:.2f} µs |"
+        for r in record["rows"]
+    ]
+    return "\n".join(lines) + (
+        f"\n\nPer weight, tiles of {record['weights']}, {record['threads']} thread, "
+        f"{record['cpu']}, commit {record['commit']}.\n"
+    )
+
+
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "table": of_table,
     "run": of_run,
@@ -307,6 +324,7 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "gpu": of_gpu,
     "hadamard_block": of_blocks,
     "trellis_mse": of_trellis,
+    "trellis_speed": of_trellis_speed,
 }
 
 if __name__ == "__main__":
