@@ -97,7 +97,6 @@ template <class Weights> void multiply_with(TrellisMatvec a, const Weights &weig
     for (int64_t left = a.tokens; left > 0; left -= 8) {
         a.tokens = std::min<int64_t>(8, left);
         (a.tokens == 1   ? multiply_tokens<Weights, 1>
-         : a.tokens == 2 ? multiply_tokens<Weights, 2>
          : a.tokens <= 4 ? multiply_tokens<Weights, 4>
                          : multiply_tokens<Weights, 8>)(a, weights);
         a.x += 8 * a.steps * a.width;
@@ -155,24 +154,28 @@ extern "C" void decode_trellis(const TrellisMatvec *a, int32_t bytes) {
         decode_with(*a, Numbers<1>(a->table, a->state_bits), bytes);
 }
 
-extern "C" void multiply_trellis(const TrellisMatvec *a, int32_t) {
-    const int bits = a->state_bits;
-    switch (a->kind) {
-    case MUL1: return multiply_with(*a, Computed<MUL1>(bits));
-    case MCG: return multiply_with(*a, Computed<MCG>(bits));
-    case THREE_INST: return multiply_with(*a, Computed<THREE_INST>(bits));
-    case ONE_MAD: return multiply_with(*a, Computed<ONE_MAD>(bits));
-    case INT8: return multiply_with(*a, Computed<INT8>(bits));
+extern "C" void multiply_trellis(const TrellisMatvec *given, int32_t) {
+    const TrellisMatvec &a = *given;
+    const int bits = a.state_bits;
+    const uint32_t mask = (1u << bits) - 1;
+    switch (a.kind) {
+    case MUL1: return multiply_with(a, Mul1(mask));
+    case MCG: return multiply_with(a, Halves32{mask, 0xcbac1fed, 0});
+    case THREE_INST: return multiply_with(a, Halves32{mask, 89226354, 64248484});
+    case ONE_MAD:
+        return multiply_with(a, Bytes32{{mask, 34038481, 76625530}, ~0u, 510, 1 / 147.800537f});
+    case INT8: return multiply_with(a, Bytes32{{mask, 0xcbac1fed, 0}, 0x3f3f3f3f, 126, 1});
     case TABLE: break;
     }
 #ifdef HALVES
-    if (a->halves && a->width == 2)
-        return multiply_with(*a, Pairs<1, 2>((const uint32_t *)a->halves, bits));
-    if (a->pairs && bits + a->bits > NEAR)
-        return multiply_with(*a, Mixed(a->pairs, a->halves, bits + a->bits, bits));
-    if (a->pairs) return multiply_with(*a, Pairs<2, 1>(a->pairs, bits + a->bits));
-    if (a->halves && a->across == 1) return multiply_with(*a, Singles(a->halves, bits));
+    const int window = bits + a.bits;
+    if (a.halves && a.width == 2)
+        return multiply_with(a, Pairs<1, 2>(reinterpret_cast<const uint32_t *>(a.halves), bits));
+    if (a.pairs && window > NEAR && a.tokens == 1)
+        return multiply_tokens<Mixed, 1>(a, Mixed(a.pairs, a.halves, window, bits));
+    if (a.pairs) return multiply_with(a, Pairs<2, 1>(a.pairs, window));
+    if (a.halves && a.across == 1) return multiply_with(a, Singles(a.halves, bits));
 #endif
-    if (a->width == 2) return multiply_with(*a, Numbers<2>(a->table, bits));
-    multiply_with(*a, Numbers<1>(a->table, bits));
+    if (a.width == 2) return multiply_with(a, Numbers<2>(a.table, bits));
+    multiply_with(a, Numbers<1>(a.table, bits));
 }

@@ -183,8 +183,8 @@ inline Floats rounded_to_half(Floats x) {
     return x + large - large;
 }
 
-// Computed: even steps of a vector of states, then odd ones
-template <Kind kind> struct Computed {
+// Computed from words x = factor s + offset: even steps of a vector of states, then odd ones
+struct Words32 {
     static constexpr int ROWS = 1, WIDTH = 1, VECTORS = HELD / LANES, BATCH = 1;
     struct Held {
         Naturals states[2];
@@ -192,30 +192,44 @@ template <Kind kind> struct Computed {
     static int step(int v, int lane) { return v / 2 * STEPS + 2 * lane + v % 2; }
     static int minor(int) { return 0; }
 
-    uint32_t mask;
-    explicit Computed(int bits) : mask((1u << bits) - 1) {}
+    uint32_t mask, factor, offset;
     [[gnu::always_inline]] void put(Held &held, const Shorts *low, const Shorts *high) const {
         held.states[0] = (Naturals)*low, held.states[1] = (Naturals)*high;
     }
+    [[gnu::always_inline]] Naturals word(const Held &held, int v) const {
+        const Naturals both = held.states[v / 2];
+        return ((v % 2 ? both >> 16 : both) & mask) * factor + offset;
+    }
+};
+
+constexpr uint32_t START = 0x4b000000;  // 2^23, whose last bit is that of 1
+
+// (1024 + the sum of the bytes) a + b as a half; the sum times a has 22 bits
+struct Mul1 : Words32 {
+    explicit Mul1(uint32_t mask) : Words32{mask, 0x83dcd12d, 0} {}
     [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
-        const Naturals both = held.states[v / 2], s = (v % 2 ? both >> 16 : both) & mask;
-        constexpr uint32_t START = 0x4b000000;  // 2^23, whose last bit is that of 1
-        if (kind == MUL1) {
-            const Floats sum = (Floats)add_bytes(START + 1024, s * 0x83dcd12du);
+        const Floats sum = (Floats)add_bytes(START + 1024, word(held, v));
 #ifdef __FMA__
-            return rounded_to_half(sum * 0x1.bb8p-8f - 0x1.bb94c4p15f);
+        return rounded_to_half(sum * 0x1.bb8p-8f - 0x1.bb94c4p15f);
 #else
-            return rounded_to_half((sum - 8388608.0f) * 0x1.bb8p-8f - 0x1.4c4p3f);
+        return rounded_to_half((sum - 8388608.0f) * 0x1.bb8p-8f - 0x1.4c4p3f);
 #endif
-        }
-        if (kind == ONE_MAD) {
-            const Naturals x = s * 34038481u + 76625530u;
-            return ((Floats)add_bytes(START, x) - 8389118.0f) * (1 / 147.800537f);
-        }
-        if (kind == INT8)
-            return (Floats)add_bytes(START, s * 0xcbac1fedu & 0x3f3f3f3f) - 8388734.0f;
-        const Naturals x = kind == MCG ? s * 0xcbac1fedu : s * 89226354u + 64248484u;
-        const Naturals y = (x & 0x8fff8fff) ^ 0x3b603b60;  // two halves, which are not subnormal
+    }
+};
+
+// (the sum of the bytes of x & bits, less `middle`) unit
+struct Bytes32 : Words32 {
+    uint32_t bits;
+    float middle, unit;
+    [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
+        return ((Floats)add_bytes(START, word(held, v) & bits) - (8388608.0f + middle)) * unit;
+    }
+};
+
+// The sum, as a half, of two halves of random signs, mantissas and low exponents
+struct Halves32 : Words32 {
+    [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
+        const Naturals y = (word(held, v) & 0x8fff8fff) ^ 0x3b603b60;  // none is subnormal
         const Naturals low = (y << 16 & 0x80000000) | ((y << 13 & 0xfffe000) + 0x38000000);
         const Naturals high = (y & 0x80000000) | ((y >> 3 & 0xfffe000) + 0x38000000);
         return rounded_to_half((Floats)low + (Floats)high);
