@@ -6,6 +6,7 @@ Codes and values are those of reference.py bit for bit.
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float32, Integer
@@ -18,9 +19,10 @@ from quip.kernels.trellis.reference import code_dtype
 from quip.kernels.trellis.tables import Code, Tiling
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-
-
-_TRELLIS = (("table", c_void_p), *[(name, c_int32) for name in ("bits", "L", "V", "wide")])
+TRELLIS: Any = (  # Trellis of viterbi.h
+    ("table", c_void_p),
+    *[(name, c_int32) for name in ("bits", "L", "V", "wide")],
+)
 
 
 class _Encode(ctypes.Structure):
@@ -29,7 +31,7 @@ class _Encode(ctypes.Structure):
     _fields_ = (
         *[(name, c_int64) for name in ("m", "d", "tiles")],
         *[(name, c_void_p) for name in ("x", "codes")],
-        *_TRELLIS,
+        *TRELLIS,
         *threads.FIELDS,
     )
 
@@ -42,7 +44,7 @@ class _Panel(ctypes.Structure):
         *[(name, c_int64) for name in ("K_row", "K_column")],
         *[(name, c_void_p) for name in ("X", "K", "base", "scales", "metrics", "kept")],
         *[(name, c_void_p) for name in ("eta", "codes")],
-        *_TRELLIS,
+        *TRELLIS,
         *threads.FIELDS,
     )
 
@@ -53,7 +55,7 @@ class _Decode(ctypes.Structure):
     _fields_ = (
         *[(name, c_int64) for name in ("m", "steps", "tiles", "across")],
         *[(name, c_void_p) for name in ("codes", "order", "w")],
-        *_TRELLIS,
+        *TRELLIS,
         *threads.FIELDS,
     )
 
