@@ -301,7 +301,8 @@ def of_trellis_speed(record: Mapping[str, Any]) -> str:
     ]
     lines += [
         f"| 2^{r['states']} | {r['bits']} "
-        f"| {r['encode_us']:.2f} µs{'' if r['met'] else ' (missed)'} | {r['panel_us']:.2f} µs | {r['greedy_us']:.2f} µs |"
+        f"| {r['encode_us']:.2f} µs{'' if r['met'] else ' (missed)'} "
+        f"| {r['panel_us']:.2f} µs | {r['greedy_us']:.2f} µs |"
         for r in record["rows"]
     ]
     return "\n".join(lines) + (
