@@ -124,7 +124,8 @@ class Codebook(Protocol):
     A code is one integer from 0 to 2^index_bits - 1, in any integer dtype that holds it. A wide
     one, of up to 63 bits, holds what several parts of it say side by side, the first one lowest:
     the two stages of a lattice are c_0 | c_1 << 16, in an int64 from 32 bits on. Files have room
-    for any width (kernels/bits.py); parts of more than 63 bits together are codes of fewer weights.
+    for codes of up to 63 bits (kernels/bits.py); where `split` parts them before they are packed,
+    they may have 64, as an int64 with any sign.
     """
 
     @property

@@ -178,7 +178,7 @@ class FlagsOfCodes:
         refuse=bad_tile,
     )
     own_table: bool = of_trellis(
-        "give each matrix its own copy of the table, 2^N numbers of 16 bits for N bits of a state, "
-        "which fine-tuning then moves",
+        "give each matrix its own copy of the table, 2^N numbers of 16 bits for N bits of a state "
+        "(twice as many at halves of bits), which fine-tuning then moves",
         kind=bool,
     )

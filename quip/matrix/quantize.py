@@ -33,9 +33,11 @@ def quantize_matrix(
     Rounding runs in float32 (float64 for float64 W) on W's device, factorisations in float64.
 
     Raises:
+        UsageError: the recipe cannot do a matrix of this size.
         NonFinite: W or H holds NaN or infinity.
         NotPositiveDefinite: H has no Cholesky factor after three escalations of damping.
     """
+    recipe.check(len(W), W.shape[1], name)
     return _quantize(W, Factorisations(H), recipe.sized(*W.shape), rng, name)
 
 

@@ -100,7 +100,7 @@ def _call(
         n,
         x.numel() // n,
         4 * width,
-        group or n,
+        min(group or n, n),  # a file may name any
         words.data_ptr(),
         x.data_ptr(),
         step.data_ptr(),

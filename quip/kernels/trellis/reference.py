@@ -24,7 +24,7 @@ from quip.kernels.groups import even
 from quip.kernels.trellis.tables import Code, Tiling
 
 WIDE = 31  # bits: a wider code takes an int64
-MEMORY = 2**27  # bytes of back pointers, of as many tiles as are searched together
+MEMORY = 2**27  # bytes of back pointers or costs, of as many tiles as are searched together
 
 
 def code_dtype(d: int, code: Code) -> torch.dtype:
@@ -56,7 +56,7 @@ def search(x: Float32[Tensor, "tiles steps V"], code: Code) -> Int64[Tensor, "ti
     A first search, of x turned by half, says which overlap lies at its beginning; the second one
     is held to it at both ends.
     """
-    per_tile = x.shape[1] * len(code.table) >> code.bits
+    per_tile = max(x.shape[1] * len(code.table) >> code.bits, 4 * len(code.table))
     batches = x.split(max(1, MEMORY // per_tile))
     return torch.cat([_search(batch, code) for batch in batches])
 

@@ -5,9 +5,11 @@ computes in. For more it is decoded, straight to that dtype.
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
-from functools import lru_cache
+from functools import wraps
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int16, Int32
@@ -41,6 +43,19 @@ class _TrellisMatvec(ctypes.Structure):
     )
 
 
+def kept_with_the_code(make: Callable[[Code], Tensor | None]) -> Callable[[Code], Tensor | None]:
+    """What `make` makes of a code, once, for as long as there is the code."""
+    made: WeakKeyDictionary[Code, Tensor | None] = WeakKeyDictionary()
+
+    @wraps(make)
+    def found(code: Code) -> Tensor | None:
+        if code not in made:
+            made[code] = make(code)
+        return made[code]
+
+    return found
+
+
 def multiply(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
@@ -54,7 +69,7 @@ def multiply(
     """x W~^T in float32, without a gradient; `dtype` plays no part."""
     x = x.detach().contiguous()
     y = x.new_empty(*x.shape[:-1], len(words))
-    _call("multiply_trellis", x, words, code, scales, tiling, group, y)
+    _call("multiply_trellis", x, words, code, scales, tiling, group, y, reads=True)
     return y
 
 
@@ -98,24 +113,28 @@ def _call(
     tiling: Tiling,
     group: int | None,
     to: Tensor,
+    *,
+    reads: bool = False,
 ) -> None:
-    """A function of cpu.cpp, which writes to the last tensor; decoding reads no x."""
+    """A function of cpu.cpp, which writes to `to`; one that `reads` x wants tables of halves."""
     n, words, scales = x.shape[-1], words.contiguous(), scales.detach().float().contiguous()
     down = tiling.columns == code.V  # a step is a row, and the next row the next step
+    table = halves(code) if reads else None
+    joint = pairs(code) if reads and down else None
     call = _TrellisMatvec(
         len(words),
         n // code.V,
         x.numel() // n,
         4 * words.shape[1],
-        group or n,
+        min(group or n, n),  # a file may name any
         tiling.count,
         tiling.columns // code.V,
         words.data_ptr(),
         x.data_ptr(),
         scales.data_ptr(),
         code.table.data_ptr(),
-        pointer(halves(code)),
-        pointer(pairs(code)) if down else None,
+        pointer(table),
+        pointer(joint),
         to.data_ptr(),
         code.bits,
         code.L,
@@ -128,14 +147,14 @@ def _call(
     getattr(native, name)(ctypes.byref(call), to.itemsize)
 
 
-@lru_cache(maxsize=64)
+@kept_with_the_code
 def halves(code: Code) -> Int16[Tensor, "states V"] | None:
     """The bits of the table in float16; None where it has other numbers."""
     numbers = code.table.detach().half()
     return numbers.view(torch.int16) if torch.equal(numbers.float(), code.table) else None
 
 
-@lru_cache(maxsize=64)
+@kept_with_the_code
 def pairs(code: Code) -> Int32[Tensor, " windows"] | None:
     """Two halves for each window of L + bits bits: of a row, and above it those of the next one.
 

@@ -53,7 +53,7 @@ inline Shorts shorts(const uint16_t *from) {
 inline Shorts shorts(const uint8_t *from) {
 #if defined(__AVX512BW__)
     return (Shorts)_mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)from));
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(__AVX512F__)
     return (Shorts)_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)from));
 #else
     Shorts to;

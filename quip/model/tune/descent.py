@@ -26,7 +26,7 @@ class Tuning:
     epochs: int
     lr: float  # of weights, norms and biases
     signs_lr: float  # of sign vectors
-    centroids_lr: float  # of learned codebooks, as a share of the RMS of each matrix's centroids
+    centroids_lr: float  # of what codebooks learn, as a share of the RMS of each matrix's own
     batch_size: int  # windows a step, at least
     patience: int  # epochs without improvement after which it ends
     held_out: float  # share of the windows, the last ones, that states are compared on
