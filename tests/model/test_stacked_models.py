@@ -200,7 +200,9 @@ def test_named_recipes_are_what_their_flags_make(name):
 
 def test_named_recipes_are_the_papers_rows():
     quips = {f"{method}-{bits}bit" for method in ("quip", "quip-sharp") for bits in (2, 3, 4)}
-    assert set(RECIPES) == quips | {f"gptvq-{dim}d-{bits}" for dim, bits in GPTVQ}
+    vectors = {f"gptvq-{dim}d-{bits}" for dim, bits in GPTVQ}
+    walks = {"trellis-2bit-fast", *(f"trellis-{bits}bit" for bits in (2, 3, 4))}
+    assert set(RECIPES) == quips | vectors | walks
     quip, sharp = (build_recipe(**RECIPES[f"{name}-2bit"].flags) for name in ("quip", "quip-sharp"))
     assert quip.transforms == (RescaleDraw(), KroneckerDraw())
     assert sharp.transforms == (HadamardDraw(block=None),)
