@@ -8,6 +8,7 @@ from measured import Point, load, numbers, points
 from quip.jobs.report.text import table
 
 MODEL = "smollm2"
+WALKS = "learned, 2^12 states"  # of the rows of `quip table trellis`
 
 
 def headline() -> str:
@@ -54,6 +55,9 @@ def glance() -> str:
     for name, keys in rows.items():
         cells = [_first(found, keys, bits) for bits in (4, 3, 2)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    walks = numbers(load(f"trellis_{MODEL}") or {"entries": []})
+    cells = [f"{walks[f'{bits} bits: {WALKS}']['perplexity']:.2f}" for bits in (4, 3, 2)]
+    lines.append(f"| QTIP's trellis, learned code | {' | '.join(cells)} |")
     sizes = [_size(found["lattice", "ldlq", bits].stored) for bits in (4, 3, 2)]
     lines.append(f"| *checkpoint of QuIP#* | {' | '.join(f'*{size}*' for size in sizes)} |")
     original = next(iter(found.values())).original
