@@ -118,7 +118,8 @@ def test_all_have_arrived_when_a_walk_is_left_early_or_fails():
     next(found)
     next(found)
     found.close()
-    assert home == [(modules[0], CPU), (modules[1], CPU)]
+    assert len(home) == 2
+    assert set(home) == {(modules[0], CPU), (modules[1], CPU)}  # each by its own thread
 
     def fail(_):
         raise ZeroDivisionError
