@@ -41,7 +41,7 @@ TABLES_MADE_ONCE = {
     "kernels/hadamard/cpu.py": {"_codes"},
     "kernels/hadamard/cuda.py": {"_kernels"},
     "kernels/lattice_matvec/cuda.py": {"_nibbles", "packed_tables"},
-    "kernels/trellis_matvec/values.py": {"_hashed", "_stages", "_tabled"},
+    "kernels/trellis_matvec/values.py": {"_hashed", "values_of", "_tabled"},
 }
 ONCE_A_MATRIX = {
     "codebooks/centroids.py": {"restore"},

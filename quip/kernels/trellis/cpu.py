@@ -16,7 +16,7 @@ from quip.kernels import threads
 from quip.kernels.native import ROUNDED, library
 from quip.kernels.operation import Form, learns
 from quip.kernels.trellis.reference import code_dtype
-from quip.kernels.trellis.tables import Code, Tiling
+from quip.kernels.trellis.tables import Code, Tiling, places
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 TRELLIS: Any = (  # Trellis of viterbi.h
@@ -107,7 +107,7 @@ def decode(codes: Integer[Tensor, "m steps"], code: Code, tiling: Tiling) -> Flo
     """`decode` of reference.py."""
     (m, steps), codes = codes.shape, codes.to(torch.uint8).contiguous()
     W = torch.empty(m, steps * code.V)
-    order = None if tiling.order is None else torch.tensor(tiling.order)
+    order = None if tiling.order is None else places(tiling.order, torch.int64, codes.device)
     sizes = {"m": m, "steps": steps, "tiles": tiling.count, "across": tiling.columns // code.V}
     given = _contiguous({"codes": codes, "order": order, "w": W})
     _call("decode", _Decode, code, given, codes.dtype, **sizes)

@@ -6,19 +6,18 @@ Codes and values are those of reference.py bit for bit, and nothing waits for th
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
-from jaxtyping import Float32, Int32, Integer
+from jaxtyping import Float32, Integer
 from torch import Tensor
 
 from quip.kernels import cuda
 from quip.kernels.cuda import block_bytes, pointer, processors
 from quip.kernels.numbers import KINDS, laid_out
 from quip.kernels.operation import Form, learns
-from quip.kernels.trellis.reference import WIDE
-from quip.kernels.trellis.tables import Code, Tiling
+from quip.kernels.trellis.reference import code_dtype
+from quip.kernels.trellis.tables import Code, Tiling, places
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 QUAD, WARPS = 4, 32  # as in cuda.cu
@@ -80,10 +79,10 @@ class Room:
 def encode(x: Float32[Tensor, "m d"], code: Code, *, tiles: int) -> Integer[Tensor, " m"]:
     """`encode` of reference.py."""
     (m, d), x, table = x.shape, laid_out(x), laid_out(code.table)
-    wide, room = d // code.V * code.bits > WIDE, Room.of(m, d, code, tiles, block_bytes(x.device))
+    room = Room.of(m, d, code, tiles, block_bytes(x.device))
     blocks = room.blocks(tiles, x.device)
     back = x.new_empty(blocks * room.back_bytes, dtype=torch.uint8) if room.back_bytes else None
-    codes = x.new_empty(m, dtype=torch.int64 if wide else torch.int32)
+    codes = x.new_empty(m, dtype=code_dtype(d, code))
     call = _Encode(
         m=m,
         d=d,
@@ -95,7 +94,7 @@ def encode(x: Float32[Tensor, "m d"], code: Code, *, tiles: int) -> Integer[Tens
         codes=pointer(codes),
         L=code.L,
         longest=room.longest,
-        wide=wide,
+        wide=codes.dtype == torch.int64,
         blocks=blocks,
         threads=room.threads,
         bytes=room.bytes,
@@ -127,7 +126,7 @@ def decode_planes(
     They are multiplied by the scale of their group of columns, and rounded to the dtype of W.
     """
     (m, n), table = W.shape, laid_out(code.table)
-    order = None if tiling.order is None else _order(tiling.order, W.device)
+    order = None if tiling.order is None else places(tiling.order, torch.int32, W.device)
     call = _Decode(
         m=m,
         n=n,
@@ -147,11 +146,6 @@ def decode_planes(
         kind=KINDS[W.dtype],
     )
     cuda.launch(SOURCE, "decode_walks", W.device, ctypes.byref(call))
-
-
-@cache
-def _order(order: tuple[int, ...], device: torch.device) -> Int32[Tensor, " steps"]:
-    return torch.tensor(order, dtype=torch.int32, device=device)
 
 
 def _encodes(x: Tensor, code: Code, *, tiles: int) -> bool:

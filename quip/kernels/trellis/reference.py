@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int32, Int64, Integer
 from torch import Tensor
 
 from quip.kernels.groups import even
-from quip.kernels.trellis.tables import Code, Tiling
+from quip.kernels.trellis.tables import Code, Tiling, places
 
 WIDE = 31  # bits: a wider code takes an int64
 MEMORY = 2**27  # bytes of back pointers or costs, of as many tiles as are searched together
@@ -182,8 +182,8 @@ def _along(tiles: Tensor, code: Code, order: tuple[int, ...] | None) -> Tensor:
     """The states of tiles, in the places of their codes."""
     if order is None:
         return states_of(tiles, code)
-    places = torch.tensor(order, device=tiles.device)
-    return states_of(tiles[..., places], code)[..., places.argsort()]
+    at = places(order, torch.int64, tiles.device)
+    return states_of(tiles[..., at], code)[..., at.argsort()]
 
 
 def _alike(m: int, tiles: int) -> list[tuple[int, int]]:

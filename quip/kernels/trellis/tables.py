@@ -1,9 +1,13 @@
 """A code on its bitshift trellis, and how a matrix is cut into the sequences that walk it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, wraps
+from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 
@@ -38,6 +42,22 @@ class Code:
         return replace(self, table=self.table.to(device))
 
 
+Made = TypeVar("Made")
+
+
+def kept_with_the_code(make: Callable[[Code], Made]) -> Callable[[Code], Made]:
+    """What `make` makes of a code, once, for as long as there is the code."""
+    made: WeakKeyDictionary[Code, Made] = WeakKeyDictionary()
+
+    @wraps(make)
+    def found(code: Code) -> Made:
+        if code not in made:
+            made[code] = make(code)
+        return made[code]
+
+    return found
+
+
 @dataclass(frozen=True)
 class Tiling:
     """How a matrix is cut into sequences: `count` tiles one below the other, of `columns` columns.
@@ -50,6 +70,14 @@ class Tiling:
     count: int
     columns: int
     order: tuple[int, ...] | None = None
+
+
+@cache
+def places(
+    order: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Integer[Tensor, " steps"]:
+    """The order of a tiling as a tensor, which is not to be written to."""
+    return torch.tensor(order, dtype=dtype, device=device)
 
 
 def _mma() -> tuple[int, ...]:

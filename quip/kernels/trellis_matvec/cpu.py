@@ -5,22 +5,21 @@ computes in. For more it is decoded, straight to that dtype.
 """
 
 import ctypes
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
-from functools import wraps
+from functools import partial
 from pathlib import Path
-from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int16, Int32
 from torch import Tensor
-from torch.nn.functional import linear
 
 from quip.kernels import threads
 from quip.kernels.cuda import pointer
 from quip.kernels.native import library
 from quip.kernels.operation import Form, learns
 from quip.kernels.trellis import Code, Tiling
+from quip.kernels.trellis.tables import kept_with_the_code
+from quip.kernels.trellis_matvec import reference
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 16  # vectors: for more, products with a decoded matrix are as fast
@@ -43,19 +42,6 @@ class _TrellisMatvec(ctypes.Structure):
     )
 
 
-def kept_with_the_code(make: Callable[[Code], Tensor | None]) -> Callable[[Code], Tensor | None]:
-    """What `make` makes of a code, once, for as long as there is the code."""
-    made: WeakKeyDictionary[Code, Tensor | None] = WeakKeyDictionary()
-
-    @wraps(make)
-    def found(code: Code) -> Tensor | None:
-        if code not in made:
-            made[code] = make(code)
-        return made[code]
-
-    return found
-
-
 def multiply(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
@@ -73,21 +59,6 @@ def multiply(
     return y
 
 
-def multiply_decoded(
-    x: Float[Tensor, "*batch n"],
-    words: Int32[Tensor, "m words"],
-    code: Code,
-    scales: Float[Tensor, " groups"],
-    tiling: Tiling,
-    *,
-    group: int | None,
-    dtype: torch.dtype,
-) -> Float[Tensor, "*batch m"]:
-    """x W~^T as in reference.py, bit for bit: only the decoding is another."""
-    W = decode(words, code, scales, tiling, n=x.shape[-1], group=group, dtype=dtype)
-    return linear(x.to(dtype), W).to(x.dtype)
-
-
 def decode(
     words: Int32[Tensor, "m words"],
     code: Code,
@@ -102,6 +73,9 @@ def decode(
     W = torch.empty(len(words), n, dtype=dtype if dtype in NUMBERS else torch.float32)
     _call("decode_trellis", W, words, code, scales, tiling, group, W)
     return W.to(dtype)
+
+
+multiply_decoded = partial(reference.multiply, decode=decode)
 
 
 def _call(

@@ -5,18 +5,19 @@ The ctypes side of squares.cpp. For a few vectors W~ is never in memory; for mor
 
 import ctypes
 from ctypes import c_int32, c_int64, c_void_p
-from functools import cache
+from functools import partial
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int32, UInt8
+from jaxtyping import Float, Int32
 from torch import Tensor
-from torch.nn.functional import linear
 
 from quip.kernels import threads
 from quip.kernels.native import library
 from quip.kernels.operation import Form, learns
 from quip.kernels.trellis import Code, Tiling
+from quip.kernels.trellis.tables import places
+from quip.kernels.trellis_matvec import reference
 
 SOURCE = Path(__file__).with_name("squares.cpp")
 SIDE = 16
@@ -51,21 +52,6 @@ def multiply(
     return y
 
 
-def multiply_decoded(
-    x: Float[Tensor, "*batch n"],
-    words: Int32[Tensor, "m words"],
-    code: Code,
-    scales: Float[Tensor, " groups"],
-    tiling: Tiling,
-    *,
-    group: int | None,
-    dtype: torch.dtype,
-) -> Float[Tensor, "*batch m"]:
-    """x W~^T as in reference.py, bit for bit: only the decoding is another."""
-    W = decode(words, code, scales, tiling, n=x.shape[-1], group=group, dtype=dtype)
-    return linear(x.to(dtype), W).to(x.dtype)
-
-
 def decode(
     words: Int32[Tensor, "m words"],
     code: Code,
@@ -82,6 +68,9 @@ def decode(
     return W.to(dtype)
 
 
+multiply_decoded = partial(reference.multiply, decode=decode)
+
+
 def _call(
     name: str, x: Tensor, words: Tensor, code: Code, scales: Tensor, tiling: Tiling, to: Tensor
 ) -> None:
@@ -94,7 +83,7 @@ def _call(
         x.numel() // n,
         4 * words.shape[1],
         words.data_ptr(),
-        _order(tiling.order).data_ptr(),
+        places(tiling.order, torch.uint8, words.device).data_ptr(),
         code.table.data_ptr(),
         scales.data_ptr(),
         x.data_ptr(),
@@ -107,11 +96,6 @@ def _call(
     native = library(SOURCE)
     assert native is not None
     getattr(native, name)(ctypes.byref(call))
-
-
-@cache
-def _order(order: tuple[int, ...]) -> UInt8[Tensor, " steps"]:
-    return torch.tensor(order, dtype=torch.uint8)
 
 
 def _serves(

@@ -11,9 +11,9 @@ from enum import IntEnum
 import torch
 from jaxtyping import Float64, Int16, Int64
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from quip.kernels.trellis import Code
+from quip.kernels.trellis.tables import kept_with_the_code
 
 # Factor, increment, and what counts of each byte
 HASHES = {
@@ -65,19 +65,14 @@ class Values:
 
 
 Made = tuple[Values, Tensor]  # and what values they leave
-_made: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # of tables, which stay as they are
 
 
+@kept_with_the_code
 def values_of(code: Code) -> tuple[Values, ...]:
-    """What the kernel is to know of a code, and of what that leaves; nothing where it cannot."""
-    made = _made.setdefault(code.table, {})
-    if (code.name, code.bits) not in made:
-        made[code.name, code.bits] = _stages(code)
-    return made[code.name, code.bits]
+    """What the kernel is to know of a code: values to 16 bits, as a bfloat16 product needs them.
 
-
-def _stages(code: Code) -> tuple[Values, ...]:
-    """Values to 16 bits, as a bfloat16 product needs them; and the rest, if there is any."""
+    Then the rest, if there is any; nothing where the kernel has no values for the code.
+    """
     most = 3 * NIBBLES if code.bits == 3 else WIDE
     if most < code.L:
         return ()
