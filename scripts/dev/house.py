@@ -10,7 +10,7 @@ WIDTH = 96  # of a line that a page shows whole
 
 
 def tree() -> str:
-    """Every room from the top floor down: its phrase, then its files."""
+    """Every room from the top floor down: its phrase, then its files, without their `.py`."""
     lines = ["quip/"]
     for room in floors():
         folder = ROOT / "quip" / room
@@ -63,7 +63,7 @@ def _place(path: Path) -> str:
 
 
 def _contents(folder: Path) -> list[str]:
-    files = sorted(p.name for p in folder.glob("*.py") if p.name != "__init__.py")
+    files = sorted(p.stem for p in folder.glob("*.py") if p.name != "__init__.py")
     return files + sorted(f"{p.parent.name}/" for p in folder.glob("*/__init__.py"))
 
 
