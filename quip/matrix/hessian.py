@@ -1,14 +1,31 @@
-"""H = E[x x^T], the second moment of a layer's inputs, which the papers call its Hessian."""
+"""H = E[x x^T], the second moment of a layer's inputs, which the papers call its Hessian.
 
-from collections.abc import Mapping
+Sums come out bitwise the same in any order and any grouping of their terms, so that several
+processes find what one does. A term, P = X^T X of a chunk, is rounded to multiples of a quantum
+2^-40 d_i d_j, where the anchors d are powers of two: P_ii < d_i^2 <= 4 P_ii for the first chunk.
+
+    exact   while S_ii < 2^11 d_i^2, for then |S_ij| <= sqrt(S_ii S_jj) < 2^11 d_i d_j, and float64
+            holds 2^13: 2048 chunks like the first at least; what grows more needs other anchors
+    error   2^-41 d_i d_j a term, at most 2^-39 sqrt(P_ii P_jj) of terms like the first, of which
+            products in float32 lose 2^-24 and more
+    means   sums of x in multiples of 2^-33 d_i: |sum of N tokens| <= sqrt(N S_ii), exact below
+            2^20 d_i: up to 2^29 tokens; a term's error is 2^-33 of sqrt(P_ii), of a chunk's tokens
+"""
+
+from collections.abc import Callable, Mapping
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
-from quip.kernels.hessian import add_products
+from quip.kernels.hessian import QUANTUM, add_products, add_rounded
 
 CHUNK = 8192  # tokens summed in float32 before they enter the float64 master
+GROWTH = 2.0**11  # of d_i^2, up to where sums are exact
+OF_MEANS = 2.0**-33  # of d_i: what sums of x are multiples of
+FLOOR = 2.0**-40  # of the median P_ii: the least that an anchor stands for
+NOTHING = 2.0**-800  # in place of a median where there is none: outgrown by any number
+PANELS = 8  # of rows in which processes add up their sums; each ends at the diagonal
 
 
 class Hessian:
@@ -19,17 +36,36 @@ class Hessian:
     CUDA device at that of its tensor cores for inputs of 16 bits.
     """
 
-    def __init__(self, n: int, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        n: int,
+        *,
+        anchors: Float64[Tensor, " n"] | None = None,
+        exact: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Without anchors, those of the first chunk; not `exact`, sums are not rounded at all."""
         self._lower = torch.zeros(n, n, dtype=torch.float64, device=device)
         self._sum = torch.zeros(n, dtype=torch.float64, device=device)
-        self.count = 0
+        self.largest = torch.zeros(n, dtype=torch.float64, device=device)  # P_ii of any chunk
+        self.anchors, self._exact = anchors, exact
+        self.count = self.chunks = 0
 
     def update(self, x: Float[Tensor, "*batch n"]) -> None:
         """Add the tokens of x, whatever its leading axes."""
         for chunk in x.detach().reshape(-1, len(self._lower)).split(CHUNK):
-            add_products(self._lower, chunk)
-            self._sum += chunk.sum(0, dtype=torch.float64)
+            if self.anchors is None and self._exact and len(chunk):
+                self.anchors = anchors_of(squares(chunk))
+            total = chunk.sum(0, dtype=torch.float64)
+            if self.anchors is None:
+                self._sum += total
+            else:
+                unit = torch.full_like(self.anchors[:1], OF_MEANS / QUANTUM)
+                add_rounded(self._sum[None], total[None], unit, self.anchors)
+            found = add_products(self._lower, chunk, self.anchors)
+            self.largest = torch.maximum(self.largest, found)
             self.count += len(chunk)
+            self.chunks += 1
 
     def value(self) -> Float[Tensor, "n n"]:
         """E[x x^T], each entry rounded to a float32, in float64 and exactly symmetric.
@@ -41,15 +77,61 @@ class Hessian:
         lower = (self._lower.tril() / self.count).float().double()
         return lower + lower.tril(-1).T
 
+    def summed(self) -> "Hessian":
+        """The moments, which are at hand; other values that are seen compute them only here."""
+        return self
+
+    @property
+    def squares(self) -> Float64[Tensor, " n"]:
+        """The diagonal: the sum of x_i^2 of all tokens."""
+        return self._lower.diagonal()
+
     @property
     def is_finite(self) -> bool:
         """Whether the diagonal of `value` is, as it is where every input was."""
-        diagonal = self._lower.diagonal() / self.count
-        return bool(diagonal.float().isfinite().all())  # rounded, as `value` is
+        return bool((self.squares / self.count).float().isfinite().all())  # rounded, as `value` is
 
     def mean(self) -> Float[Tensor, " n"]:
         """E[x] in float64. At least one token must have been seen."""
         return self._sum / self.count
+
+    def reduce(self, add: Callable[[Tensor], None]) -> None:
+        """Make these sums those of all processes, whose tensors of one kind `add` adds in place."""
+        n = len(self._lower)
+        for lo in range(0, n, step := max(1, -(-n // PANELS))):
+            at = slice(lo, lo + step), slice(0, lo + step)
+            panel = self._lower[at].contiguous()
+            add(panel)
+            self._lower[at] = panel
+        counts = self._sum.new_tensor([self.count, self.chunks])
+        rest = torch.cat([self._sum, counts])
+        add(rest)
+        self._sum, (self.count, self.chunks) = rest[:n], map(int, rest[n:].tolist())
+
+
+def squares(x: Float[Tensor, "tokens n"]) -> Float64[Tensor, " n"]:
+    """The sum of x_i^2 over the tokens."""
+    return x.double().square().sum(0)
+
+
+def anchors_of(squares: Float[Tensor, " n"], chunks: int = 1) -> Float64[Tensor, " n"]:
+    """Anchors for so many chunks with sums of squares of at most these, d_i^2 > squares_i.
+
+    At least 2^-20 of the median of those that are not 0, for inputs that may yet be found alive.
+    """
+    squares = squares.double().nan_to_num(0.0, posinf=0.0)  # what is not finite stays so anyway
+    squares = squares * max(1.0, 2 * chunks / GROWTH)
+    median = squares.where(squares > 0, torch.nan).nanmedian().nan_to_num(NOTHING)
+    _, exponents = torch.frexp(squares.maximum(FLOOR * median))  # squares < 2^exponents
+    return (((exponents.long() + 1 >> 1) + 1023) << 52).view(torch.float64)  # the bits of 2^k
+
+
+def outgrown(squares: Float64[Tensor, " n"], anchors: Float64[Tensor, " n"]) -> Tensor:
+    """Whether sums of so large a diagonal may be inexact: a bool, on their device.
+
+    Sums that are not finite are not: whoever asks for `is_finite` will learn of them.
+    """
+    return ((squares >= GROWTH * anchors.square()) & squares.isfinite()).any()
 
 
 def sharing(hessians: Mapping[str, Hessian]) -> list[list[str]]:

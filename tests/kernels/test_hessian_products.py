@@ -1,5 +1,7 @@
 """Second moments on tensor cores: the panels of the form for CUDA, multiplied by the CPU."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -21,12 +23,25 @@ def products(monkeypatch):
     return done
 
 
-def both(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+Sums = tuple[torch.Tensor, torch.Tensor]
+
+
+def added(
+    add: Callable[..., torch.Tensor], x: torch.Tensor, anchors: torch.Tensor | None = None
+) -> Sums:
+    """Sums on and below their diagonal, and the squares that were given back."""
+    rng = torch.Generator().manual_seed(1)
+    sums = torch.randn(x.shape[1], x.shape[1], generator=rng, dtype=torch.float64).to(x.device)
+    squares = add(sums, x, anchors)
+    return sums.tril(), squares
+
+
+def both(n: int, dtype: torch.dtype, anchors: torch.Tensor | None = None) -> tuple[Sums, Sums]:
     """What the reference and the form for CUDA make of the same tokens and the same sums before."""
-    rng = torch.Generator().manual_seed(n)
-    x = torch.randn(9, n, generator=rng).to(dtype)
-    sums = torch.randn(n, n, generator=rng, dtype=torch.float64)
-    return tuple(add(sums.clone(), x) for add in (reference.add_products, cuda.add_products))
+    x = torch.randn(9, n, generator=torch.Generator().manual_seed(n)).to(dtype)
+    forms = (reference.add_products, cuda.add_products)
+    first, second = (added(add, x, anchors) for add in forms)
+    return first, second
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -34,8 +49,22 @@ def both(n: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
 def test_panels_on_tensor_cores_are_the_reference(products, n, dtype):
     expected, found = both(n, dtype)
     # Sums of nine products in float32.
-    torch.testing.assert_close(found.tril(), expected.tril(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert {(k, len(products)) for _, k, _ in products} == {(9, -(-n // cuda.BLOCK))}
+
+
+@pytest.mark.parametrize("n", [1, 65, 1025])
+def test_every_panel_is_rounded_to_multiples_of_its_anchors(products, n):
+    anchors = 2.0 ** torch.arange(n, dtype=torch.float64).remainder(9)
+    plain, rounded = both(n, torch.bfloat16), both(n, torch.bfloat16, anchors)
+    for (found, squares), (unrounded, same) in zip(rounded, plain, strict=True):
+        start = added(lambda sums, x, anchors: sums.diagonal(), torch.empty(0, n))[0]
+        step = torch.outer(reference.QUANTUM * anchors, anchors)
+        # The sums before are no multiples: what was added is known up to the digits of sums.
+        steps = (found - start) / step
+        assert bool(((steps - steps.round()).tril().abs() * step <= 1e-14).all())
+        assert bool(((found - unrounded).abs() <= step / 2 + 1e-14).all())
+        assert torch.equal(squares, same)
 
 
 def test_little_more_than_half_of_the_products_is_computed(products):
@@ -48,8 +77,9 @@ def test_little_more_than_half_of_the_products_is_computed(products):
 def test_what_is_not_finite_is_found_on_the_diagonal(products, value):
     x = torch.ones(5, 70).half()
     x[3, 66] = value
-    found = cuda.add_products(torch.zeros(70, 70, dtype=torch.float64), x)
-    assert found.diagonal().isfinite().logical_not().nonzero().tolist() == [[66]]
+    found, squares = added(cuda.add_products, x)
+    for diagonal in (found.diagonal(), squares):
+        assert diagonal.isfinite().logical_not().nonzero().tolist() == [[66]]
 
 
 def test_the_cpu_and_wide_inputs_are_the_references():
@@ -68,6 +98,8 @@ def test_tensor_cores_are_as_exact_as_float32(dtype):
     x = (x + 0.5).to(dtype)
     expected = x.double().T @ x.double()
     for add in (reference.add_products, cuda.add_products):
-        found = add(torch.zeros_like(expected), x).tril()
+        found = torch.zeros_like(expected)
+        squares = add(found, x, torch.full_like(expected[0], 128.0))
         # 8192 products in float32, of which each order of sums loses some 1e-6.
-        assert (found - expected.tril()).abs().max() < 1e-5 * expected.max()
+        assert (found - expected).tril().abs().max() < 1e-5 * expected.max()
+        assert (squares - expected.diagonal()).abs().max() < 1e-5 * expected.max()

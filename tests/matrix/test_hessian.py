@@ -116,7 +116,9 @@ def test_the_mean_of_x_is_summed_in_double_precision(rng):
     for chunk in x:
         hessian.update(chunk)
     assert hessian.mean().dtype == torch.float64
-    assert_near(hessian.mean(), x.double().mean((0, 1)))
+    # Three sums of 50 numbers, each rounded to a multiple of 2^-33 d_i, d_i at most 16.
+    lost = 3 * 2**-34 * 16 / 150
+    assert float((hessian.mean() - x.double().mean((0, 1))).abs().max()) <= lost
 
 
 def test_matrices_with_one_hessian_are_named_together():

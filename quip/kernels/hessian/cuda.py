@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from quip.kernels.hessian.reference import add_rounded
 from quip.kernels.operation import Form
 
 BLOCK = 1024  # rows of a panel
@@ -23,13 +24,21 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def add_products(
-    lower: Float64[Tensor, "n n"], x: Float[Tensor, "tokens n"]
-) -> Float64[Tensor, "n n"]:
+    lower: Float64[Tensor, "n n"],
+    x: Float[Tensor, "tokens n"],
+    anchors: Float64[Tensor, " n"] | None = None,
+) -> Float64[Tensor, " n"]:
     """`add_products` of reference.py, for inputs of 16 bits."""
+    squares = lower.new_empty(len(lower))
     for lo in range(0, len(lower), BLOCK):
         at, until = slice(lo, lo + BLOCK), slice(0, lo + BLOCK)
-        lower[at, until] += multiply(x[:, at].T, x[:, until])
-    return lower
+        P = multiply(x[:, at].T, x[:, until])
+        squares[at] = P[:, lo:].diagonal()
+        if anchors is None:
+            lower[at, until] += P
+        else:
+            add_rounded(lower[at, until], P, anchors[at], anchors[until])
+    return squares
 
 
 def multiply(A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> Float[Tensor, "m n"]:
@@ -37,7 +46,7 @@ def multiply(A: Float[Tensor, "m k"], B: Float[Tensor, "k n"]) -> Float[Tensor, 
     return torch.mm(A, B, out_dtype=torch.float32)
 
 
-def _serves(lower: Tensor, x: Tensor) -> bool:
+def _serves(lower: Tensor, x: Tensor, anchors: Tensor | None = None) -> bool:
     return x.device.type == "cuda" and x.dtype in HALVES and x.numel() > 0
 
 
