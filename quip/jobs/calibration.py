@@ -31,7 +31,7 @@ def store_for(folder: Path, loaded: LoadedModel) -> HessianStore:
     """
     store = HessianStore(folder)
     store.check(places(loaded.model))
-    changes = differences(store.manifest["digest"], identity_of(loaded.model))
+    changes = differences(store.manifest["digest"], identity_of(loaded))
     if changes:
         log.warning("the store %s is not quite of this model (%s)", folder, changes)
     return store

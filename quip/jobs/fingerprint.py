@@ -5,8 +5,6 @@ from typing import Any, TypeAlias
 
 import torch
 import xxhash
-from torch import nn
-from transformers import PreTrainedModel
 
 from quip.data import TokenSet
 from quip.data.hessians import HessianStore
@@ -15,7 +13,7 @@ from quip.model.load import LoadedModel
 from quip.model.plan import Plan, described
 from quip.model.records import versions
 from quip.model.tune import BlockTuning
-from quip.packed.digests import bytes_of
+from quip.packed.digests import digest_of_state
 
 Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matrices
 
@@ -40,23 +38,15 @@ def fingerprint_of(
         "versions": {name: found.get(name) for name in ("quip-quant", "torch")},
         "calibration": source.stamp,
         "hessians": source.digest if isinstance(source, HessianStore) else None,
-        "model": identity_of(loaded.model),
+        "model": identity_of(loaded),
     }
 
 
-def identity_of(model: PreTrainedModel) -> dict[str, str]:
+def identity_of(loaded: LoadedModel) -> dict[str, str]:
     """Which model it is: its class, and hashes of its config and its weights."""
+    model, stream = loaded.model, loaded.stream
     return {
         "class": type(model).__name__,
         "config": xxhash.xxh3_128(model.config.to_json_string().encode()).hexdigest(),
-        "weights": _digest(model),
+        "weights": stream.digest(model) if stream else digest_of_state(model.state_dict().items()),
     }
-
-
-def _digest(model: nn.Module) -> str:
-    """A hash of every parameter's and buffer's name, type, shape and bytes."""
-    digest = xxhash.xxh3_128()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ earlier block, so keeping it would be wrong: such a model is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from quip.errors import UnsupportedModel
-from quip.model.device import resident
+from quip.model.ferry import visits
 from quip.model.matrices import find_blocks
+from quip.model.stream import Stream
 
 # What can be kept and handed to a block again. Anything else may be state that blocks share.
 PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -167,14 +168,18 @@ def capture_by(
 
 @torch.no_grad()
 def rest_of_output(
-    model: nn.Module, ids: Int[Tensor, "1 seqlen"], device: torch.device
+    model: nn.Module,
+    ids: Int[Tensor, "1 seqlen"],
+    device: torch.device,
+    stream: Stream | None = None,
 ) -> tuple[Any, ...] | None:
     """What blocks return after the hidden states, with NaN for numbers; None: a bare tensor."""
     _, blocks = find_blocks(model)
     recorder = _Recorder(stop=0)
     recorder.run(model, blocks, ids)
-    (call,), block, host = recorder.calls, blocks[0], recorder.entering.device
-    with resident(block, device, home=host):
+    (call,), host = recorder.calls, recorder.entering.device
+    with closing(visits([blocks[0]], device, home=host, stream=stream)) as modules:
+        block = next(modules)
         output = call.run(block, recorder.entering.to(device), call.on(device, {}))
     if isinstance(output, Tensor):
         return None

@@ -9,7 +9,7 @@ is recorded as a user. A block that is done stays where it is until its copies a
 """
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -19,24 +19,53 @@ import torch
 from torch import Tensor, nn
 
 from quip.model.device import enough_memory, free_bytes, resident
+from quip.model.stream import Stream
 
 log = logging.getLogger(__name__)
 
 
 def visits(
-    blocks: Sequence[nn.Module], device: torch.device, *, home: torch.device
+    blocks: Sequence[nn.Module],
+    device: torch.device,
+    *,
+    home: torch.device,
+    stream: Stream | None = None,
 ) -> Generator[nn.Module, None, None]:
     """Each block in order, on the device until the next one is asked for, and then at home.
 
     Between the host and a CUDA device the ways overlap with the work: meanwhile the block before
     and the one after may be on the device too, and those that are to come must stay as they are.
+    With a stream, home is the disk: the next block is read while the present one is worked on.
     """
+    if stream is not None:
+        yield from _streamed(blocks, device, stream)
+        return
     if (device.type, home.type) == ("cuda", "cpu"):
         yield from Ferry(device, home).visits(blocks)
         return
     for block in blocks:
         with resident(block, device, home=home):
             yield block
+
+
+def _streamed(
+    blocks: Sequence[nn.Module], device: torch.device, stream: Stream
+) -> Iterator[nn.Module]:
+    """Each block in order, read from the disk and put on the device, and then on meta again."""
+    coming: Future[Mapping[str, Tensor]] | None = None
+    remedy = "free the device, or say --device cpu"
+    with ThreadPoolExecutor(1, "quip-stream") as crew:
+        for number, block in enumerate(blocks):
+            try:
+                stream.put(block, coming.result() if coming else stream.read(stream.index(block)))
+                following = blocks[number + 1 : number + 2]
+                # The old future goes, with the tensors that it holds.
+                coming = crew.submit(stream.read, stream.index(following[0])) if following else None
+                with enough_memory(f"a block of the model on {device}", remedy):
+                    block.to(device)
+                yield block
+            finally:
+                stream.empty(block)
 
 
 @dataclass

@@ -29,6 +29,8 @@ from quip.errors import Unavailable, UnsupportedModel, UsageError, how_to_instal
 from quip.model.gguf.config import read_gguf_config
 from quip.model.gguf.header import read_header
 from quip.model.gguf.tokenizer import complete_tokenizer
+from quip.model.load_streamed import folder_to_stream, load_streamed
+from quip.model.stream import Stream
 from quip.model.vocabulary import check_rows
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.checks import check_counts
@@ -45,12 +47,13 @@ DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A model in evaluation mode, without gradients, in host memory."""
+    """A model in evaluation mode, without gradients, in host memory or but for its blocks."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     max_length: int  # the model's positions; sys.maxsize where its attention has no limit
+    stream: Stream | None = None  # where its blocks are read from; None: they are in memory
 
     @property
     def dtype_name(self) -> str:
@@ -71,7 +74,9 @@ class _Source:
         return {"gguf_file": self.gguf, "trust_remote_code": False}
 
 
-def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> LoadedModel:
+def load_model(
+    name: str, *, dtype: str = "auto", seqlen: int | None = None, stream: str = "off"
+) -> LoadedModel:
     """The model called `name`, every weight of it read from the checkpoint.
 
     `name` is a hub id, a folder written by save_pretrained, a .gguf file (dequantized while
@@ -79,7 +84,8 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
     matrices stay packed. `dtype` is float32, bfloat16 or float16; auto means float32, whatever the
     files hold (nothing is cast to a narrower type unasked), and for a checkpoint of quip what the
     run computed in that saved it. A `seqlen` is checked against the model's positions before
-    weights are read.
+    weights are read. With `stream` on, or auto for a model above a quarter of the free memory,
+    its blocks stay in their files.
 
     Raises Unavailable (not found, unreachable, damaged), UnsupportedModel (no causal language
     model that transformers itself knows) or UsageError (dtype, seqlen).
@@ -94,9 +100,11 @@ def load_model(name: str, *, dtype: str = "auto", seqlen: int | None = None) -> 
         check_seqlen(name, max_length, seqlen)
     tokenizer = _tokenizer(name, source)
     own: Any = config.dtype if dtype == "auto" and _quantized_by(config) else None
-    model = _weights(name, source, config, own or DTYPES[dtype])
+    model, blocks = _weights(name, source, config, own or DTYPES[dtype], stream)
     check_rows(name, model, tokenizer)
-    return LoadedModel(model=model, tokenizer=tokenizer, name=name, max_length=max_length)
+    return LoadedModel(
+        model=model, tokenizer=tokenizer, name=name, max_length=max_length, stream=blocks
+    )
 
 
 def read_config(name: str) -> PretrainedConfig:
@@ -212,22 +220,19 @@ def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
 
 
 def _weights(
-    name: str, source: _Source, config: PretrainedConfig, dtype: torch.dtype
-) -> PreTrainedModel:
+    name: str, source: _Source, config: PretrainedConfig, dtype: torch.dtype, mode: str
+) -> tuple[PreTrainedModel, Stream | None]:
+    def damage(error: Exception) -> str:
+        return f"its weights cannot be read: {_reason(error)}; download it again, or save it anew"
+
+    where = source.gguf or source.where
+    if folder := folder_to_stream(name, where, config, dtype, mode):
+        return load_streamed(name, source.where, folder, config, dtype, damage)
     keywords = source.keywords
     if source.gguf is not None:
         keywords["quantization_config"] = GgufConfig(dequantize=True)
-    return read_model(
-        name,
-        source.where,
-        lambda error: (
-            f"its weights cannot be read: {_reason(error)}; download it again, or save it anew"
-        ),
-        config=config,
-        dtype=dtype,
-        ignore_mismatched_sizes=True,  # for refuse_gaps, which names them
-        **keywords,
-    )
+    keywords["ignore_mismatched_sizes"] = True  # for refuse_gaps, which names them
+    return read_model(name, source.where, damage, config=config, dtype=dtype, **keywords), None
 
 
 def _reason(error: Exception) -> str:

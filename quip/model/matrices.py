@@ -174,8 +174,13 @@ def check_quantizable(model: PreTrainedModel, name: str) -> Coverage:
 def check_weights(model: nn.Module) -> None:
     """Raise NonFinite, naming the first parameter that holds a NaN or an infinity."""
     for name, parameter in model.named_parameters():
-        if not is_finite(parameter.detach()):
-            raise NonFinite(
-                f"{name}: NaN or infinity among the weights ({parameter.dtype}); the checkpoint "
-                "is damaged, or was cast to a dtype of too small a range (try float32)"
-            )
+        check_weight(name, parameter.detach())
+
+
+def check_weight(name: str, weight: Tensor) -> None:
+    """Raise NonFinite where a parameter of this name holds a NaN or an infinity."""
+    if not is_finite(weight):
+        raise NonFinite(
+            f"{name}: NaN or infinity among the weights ({weight.dtype}); the checkpoint "
+            "is damaged, or was cast to a dtype of too small a range (try float32)"
+        )

@@ -10,6 +10,7 @@ from quip.errors import UsageError
 from quip.model.calls import Call, capture_by, rest_of_output
 from quip.model.device import enough_memory, free_bytes
 from quip.model.matrices import find_blocks
+from quip.model.stream import Stream
 
 TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
 MOST_TOKENS = 2**16  # of a batch on a CUDA device, beyond which nothing is gained
@@ -32,11 +33,12 @@ class States:
         *,
         device: torch.device,
         batch_size: int,
+        stream: Stream | None = None,
     ) -> None:
         self._model, self._tokens = model, tokens
         self.device, self.batch_size = device, batch_size
         with enough_memory(f"a window of {tokens.shape[1]} tokens on {device}", REMEDY):
-            self._rest = rest_of_output(model, tokens[:1], device)
+            self._rest = rest_of_output(model, tokens[:1], device, stream)
         self.hidden, self._calls = self._enter()
         self.pinned = device.type == "cuda" and self.hidden.is_pinned()
 

@@ -12,6 +12,7 @@ from quip.model.block import Block, BlockModule
 from quip.model.ferry import visits
 from quip.model.matrices import coverage, find_blocks
 from quip.model.states import States
+from quip.model.stream import Stream
 
 
 def walk(
@@ -22,6 +23,7 @@ def walk(
     batch_size: int = 1,
     start: int = 0,
     hidden: Float[Tensor, "count seqlen width"] | None = None,
+    stream: Stream | None = None,
 ) -> Iterator["Block"]:
     """Each decoder block in order, on the device while the loop body runs.
 
@@ -32,7 +34,8 @@ def walk(
 
     At the end of the body the block, as it then is, turns its inputs into those of the next
     block, and returns to where the model is (usually the host). A walk that was broken off is taken
-    up at block `start` with the `hidden` states that enter it. Raises UnsupportedModel before
+    up at block `start` with the `hidden` states that enter it. The blocks of a model that came with
+    a `stream` are in memory for their turn only. Raises UnsupportedModel before
     anything runs where `coverage` does, and for blocks that are no plain chain.
     """
     coverage(model)
@@ -40,7 +43,7 @@ def walk(
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
-    states = States(model, tokens.to(host), device=device, batch_size=batch_size)
+    states = States(model, tokens.to(host), device=device, batch_size=batch_size, stream=stream)
     if hidden is not None:
         expected = states.hidden
         if (hidden.shape, hidden.dtype) != (expected.shape, expected.dtype):
@@ -50,7 +53,7 @@ def walk(
                 "start over with --overwrite"
             )
         expected.copy_(hidden)
-    with closing(visits(list(blocks[start:]), device, home=host)) as modules:
+    with closing(visits(list(blocks[start:]), device, home=host, stream=stream)) as modules:
         for index, module in enumerate(modules, start):
             block = Block(index, f"{prefix}.{index}", module, states)
             yield block
@@ -58,10 +61,12 @@ def walk(
                 block.replay()
 
 
-def blocks_at_rest(model: nn.Module, *, device: torch.device | str) -> Iterator[BlockModule]:
+def blocks_at_rest(
+    model: nn.Module, *, device: torch.device | str, stream: Stream | None = None
+) -> Iterator[BlockModule]:
     """Each decoder block in order, on the device while the loop body runs, fed by nothing."""
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
-    with closing(visits(list(blocks), device, home=host)) as modules:
+    with closing(visits(list(blocks), device, home=host, stream=stream)) as modules:
         for index, module in enumerate(modules):
             yield BlockModule(index, f"{prefix}.{index}", module, device=device)

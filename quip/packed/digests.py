@@ -7,7 +7,7 @@ the words beside them.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -49,6 +49,15 @@ def digest_of(tensor: Tensor) -> str:
     words = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
     digest = xxhash.xxh3_128(words.encode())
     digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def digest_of_state(entries: Iterable[tuple[str, Tensor]]) -> str:
+    """One digest of tensors by name, in their order: of their names, types, shapes and bytes."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in entries:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 

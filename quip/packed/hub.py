@@ -6,7 +6,9 @@ transformers has its quantizers, and not before: importing them takes seconds.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,18 @@ FILE_DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
+
+streamed: ContextVar[Sequence[str]] = ContextVar("streamed", default=())
+
+
+@contextmanager
+def reading_from(files: Sequence[str]) -> Iterator[None]:
+    """What from_pretrained is handed inside as a `state_dict` is read from these files."""
+    token = streamed.set(files)
+    try:
+        yield
+    finally:
+        streamed.reset(token)
 
 
 class QuipConfig(QuantizationConfigMixin):
@@ -84,7 +98,7 @@ class QuipQuantizer(HfQuantizer):
             raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
         layout = saved.within(model)
         layout.make_room(model)
-        files = kwargs.get("checkpoint_files") or ()
+        files = kwargs.get("checkpoint_files") or streamed.get()
         held = check_files(model, files, beside=set(saved.names) - set(layout.names))
         if verifying.get():
             check_digests([Path(file) for file in files])

@@ -36,11 +36,11 @@ PICTURES = {"spectrum.png", "incoherence.png", "hessian_entries.png", "singular_
 def save_store(folder: Path, name: str, *, model_name: str = "tiny") -> tuple[str, str]:
     """A tiny model and a store of its Hessians."""
     where = save_model(folder / "model", name)
-    model = load_model(where).model
+    loaded = load_model(where)
     facts = {"model": model_name, "calibration": {"dataset": "letters"}, "source": "original"}
-    facts |= {"digest": identity_of(model), "dtype": "float32"}
+    facts |= {"digest": identity_of(loaded), "dtype": "float32"}
     writer = StoreWriter(folder / "store", facts)
-    for block in walk(model, tokens(), device="cpu"):
+    for block in walk(loaded.model, tokens(), device="cpu"):
         writer.keep(block.index, block.observe())
     writer.close()
     return str(folder / "store"), where

@@ -164,7 +164,7 @@ def test_cases_may_be_handed_over_that_are_no_product(ask, tmp_path):
 
 def test_a_store_of_other_weights_is_warned_of(ask, model, tmp_path, caplog):
     words = {"model": "tiny", "dtype": "float32", "calibration": {"dataset": "random"}}
-    for name, digest in (("its own", identity_of(load_model(model).model)), ("another", {})):
+    for name, digest in (("its own", identity_of(load_model(model))), ("another", {})):
         caplog.clear()
         written(tmp_path / name, observed("opt"), facts={**words, "digest": digest})
         measure_losses(replace(ask(layers=("layers.0.fc1",)), store=tmp_path / name))
