@@ -34,6 +34,7 @@ from quip.model.stream import Stream
 from quip.model.vocabulary import check_rows
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.checks import check_counts
+from quip.packed.experts import unfuse
 from quip.packed.hub import METHOD
 from quip.reading import check_regular
 
@@ -102,6 +103,7 @@ def load_model(
     own: Any = config.dtype if dtype == "auto" and _quantized_by(config) else None
     model, blocks = _weights(name, source, config, own or DTYPES[dtype], stream)
     check_rows(name, model, tokenizer)
+    unfuse(model)
     return LoadedModel(
         model=model, tokenizer=tokenizer, name=name, max_length=max_length, stream=blocks
     )
