@@ -12,6 +12,7 @@ from quip.matrix.hessian import Hessian
 from quip.model.matrices import Matrix
 from quip.model.observe import Observer
 from quip.model.states import States
+from quip.packed.exchange import replace
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import StackedLinear
 
@@ -34,7 +35,7 @@ class BlockModule:
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module where the matrix of this full dotted name is."""
         module = module.to(self._device).train(self.module.training)
-        self.module.set_submodule(name.removeprefix(f"{self.name}."), module, strict=True)
+        replace(self.module, name.removeprefix(f"{self.name}."), module)
 
 
 class Block(BlockModule):

@@ -26,10 +26,10 @@ from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, on
 from quip.files import complete, keep_aside, new_folder
 from quip.packed.checks import check_counts, check_finite
 from quip.packed.digests import sign, unverified
+from quip.packed.exchange import dense
 from quip.packed.files import DAMAGED, INDEX, weight_files
 from quip.packed.gaps import lacking, refuse_gaps
 from quip.packed.hub import METHOD, QuipConfig, check_files, narrowed
-from quip.packed.layout import dense
 from quip.packed.linear import quantized_layers
 from quip.reading import read_json
 
@@ -229,7 +229,7 @@ def check_replaced(folder: Path) -> None:
 
 
 def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model with plain nn.Linear layers in place of its packed matrices, without a trace."""
+    """The model as transformers has it, with dense matrices for packed ones, without a trace."""
     dense(model, dtype or model.dtype)
     for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(owner, name):

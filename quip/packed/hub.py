@@ -27,9 +27,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quip.errors import QuipError, Unavailable, shown
 from quip.packed.checks import check_counts, check_finite, check_left_over
 from quip.packed.digests import check_digests, verifying
+from quip.packed.exchange import dense
+from quip.packed.experts import unfuse
 from quip.packed.files import DAMAGED, TensorEntry, header
 from quip.packed.gaps import lacking
-from quip.packed.layout import FORMATS, Layout, dense, own_name
+from quip.packed.layout import FORMATS, Layout, own_name
 from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
@@ -96,6 +98,7 @@ class QuipQuantizer(HfQuantizer):
         saved = self.quantization_config.layout
         if not saved.names:
             raise Unavailable(f"its config.json names no quantized matrix; {DAMAGED}")
+        unfuse(model)  # so that it has the names of the files
         layout = saved.within(model)
         layout.make_room(model)
         files = kwargs.get("checkpoint_files") or streamed.get()

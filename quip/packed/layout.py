@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Any, NotRequired, TypedDict, cast
 
-import torch
 from torch import nn
 
-from quip.errors import QuipError, Unavailable, shown
+from quip.errors import QuipError, shown
+from quip.packed.exchange import empty_like, matrix_at, replace, stack_like
+from quip.packed.experts import unfuse
 from quip.packed.files import DAMAGED
-from quip.packed.linear import QuantizedLinear, dense_linear, quantized_layers
+from quip.packed.linear import quantized_layers
 from quip.packed.spec import Spec
-from quip.packed.stack import Stack, StackedLinear, stacks
+from quip.packed.stack import Stack, stacks
 from quip.shapes import Within, check_shape
 
 FORMATS = (1, 2)  # of a file: 1 holds matrices of one specification, 2 of several
@@ -134,16 +135,18 @@ class Layout:
         return words | ({"stacks": [list(names) for names in own.stacks]} if own.stacks else {})
 
     def make_room(self, model: nn.Module) -> None:
-        """Put empty packed modules, on the meta device, where the model has its nn.Linear.
+        """Put empty packed modules, on the meta device, where the model has its dense ones.
 
-        Raises Unavailable, naming the module, where it has none.
+        Experts are taken apart for it, all of the model: in our files none are fused. Raises
+        Unavailable, naming the module, where a matrix is none of the model.
         """
+        unfuse(model)
         for name, spec in self.modules.items():
-            _replace(model, name, empty_like(_linear(model, name), spec))
+            replace(model, name, empty_like(matrix_at(model, name), spec))
         for names, spec in self.stacks.items():
-            old = {name: _linear(model, name) for name in names}
+            old = {name: matrix_at(model, name) for name in names}
             for name, new in stack_like(old, spec).items():
-                _replace(model, name, new)
+                replace(model, name, new)
 
 
 def _parts(words: Mapping[str, Any]) -> list[Words]:
@@ -171,65 +174,3 @@ def own_name(model: nn.Module, name: str, here: Collection[str]) -> str:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     meant = (name, name.removeprefix(prefix), prefix + name)
     return next((each for each in meant if each in here), name)
-
-
-def empty_like(old: nn.Linear, spec: Spec) -> QuantizedLinear:
-    """A packed module of the sizes of an nn.Linear, on the meta device."""
-    return QuantizedLinear(
-        old.in_features,
-        old.out_features,
-        old.bias is not None,
-        spec=spec,
-        device="meta",
-        dtype=old.weight.dtype,
-    )
-
-
-def stack_like(old: Mapping[str, nn.Linear], spec: Spec) -> dict[str, StackedLinear]:
-    """The members of an empty stack of the sizes of these, on the meta device."""
-    n = {linear.in_features for linear in old.values()}
-    if len(n) != 1:
-        raise Unavailable(
-            f"config.json says that {', '.join(old)} are one stack, but they read inputs of "
-            f"{sorted(n)} numbers; {DAMAGED}"
-        )
-    stack = Stack(n.pop(), [x.out_features for x in old.values()], spec=spec, device="meta")
-    return {
-        name: StackedLinear(
-            stack, i, linear.bias is not None, device="meta", dtype=linear.weight.dtype
-        )
-        for i, (name, linear) in enumerate(old.items())
-    }
-
-
-def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model with an nn.Linear of the same W_hat, rounded to dtype, for each packed matrix."""
-    for members in stacks(model):
-        (_, first), *_ = members.items()
-        parts = first.whole.dequantize().split(list(first.whole.sizes))
-        for (name, member), W in zip(members.items(), parts, strict=True):
-            _replace(model, name, dense_linear(W, member.bias, dtype).train(member.training))
-    for name, layer in quantized_layers(model).items():
-        _replace(model, name, layer.to_linear(dtype).train(layer.training))
-    # Ours are loaded without renaming; a plain model is saved under the names of its kind.
-    if not getattr(model, "_weight_conversions", True):
-        del model._weight_conversions
-    return model
-
-
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    model.set_submodule(name, module, strict=True)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        what = "there is no such module" if module is None else f"it is a {type(module).__name__}"
-        raise Unavailable(
-            f"config.json says that {name} is a quantized matrix, but in a {type(model).__name__} "
-            f"{what}; {DAMAGED}"
-        )
-    return module

@@ -37,6 +37,7 @@ class QuantizedLinear(nn.Module):
 
     codes: Tensor
     bias: Tensor | None
+    is_conv1d = False  # whether it is in place of one, of transformers', whose weight is [n, m]
 
     def __init__(
         self,

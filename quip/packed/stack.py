@@ -105,6 +105,7 @@ class StackedLinear(nn.Module):
     """nn.Linear whose weight is some rows of a stack. The first member owns the stack."""
 
     bias: Tensor | None
+    is_conv1d = False  # as QuantizedLinear has it
 
     def __init__(
         self,

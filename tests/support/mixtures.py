@@ -1,12 +1,20 @@
 """Tiny mixtures of experts, one of each family."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import transformers as hf
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from quip.matrix.build import build_recipe
+from quip.matrix.quantize import quantize_matrix
+from quip.packed.exchange import replace
+from quip.packed.experts import unfuse
+from quip.packed.linear import QuantizedLinear
 from tests.support.tiny import VOCAB
+
+ROUTERS = (".gate", ".router", ".shared_expert_gate")
 
 SIZES = {
     "hidden_size": 32,
@@ -69,8 +77,8 @@ MIXTURES: dict[str, Callable[[], PretrainedConfig]] = {
 def mixture(
     name: str, *, dtype: torch.dtype = torch.float32, implementation: str = "eager"
 ) -> PreTrainedModel:
-    """A random mixture, fused, whose every parameter matters, and whose every expert is chosen."""
-    model = AutoModelForCausalLM.from_config(MIXTURES[name](), attn_implementation="eager")
+    """A random mixture, fused, whose every parameter matters, made as from_pretrained does it."""
+    model = AutoModelForCausalLM.from_config(MIXTURES[name](), dtype=dtype)
     if name != "llama-4":
         model.set_experts_implementation(implementation)
     rng = torch.Generator().manual_seed(0)
@@ -78,4 +86,20 @@ def mixture(
         for parameter in model.parameters():
             noise = 0.3 * torch.randn(parameter.shape, generator=rng)
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
-    return model.to(dtype).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def packed(
+    model: PreTrainedModel,
+    flags: Mapping[str, object],
+    chosen: Callable[[str], bool] = lambda name: not name.endswith(ROUTERS),
+) -> PreTrainedModel:
+    """The model, unfused, its chosen matrices rounded as though no input knew of another."""
+    unfuse(model)
+    recipe, rng = build_recipe(**flags), torch.Generator().manual_seed(0)
+    for name, module in [*model.named_modules()]:
+        if "layers." in name and isinstance(module, nn.Linear) and chosen(name):
+            H = torch.eye(module.in_features, dtype=torch.float64)
+            found = quantize_matrix(module.weight.float().contiguous(), H, recipe, rng=rng)
+            replace(model, name, QuantizedLinear.from_matrix(found, module.bias))
+    return model.requires_grad_(False)

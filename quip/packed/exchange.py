@@ -1,0 +1,100 @@
+"""Modules of a model exchanged: dense matrices for empty packed ones, and packed for dense."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from quip.errors import Unavailable
+from quip.packed.experts import fuse
+from quip.packed.files import DAMAGED
+from quip.packed.linear import QuantizedLinear, dense_linear, quantized_layers
+from quip.packed.spec import Spec
+from quip.packed.stack import Stack, StackedLinear, stacks
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module where the model has another; a packed one remembers whether that is a Conv1D."""
+    if isinstance(module, QuantizedLinear | StackedLinear):
+        old = model.get_submodule(name)
+        module.is_conv1d = isinstance(old, Conv1D) or getattr(old, "is_conv1d", False)
+    model.set_submodule(name, module, strict=True)
+
+
+def matrix_at(model: nn.Module, name: str) -> nn.Linear | Conv1D:
+    """The module of a matrix that config.json names. Raises Unavailable where there is none."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        module = None
+    if not isinstance(module, nn.Linear | Conv1D):
+        what = "there is no such module" if module is None else f"it is a {type(module).__name__}"
+        raise Unavailable(
+            f"config.json says that {name} is a quantized matrix, but in a {type(model).__name__} "
+            f"{what}; {DAMAGED}"
+        )
+    return module
+
+
+def empty_like(old: nn.Linear | Conv1D, spec: Spec) -> QuantizedLinear:
+    """A packed module of the sizes of a dense one, on the meta device."""
+    inputs, outputs = _sizes(old)
+    biased, dtype = old.bias is not None, old.weight.dtype
+    return QuantizedLinear(inputs, outputs, biased, spec=spec, device="meta", dtype=dtype)
+
+
+def stack_like(old: Mapping[str, nn.Linear | Conv1D], spec: Spec) -> dict[str, StackedLinear]:
+    """The members of an empty stack of the sizes of these, on the meta device."""
+    inputs, outputs = zip(*map(_sizes, old.values()), strict=True)
+    if len({*inputs}) != 1:
+        raise Unavailable(
+            f"config.json says that {', '.join(old)} are one stack, but they read inputs of "
+            f"{sorted({*inputs})} numbers; {DAMAGED}"
+        )
+    stack = Stack(inputs[0], outputs, spec=spec, device="meta")
+    return {
+        name: StackedLinear(
+            stack, i, module.bias is not None, device="meta", dtype=module.weight.dtype
+        )
+        for i, (name, module) in enumerate(old.items())
+    }
+
+
+def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with what transformers has for each packed matrix, of the same W_hat in dtype.
+
+    That is an nn.Linear or a Conv1D; experts are fused again.
+    """
+    for members in stacks(model):
+        (_, first), *_ = members.items()
+        parts = first.whole.dequantize().split(list(first.whole.sizes))
+        for (name, member), W in zip(members.items(), parts, strict=True):
+            replace(model, name, _dense(member, W, dtype))
+    for name, layer in quantized_layers(model).items():
+        replace(model, name, _dense(layer, layer.dequantize(), dtype))
+    fuse(model)
+    # Ours are loaded without renaming; a plain model is saved under the names of its kind.
+    if not getattr(model, "_weight_conversions", True):
+        del model._weight_conversions
+    return model
+
+
+def _dense(layer: QuantizedLinear | StackedLinear, W: Tensor, dtype: torch.dtype) -> nn.Module:
+    made = dense_linear(W, layer.bias, dtype)
+    return (_conv1d(made) if layer.is_conv1d else made).train(layer.training)
+
+
+def _conv1d(linear: nn.Linear) -> Conv1D:
+    with torch.device("meta"):
+        made = Conv1D(linear.out_features, linear.in_features)
+    made.weight = nn.Parameter(linear.weight.T.contiguous(), requires_grad=False)
+    made.bias = linear.bias
+    return made
+
+
+def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """The numbers of inputs and outputs."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
