@@ -37,6 +37,7 @@ from quip.errors import Unavailable, shown
 from quip.model.matrices import check_weight, find_blocks
 from quip.packed.checkpoint import skeleton
 from quip.packed.digests import digest_of_state
+from quip.packed.experts import unfuse
 from quip.packed.files import DAMAGED, INDEX, Index, TensorEntry, header, weight_files
 from quip.packed.hub import FILE_DTYPES, reading_from
 from quip.reading import read_json
@@ -179,6 +180,7 @@ class Stream:
                 self._model, unread, LoadStateDictConfig(weight_mapping=self._mapping)
             )
         filled, blocks[index] = blocks[index], bare
+        unfuse(filled)
         return filled.state_dict()
 
     @contextmanager
