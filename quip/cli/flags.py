@@ -124,7 +124,7 @@ def model_and_dataset(parser: argparse.ArgumentParser) -> argparse.Action:
 
 
 def calibration_flags(group: argparse._ArgumentGroup) -> None:
-    """How much text, and the seed."""
+    """How much text, the seed, and what experts see of it."""
     add = group.add_argument
     add(
         "--nsamples",
@@ -140,6 +140,12 @@ def calibration_flags(group: argparse._ArgumentGroup) -> None:
         help="tokens in a window (default: what the model can take, at most 2048)",
     )
     add("--seed", type=seed, default=0, metavar="N", help="of sampling and rotations (default 0)")
+    add(
+        "--all_experts",
+        action="store_true",
+        help="of a mixture of experts, calibrate each expert on all tokens, not on those that the "
+        "router sends to it",
+    )
 
 
 def task_flags(group: argparse._ArgumentGroup) -> None:

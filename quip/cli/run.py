@@ -183,11 +183,11 @@ def _refuse_source(args: Arguments) -> None:
         )
     if _is_unquantized(args):
         raise UsageError("--hessians needs weights to quantize: give --wbits or --codebook")
-    if "nsamples" in args.given:
-        raise UsageError(
-            f"--nsamples {args.nsamples} speaks of calibration, and --hessians needs none: leave "
-            "out one"
-        )
+    for name in ("nsamples", "all_experts"):
+        if name in args.given:
+            raise UsageError(
+                f"--{name} speaks of calibration, and --hessians needs none: leave out one"
+            )
 
 
 def _refuse_values(args: Arguments) -> None:

@@ -2,7 +2,7 @@
 
     manifest.json         whose inputs they are, and which files there are
     NAME.safetensors      lower: the lower triangle of H = E[x x^T], float32, row after row
-                          mean: E[x], float64;  count: tokens
+                          mean: E[x], float64;  count: tokens (of an expert, those sent to it)
 
 NAME is the first matrix that an input feeds. Files appear when they are complete, and the manifest
 lists a block once all of its files are there. It says `complete` when the last block is.
@@ -37,7 +37,7 @@ from quip.data.hessian_files import (
 )
 from quip.errors import Unavailable, UsageError, shown
 from quip.files import make_folder, replacing, writing
-from quip.matrix.hessian import Hessian, sharing
+from quip.matrix.hessian import Observed, sharing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,16 +168,19 @@ class StoreWriter:
         """Whether the store holds every input of a block that has any."""
         return any(row["block"] == block for row in self._rows)
 
-    def keep(self, block: int, hessians: Mapping[str, Hessian]) -> None:
-        """Write down the Hessians of a block's matrices, those that share an input once."""
+    def keep(self, block: int, hessians: Mapping[str, Observed]) -> None:
+        """Write down the Hessians of a block's matrices, those that share an input once.
+
+        One is held at a time, of those that are summed up when they are asked for.
+        """
         rows = []
         for names in sharing(hessians):
-            hessian = hessians[names[0]]
+            hessian, count = hessians[names[0]].summed(), hessians[names[0]].count
             H = hessian.value().float()
             tensors = {
                 "lower": torch.cat([row[: i + 1] for i, row in enumerate(H)]).cpu(),
                 "mean": hessian.mean().cpu(),
-                "count": torch.tensor(hessian.count),
+                "count": torch.tensor(count),
             }
             with replacing(file_of(self.folder, names[0])) as partial:
                 save_file(tensors, partial)
@@ -187,7 +190,7 @@ class StoreWriter:
                     "matrices": names,
                     "size": len(H),
                     "block": block,
-                    "count": hessian.count,
+                    "count": count,
                     "digest": moments_digest(tensors),
                 }
             )

@@ -8,6 +8,7 @@ import xxhash
 
 from quip.data import TokenSet
 from quip.data.hessians import HessianStore
+from quip.jobs.requests import Calibration
 from quip.matrix.recipe import Recipe
 from quip.model.load import LoadedModel
 from quip.model.plan import Plan, described
@@ -24,7 +25,7 @@ def fingerprint_of(
     how: Recipe | Plan | None,
     tuning: BlockTuning | None = None,
     *,
-    seed: int,
+    asked: Calibration,
     device: torch.device,
 ) -> dict[str, Any]:
     """All that the codes of a run depend on, fit for JSON; what is short comes first."""
@@ -32,7 +33,8 @@ def fingerprint_of(
     return {
         **described(how),
         "tuning": tuning and asdict(tuning),
-        "seed": seed,
+        "seed": asked.seed,
+        **({"all_experts": True} if asked.all_experts else {}),
         "dtype": loaded.dtype_name,
         "device": device.type,
         "versions": {name: found.get(name) for name in ("quip-quant", "torch")},

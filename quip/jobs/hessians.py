@@ -25,10 +25,11 @@ from quip.data.hessians import StoreWriter
 from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.report.folder import RunFolder
-from quip.jobs.requests import Machine, Text
-from quip.matrix.hessian import Hessian
+from quip.jobs.requests import Calibration, Machine
+from quip.matrix.hessian import Observed
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device
+from quip.model.experts import tell_of_few
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights, find_blocks
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Collection(Text, Machine):
+class Collection(Calibration, Machine):
     """Everything that a store depends on."""
 
     model: str
@@ -81,7 +82,7 @@ def collect_hessians(asked: Collection) -> Collected:
     tokens = calibration_of(
         loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
     )
-    fingerprint = fingerprint_of(loaded, tokens, asked.recipe, seed=asked.seed, device=device)
+    fingerprint = fingerprint_of(loaded, tokens, asked.recipe, asked=asked, device=device)
     ledger = Ledger(asked.save / RunFolder.BLOCKS, fingerprint)
     folder.open()
     try:
@@ -110,6 +111,7 @@ def _facts(loaded: LoadedModel, fingerprint: dict[str, Any]) -> dict[str, Any]:
         "calibration": fingerprint["calibration"],
         "source": fingerprint["recipe"] or "original",
         "seed": fingerprint["seed"],
+        **({"all_experts": True} if "all_experts" in fingerprint else {}),
         "dtype": fingerprint["dtype"],
         "device": fingerprint["device"],
         "versions": versions(),
@@ -126,13 +128,14 @@ def _collect(
 ) -> None:
     _check_ledger(ledger, writer, len(find_blocks(loaded.model)[1]))
     if asked.recipe is None:
-        _observe(loaded, tokens, writer, ledger, device)
+        _observe(asked, loaded, tokens, writer, ledger, device)
         return
     run = Run(
         recipe=asked.recipe,
         seed=asked.seed,
         device=device,
         batch_size=batch_size_for(tokens.seqlen, loaded.model, device),
+        all_experts=asked.all_experts,
         ledger=ledger,
         observed=partial(_keep, writer),
     )
@@ -149,6 +152,7 @@ def _check_ledger(ledger: Ledger, writer: StoreWriter, count: int) -> None:
 
 
 def _observe(
+    asked: Collection,
     loaded: LoadedModel,
     tokens: TokenSet,
     writer: StoreWriter,
@@ -174,11 +178,14 @@ def _observe(
             if writer.has(block.index):
                 log.info("block %d: taken from the store", block.index)
             else:
-                _keep(writer, block.index, block.observe())
+                hessians = block.observe(all_experts=asked.all_experts)
+                tell_of_few(block.name, hessians)
+                _keep(writer, block.index, hessians)
+                del hessians  # what experts saw is not needed while the next block runs
             bar.update()
 
 
-def _keep(writer: StoreWriter, block: int, hessians: Mapping[str, Hessian]) -> None:
+def _keep(writer: StoreWriter, block: int, hessians: Mapping[str, Observed]) -> None:
     if not writer.has(block):
         writer.keep(block, hessians)
         log.info("block %d: Hessians of %d matrices written", block, len(hessians))

@@ -20,6 +20,13 @@ class Text:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Calibration(Text):
+    """What second moments are taken over."""
+
+    all_experts: bool = False  # of each expert all tokens, not those that the router sends to it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Machine:
     """Where to compute, and in what."""
 

@@ -18,7 +18,7 @@ from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
-from quip.jobs.requests import Machine, Place, Text
+from quip.jobs.requests import Calibration, Machine, Place
 from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device, device_name
@@ -34,7 +34,7 @@ from quip.packed.checkpoint import check_replaced
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experiment(Text, Machine, Place):
+class Experiment(Calibration, Machine, Place):
     """Everything that one run depends on."""
 
     model: str
@@ -163,7 +163,7 @@ def _ledger(
     if folder is None or source is None:
         return None
     fingerprint = fingerprint_of(
-        loaded, source, e.recipe, e.tuning, seed=e.seed, device=torch.device(device)
+        loaded, source, e.recipe, e.tuning, asked=e, device=torch.device(device)
     )
     ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
     folder.open()
@@ -219,14 +219,11 @@ def _quantize(
     watch: Stopwatch,
     ledger: Ledger | None,
 ) -> list[MatrixRecord]:
-    batch_size = 1
-    if not isinstance(source, HessianStore):
-        batch_size = batch_size_for(source.seqlen, loaded.model, report.device)
     run = Run(
         recipe=recipe,
         seed=e.seed,
         device=report.device,
-        batch_size=batch_size,
+        all_experts=e.all_experts,
         tuning=e.tuning,
         ledger=ledger,
         watch=watch,
@@ -235,7 +232,8 @@ def _quantize(
     if isinstance(source, HessianStore):
         found = quantize_from_store(loaded.model, source, run)
     else:
-        found = quantize_matrix_by_matrix(loaded.model, source.ids, run)
+        size = batch_size_for(source.seqlen, loaded.model, report.device)
+        found = quantize_matrix_by_matrix(loaded.model, source.ids, replace(run, batch_size=size))
     try:
         for record in found:
             records.append(record)

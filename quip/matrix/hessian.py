@@ -12,7 +12,9 @@ processes find what one does. A term, P = X^T X of a chunk, is rounded to multip
             2^20 d_i: up to 2^29 tokens; a term's error is 2^-33 of sqrt(P_ii), of a chunk's tokens
 """
 
+import copy
 from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
@@ -26,6 +28,18 @@ OF_MEANS = 2.0**-33  # of d_i: what sums of x are multiples of
 FLOOR = 2.0**-40  # of the median P_ii: the least that an anchor stands for
 NOTHING = 2.0**-800  # in place of a median where there is none: outgrown by any number
 PANELS = 8  # of rows in which processes add up their sums; each ends at the diagonal
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """What was seen of an input: the moments themselves, or what they are summed up from."""
+
+    @property
+    def count(self) -> int:
+        """Tokens that were seen."""
+
+    def summed(self) -> "Hessian":
+        """The moments, which may be computed anew each time."""
 
 
 class Hessian:
@@ -95,6 +109,20 @@ class Hessian:
         """E[x] in float64. At least one token must have been seen."""
         return self._sum / self.count
 
+    def filled(self, pool: "Hessian") -> "Hessian":
+        """(c H + (n - c) H_pool) / n of n inputs, c < n tokens; from n tokens on, H itself.
+
+        As though the pool had given the tokens that are missing.
+        """
+        missing = len(self._lower) - self.count
+        if missing <= 0:
+            return self
+        found = copy.copy(self)
+        found._lower = self._lower + pool._lower * (missing / pool.count)
+        found._sum = self._sum + pool._sum * (missing / pool.count)
+        found.count = len(self._lower)
+        return found
+
     def reduce(self, add: Callable[[Tensor], None]) -> None:
         """Make these sums those of all processes, whose tensors of one kind `add` adds in place."""
         n = len(self._lower)
@@ -134,7 +162,7 @@ def outgrown(squares: Float64[Tensor, " n"], anchors: Float64[Tensor, " n"]) -> 
     return ((squares >= GROWTH * anchors.square()) & squares.isfinite()).any()
 
 
-def sharing(hessians: Mapping[str, Hessian]) -> list[list[str]]:
+def sharing(hessians: Mapping[str, Observed]) -> list[list[str]]:
     """The names of the matrices, those with one Hessian together."""
     groups: dict[int, list[str]] = {}
     for name, hessian in hessians.items():

@@ -8,11 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from quip.errors import UnsupportedModel
-from quip.matrix.hessian import Hessian
-from quip.model.matrices import Matrix
+from quip.matrix.hessian import Observed
+from quip.model.experts import Routed
+from quip.model.matrices import Matrix, matrices_of
 from quip.model.observe import Observer
 from quip.model.states import States
 from quip.packed.exchange import replace
+from quip.packed.experts import Expert, Experts
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import StackedLinear
 
@@ -24,13 +26,13 @@ class BlockModule:
         self.index, self.name, self.module, self._device = index, name, module, device
 
     def matrices(self) -> dict[str, Matrix]:
-        """Full dotted name -> matrix, for every nn.Linear that has not been replaced."""
-        found = (
-            Matrix(f"{self.name}.{name}", module)
-            for name, module in self.module.named_modules()
-            if isinstance(module, nn.Linear)
-        )
-        return {matrix.name: matrix for matrix in found}
+        """Full dotted name -> matrix, for every one that is to be quantized and still dense."""
+        return {matrix.name: matrix for matrix in matrices_of(self.module, self.name)}
+
+    def is_expert(self, name: str) -> bool:
+        """Whether the matrix of this full dotted name sees only what a router sends to it."""
+        owner = name.removeprefix(f"{self.name}.").rpartition(".")[0]
+        return isinstance(self.module.get_submodule(owner), Expert)
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Put a module where the matrix of this full dotted name is."""
@@ -65,26 +67,36 @@ class Block(BlockModule):
         return self._states.batch_size
 
     @torch.no_grad()
-    def observe(self) -> dict[str, Hessian]:
+    def observe(self, *, all_experts: bool = False) -> dict[str, Observed]:
         """The Hessian of every matrix's inputs, from one forward pass of the block as it is.
 
         Matrices that are fed by the same tensor (q, k and v; gate and up) map to the same
-        object. Raises NonFinite or UnsupportedModel, naming the matrix, where inputs are NaN
-        or infinite, and where a matrix never ran.
+        object. Those of experts are summed up when they are asked for (quip.model.experts), over
+        the tokens that the router sent or, with `all_experts`, over all. Raises NonFinite or
+        UnsupportedModel, naming the matrix, where inputs are NaN or infinite, and where a matrix
+        never ran.
         """
         matrices = self.matrices()
         while True:
             try:
-                return self._observe(matrices).hessians(matrices)
+                return self._observe(matrices, all_experts)
             except torch.OutOfMemoryError:
                 pass  # what its frames hold is free only after this clause
             self._states.halve(self.name)
 
-    def _observe(self, matrices: Mapping[str, Matrix]) -> Observer:
-        observer = Observer()
-        hooks = [
-            matrix.module.register_forward_pre_hook(partial(observer.see, name), with_kwargs=True)
+    def _observe(self, matrices: Mapping[str, Matrix], all_experts: bool) -> dict[str, Observed]:
+        observer, routed = Observer(), self._routed()
+        alone = {
+            name: matrix
             for name, matrix in matrices.items()
+            if not any(name.startswith(f"{one.name}.") for _, one in routed)
+        }
+        hooks = [
+            module.register_forward_pre_hook(one.see, with_kwargs=True) for module, one in routed
+        ]
+        hooks += [
+            matrix.module.register_forward_pre_hook(partial(observer.see, name), with_kwargs=True)
+            for name, matrix in alone.items()
         ]
         try:
             for _ in self.run():
@@ -92,7 +104,18 @@ class Block(BlockModule):
         finally:
             for hook in hooks:
                 hook.remove()
-        return observer
+        found: dict[str, Observed] = {**observer.hessians(alone)}
+        for _, one in routed:
+            found |= one.hessians(all_experts=all_experts)
+        return {name: found[name] for name in matrices}
+
+    def _routed(self) -> list[tuple[nn.Module, Routed]]:
+        """Each module of experts, and a place for what its router sends."""
+        return [
+            (module, Routed(f"{self.name}.{name}", module, home=self.hidden.device))
+            for name, module in self.module.named_modules()
+            if isinstance(module, Experts)
+        ]
 
     @torch.no_grad()
     def replay(self) -> None:

@@ -1,15 +1,18 @@
 """Where a model's blocks and matrices are, and whether a walk over them would miss any."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from quip.errors import NonFinite, UnsupportedModel
 from quip.model.probe import is_product, is_scale
 from quip.packed.checkpoint import check_loadable
 from quip.packed.checks import is_finite
+from quip.packed.experts import Experts
 from quip.packed.linear import quantized_layers
 
 
@@ -45,20 +48,19 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight matrix of a model: of a module or, where that holds several, one of them."""
+    """A weight matrix of a model, which a module multiplies with."""
 
     name: str  # full and dotted, without `.weight`
     module: nn.Module  # with a weight, and perhaps a bias
-    index: int | None = None  # along the first axis of these; None: they are one matrix's
 
     @property
     def weight(self) -> Float[Tensor, "m n"]:
-        return self._own(self.module.get_parameter("weight"))
+        weight = self.module.get_parameter("weight")
+        return weight.T if isinstance(self.module, Conv1D) else weight
 
     @property
     def bias(self) -> Float[Tensor, " m"] | None:
-        bias = getattr(self.module, "bias", None)
-        return None if bias is None else self._own(bias)
+        return getattr(self.module, "bias", None)
 
     @property
     def rows(self) -> int:
@@ -70,25 +72,23 @@ class Matrix:
         """The number of inputs."""
         return self.weight.shape[1]
 
-    def _own(self, held: Tensor) -> Tensor:
-        return held if self.index is None else held[self.index]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
     """Every matrix of a model by name (without `.weight`), in the order of the model."""
 
-    quantized: tuple[str, ...]  # the nn.Linear modules inside the blocks
-    kept: tuple[str, ...]  # embeddings, heads and projections outside the blocks
+    quantized: tuple[str, ...]  # the nn.Linear and Conv1D modules inside the blocks
+    kept: tuple[str, ...]  # embeddings, heads and projections outside the blocks, and routers
 
 
 def coverage(model: nn.Module) -> Coverage:
     """What a walk over the model quantizes, and what it keeps as it is.
 
     Raises UnsupportedModel, naming the parameter, for a matrix inside a block that the walk
-    would have to skip (fused experts, Conv1D, an embedding) or cannot replace alone (tied).
+    would have to skip (experts that are still fused, an embedding) or cannot replace alone (tied).
     """
     prefix, _ = find_blocks(model)
+    routers = routers_of(model)
     holders: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         holders.setdefault(id(parameter), []).append(name)
@@ -96,7 +96,7 @@ def coverage(model: nn.Module) -> Coverage:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.ndim < 2 or _is_scale(model, name, prefix):
             continue
-        if not name.startswith(f"{prefix}."):
+        if not name.startswith(f"{prefix}.") or name in routers:
             kept.append(name.removesuffix(".weight"))
         elif reason := _obstacle(model, name, holders[id(parameter)]):
             refused[f"{name} {reason}"] = parameter.numel()
@@ -110,6 +110,35 @@ def coverage(model: nn.Module) -> Coverage:
             "choose a model whose blocks hold their matrices in nn.Linear modules"
         )
     return Coverage(quantized=tuple(quantized), kept=tuple(kept))
+
+
+def routers_of(model: nn.Module) -> set[str]:
+    """The parameters by which a mixture chooses experts and weighs shared ones, by name.
+
+    A router or such a gate stands beside `Experts`, in the module that holds these, and each matrix
+    in it has one row an expert, or one row: numbers of a token by which others are multiplied. A
+    shared expert has other matrices too.
+    """
+    found: set[str] = set()
+    for name, experts in model.named_modules():
+        if not isinstance(experts, Experts):
+            continue
+        owner = name.rpartition(".")[0]
+        for child, module in model.get_submodule(owner).named_children():
+            held = {own: x for own, x in module.named_parameters() if x.ndim > 1}
+            if module is not experts and all(
+                x.ndim == 2 and len(x) in (1, len(experts)) for x in held.values()
+            ):
+                found |= {".".join(filter(None, (owner, child, own))) for own in held}
+    return found
+
+
+def matrices_of(block: nn.Module, name: str) -> Iterator[Matrix]:
+    """The matrices to quantize of a block of this name, which have not been replaced."""
+    routers = routers_of(block)
+    for own, module in block.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and f"{own}.weight" not in routers:
+            yield Matrix(f"{name}.{own}", module)
 
 
 def covered(model: nn.Module) -> tuple[Matrix, ...]:
@@ -134,7 +163,7 @@ def _is_scale(model: nn.Module, name: str, prefix: str) -> bool:
     """Whether this parameter of a block is no matrix: a norm's scale may have two axes."""
     owner, _, own = name.rpartition(".")
     module = model.get_submodule(owner)
-    inside = name.startswith(f"{prefix}.") and not isinstance(module, nn.Linear)
+    inside = name.startswith(f"{prefix}.") and not isinstance(module, nn.Linear | Conv1D)
     return inside and is_scale(module, own)
 
 

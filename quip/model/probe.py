@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 LARGEST = 1 << 20  # numbers in a parameter that is tried: scales have fewer
 
@@ -16,13 +17,14 @@ LARGEST = 1 << 20  # numbers in a parameter that is tried: scales have fewer
 def is_product(module: nn.Module) -> bool:
     """Whether module(x) = x W^T + b, with nothing else to it: an nn.Linear, or one by another name.
 
-    A module of a few numbers decides, whose weight and bias stand in for the real ones: once in
-    float32, where a rounding of weights or activations shows, once in the dtype of the module.
+    GPT-2's Conv1D is one that holds W^T. A module of a few numbers decides, whose weight and bias
+    stand in for the real ones: once in float32, where a rounding of weights or activations shows,
+    once in the dtype of the module.
     """
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
     if not isinstance(module, nn.Linear):
         return False
-    if type(module).forward is nn.Linear.forward:
-        return True
     held = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     if not held <= {"weight", "bias"} or any(module.children()):
         return False

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from jaxtyping import Int
@@ -11,10 +12,11 @@ from tqdm import tqdm
 
 from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError, finite
-from quip.matrix.hessian import Hessian, sharing
+from quip.matrix.hessian import Observed, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
 from quip.model.device import enough_memory
+from quip.model.experts import same_experts, tell_of_few
 from quip.model.ledger import Ledger
 from quip.model.matrices import covered, find_blocks, places
 from quip.model.plan import Plan
@@ -24,6 +26,7 @@ from quip.model.siblings import quantize_siblings
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
 from quip.model.tune.tunable import learns
 from quip.model.walk import blocks_at_rest, walk
+from quip.packed.experts import unfuse
 
 log = logging.getLogger(__name__)
 REPORT = "please report it, with the command"
@@ -44,11 +47,12 @@ class Run:
     seed: int
     device: torch.device | str
     batch_size: int = 1  # windows that pass through a block together
+    all_experts: bool = False
     tuning: BlockTuning | None = None
     ledger: Ledger | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     tuned: list[TuningRecord] = field(default_factory=list)
-    observed: Callable[[int, Mapping[str, Hessian]], None] = lambda _block, _hessians: None
+    observed: Callable[[int, Mapping[str, Observed]], None] = lambda _block, _hessians: None
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def quantize_model(
     last, and after that where its centroids can be moved. Raises UsageError, before anything runs,
     where a recipe cannot do a matrix and where the plan does not fit the model's names.
     """
+    unfuse(model)
     run = Run(recipe=recipe, seed=seed, device=device, batch_size=batch_size, tuning=tuning)
     return list(quantize_matrix_by_matrix(model, tokens, run))
 
@@ -145,8 +150,11 @@ def _quantize_by(
     watch = work.run.watch
     for one in inputs:
         with watch("read"):
-            H = store.read(one.name).H.to(next(block.module.parameters()).device)
-        found = quantize_siblings(block, one.matrices, H, work.recipes, work.run.seed)
+            moments = store.read(one.name)
+            H = moments.H.to(next(block.module.parameters()).device)
+        found = quantize_siblings(
+            block, one.matrices, H, work.recipes, work.run.seed, tokens=moments.count
+        )
         yield from watch.each("quantize", found)
 
 
@@ -205,18 +213,23 @@ def _report_and_keep(
 def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
     run, watch, tuner = work.run, work.run.watch, None
     with watch("observe"):
-        hessians = block.observe()
+        hessians = block.observe(all_experts=run.all_experts)
+    tell_of_few(block.name, hessians)
     if run.tuning:  # once the block is known to take batches of this size
         with watch("tune"):
             tuner = BlockTuner(block, run.tuning, seed=run.seed)
     run.observed(block.index, hessians)
     groups = sharing(hessians)
-    for names in groups:
-        H = hessians[names[0]].value()
-        found = quantize_siblings(block, names, H, work.recipes, run.seed)
+    for names, following in zip_longest(groups, groups[1:]):
+        observed = hessians[names[0]]
+        with watch("observe"):
+            H = observed.summed().value()
+        found = quantize_siblings(block, names, H, work.recipes, run.seed, tokens=observed.count)
         yield from watch.each("quantize", found)
-        # After the last group no matrix is left to tune: only what was learnt of those before.
-        if tuner and (names is not groups[-1] or learns(block.module)):
+        # Experts are tuned when all are done. After the last group no matrix is left to tune: only
+        # what was learnt of those before.
+        waits = following and same_experts(observed, hessians[following[0]])
+        if tuner and not waits and (following or learns(block.module)):
             with watch("tune"):
                 run.tuned.append(tuner.tune(names))
             work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
@@ -226,17 +239,12 @@ def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:
     if record.damp > damp:
         log.warning(
             "%s: not positive definite with damping %g; used %g",
-            record.name,
-            damp,
-            record.damp,
+            *(record.name, damp, record.damp),
         )
     finite(record.proxy_loss, f"{record.name}: the proxy loss")
     log.info(
         "%s: %.3f bits, proxy loss %.3g, %.2f s",
-        record.name,
-        record.bits_per_weight,
-        record.proxy_loss,
-        record.seconds,
+        *(record.name, record.bits_per_weight, record.proxy_loss, record.seconds),
     )
     bar.set_postfix_str(f"{record.name.rpartition('.')[2]} loss {record.proxy_loss:.2e}")
     bar.update()

@@ -26,6 +26,7 @@ class MatrixRecord:
     damp: float  # as used
     bits_per_weight: float  # all overheads included
     seconds: float
+    tokens: int | None = None  # that the router sent to an expert; None: of no expert
 
 
 class Stopwatch:
@@ -63,8 +64,9 @@ def parse_records(kind: type[Item], text: str) -> list[Item]:
 
 
 def record_of(kind: type[Item], words: Mapping[str, Any]) -> Item:
-    """The record that words say which have its shape."""
-    own: Any = {field.name: words[field.name] for field in fields(kind)}  # type: ignore[arg-type]
+    """The record that words say which have its shape; what they leave out is as by default."""
+    names = (field.name for field in fields(kind))  # type: ignore[arg-type]
+    own: Any = {name: words[name] for name in names if name in words}
     return kind(**{name: tuple(x) if isinstance(x, list) else x for name, x in own.items()})
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -24,20 +25,24 @@ def quantize_siblings(
     H: Float[Tensor, "n n"],
     recipes: Mapping[str, Recipe],
     seed: int,
+    *,
+    tokens: int,
 ) -> Iterator[MatrixRecord]:
     """Quantize these matrices of a block, whose inputs have the second moment H, in place.
 
     Each record comes as soon as its matrix is there; those of a stack come together. Only matrices
-    of one recipe are stacked.
+    of one recipe are stacked. `tokens` were seen, which is written down of experts.
     """
     found = block.matrices()
     for group in by_recipe(names, recipes):
         members, recipe = [found[name] for name in group], recipes[group[0]]
         rows = sum(matrix.rows for matrix in members)
         if recipe.stack and len(members) > 1 and recipe.can_do(rows, len(H)):
-            yield from _quantize_stack(block, members, H, recipe, seed)
+            records = _quantize_stack(block, members, H, recipe, seed)
         else:
-            yield from _quantize_each(block, members, H, recipe, seed)
+            records = _quantize_each(block, members, H, recipe, seed)
+        for record in records:
+            yield replace(record, tokens=tokens) if block.is_expert(record.name) else record
 
 
 def _quantize_each(

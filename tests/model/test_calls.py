@@ -92,13 +92,36 @@ def test_models_that_are_no_plain_chain_of_blocks_are_refused():
             next(walk(model, tokens(), device="cpu"))
 
 
-def test_an_idle_expert_is_named():
+def test_a_matrix_that_never_runs_is_named():
     class Idle(ToyBlock):
         def forward(self, x, extra=None):
-            return x + self.first(x) + self.second(x[:0]).sum()
+            return x + self.first(x) + x @ self.second.weight.T
 
     with pytest.raises(UnsupportedModel, match=r"layers\.0\.second never ran"):
         next(walk(Toy(Idle), tokens(), device="cpu")).observe()
+
+
+@pytest.mark.parametrize("called", [True, False], ids=["called with nothing", "not called"])
+def test_an_expert_of_a_list_that_no_token_reached_is_rounded_to_nearest(called, caplog):
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(
+                nn.ModuleDict({"up": nn.Linear(8, 6), "down": nn.Linear(6, 8)}) for _ in range(2)
+            )
+
+        def forward(self, x, extra=None):
+            for rows, expert in zip((x, x[:0]), self.experts, strict=True):
+                if called or len(rows):
+                    x = x + expert["down"](expert["up"](rows)).sum(0)
+            return x
+
+    block = next(walk(Toy(Mixture), tokens(), device="cpu"))
+    found = {name.removeprefix("layers.0."): H for name, H in block.observe().items()}
+    assert [found[f"experts.0.{name}"].count for name in ("up", "down")] == [84, 84]
+    for name, n in (("up", 8), ("down", 6)):
+        assert torch.equal(found[f"experts.1.{name}"].value(), (torch.eye(n) / n).double())
+    assert "2 matrices of experts that no token reached" in caplog.text
 
 
 def test_a_tensor_changed_in_place_between_two_matrices_is_not_shared():

@@ -5,10 +5,13 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from quip.errors import NonFinite, UnsupportedModel
 from quip.model.matrices import Matrix, check_weights, coverage, covered, find_blocks, places
 from quip.model.walk import walk
+from quip.packed.experts import Experts, unfuse
+from tests.support.mixtures import MIXTURES, mixture
 from tests.support.tiny import CONFIGS, GQA, VOCAB, tiny, tokens
 
 
@@ -40,22 +43,16 @@ def test_heads_embeddings_and_outer_projections_are_kept():
     }
 
 
-MIXTURE = {
-    **GQA,
-    "moe_intermediate_size": 16,
-    "num_experts": 4,
-    "shared_expert_intermediate_size": 16,
-}
-
-
 @pytest.mark.parametrize(
     ("config", "culprit"),
     [
         (hf.MixtralConfig(**GQA, num_local_experts=4), r"layers\.0\.mlp\.experts\.gate_up_proj"),
-        (hf.Qwen2MoeConfig(**MIXTURE), r"layers\.0\.mlp\.experts\.gate_up_proj"),
-        (hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCAB), r"mlp\.c_fc.*Conv1D"),
+        (
+            hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB),
+            r"A_log.*MambaMixer",
+        ),
     ],
-    ids=["mixtral", "qwen2-moe", "gpt2"],
+    ids=["experts that are fused", "mamba"],
 )
 def test_a_model_whose_matrices_would_be_skipped_is_refused_by_name(config, culprit):
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -115,23 +112,39 @@ def test_weights_that_are_not_finite_are_named():
             check_weights(model)
 
 
-class Experts(nn.Module):
-    """Three matrices of 4 x 5 and their biases, as fused experts hold them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(3, 4, 5))
-        self.bias = nn.Parameter(torch.randn(3, 4))
-
-
-def test_a_matrix_is_a_module_or_one_of_those_that_a_module_holds():
-    linear, experts = nn.Linear(5, 4, bias=False), Experts()
-    alone, third = Matrix("proj", linear), Matrix("experts.2", experts, 2)
+def test_a_conv1d_is_a_linear_that_holds_its_matrix_transposed():
+    linear, conv = nn.Linear(5, 4, bias=False), Conv1D(4, 5)
+    alone, flipped = Matrix("proj", linear), Matrix("c_proj", conv)
     assert alone.weight is linear.weight  # not a view of it: a parameter stays one
     assert alone.bias is None
-    assert torch.equal(third.weight, experts.weight[2])
-    assert torch.equal(third.bias, experts.bias[2])
-    assert [(x.rows, x.columns) for x in (alone, third)] == [(4, 5), (4, 5)]
+    assert flipped.bias is conv.bias
+    assert [(x.rows, x.columns) for x in (alone, flipped)] == [(4, 5), (4, 5)]
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(conv(x), x @ flipped.weight.T + flipped.bias)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_of_a_mixture_all_but_routers_and_gates_of_shared_experts_is_quantized(name):
+    model = mixture(name)
+    unfuse(model)
+    found = coverage(model)
+    routers = {x for x in found.kept if "layers" in x}
+    assert {x.rpartition(".")[2] for x in routers} <= {"gate", "router", "shared_expert_gate"}
+    prefix, blocks = find_blocks(model)
+    inside = {n.removesuffix(".weight") for n, x in model.named_parameters() if x.ndim > 1}
+    assert {x for x in inside if x.startswith(prefix)} == routers | {*found.quantized}
+    mixtures = [module for module in blocks.modules() if isinstance(module, Experts)]
+    assert len(mixtures) * (1 + (name == "qwen2-moe")) == len(routers)
+    assert sum(".experts." in x for x in found.quantized) == len(mixtures) * 4 * 2
+
+
+def test_a_shared_expert_as_wide_as_there_are_experts_is_quantized():
+    config = hf.Qwen2MoeConfig(
+        **GQA, num_experts=6, moe_intermediate_size=16, shared_expert_intermediate_size=6
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    unfuse(model)
+    assert "model.layers.0.mlp.shared_expert.up_proj" in coverage(model).quantized
 
 
 def test_the_matrices_of_a_block_are_those_that_are_covered():

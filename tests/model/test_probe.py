@@ -59,8 +59,9 @@ def test_what_computes_anything_else_is_no_product(kind):
     assert not is_product(kind(6, 4, dtype=torch.bfloat16))
 
 
-def test_a_module_of_another_kind_is_no_product():
-    assert not is_product(Conv1D(4, 4))
+def test_a_module_of_another_kind_is_no_product_but_for_gpt2s_conv1d():
+    assert is_product(Conv1D(4, 4))
+    assert not is_product(nn.Conv1d(4, 4, 1))
     assert not is_product(nn.Identity())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from quip.errors import how_to_install
-from quip.jobs.report.text import size_words
+from quip.jobs.report.text import experts_words, size_words
 
 # Where a run worked and what it wrote, none of which the result depends on. Paths among them
 # are of one machine, and a card is made to be passed on.
@@ -79,9 +79,7 @@ def _front_matter(report: Mapping[str, Any]) -> str:
 
 def _is_hub_id(name: str) -> bool:
     """Whether a name is owner/name, and no file or folder here."""
-    word = r"\w[\w.-]*"
-    found = re.fullmatch(f"{word}/{word}", name) and not name.endswith(".gguf")
-    return bool(found) and not Path(name).exists()
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)", name)) and not Path(name).exists()
 
 
 def _bits(report: Mapping[str, Any]) -> int | float | None:
@@ -129,6 +127,8 @@ def _sizes(report: Mapping[str, Any]) -> str:
             ("weights in them", f"{totals['weights']:,}"),
             ("mean proxy loss", _number(totals["mean_proxy_loss"], ".3g")),
         ]
+        if "experts" in totals:
+            rows.append(("tokens that experts saw", experts_words(totals["experts"])))
     if checkpoint:
         rows += [
             ("size on disk", size_words(checkpoint["bytes"])),

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,8 +56,11 @@ def peak_memory(device: torch.device | str) -> dict[str, float]:
     return peak
 
 
-def summary(records: Sequence[MatrixRecord]) -> dict[str, int | float]:
-    """Totals over all matrices: bits are weighted by size, losses are plain means."""
+def summary(records: Sequence[MatrixRecord]) -> dict[str, Any]:
+    """Totals over all matrices: bits are weighted by size, losses are plain means.
+
+    Of mixtures, also how many tokens the matrices of experts saw.
+    """
     weights = sum(r.rows * r.columns for r in records)
     return {
         "matrices": len(records),
@@ -64,4 +68,22 @@ def summary(records: Sequence[MatrixRecord]) -> dict[str, int | float]:
         "bits_per_weight": sum(r.bits_per_weight * r.rows * r.columns for r in records) / weights,
         "mean_proxy_loss": sum(r.proxy_loss for r in records) / len(records),
         "max_proxy_loss": max(r.proxy_loss for r in records),
+        **_experts([r for r in records if r.tokens is not None]),
+    }
+
+
+def _experts(records: Sequence[MatrixRecord]) -> dict[str, dict[str, int | float]]:
+    """Tokens that the matrices of experts saw; `short`: fewer than they have inputs."""
+    tokens = [r.tokens or 0 for r in records]
+    if not records:
+        return {}
+    return {
+        "experts": {
+            "matrices": len(records),
+            "fewest_tokens": min(tokens),
+            "median_tokens": median(tokens),
+            "most_tokens": max(tokens),
+            "short": sum(t < r.columns for t, r in zip(tokens, records, strict=True)),
+            "idle": sum(not t for t in tokens),
+        }
     }

@@ -13,6 +13,8 @@ def table(report: Mapping[str, Any]) -> str:
             f"{totals['matrices']} matrices at {totals['bits_per_weight']:.3f} bits per weight, "
             f"mean proxy loss {totals['mean_proxy_loss']:.3g}"
         )
+        if experts := totals.get("experts"):
+            lines.append(f"experts saw {experts_words(experts)}")
     if saved := report.get("checkpoint"):
         size, dense = size_words(saved["bytes"]), size_words(saved["dense_bytes"])
         lines.append(f"saved in {size}, against {dense} in 16 bits")
@@ -72,6 +74,16 @@ def windows_words(report: Mapping[str, Any], name: str) -> str:
     whole = report.get("windows", {}).get(name, {}).get("of")
     part = "" if whole in (None, stamp["windows"]) else f" of {whole}"
     return f"{stamp['windows']}{part} windows x {stamp['seqlen']} tokens"
+
+
+def experts_words(found: Mapping[str, Any]) -> str:
+    """How many tokens experts saw: 3 to 410 tokens, and 12 of 64 matrices fewer than inputs."""
+    least, usual, most = (found[f"{key}_tokens"] for key in ("fewest", "median", "most"))
+    short, idle = found["short"], found["idle"]
+    words = f"{least:,} to {most:,} tokens, in the median {usual:,.0f}"
+    if short:
+        words += f"; {short} of {found['matrices']} matrices fewer than they have inputs"
+    return words + (f", {idle} of them none" if idle else "")
 
 
 def _tunings(tuned: Sequence[Mapping[str, Any]]) -> str:

@@ -23,6 +23,17 @@ class FineTuned(TypedDict):
     epochs: int
 
 
+class Experts(TypedDict):
+    """How many tokens the matrices of experts saw, and how many saw fewer than their inputs."""
+
+    matrices: int
+    fewest_tokens: int
+    median_tokens: Number
+    most_tokens: int
+    short: int
+    idle: int
+
+
 class Totals(TypedDict):
     """Totals over all matrices; of a cell of a table perhaps the first alone."""
 
@@ -30,6 +41,7 @@ class Totals(TypedDict):
     matrices: NotRequired[int]
     weights: NotRequired[int]
     mean_proxy_loss: NotRequired[Number]
+    experts: NotRequired[Experts]
 
 
 class RunWords(TypedDict, total=False):

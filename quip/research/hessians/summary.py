@@ -25,6 +25,7 @@ from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
 from quip.model.device import choose_device, device_name
 from quip.model.load import load_model
+from quip.model.matrices import Matrix
 from quip.model.records import versions
 from quip.research.hessians.plots import PICTURES, write_plots
 from quip.research.hessians.rows import (
@@ -153,7 +154,7 @@ def _check(store: HessianStore, model: nn.Module | None, recipe: Recipe) -> None
 
 def _weight(model: nn.Module | None, name: str) -> Tensor:
     assert model is not None
-    return model.get_parameter(f"{name}.weight").detach()
+    return Matrix(name, model.get_submodule(name)).weight.detach()
 
 
 def _settings(request: SummaryRequest, store: HessianStore, device: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from quip.matrix.quantize import quantize_by_many
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device, device_name
 from quip.model.load import load_model
+from quip.model.matrices import Matrix
 from quip.model.records import versions
 from quip.packed.matrix import QuantizedMatrix
 from quip.research.losses.folder import LossFolder
@@ -181,7 +182,7 @@ def _rho(found: QuantizedMatrix) -> float | None:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
-    return model.get_parameter(f"{name}.weight").detach()
+    return Matrix(name, model.get_submodule(name)).weight.detach()
 
 
 def _chosen(store: HessianStore, asked: ProxyBench) -> list[tuple[StoredInput, list[str]]]:

@@ -76,6 +76,8 @@ def read_losses(path: Path) -> list[LossRow]:
 def _loss(row: Mapping[str, str]) -> LossRow:
     known: dict[str, Any] = {}
     for field in fields(LossRow):
+        if field.name == "tokens":  # which older files do not have
+            continue
         text = row[field.name]
         if field.type in (int, float, str):
             known[field.name] = field.type(text)
