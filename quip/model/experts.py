@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from quip.errors import NonFinite, UnsupportedModel
-from quip.matrix.hessian import CHUNK, Hessian, Observed
+from quip.matrix.hessian import CHUNK, Hessian, Observed, anchors_of, squares
+from quip.model.team import ALONE, Team
 from quip.packed.experts import Experts
 
 Part = TypeVar("Part", bound=nn.Module)
@@ -37,11 +38,15 @@ class Routed:
     """What one module of experts was handed on all calibration tokens, batch by batch.
 
     It lives where the hidden states do. The experts are remembered as they are: what is replaced
-    in the model later computes nothing here.
+    in the model later computes nothing here. In a team, batches are those of this process, and
+    counts and sums those of all.
     """
 
-    def __init__(self, name: str, experts: Experts, *, home: torch.device) -> None:
+    def __init__(
+        self, name: str, experts: Experts, *, home: torch.device, team: Team = ALONE
+    ) -> None:
         self.name, self.experts, self._home = name, _as_it_is(experts), home
+        self._team = team
         self._units: list[tuple[Tensor, Tensor]] = []  # of each batch X and the chosen experts
         self._device = home
 
@@ -56,7 +61,8 @@ class Routed:
     def counts(self) -> list[int]:
         """Tokens that the router sent to each expert."""
         chosen = torch.cat([index.flatten() for _, index in self._units])
-        return torch.bincount(chosen, minlength=len(self.experts))[: len(self.experts)].tolist()
+        found = torch.bincount(chosen, minlength=len(self.experts))[: len(self.experts)]
+        return self._team.sum(found).tolist()
 
     def tokens(self, expert: int | None) -> Iterator[Float[Tensor, "_ h"]]:
         """The rows of X of an expert (None: all), on the device, in the order of the batches."""
@@ -68,18 +74,28 @@ class Routed:
     @cached_property
     def pool(self) -> Hessian:
         """The moments of X, which are held: every expert's first matrix would see them."""
-        return self.sum(lambda: self.tokens(None), self.name)
+        n = self._units[0][0].shape[-1]
+        return self.sum(lambda: self.tokens(None), n, self.name)
 
-    def sum(self, inputs: Callable[[], Iterator[Float[Tensor, "_ n"]]], name: str) -> Hessian:
+    def sum(
+        self, inputs: Callable[[], Iterator[Float[Tensor, "_ n"]]], n: int, name: str
+    ) -> Hessian:
         """The moments of these inputs, which can be gone through more than once.
 
-        Raises NonFinite, with the name of the matrix, where they are NaN or infinite.
+        First for the largest sum of squares, which the anchors of exact sums are chosen by. Raises
+        NonFinite, with the name of the matrix, where inputs are NaN or infinite.
         """
-        found: Hessian | None = None
+        anchors, team = None, self._team
+        if team.exact:
+            largest, chunks = torch.zeros(n, dtype=torch.float64, device=self._device), 0
+            for x in inputs():
+                largest, chunks = largest.maximum(squares(x)), chunks + 1
+            most = int(team.sum(torch.tensor(chunks)))
+            anchors = anchors_of(team.largest(largest), most)
+        found = Hessian(n, anchors=anchors, exact=team.exact, device=self._device)
         for x in inputs():
-            found = found or Hessian(x.shape[-1], device=x.device)
             found.update(x)
-        assert found is not None
+        team.total(found)
         if not found.is_finite:
             raise NonFinite(
                 f"{name}: NaN or infinity among its inputs on the calibration tokens; "
@@ -128,14 +144,14 @@ class RoutedHessian:
         """The moments, on the device of the block."""
         if self._all or not self.count:
             return self._pool()
-        own = self.routed.sum(lambda: self._inputs(self._expert), self.name)
+        own = self.routed.sum(lambda: self._inputs(self._expert), self.inputs, self.name)
         return own.filled(self._pool()) if self.is_short else own
 
     def _pool(self) -> Hessian:
         """What the matrix would see on all tokens of the layer."""
         if self._part != "down_proj":
             return self.routed.pool
-        return self.routed.sum(lambda: self._inputs(None), self.name)
+        return self.routed.sum(lambda: self._inputs(None), self.inputs, self.name)
 
     def _inputs(self, of: int | None) -> Iterator[Float[Tensor, "_ n"]]:
         for x in self.routed.tokens(of):

@@ -82,13 +82,13 @@ class Team:
         dist.all_reduce(tensor, operation)
         return tensor
 
-    def total(self, hessian: Hessian, owner: int) -> None:
+    def total(self, hessian: Hessian, owner: int | None = None) -> None:
         """Make the sums of process `owner` those of all; the others' mean nothing from then on.
 
         `hessian` is what this process has seen: Hessian, or whatever has its `reduce`.
         """
         if self.size > 1:
-            hessian.reduce(partial(dist.reduce, dst=owner))
+            hessian.reduce(dist.all_reduce if owner is None else partial(dist.reduce, dst=owner))
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Which process does what: the dearest first, each to whoever has least to do by then."""
@@ -202,6 +202,9 @@ def joined(*, exact: bool = True) -> Iterator[Team]:
         dist.barrier()  # whoever is done first waits: its end must not look like a failure
     finally:
         dist.destroy_process_group()
+
+
+ALONE = Team()
 
 
 def _own_device() -> int:
