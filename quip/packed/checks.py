@@ -13,7 +13,7 @@ from quip.packed.files import DAMAGED
 from quip.packed.linear import quantized_layers
 
 MODULES = 1024  # of a kind; a model of more takes minutes to make, and there is none
-COUNT = re.compile(r"(num|n|encoder|decoder)(_\w+)?_(layers?|experts|blocks)|layers|depth")
+COUNT = re.compile(r"(moe_)?(num|n|encoder|decoder)(_\w+)?_(layers?|experts|blocks)|layers|depth")
 
 
 def check_counts(config: PretrainedConfig) -> None:

@@ -12,7 +12,7 @@ decoded once whatever the number of its tokens, and one without tokens not at al
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts")  # of transformers' decorator
+from quip.errors import UnsupportedModel
+
+MARKS = ("has_gate", "has_bias", "is_transposed")  # of transformers' decorator
 LLAMA_4 = "Llama4TextExperts"  # without these: gated, transposed, handed scaled inputs
+MOST = 1 << 16  # experts of a model, in all layers; half a minute to take apart, and there is none
 
 
 class ExpertLinear(nn.Linear):
@@ -54,7 +57,8 @@ class Experts(nn.Module):
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.transposed = bool(getattr(fused, "is_transposed", True))
-        self._count = int(fused.num_experts)  # type: ignore[arg-type]
+        self.has_norm = bool(getattr(fused, "has_post_expert_norm", False))
+        self._count = len(fused.get_parameter("down_proj"))
         for name, child in fused.named_children():
             self.add_module(name, child)
         # What is left of it knows the activation. In a tuple: no module of this one.
@@ -83,7 +87,7 @@ class Experts(nn.Module):
         answer = torch.zeros_like(hidden)
         for expert, rows, slots in self.active(index):
             y = self[expert].down_proj(self.between(expert, hidden[rows]))
-            y = self._shell[0].post_expert_norm(y) if self._has_norm else y
+            y = self._shell[0].post_expert_norm(y) if self.has_norm else y
             y = y * weights[rows, slots, None]
             answer.index_add_(0, rows, y.to(answer.dtype))
         return answer
@@ -127,21 +131,16 @@ class Experts(nn.Module):
         after the other, so that both are never held.
         """
         module = _without_parameters(self._shell[0])
-        for name in _names(self[0]):
-            for kind in ("weight", "bias"):
-                held = [getattr(getattr(self[i], name), kind) for i in range(len(self))]
-                if held[0] is None:
-                    continue
-                called = name if kind == "weight" else f"{name}_bias"
+        for name, kind in product(_names(self[0]), ("weight", "bias")):
+            matrices = [getattr(self[i], name) for i in range(len(self))]
+            held = [getattr(matrix, kind) for matrix in matrices]
+            if held[0] is not None:
                 flip = self.transposed and kind == "weight"
+                called = name if kind == "weight" else f"{name}_bias"
                 module.register_parameter(called, _joined(held, flip))
-                for i in range(len(self)):
-                    delattr(getattr(self[i], name), kind)
+                for matrix in matrices:
+                    delattr(matrix, kind)
         return module.train(self.training)
-
-    @property
-    def _has_norm(self) -> bool:
-        return bool(getattr(self._shell[0], "has_post_expert_norm", False))
 
     def _view(self, fused: nn.Module, name: str, index: int) -> nn.Linear:
         whole = fused.get_parameter(name)
@@ -185,8 +184,15 @@ class ScaledExperts(Experts):
 def unfuse(model: nn.Module) -> None:
     """Put `Experts` in place of every fused experts module of a model, or of a part of one.
 
-    Modules that hold anything else, or under other names, stay as they are.
+    Modules that hold anything else, or under other names, stay as they are. Raises
+    UnsupportedModel for a model of more experts than any has.
     """
+    fused = [module for module in model.modules() if is_fused(module)]
+    if (count := sum(len(x.get_parameter("down_proj")) for x in fused)) > MOST:
+        raise UnsupportedModel(
+            f"its layers have {count} experts together, and models of up to {MOST} are read; "
+            "give another model"
+        )
     _each(model, is_fused, lambda module: _kind(module)(module))
 
 
@@ -231,10 +237,7 @@ def _without_parameters(fused: nn.Module) -> nn.Module:
 
 
 def _joined(held: list[Tensor], flip: bool) -> nn.Parameter:
-    first = held[0].T if flip else held[0]
-    whole = torch.empty(len(held), *first.shape, dtype=first.dtype, device=first.device)
-    for x, part in zip(held, whole, strict=True):
-        part.copy_((x.T if flip else x).detach())
+    whole = torch.stack([x.detach().T if flip else x.detach() for x in held])
     return nn.Parameter(whole, requires_grad=held[0].requires_grad)
 
 

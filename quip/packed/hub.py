@@ -27,7 +27,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quip.errors import QuipError, Unavailable, shown
 from quip.packed.checks import check_counts, check_finite, check_left_over
 from quip.packed.digests import check_digests, verifying
-from quip.packed.exchange import dense
+from quip.packed.exchange import dense, lay_out
 from quip.packed.experts import unfuse
 from quip.packed.files import DAMAGED, TensorEntry, header
 from quip.packed.gaps import lacking
@@ -35,6 +35,8 @@ from quip.packed.layout import FORMATS, Layout, own_name
 from quip.packed.linear import quantized_layers
 
 METHOD = "quip"
+WIDE = (torch.float32, torch.float64)
+EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(gate_up_proj|up_proj|down_proj)")  # a matrix of one
 FILE_DTYPES = {
     torch.int8: "I8",
     torch.int32: "I32",
@@ -129,6 +131,7 @@ class QuipQuantizer(HfQuantizer):
             except QuipError as error:
                 raise Unavailable(f"{name}: {error}; {DAMAGED}") from error
         check_finite(model)
+        lay_out(model)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:
@@ -223,8 +226,8 @@ def narrowed(model: nn.Module) -> dict[str, Tensor]:
             )
         return made[key]
 
-    state = {
-        name: narrow(x) if x.dtype in (torch.float32, torch.float64) and name not in packed else x
+    state = {  # row after row: matrices of experts may be held transposed
+        name: x if name in packed else (narrow(x) if x.dtype in WIDE else x).contiguous()
         for name, x in model.state_dict().items()
     }
     if layers:
@@ -236,10 +239,16 @@ def guard(layout: Layout) -> str:
     """The name of a tensor without numbers: the dense weight of one of the packed matrices.
 
     transformers fills what is missing at random, and only warns of it. A weight of another shape
-    is an error to it: so without quip it refuses a checkpoint that holds this one.
+    is an error to it: so without quip it refuses a checkpoint that holds this one. It knows none of
+    a single expert; where nothing else is packed, the name is that of all experts of a layer.
     """
-    first = min(layout.names, key=lambda name: ("." not in name, name), default="")  # no head
-    return f"{first}.weight"
+
+    def rank(name: str) -> tuple[bool, bool, str]:
+        return "." not in name, bool(EXPERT.fullmatch(name)), name  # a head last
+
+    first = min(layout.names, key=rank, default="")
+    expert = EXPERT.fullmatch(first)
+    return f"{expert[1]}.{expert[2]}" if expert else f"{first}.weight"
 
 
 if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:  # the module may be loaded again

@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from quip.errors import one_line
+from quip.packed.experts import Experts
 
 ROOM = (
     512  # tokens that a cache has room for beyond those it holds; then it grows to twice its size
@@ -146,6 +147,7 @@ def _is_fixed(model: Any, cache: object) -> bool:
         return False
     return (
         model._can_compile_fullgraph
+        and not any(isinstance(module, Experts) for module in model.modules())  # as tokens choose
         and model.config._attn_implementation in MASKED
         and "position_ids" in inspect.signature(model.forward).parameters
         and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from quip.errors import UnsupportedModel
+from quip.packed import experts as module
 from quip.packed.experts import Expert, Experts, fuse, is_fused, unfuse
-from tests.support.mixtures import MIXTURES, mixture
+from quip.packed.linear import QuantizedLinear
+from quip.packed.parts import Parts
+from tests.support.checkpoints import INCOHERENT
+from tests.support.mixtures import MIXTURES, mixture, packed
 from tests.support.tiny import logits
 
 
@@ -119,3 +124,31 @@ def test_a_module_that_holds_more_than_matrices_of_experts_stays_as_it_is():
     unfuse(model)
     assert model.model.layers[0].mlp.experts is fused
     assert isinstance(model.model.layers[1].mlp.experts[0], Expert)
+
+
+def test_a_model_of_more_experts_than_any_has_is_left_alone(monkeypatch):
+    model = mixture("mixtral")
+    monkeypatch.setattr(module, "MOST", 7)
+    with pytest.raises(UnsupportedModel, match="its layers have 8 experts together, and models of"):
+        unfuse(model)
+    assert not experts_of(model)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "nemotron-h"])
+def test_packed_experts_are_multiplied_once_each_whatever_their_tokens(name, monkeypatch):
+    model = packed(mixture(name), INCOHERENT, lambda name: ".experts." in name)
+    (experts, *_), seen, multiply = experts_of(model).values(), [], Parts.multiply
+
+    def watched(self, x, codes):
+        seen.append(len(x))
+        return multiply(self, x, codes)
+
+    monkeypatch.setattr(Parts, "multiply", watched)
+    rng = torch.Generator().manual_seed(0)
+    hidden, weights = torch.randn(9, 32, generator=rng), torch.rand(9, 2, generator=rng)
+    index = torch.tensor([[3, 0]] * 8 + [[0, 1]])
+    found = experts(hidden, index, weights)
+    assert seen == [9, 9, 1, 1, 8, 8]
+    for matrix in [x for x in experts.modules() if isinstance(x, QuantizedLinear)]:
+        matrix.forward = matrix.to_linear().forward
+    torch.testing.assert_close(found, experts(hidden, index, weights))
