@@ -25,7 +25,7 @@ from quip.kernels.hessian import QUANTUM, add_products, add_rounded
 CHUNK = 8192  # tokens summed in float32 before they enter the float64 master
 GROWTH = 2.0**11  # of d_i^2, up to where sums are exact
 OF_MEANS = 2.0**-33  # of d_i: what sums of x are multiples of
-FLOOR = 2.0**-40  # of the median P_ii: the least that an anchor stands for
+FLOOR = 2.0**-4  # of the median P_ii: the least that an anchor stands for
 NOTHING = 2.0**-800  # in place of a median where there is none: outgrown by any number
 PANELS = 8  # of rows in which processes add up their sums; each ends at the diagonal
 
@@ -63,6 +63,7 @@ class Hessian:
         self._sum = torch.zeros(n, dtype=torch.float64, device=device)
         self.largest = torch.zeros(n, dtype=torch.float64, device=device)  # P_ii of any chunk
         self.anchors, self._exact = anchors, exact
+        self.complete = False  # whether these are the sums of all processes, and not of this one
         self.count = self.chunks = 0
 
     def update(self, x: Float[Tensor, "*batch n"]) -> None:
@@ -135,6 +136,11 @@ class Hessian:
         rest = torch.cat([self._sum, counts])
         add(rest)
         self._sum, (self.count, self.chunks) = rest[:n], map(int, rest[n:].tolist())
+        self.complete = True
+
+    def forget(self) -> None:
+        """Let go of sums that another process has."""
+        self._lower = self._lower.new_empty(0, 0)
 
 
 def squares(x: Float[Tensor, "tokens n"]) -> Float64[Tensor, " n"]:
@@ -145,7 +151,9 @@ def squares(x: Float[Tensor, "tokens n"]) -> Float64[Tensor, " n"]:
 def anchors_of(squares: Float[Tensor, " n"], chunks: int = 1) -> Float64[Tensor, " n"]:
     """Anchors for so many chunks with sums of squares of at most these, d_i^2 > squares_i.
 
-    At least 2^-20 of the median of those that are not 0, for inputs that may yet be found alive.
+    At least a quarter of the median of those that are not 0: an input that is dead at first, as
+    those behind a ReLU may be, does not outgrow that when it is found alive. Of two inputs 2^8
+    below the median it costs what float32 does, and they are far below any damping.
     """
     squares = squares.double().nan_to_num(0.0, posinf=0.0)  # what is not finite stays so anyway
     squares = squares * max(1.0, 2 * chunks / GROWTH)

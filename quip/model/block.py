@@ -11,7 +11,7 @@ from quip.errors import UnsupportedModel
 from quip.matrix.hessian import Observed
 from quip.model.experts import Routed
 from quip.model.matrices import Matrix, matrices_of
-from quip.model.observe import Observer
+from quip.model.observe import Observer, Outgrown
 from quip.model.states import States
 from quip.packed.exchange import replace
 from quip.packed.experts import Expert, Experts
@@ -24,6 +24,11 @@ class BlockModule:
 
     def __init__(self, index: int, name: str, module: nn.Module, *, device: torch.device) -> None:
         self.index, self.name, self.module, self._device = index, name, module, device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block is, and its matrices go."""
+        return self._device
 
     def matrices(self) -> dict[str, Matrix]:
         """Full dotted name -> matrix, for every one that is to be quantized and still dense."""
@@ -76,16 +81,21 @@ class Block(BlockModule):
         UnsupportedModel, naming the matrix, where inputs are NaN or infinite, and where a matrix
         never ran.
         """
-        matrices = self.matrices()
+        matrices, anchors = self.matrices(), dict[str, Tensor]()
         while True:
             try:
-                return self._observe(matrices, all_experts)
+                return self._observe(matrices, anchors, all_experts)
+            except Outgrown:
+                continue
             except torch.OutOfMemoryError:
                 pass  # what its frames hold is free only after this clause
             self._states.halve(self.name)
 
-    def _observe(self, matrices: Mapping[str, Matrix], all_experts: bool) -> dict[str, Observed]:
-        observer, routed = Observer(), self._routed()
+    def _observe(
+        self, matrices: Mapping[str, Matrix], anchors: dict[str, Tensor], all_experts: bool
+    ) -> dict[str, Observed]:
+        observer = Observer(self._states.team, anchors, device=self._device)
+        routed = self._routed()
         alone = {
             name: matrix
             for name, matrix in matrices.items()
@@ -100,10 +110,11 @@ class Block(BlockModule):
         ]
         try:
             for _ in self.run():
-                observer.forget_inputs()
+                observer.end_batch()
         finally:
             for hook in hooks:
                 hook.remove()
+        observer.join()
         found: dict[str, Observed] = {**observer.hessians(alone)}
         for _, one in routed:
             found |= one.hessians(all_experts=all_experts)
@@ -111,8 +122,9 @@ class Block(BlockModule):
 
     def _routed(self) -> list[tuple[nn.Module, Routed]]:
         """Each module of experts, and a place for what its router sends."""
+        home, team = self.hidden.device, self._states.team
         return [
-            (module, Routed(f"{self.name}.{name}", module, home=self.hidden.device))
+            (module, Routed(f"{self.name}.{name}", module, home=home, team=team))
             for name, module in self.module.named_modules()
             if isinstance(module, Experts)
         ]

@@ -31,11 +31,11 @@ from quip.errors import QuipError, Unavailable, UsageError, one_line, short, sho
 from quip.files import make_folder, replacing, writing
 from quip.model.block import BlockModule
 from quip.model.matrices import find_blocks
+from quip.model.parts import packed_parts, put_parts
 from quip.model.records import MatrixRecord, parse_records
 from quip.model.tune import TuningRecord
 from quip.packed.digests import SEAL, seal_of
 from quip.packed.files import naming_damage, opened, tensors_of
-from quip.packed.layout import Layout
 from quip.reading import parse_json, read_json
 from quip.shapes import Within, check_shape
 
@@ -102,12 +102,11 @@ class Ledger:
         tuned: Sequence[TuningRecord] = (),
     ) -> None:
         """Write down a finished block: all its tensors, and what is known of its matrices."""
-        tensors = {
-            name: tensor.cpu().contiguous() for name, tensor in block.module.state_dict().items()
-        }
+        layout, held = packed_parts(block.module)
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
         words = {
             "name": block.name,
-            "layout": json.dumps(Layout.of(block.module).to_json()),
+            "layout": json.dumps(layout),
             "records": json.dumps([asdict(record) for record in records]),
             "tuned": json.dumps([asdict(record) for record in tuned]),
         }
@@ -128,22 +127,24 @@ class Ledger:
             if found["name"] != name:
                 raise ValueError(f"it is of {shown(found['name'])}, not of {name}")
         module = model.get_submodule(name)
-        host, training = next(module.parameters()).device, module.training
         try:
-            Layout.from_json(layout).make_room(module)
-            module.load_state_dict({key: x.to(host) for key, x in tensors.items()}, assign=True)
+            host = next(module.parameters()).device
+            put_parts(module, layout, {key: x.to(host) for key, x in tensors.items()}, whole=True)
         except (QuipError, RuntimeError) as error:
             what, remedy = _damaged(path)
             raise Unavailable(f"{what} ({one_line(error)}); {remedy}") from error
-        module.requires_grad_(False).train(training)
         return records, tuned
 
     def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
         """Write down the hidden states that enter a block, unless they are LARGE and not due."""
-        start = time.monotonic()
-        if hidden.nbytes <= LARGE or start >= self._due:
+        if self.is_due(hidden.nbytes):
+            start = time.monotonic()
             _write(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
             self._due = start + 10 * (time.monotonic() - start)
+
+    def is_due(self, nbytes: int) -> bool:
+        """Whether so many bytes of hidden states would be written down now."""
+        return nbytes <= LARGE or time.monotonic() >= self._due
 
     @property
     def entered(self) -> int:

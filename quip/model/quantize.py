@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -12,17 +13,19 @@ from tqdm import tqdm
 
 from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError, finite
-from quip.matrix.hessian import Observed, sharing
+from quip.matrix.hessian import Hessian, Observed, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
+from quip.model.deal import Deal, Group, Moments, rounds
 from quip.model.device import enough_memory
 from quip.model.experts import same_experts, tell_of_few
 from quip.model.ledger import Ledger
 from quip.model.matrices import covered, find_blocks, places
 from quip.model.plan import Plan
+from quip.model.progress import Progress
 from quip.model.promised import check_all, check_block
 from quip.model.records import MatrixRecord, Stopwatch
-from quip.model.siblings import quantize_siblings
+from quip.model.team import ALONE, Team
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
 from quip.model.tune.tunable import learns
 from quip.model.walk import blocks_at_rest, walk
@@ -49,7 +52,8 @@ class Run:
     batch_size: int = 1  # windows that pass through a block together
     all_experts: bool = False
     tuning: BlockTuning | None = None
-    ledger: Ledger | None = None
+    ledger: Ledger | None = None  # of the first process of a team
+    team: Team = ALONE
     watch: Stopwatch = field(default_factory=Stopwatch)
     tuned: list[TuningRecord] = field(default_factory=list)
     observed: Callable[[int, Mapping[str, Observed]], None] = lambda _block, _hessians: None
@@ -62,6 +66,7 @@ class _Work:
     run: Run
     recipes: dict[str, Recipe]
     bar: tqdm
+    progress: Progress
     done: list[str] = field(default_factory=list)
 
 
@@ -96,29 +101,36 @@ def quantize_matrix_by_matrix(
     Stages counted in `watch`: replay, observe, quantize, tune, keep.
     """
     recipes, count = _recipes(model, run), len(find_blocks(model)[1])
-    ledger, tuning, batch_size = run.ledger, run.tuning, run.batch_size
+    tuning, batch_size, team = run.tuning, run.batch_size, run.team
     if tuning:  # whose steps and held-out windows are made of the walk's batches
         batch_size = min(batch_size, tuning.batch_size, tuning.held(len(tokens)))
+    team.check(len(tokens), batch_size)
+    progress = Progress.of(run.ledger, team, batch_size)
     with _bar(recipes) as bar:
-        work = _Work(run, recipes, bar)
-        start, hidden = _take_up(ledger, count)
+        work = _Work(run, recipes, bar, progress)
+        start, hidden = progress.take_up(count)
         for index in range(start):
             yield from _restore(index, model, work)
         blocks = walk(
-            model, tokens, device=run.device, batch_size=batch_size, start=start, hidden=hidden
+            model,
+            team.share(tokens, batch_size),
+            device=run.device,
+            batch_size=batch_size,
+            start=start,
+            hidden=hidden,
+            team=team,
         )
         for block in run.watch.each("replay", blocks if start < count else ()):
             bar.set_description(block.name)
-            if ledger and block.index > start:
+            if progress.keeps and block.index > start:
                 with run.watch("keep"):
-                    ledger.keep_hidden(block.index, block.hidden)
-            if ledger and ledger.has(block.index):
+                    progress.keep_hidden(block.index, block.hidden)
+            if progress.has(block.index):
                 yield from _restore(block.index, model, work)
             else:
                 yield from _report_and_keep(block, _quantize_block(block, work), work)
     check_all(model, work.done, work.recipes, REPORT)
-    if ledger:
-        ledger.forget_hidden()
+    progress.forget_hidden()
 
 
 def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iterator[MatrixRecord]:
@@ -131,12 +143,12 @@ def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iter
     if run.tuning:
         raise UsageError("tuning needs activations, of which a store has only the second moments")
     store.check(places(model))
-    recipes = _recipes(model, run)
+    recipes, progress = _recipes(model, run), Progress.of(run.ledger, run.team)
     with _bar(recipes) as bar:
-        work = _Work(run, recipes, bar)
+        work = _Work(run, recipes, bar, progress)
         for block in blocks_at_rest(model, device=run.device):
             bar.set_description(block.name)
-            if run.ledger and run.ledger.has(block.index):
+            if progress.has(block.index):
                 yield from _restore(block.index, model, work)
                 continue
             inputs = [one for one in store.inputs if one.block == block.index]
@@ -147,15 +159,15 @@ def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iter
 def _quantize_by(
     store: HessianStore, inputs: list[StoredInput], block: BlockModule, work: _Work
 ) -> Iterator[MatrixRecord]:
-    watch = work.run.watch
-    for one in inputs:
-        with watch("read"):
-            moments = store.read(one.name)
-            H = moments.H.to(next(block.module.parameters()).device)
-        found = quantize_siblings(
-            block, one.matrices, H, work.recipes, work.run.seed, tokens=moments.count
-        )
-        yield from watch.each("quantize", found)
+    run, device = work.run, next(block.module.parameters()).device
+
+    def read(names: Group) -> Moments:
+        with run.watch("read"):
+            found = store.read(names[0])
+            return found.H.to(device), found.count
+
+    deal = Deal.of(block, [one.matrices for one in inputs], run.team)
+    yield from run.watch.each("quantize", deal.quantize(read, work.recipes, run.seed))
 
 
 def _recipes(model: nn.Module, run: Run) -> dict[str, Recipe]:
@@ -172,20 +184,8 @@ def _bar(recipes: Mapping[str, Recipe]) -> tqdm:
     return tqdm(total=len(recipes), unit="matrix", dynamic_ncols=True, disable=None)
 
 
-def _take_up(ledger: Ledger | None, count: int) -> tuple[int, Tensor | None]:
-    """The first of `count` blocks to walk, and the hidden states that enter it."""
-    if ledger is None:
-        return 0, None
-    if all(map(ledger.has, range(count))):
-        return count, None
-    if not all(map(ledger.has, range(ledger.entered))):
-        return 0, None  # a block was damaged: only a walk from the first leads to what enters it
-    return ledger.hidden()
-
-
 def _restore(index: int, model: nn.Module, work: _Work) -> Iterator[MatrixRecord]:
-    assert work.run.ledger is not None
-    records, tuned = work.run.ledger.restore(index, model)
+    records, tuned = work.progress.restore(index, model)
     name, remedy = f"{find_blocks(model)[0]}.{index}", "start over with --overwrite"
     work.done.extend(check_block(name, records, work.recipes, remedy))
     log.info("block %d: %d matrices taken from the run before", index, len(records))
@@ -205,13 +205,13 @@ def _report_and_keep(
             records.append(record)
             yield record
     work.done.extend(check_block(block.name, records, work.recipes, REPORT))
-    if run.ledger:
+    if work.progress.keeps:
         with run.watch("keep"):
-            run.ledger.keep(block, records, run.tuned[known:])
+            work.progress.keep(block, records, run.tuned[known:])
 
 
 def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
-    run, watch, tuner = work.run, work.run.watch, None
+    run, team, watch, tuner = work.run, work.run.team, work.run.watch, None
     with watch("observe"):
         hessians = block.observe(all_experts=run.all_experts)
     tell_of_few(block.name, hessians)
@@ -220,19 +220,24 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
             tuner = BlockTuner(block, run.tuning, seed=run.seed)
     run.observed(block.index, hessians)
     groups = sharing(hessians)
-    for names, following in zip_longest(groups, groups[1:]):
-        observed = hessians[names[0]]
+    dealt = list(rounds(groups, hessians, team, one_by_one=tuner is not None))
+    for together, after in zip_longest(dealt, dealt[1:]):
+        deal = Deal.of(block, together, team)
         with watch("observe"):
-            H = observed.summed().value()
-        found = quantize_siblings(block, names, H, work.recipes, run.seed, tokens=observed.count)
+            own = deal.totals(hessians)
+        found = deal.quantize(partial(_moments, own, hessians), work.recipes, run.seed)
         yield from watch.each("quantize", found)
         # Experts are tuned when all are done. After the last group no matrix is left to tune: only
         # what was learnt of those before.
-        waits = following and same_experts(observed, hessians[following[0]])
-        if tuner and not waits and (following or learns(block.module)):
+        waits = after and same_experts(hessians[together[-1][0]], hessians[after[0][0]])
+        if tuner and not waits and (after or learns(block.module)):
             with watch("tune"):
-                run.tuned.append(tuner.tune(names))
+                run.tuned.append(tuner.tune(together[-1]))
             work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
+
+
+def _moments(own: dict[str, Hessian], observed: Mapping[str, Observed], names: Group) -> Moments:
+    return own.pop(names[0]).value(), observed[names[0]].count
 
 
 def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:

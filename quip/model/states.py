@@ -11,6 +11,7 @@ from quip.model.calls import Call, capture_by, rest_of_output
 from quip.model.device import enough_memory, free_bytes
 from quip.model.matrices import find_blocks
 from quip.model.stream import Stream
+from quip.model.team import ALONE, Team
 
 TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for any memory
 MOST_TOKENS = 2**16  # of a batch on a CUDA device, beyond which nothing is gained
@@ -34,7 +35,9 @@ class States:
         device: torch.device,
         batch_size: int,
         stream: Stream | None = None,
+        team: Team = ALONE,
     ) -> None:
+        self.team = team  # of which this process has these windows
         self._model, self._tokens = model, tokens
         self.device, self.batch_size = device, batch_size
         with enough_memory(f"a window of {tokens.shape[1]} tokens on {device}", REMEDY):

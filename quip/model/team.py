@@ -25,7 +25,7 @@ from torch import Tensor
 from quip.errors import UsageError
 from quip.matrix.hessian import Hessian
 
-PATIENCE = timedelta(hours=2)  # while one process rounds, and all others wait for it
+PATIENCE = timedelta(days=7)  # torchrun ends all when one dies; until then they wait for it
 
 
 @dataclass(frozen=True)
@@ -83,12 +83,16 @@ class Team:
         return tensor
 
     def total(self, hessian: Hessian, owner: int | None = None) -> None:
-        """Make the sums of process `owner` those of all; the others' mean nothing from then on.
+        """Make the sums those of all processes at the owner, and nothing elsewhere; None: at all.
 
-        `hessian` is what this process has seen: Hessian, or whatever has its `reduce`.
+        What is complete already stays as it is.
         """
-        if self.size > 1:
-            hessian.reduce(dist.all_reduce if owner is None else partial(dist.reduce, dst=owner))
+        if self.size == 1 or hessian.complete:
+            return
+        everywhere = partial(dist.all_reduce, op=dist.ReduceOp.SUM)
+        hessian.reduce(everywhere if owner is None else partial(dist.reduce, dst=owner))
+        if owner not in (None, self.rank):
+            hessian.forget()
 
     def owners(self, costs: Mapping[str, float]) -> dict[str, int]:
         """Which process does what: the dearest first, each to whoever has least to do by then."""
@@ -183,52 +187,42 @@ class Team:
 
 
 @contextmanager
-def joined(*, exact: bool = True) -> Iterator[Team]:
+def joined(device: str | None = "cpu", *, exact: bool = True) -> Iterator[Team]:
     """The team that torchrun started this process in, while the block runs; a process alone is one.
 
-    Each process computes on the CUDA device of its number on this machine, where there are any.
+    Each process computes on the CUDA device of its number on this machine, unless the device asked
+    for is another kind, or there is none.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Team(exact=exact)
         return
     backend = "gloo"
-    if torch.cuda.is_available():
-        torch.cuda.set_device(_own_device())
+    if device != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(_own_device(device))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
-    try:
-        yield Team(dist.get_rank(), size, exact)
-        dist.barrier()  # whoever is done first waits: its end must not look like a failure
-    finally:
-        dist.destroy_process_group()
+    yield Team(dist.get_rank(), size, exact)
+    dist.all_reduce(torch.zeros(1))  # who is done first waits: its end would look like a failure
+    dist.destroy_process_group()
 
 
-ALONE = Team()
-
-
-def _own_device() -> int:
+def _own_device(device: str | None) -> int:
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if device not in (None, "cuda"):
+        raise UsageError(
+            f"--device {device}: every process takes a device of its own; say cuda, cpu, or "
+            "leave it out"
+        )
     if local >= count:
         raise UsageError(
-            f"process {local} of this machine has no CUDA device of its own, of which there are "
-            f"{count}; start at most {count} here (--nproc-per-node), or hide them "
-            "(CUDA_VISIBLE_DEVICES=) to compute on CPUs"
+            f"process {local} of this machine has no CUDA device of its own, of {count}; start at "
+            f"most {count} here (--nproc-per-node), or say --device cpu"
         )
     return local
 
 
-def fails_first() -> bool:
-    """Whether this process of a team is the first to say that it fails: it alone is to say why."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return True
-    try:
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"quip/failed/{attempt}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # nobody to ask
-        return True
+ALONE = Team()
 
 
 def _as_bytes(x: Tensor) -> Int[Tensor, " bytes"]:

@@ -13,6 +13,7 @@ from quip.model.ferry import visits
 from quip.model.matrices import coverage, find_blocks
 from quip.model.states import States
 from quip.model.stream import Stream
+from quip.model.team import ALONE, Team
 
 
 def walk(
@@ -24,6 +25,7 @@ def walk(
     start: int = 0,
     hidden: Float[Tensor, "count seqlen width"] | None = None,
     stream: Stream | None = None,
+    team: Team = ALONE,
 ) -> Iterator["Block"]:
     """Each decoder block in order, on the device while the loop body runs.
 
@@ -35,15 +37,18 @@ def walk(
     At the end of the body the block, as it then is, turns its inputs into those of the next
     block, and returns to where the model is (usually the host). A walk that was broken off is taken
     up at block `start` with the `hidden` states that enter it. The blocks of a model that came with
-    a `stream` are in memory for their turn only. Raises UnsupportedModel before
-    anything runs where `coverage` does, and for blocks that are no plain chain.
+    a `stream` are in memory for their turn only. In a team, `tokens` and `hidden` are the share of
+    this process. Raises UnsupportedModel before anything runs where `coverage` does, and for blocks
+    that are no plain chain.
     """
     coverage(model)
     if model.training:
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
-    states = States(model, tokens.to(host), device=device, batch_size=batch_size, stream=stream)
+    states = States(
+        model, tokens.to(host), device=device, batch_size=batch_size, stream=stream, team=team
+    )
     if hidden is not None:
         expected = states.hidden
         if (hidden.shape, hidden.dtype) != (expected.shape, expected.dtype):

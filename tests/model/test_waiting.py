@@ -50,7 +50,7 @@ ONCE_A_MATRIX = {
     "codebooks/scaling.py": {"restore"},
     "codebooks/trellises.py": {"restore"},
     "kernels/bits.py": {"pack"},
-    "matrix/hessian.py": {"is_finite"},
+    "matrix/hessian.py": {"is_finite", "reduce"},
     "matrix/linalg.py": {"cholesky", "energy", "proxy_loss"},
     "matrix/order.py": {"largest_first"},
     "matrix/prepare.py": {"condition"},
