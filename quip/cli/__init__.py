@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from textwrap import indent
 
 from quip.cli import (
@@ -14,6 +15,7 @@ from quip.cli import (
     import_quip_sharp,
     inspect,
     proxy,
+    ranks,
     recipes,
     run,
     summary,
@@ -69,4 +71,6 @@ def parser_of(name: str) -> Parser:
         epilog=f"examples:\n{indent(command.EXAMPLES.strip(), '  ')}",
     )
     command.build(parser)
+    if not ranks.can_share(name):
+        parser.set_defaults(call=partial(ranks.refuse, name))
     return parser

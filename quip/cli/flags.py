@@ -205,6 +205,16 @@ def device_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def team_flags(group: argparse._ArgumentGroup) -> None:
+    """How the processes of torchrun work together."""
+    group.add_argument(
+        "--fast_reduce",
+        action="store_true",
+        help="sum second moments as they come, a little faster: codes then depend on the number "
+        "of processes (torchrun), and on nothing by default",
+    )
+
+
 def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
     """What computes, and where results go."""
     device_flags(group)

@@ -12,6 +12,7 @@ from quip.cli.flags import (
     recipe_flags,
     recipe_of,
     settle_bits,
+    team_flags,
 )
 from quip.cli.parse import Arguments, refuse_both, refuse_small
 from quip.cli.streams import say
@@ -43,6 +44,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     calibration_flags(parser.add_argument_group("data"))
     group = parser.add_argument_group("machine and output")
     device_flags(group)
+    team_flags(group)
     group.add_argument(
         "--resume",
         action="store_true",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import quip
-from quip.cli import values
+from quip.cli import ranks, values
 from quip.cli.interrupts import Interrupts, noticed
 from quip.cli.streams import ReaderLeft, complain, say, set_up_streams
 from quip.errors import QuipError, UsageError, shown
@@ -95,7 +95,6 @@ def _reader(kind: Any, read: Callable[[str], Any]) -> Callable[[str], Any]:
 def guarded(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse and run; what a user can mend becomes one line and an exit status (2: usage)."""
     set_up_streams()
-    _set_up_logging()
     with noticed() as interrupts:
         return _run(parser, list(sys.argv[1:] if argv is None else argv), interrupts)
 
@@ -103,12 +102,15 @@ def guarded(parser: Parser, argv: Sequence[str] | None) -> int:
 def _run(parser: Parser, line: list[str], interrupts: Interrupts) -> int:
     args = None
     try:
-        args = parse(parser, line)
-        args.call(args)
+        with ranks.quiet_others():
+            _set_up_logging()
+            args = parse(parser, line)
+            args.call(args)
     except QuipError as error:
         if interrupts.came:  # as when half a library was imported, and is said to be missing
             return _interrupted(args)
-        complain(f"quip: {values.bounded(' '.join(str(error).split()))}")
+        if ranks.may_complain():
+            complain(f"quip: {values.bounded(' '.join(str(error).split()))}")
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         return _interrupted(args)
@@ -117,12 +119,15 @@ def _run(parser: Parser, line: list[str], interrupts: Interrupts) -> int:
     except Exception:
         if interrupts.came:
             return _interrupted(args)
-        raise
+        if ranks.may_complain():
+            raise
+        return 1
     return 0
 
 
 def _interrupted(args: Arguments | None) -> int:
-    complain(f"quip: interrupted{_to_resume(args)}")
+    if ranks.is_first():
+        complain(f"quip: interrupted{_to_resume(args)}")
     return 130
 
 

@@ -17,6 +17,7 @@ from quip.cli.flags import (
     refuse_tasks,
     settle_bits,
     task_flags,
+    team_flags,
     zero_shot,
 )
 from quip.cli.output import names
@@ -118,6 +119,7 @@ def _machine_flags(group: argparse._ArgumentGroup) -> None:
         out="a folder for run.json, layers.csv, layers.png and the finished blocks; it must be new "
         "or empty",
     )
+    team_flags(group)
 
 
 def call(args: Arguments) -> None:
@@ -164,7 +166,6 @@ def _plan(args: Arguments, recipe: "Recipe | None") -> "Recipe | Plan | None":
 
 
 def _is_unquantized(args: Arguments) -> bool:
-    """Whether the line leaves all weights as they are."""
     return not has_recipe(args) and args.plan is None
 
 

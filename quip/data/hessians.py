@@ -9,7 +9,7 @@ lists a block once all of its files are there. It says `complete` when the last 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from quip.data.hessian_files import (
 )
 from quip.errors import Unavailable, UsageError, shown
 from quip.files import make_folder, replacing, writing
-from quip.matrix.hessian import Observed, sharing
+from quip.matrix.hessian import Hessian, Observed, sharing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,14 +168,21 @@ class StoreWriter:
         """Whether the store holds every input of a block that has any."""
         return any(row["block"] == block for row in self._rows)
 
-    def keep(self, block: int, hessians: Mapping[str, Observed]) -> None:
+    def keep(
+        self,
+        block: int,
+        hessians: Mapping[str, Observed],
+        *,
+        total: Callable[[Observed], Hessian] = lambda observed: observed.summed(),
+    ) -> None:
         """Write down the Hessians of a block's matrices, those that share an input once.
 
-        One is held at a time, of those that are summed up when they are asked for.
+        One is held at a time, of those that are summed up when they are asked for, by `total`.
         """
         rows = []
         for names in sharing(hessians):
-            hessian, count = hessians[names[0]].summed(), hessians[names[0]].count
+            hessian = total(hessians[names[0]])
+            count = hessians[names[0]].count
             H = hessian.value().float()
             tensors = {
                 "lower": torch.cat([row[: i + 1] for i, row in enumerate(H)]).cpu(),

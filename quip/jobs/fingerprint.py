@@ -27,8 +27,12 @@ def fingerprint_of(
     *,
     asked: Calibration,
     device: torch.device,
+    exact: bool = True,
 ) -> dict[str, Any]:
-    """All that the codes of a run depend on, fit for JSON; what is short comes first."""
+    """All that the codes of a run depend on, fit for JSON; what is short comes first.
+
+    They do not depend on the number of processes where second moments are summed `exact`ly.
+    """
     found = versions()
     return {
         **described(how),
@@ -41,6 +45,7 @@ def fingerprint_of(
         "calibration": source.stamp,
         "hessians": source.digest if isinstance(source, HessianStore) else None,
         "model": identity_of(loaded),
+        "sums": "exact" if exact else "fast",
     }
 
 

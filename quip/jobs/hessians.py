@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,18 @@ from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.report.folder import RunFolder
 from quip.jobs.requests import Calibration, Machine
-from quip.matrix.hessian import Observed
+from quip.matrix.hessian import Hessian, Observed, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device
 from quip.model.experts import tell_of_few
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, check_weights, find_blocks
+from quip.model.progress import Progress
 from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.model.records import versions
 from quip.model.states import batch_size_for
+from quip.model.team import Team, joined
 from quip.model.walk import walk
 
 log = logging.getLogger(__name__)
@@ -70,8 +71,13 @@ def collect_hessians(asked: Collection) -> Collected:
     Tokens and batches are those of a run of the same data, seed and seqlen, and so are, bitwise,
     the Hessians where the recipe is the run's.
     """
+    with joined(asked.device, exact=not asked.fast_reduce) as team:
+        return _collect(asked, team)
+
+
+def _collect(asked: Collection, team: Team) -> Collected:
     start = time.perf_counter()
-    folder = RunFolder(asked.save, overwrite=asked.overwrite, resume=asked.resume, flag="--save")
+    folder = _folder(asked) if team.leads else None
     check_dataset(asked.dataset, "calibration")
     device = torch.device(choose_device(asked.device))
     loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen)
@@ -82,25 +88,36 @@ def collect_hessians(asked: Collection) -> Collected:
     tokens = calibration_of(
         loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
     )
-    fingerprint = fingerprint_of(loaded, tokens, asked.recipe, asked=asked, device=device)
-    ledger = Ledger(asked.save / RunFolder.BLOCKS, fingerprint)
-    folder.open()
-    try:
-        ledger.open()
-        writer = StoreWriter(asked.save, _facts(loaded, fingerprint), resume=asked.resume)
-        if not writer.complete:
-            _collect(asked, loaded, tokens, writer, ledger, device)
-            writer.close()
-        ledger.forget()
-    finally:
-        folder.release()
+    files: list[Path] = []
+    if folder is None:
+        _walk(asked, loaded, tokens, Kept(None, None, team), device)
+    else:
+        fingerprint = fingerprint_of(
+            loaded, tokens, asked.recipe, asked=asked, device=device, exact=team.exact
+        )
+        ledger = Ledger(asked.save / RunFolder.BLOCKS, fingerprint)
+        folder.open()
+        try:
+            ledger.open()
+            writer = StoreWriter(asked.save, _facts(loaded, fingerprint), resume=asked.resume)
+            _walk(asked, loaded, tokens, Kept(writer, ledger, team), device)
+            if not writer.complete:
+                writer.close()
+            ledger.forget()
+        finally:
+            folder.release()
+        files = writer.files
     return Collected(
-        inputs=len(writer.files),
+        inputs=len(files),
         matrices=len(matrices),
         tokens=tokens.ids.numel(),
-        nbytes=sum(path.stat().st_size for path in writer.files),
+        nbytes=sum(path.stat().st_size for path in files),
         seconds=time.perf_counter() - start,
     )
+
+
+def _folder(asked: Collection) -> RunFolder:
+    return RunFolder(asked.save, overwrite=asked.overwrite, resume=asked.resume, flag="--save")
 
 
 def _facts(loaded: LoadedModel, fingerprint: dict[str, Any]) -> dict[str, Any]:
@@ -118,74 +135,106 @@ def _facts(loaded: LoadedModel, fingerprint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _collect(
-    asked: Collection,
-    loaded: LoadedModel,
-    tokens: TokenSet,
-    writer: StoreWriter,
-    ledger: Ledger,
-    device: torch.device,
+@dataclass(frozen=True)
+class Kept:
+    """A store and a ledger, which the first process of a team has; all make the same calls."""
+
+    writer: StoreWriter | None
+    ledger: Ledger | None
+    team: Team
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to collect."""
+        return self.team.tell(self.writer is not None and self.writer.complete)
+
+    def check(self, count: int) -> None:
+        """Start over where the ledger is past a block whose Hessians were damaged since."""
+        writer, ledger = self.writer, self.ledger
+        if writer is None or ledger is None:
+            return
+        entered = ledger.entered
+        if any(not writer.has(i) for i in range(count) if i < entered or ledger.has(i)):
+            log.warning("%s: files of the store are damaged; starting over for them", writer.folder)
+            ledger.forget()
+
+    def has(self, block: int) -> bool:
+        """Whether the store has the Hessians of a block."""
+        return self.team.tell(self.writer is not None and self.writer.has(block))
+
+    def keep(self, block: int, hessians: Mapping[str, Observed]) -> None:
+        """Write down the Hessians of a block, as all processes together have seen them."""
+        if self.has(block):
+            return
+        if self.writer:
+            self.writer.keep(block, hessians, total=self._total)
+            log.info("block %d: Hessians of %d matrices written", block, len(hessians))
+            return
+        for names in sharing(hessians):
+            self._total(hessians[names[0]])
+
+    def _total(self, observed: Observed) -> Hessian:
+        hessian = observed.summed()
+        self.team.total(hessian)
+        return hessian
+
+
+def _walk(
+    asked: Collection, loaded: LoadedModel, tokens: TokenSet, kept: Kept, device: torch.device
 ) -> None:
-    _check_ledger(ledger, writer, len(find_blocks(loaded.model)[1]))
+    if kept.complete:
+        return
+    kept.check(len(find_blocks(loaded.model)[1]))
+    batch_size = batch_size_for(tokens.seqlen, loaded.model, device)
     if asked.recipe is None:
-        _observe(asked, loaded, tokens, writer, ledger, device)
+        _observe(asked, loaded, tokens, kept, device, batch_size)
         return
     run = Run(
         recipe=asked.recipe,
         seed=asked.seed,
         device=device,
-        batch_size=batch_size_for(tokens.seqlen, loaded.model, device),
+        batch_size=batch_size,
         all_experts=asked.all_experts,
-        ledger=ledger,
-        observed=partial(_keep, writer),
+        ledger=kept.ledger,
+        team=kept.team,
+        observed=kept.keep,
     )
     for _ in quantize_matrix_by_matrix(loaded.model, tokens.ids, run):
         pass  # the matrix is in its place, for the blocks after it to feel
-
-
-def _check_ledger(ledger: Ledger, writer: StoreWriter, count: int) -> None:
-    """Start over where the ledger is past a block whose Hessians were damaged since."""
-    entered = ledger.entered
-    if any(not writer.has(i) for i in range(count) if i < entered or ledger.has(i)):
-        log.warning("%s: files of the store are damaged; starting over for them", writer.folder)
-        ledger.forget()
 
 
 def _observe(
     asked: Collection,
     loaded: LoadedModel,
     tokens: TokenSet,
-    writer: StoreWriter,
-    ledger: Ledger,
+    kept: Kept,
     device: torch.device,
+    batch_size: int,
 ) -> None:
     """Walk over the blocks as they are."""
-    start, hidden = ledger.hidden()
+    kept.team.check(len(tokens.ids), batch_size)
+    progress = Progress.of(kept.ledger, kept.team, batch_size)
+    start, hidden = progress.enter()
     count = len(find_blocks(loaded.model)[1])
     # disable=None: a bar on a terminal only.
     with tqdm(total=count, initial=start, unit="block", dynamic_ncols=True, disable=None) as bar:
         for block in walk(
             loaded.model,
-            tokens.ids,
+            kept.team.share(tokens.ids, batch_size),
             device=device,
-            batch_size=batch_size_for(tokens.seqlen, loaded.model, device),
+            batch_size=batch_size,
             start=start,
             hidden=hidden,
+            team=kept.team,
         ):
             bar.set_description(block.name)
             if block.index > start:
-                ledger.keep_hidden(block.index, block.hidden)
-            if writer.has(block.index):
+                progress.keep_hidden(block.index, block.hidden)
+            if kept.has(block.index):
                 log.info("block %d: taken from the store", block.index)
             else:
                 hessians = block.observe(all_experts=asked.all_experts)
                 tell_of_few(block.name, hessians)
-                _keep(writer, block.index, hessians)
+                kept.keep(block.index, hessians)
                 del hessians  # what experts saw is not needed while the next block runs
             bar.update()
-
-
-def _keep(writer: StoreWriter, block: int, hessians: Mapping[str, Observed]) -> None:
-    if not writer.has(block):
-        writer.keep(block, hessians)
-        log.info("block %d: Hessians of %d matrices written", block, len(hessians))

@@ -32,6 +32,7 @@ class Machine:
 
     device: str | None = None  # None: cuda if there is one
     dtype: str = "auto"
+    fast_reduce: bool = False  # second moments summed as they come, not to the same bits
 
 
 @dataclass(frozen=True, kw_only=True)

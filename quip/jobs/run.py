@@ -11,14 +11,14 @@ from quip.data import check_dataset
 from quip.data.hessians import HessianStore
 from quip.errors import QuipError, UsageError
 from quip.evaluate.zeroshot import ZeroShot
-from quip.files import check_new
 from quip.jobs.calibration import calibration_of, store_for
 from quip.jobs.evaluate import check_measures, evaluation_entries, measure_perplexities, token_sets
 from quip.jobs.fingerprint import Source, fingerprint_of
-from quip.jobs.report.folder import RunFolder, read_report
+from quip.jobs.report.folder import RunFolder
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
 from quip.jobs.requests import Calibration, Machine, Place
+from quip.jobs.saving import check_save
 from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
 from quip.model.device import choose_device, device_name
@@ -29,8 +29,8 @@ from quip.model.plan import Plan, described
 from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
 from quip.model.states import batch_size_for
+from quip.model.team import Team, joined
 from quip.model.tune import BlockTuning
-from quip.packed.checkpoint import check_replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,19 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
     """Run it and return the report, which `out` receives before and after each long stage.
 
     What is asked for is checked first, as far as it can be known without the model. A run that
-    fails leaves a report of what it had reached, and of the reason.
+    fails leaves a report of what it had reached, and of the reason. Of several processes the first
+    alone writes, and measures; the others return what they know.
     """
+    with joined(experiment.device, exact=not experiment.fast_reduce) as team:
+        return _run(experiment if team.leads else _of_the_others(experiment), team)
+
+
+def _of_the_others(e: Experiment) -> Experiment:
+    """What is asked of the processes of a team but the first: to quantize with it."""
+    return replace(e, out=None, save=None, tasks=None, compare=False, eval_datasets=())
+
+
+def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
     save = experiment.save and experiment.save.resolve()  # also if it is the folder we are in
     e, watch = _settled(replace(experiment, save=save)), Stopwatch()
     folder, device = _check(e)
@@ -91,7 +102,7 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
             )
             del original
         if e.recipe and source:
-            records = _quantize(e, e.recipe, source, loaded, report, watch, ledger)
+            records = _quantize(e, e.recipe, source, loaded, report, watch, ledger, team)
             if e.save:
                 with watch("save"):
                     save_with_notes(
@@ -162,8 +173,9 @@ def _ledger(
     """Where finished blocks go, in the run's folder, with a fingerprint of all they depend on."""
     if folder is None or source is None:
         return None
+    how = (e.recipe, e.tuning)
     fingerprint = fingerprint_of(
-        loaded, source, e.recipe, e.tuning, asked=e, device=torch.device(device)
+        loaded, source, *how, asked=e, device=torch.device(device), exact=not e.fast_reduce
     )
     ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
     folder.open()
@@ -177,20 +189,9 @@ def _ledger(
 
 
 def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> None:
-    """Refuse a folder that holds files, unless a run that is taken up has saved there already.
-
-    With --overwrite it is replaced whole, so it has to be a checkpoint, and not hold our inputs.
-    """
-    if e.save is None:
-        return
-    saved = read_report(e.save).get("fingerprint") if e.resume else None
-    same = saved is not None and fingerprint in (None, saved)
-    check_new(e.save, "--save", overwrite=e.overwrite or same)
-    if e.overwrite and e.save.is_dir() and any(e.save.iterdir()):
-        check_replaced(e.save)
-        for name in (e.model, e.dataset, e.hessians, *e.eval_datasets):
-            if name and Path(name).expanduser().resolve().is_relative_to(e.save):
-                raise UsageError(f"--save {e.save}: {name} is in it, and would be lost")
+    if e.save:
+        inputs = (e.model, e.dataset, e.hessians, *e.eval_datasets)
+        check_save(e.save, inputs, overwrite=e.overwrite, resume=e.resume, fingerprint=fingerprint)
 
 
 def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
@@ -218,6 +219,7 @@ def _quantize(
     report: Report,
     watch: Stopwatch,
     ledger: Ledger | None,
+    team: Team,
 ) -> list[MatrixRecord]:
     run = Run(
         recipe=recipe,
@@ -226,17 +228,17 @@ def _quantize(
         all_experts=e.all_experts,
         tuning=e.tuning,
         ledger=ledger,
+        team=team,
         watch=watch,
     )
     records: list[MatrixRecord] = []
     if isinstance(source, HessianStore):
         found = quantize_from_store(loaded.model, source, run)
     else:
-        size = batch_size_for(source.seqlen, loaded.model, report.device)
-        found = quantize_matrix_by_matrix(loaded.model, source.ids, replace(run, batch_size=size))
+        run = replace(run, batch_size=batch_size_for(source.seqlen, loaded.model, report.device))
+        found = quantize_matrix_by_matrix(loaded.model, source.ids, run)
     try:
-        for record in found:
-            records.append(record)
+        records.extend(found)
     finally:
         if records:
             if e.tuning:

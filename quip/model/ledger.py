@@ -136,14 +136,13 @@ class Ledger:
         return records, tuned
 
     def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
-        """Write down the hidden states that enter a block, unless they are LARGE and not due."""
-        if self.is_due(hidden.nbytes):
-            start = time.monotonic()
-            _write(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
-            self._due = start + 10 * (time.monotonic() - start)
+        """Write down the hidden states that enter a block."""
+        start = time.monotonic()
+        _write(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
+        self._due = start + 10 * (time.monotonic() - start)
 
     def is_due(self, nbytes: int) -> bool:
-        """Whether so many bytes of hidden states would be written down now."""
+        """Whether so many bytes of hidden states are to be written down: LARGE ones not always."""
         return nbytes <= LARGE or time.monotonic() >= self._due
 
     @property

@@ -29,9 +29,16 @@ class Progress:
         """The progress that is kept in the ledger of the first process; None: in nothing."""
         return cls(ledger, team.tell(ledger is not None), team, batch_size)
 
+    def enter(self) -> tuple[int, Float[Tensor, "_own seqlen width"] | None]:
+        """The last block whose hidden states are known, and this process's share of these."""
+        return self._entered(self.ledger.hidden() if self.ledger else (0, None))
+
     def take_up(self, count: int) -> tuple[int, Float[Tensor, "_own seqlen width"] | None]:
         """The first of `count` blocks to walk, and this process's share of what enters it."""
-        start, hidden = self._taken_up(count) if self.team.leads else (0, None)
+        return self._entered(self._taken_up(count))
+
+    def _entered(self, found: tuple[int, Tensor | None]) -> tuple[int, Tensor | None]:
+        start, hidden = found
         return self.team.tell(start), self.team.scatter(hidden, self.batch_size)
 
     def _taken_up(self, count: int) -> tuple[int, Tensor | None]:

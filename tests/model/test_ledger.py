@@ -27,6 +27,7 @@ from quip.matrix.recipe import Recipe
 from quip.model import ledger as resume
 from quip.model import quantize, siblings
 from quip.model.ledger import Ledger, differences
+from quip.model.progress import Progress
 from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.packed import checkpoint
 from quip.packed.checkpoint import load
@@ -195,15 +196,15 @@ def test_large_hidden_states_are_written_when_it_is_time_and_replayed_otherwise(
     clock = itertools.count(0, 100)  # seconds: what a write takes, and ten times it until the next
     monkeypatch.setattr(resume.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(resume, "LARGE", 0)
-    real, entered = Ledger.keep_hidden, []
+    real, entered = Progress.keep_hidden, []
 
     def watched(self, block, hidden):
         real(self, block, hidden)
-        entered.append((block, self.entered))
+        entered.append((block, self.ledger.entered))
         if len(entered) == BLOCKS - 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Ledger, "keep_hidden", watched)
+    monkeypatch.setattr(Progress, "keep_hidden", watched)
     with pytest.raises(KeyboardInterrupt):
         quantized(ledger(tmp_path), name)
     assert entered == [(1, 1), (2, 1), (3, 1)]

@@ -1,0 +1,62 @@
+"""Commands that torchrun starts several times over: one process speaks, or the first that fails."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from datetime import timedelta
+from typing import NoReturn
+
+from quip.errors import UsageError
+
+SHARED = ("run", "hessians", "evaluate", "finetune")  # commands whose processes work together
+
+
+def is_first() -> bool:
+    """Whether this process is alone, or the first of those that torchrun started."""
+    return not _several() or os.environ.get("RANK", "0") == "0"
+
+
+def can_share(command: str) -> bool:
+    """Whether the processes that were started can do a command together."""
+    return command in SHARED or not _several()
+
+
+def refuse(command: str, _args: object) -> NoReturn:
+    """Raise UsageError for a command that is done by one process."""
+    raise UsageError(
+        f"quip {command} is done by one process, and torchrun started {os.environ['WORLD_SIZE']}; "
+        "start it without torchrun"
+    )
+
+
+@contextmanager
+def quiet_others() -> Iterator[None]:
+    """Inside the block, what processes but the first print goes nowhere, and so do their bars."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def may_complain() -> bool:
+    """Whether this process is the first of all that fails, and so is to say why.
+
+    The others fail as well, or because it did.
+    """
+    if not _several():
+        return True
+
+    import torch.distributed as dist
+
+    try:
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"quip/failed/{attempt}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):  # there is nobody to ask
+        return True
+
+
+def _several() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
