@@ -215,6 +215,28 @@ def team_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def stream_flag(group: argparse._ArgumentGroup) -> None:
+    """Whether a model is in memory as a whole."""
+    group.add_argument(
+        "--stream",
+        default="auto",
+        choices=["auto", "on", "off"],
+        help="whether blocks of the model are read from its files when their turn comes; auto, the "
+        "default, does so where the model takes more than a quarter of the free memory",
+    )
+
+
+def activation_flag(group: argparse._ArgumentGroup) -> None:
+    """How much memory hidden states may take."""
+    group.add_argument(
+        "--activation_memory",
+        type=float,
+        metavar="GB",
+        help="hidden states beyond so many GB live in a file, in the folder of finished blocks or, "
+        "without one, that of temporary files (default: a quarter of the free memory)",
+    )
+
+
 def machine_flags(group: argparse._ArgumentGroup, *, out: str) -> None:
     """What computes, and where results go."""
     device_flags(group)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from quip.cli.flags import (
+    activation_flag,
     calibration_flags,
     check_recipe,
     device_flags,
@@ -12,6 +13,7 @@ from quip.cli.flags import (
     recipe_flags,
     recipe_of,
     settle_bits,
+    stream_flag,
     team_flags,
 )
 from quip.cli.parse import Arguments, refuse_both, refuse_small
@@ -45,6 +47,8 @@ def build(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine and output")
     device_flags(group)
     team_flags(group)
+    stream_flag(group)
+    activation_flag(group)
     group.add_argument(
         "--resume",
         action="store_true",

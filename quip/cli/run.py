@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quip.cli.flags import (
     NAMED,
+    activation_flag,
     calibration_flags,
     check_recipe,
     has_recipe,
@@ -16,6 +17,7 @@ from quip.cli.flags import (
     recipe_words,
     refuse_tasks,
     settle_bits,
+    stream_flag,
     task_flags,
     team_flags,
     zero_shot,
@@ -114,6 +116,8 @@ def _machine_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="take up the run that --out holds, after its last finished block; without one, start",
     )
+    stream_flag(group)
+    activation_flag(group)
     machine_flags(
         group,
         out="a folder for run.json, layers.csv, layers.png and the finished blocks; it must be new "

@@ -11,11 +11,12 @@ from torch import nn
 from quip.errors import NonFinite, QuipError, UsageError
 from quip.files import check_new, new_folder
 from quip.model.load import LoadedModel, load_model
-from quip.packed.checkpoint import SHARD, check_folder, to_dense
+from quip.packed.checkpoint import check_folder, to_dense
 from quip.packed.checks import is_finite
 from quip.packed.files import weight_bytes
 from quip.packed.published import GENERATION
 from quip.packed.quip_sharp.write import published_config, published_tensors
+from quip.packed.shards import SHARD
 
 
 def export_dense(

@@ -25,13 +25,15 @@ from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.report.folder import RunFolder
 from quip.jobs.requests import Calibration, Machine
+from quip.jobs.streaming import check_all_weights
 from quip.matrix.hessian import Hessian, Observed, sharing
 from quip.matrix.recipe import Recipe
+from quip.model.activations import Activations
 from quip.model.device import choose_device
 from quip.model.experts import tell_of_few
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
-from quip.model.matrices import check_quantizable, check_weights, find_blocks
+from quip.model.matrices import check_quantizable, find_blocks
 from quip.model.progress import Progress
 from quip.model.quantize import Run, quantize_matrix_by_matrix
 from quip.model.records import versions
@@ -50,6 +52,7 @@ class Collection(Calibration, Machine):
     dataset: str
     save: Path
     recipe: Recipe | None = None  # what blocks are quantized with; None: not at all
+    activation_memory: float | None = None  # GB of hidden states; None: a quarter of what is free
     resume: bool = False
     overwrite: bool = False
 
@@ -80,9 +83,9 @@ def _collect(asked: Collection, team: Team) -> Collected:
     folder = _folder(asked) if team.leads else None
     check_dataset(asked.dataset, "calibration")
     device = torch.device(choose_device(asked.device))
-    loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen)
+    loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen, stream=asked.stream)
     matrices = check_quantizable(loaded.model, loaded.name).quantized
-    check_weights(loaded.model)
+    check_all_weights(loaded)
     for name in matrices:  # of which any may give a file its name
         file_of(asked.save, name)
     tokens = calibration_of(
@@ -95,7 +98,7 @@ def _collect(asked: Collection, team: Team) -> Collected:
         fingerprint = fingerprint_of(
             loaded, tokens, asked.recipe, asked=asked, device=device, exact=team.exact
         )
-        ledger = Ledger(asked.save / RunFolder.BLOCKS, fingerprint)
+        ledger = Ledger(asked.save / RunFolder.BLOCKS, fingerprint, loaded.stream)
         folder.open()
         try:
             ledger.open()
@@ -186,8 +189,11 @@ def _walk(
         return
     kept.check(len(find_blocks(loaded.model)[1]))
     batch_size = batch_size_for(tokens.seqlen, loaded.model, device)
+    activations = Activations.within(
+        asked.activation_memory, kept.ledger.folder if kept.ledger else None
+    )
     if asked.recipe is None:
-        _observe(asked, loaded, tokens, kept, device, batch_size)
+        _observe(asked, loaded, tokens, kept, device, batch_size, activations)
         return
     run = Run(
         recipe=asked.recipe,
@@ -197,6 +203,8 @@ def _walk(
         all_experts=asked.all_experts,
         ledger=kept.ledger,
         team=kept.team,
+        stream=loaded.stream,
+        activations=activations,
         observed=kept.keep,
     )
     for _ in quantize_matrix_by_matrix(loaded.model, tokens.ids, run):
@@ -210,6 +218,7 @@ def _observe(
     kept: Kept,
     device: torch.device,
     batch_size: int,
+    activations: Activations,
 ) -> None:
     """Walk over the blocks as they are."""
     kept.team.check(len(tokens.ids), batch_size)
@@ -226,6 +235,8 @@ def _observe(
             start=start,
             hidden=hidden,
             team=kept.team,
+            stream=loaded.stream,
+            activations=activations,
         ):
             bar.set_description(block.name)
             if block.index > start:

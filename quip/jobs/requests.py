@@ -33,6 +33,7 @@ class Machine:
     device: str | None = None  # None: cuda if there is one
     dtype: str = "auto"
     fast_reduce: bool = False  # second moments summed as they come, not to the same bits
+    stream: str = "auto"  # on, off, or auto: what is too large for memory goes block by block
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,14 @@ from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
 from quip.jobs.requests import Calibration, Machine, Place
 from quip.jobs.saving import check_save
+from quip.jobs.streaming import check_all_weights, ledger_for, no_longer_than_this
 from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
+from quip.model.activations import Activations
 from quip.model.device import choose_device, device_name
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
-from quip.model.matrices import check_quantizable, check_weights
+from quip.model.matrices import check_quantizable
 from quip.model.plan import Plan, described
 from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch, versions
@@ -49,6 +51,7 @@ class Experiment(Calibration, Machine, Place):
     tasks: ZeroShot | None = None
     batch_size: int = 8  # of tasks
     compare: bool = False
+    activation_memory: float | None = None  # GB of hidden states; None: a quarter of what is free
     save: Path | None = None  # the checkpoint
     resume: bool = False  # the run in `out`, which holds the report and the finished blocks
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
@@ -75,9 +78,9 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
     e, watch = _settled(replace(experiment, save=save)), Stopwatch()
     folder, device = _check(e)
     with watch("load"):
-        loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen)
+        loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen, stream=e.stream)
         kept = _kept(e.recipe, loaded) if e.recipe else ()
-        check_weights(loaded.model)
+        check_all_weights(loaded)
     with watch("data"):
         source = _source(e, loaded) if e.recipe else None
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
@@ -93,10 +96,12 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
     }
     report = Report(entries, folder=folder, device=device)
     report.save("started")
-    with report.kept():
+    with report.kept(), no_longer_than_this(ledger):
         tasks = fetched(e.tasks, loaded, watch, earlier=earlier)
         if e.compare and (e.recipe or e.load):
-            original = load_model(e.model, dtype=loaded.dtype_name) if e.load else loaded
+            original = (
+                load_model(e.model, dtype=loaded.dtype_name, stream=e.stream) if e.load else loaded
+            )
             measure_perplexities(
                 "original_perplexity", windows, original, report, watch, earlier=earlier
             )
@@ -106,7 +111,10 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
             if e.save:
                 with watch("save"):
                     save_with_notes(
-                        e.save, loaded, records, report, overwrite=e.overwrite, resume=e.resume
+                        *(e.save, loaded, records, report),
+                        parts=ledger.parts() if ledger else (),
+                        overwrite=e.overwrite,
+                        resume=e.resume,
                     )
         measure_perplexities("perplexity", windows, loaded, report, watch, earlier=earlier)
         if e.tasks:
@@ -171,19 +179,22 @@ def _ledger(
     folder: RunFolder | None,
 ) -> Ledger | None:
     """Where finished blocks go, in the run's folder, with a fingerprint of all they depend on."""
-    if folder is None or source is None:
+    if source is None or (folder is None and loaded.stream is None):
         return None
     how = (e.recipe, e.tuning)
     fingerprint = fingerprint_of(
         loaded, source, *how, asked=e, device=torch.device(device), exact=not e.fast_reduce
     )
-    ledger = Ledger(folder.path / RunFolder.BLOCKS, fingerprint)
-    folder.open()
+    blocks = folder.path / RunFolder.BLOCKS if folder else None
+    ledger = ledger_for(loaded, fingerprint, source, blocks, beside=e.save)
+    if folder:
+        folder.open()
     try:
         ledger.open()
         _check_save(e, ledger.fingerprint)
     except QuipError:
-        folder.release()
+        if folder:
+            folder.release()
         raise
     return ledger
 
@@ -229,6 +240,8 @@ def _quantize(
         tuning=e.tuning,
         ledger=ledger,
         team=team,
+        stream=loaded.stream,
+        activations=Activations.within(e.activation_memory, ledger.folder if ledger else None),
         watch=watch,
     )
     records: list[MatrixRecord] = []

@@ -139,7 +139,7 @@ class Block(BlockModule):
     @torch.no_grad()
     def outputs(self) -> Float[Tensor, "count seqlen width"]:
         """block(hidden), where the hidden states live."""
-        found, start = torch.empty_like(self.hidden), 0
+        found, start = self._states.room_beside(), 0
         for entering, leaving in self._run_all():
             found[start : start + len(entering)] = leaving
             start += len(entering)

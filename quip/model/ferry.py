@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quip.model.device import enough_memory, free_bytes, resident
-from quip.model.stream import Stream
+from quip.model.stream import Stream, put_state
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def _streamed(
     with ThreadPoolExecutor(1, "quip-stream") as crew:
         for number, block in enumerate(blocks):
             try:
-                stream.put(block, coming.result() if coming else stream.read(stream.index(block)))
+                put_state(block, coming.result() if coming else stream.read(stream.index(block)))
                 following = blocks[number + 1 : number + 2]
                 # The old future goes, with the tensors that it holds.
                 coming = crew.submit(stream.read, stream.index(following[0])) if following else None

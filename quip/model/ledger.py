@@ -4,6 +4,9 @@
     block-0000.safetensors    a finished block, packed, and the records of its matrices
     hidden.safetensors        the hidden states that enter the next block
 
+The file of a block is a part of a checkpoint: its tensors have the names of the model, narrowest
+types and digests. A streamed model reads it from there again, and is saved by linking to it.
+
 Each file appears when it is complete. Blocks are never changed again; hidden states are
 replaced by those of a later block, so that the disk holds those of one block only; large ones
 may take a tenth of the time. A run that was killed may have more blocks than hidden states lead
@@ -18,46 +21,41 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quip.errors import QuipError, Unavailable, UsageError, one_line, short, shown
+from quip.errors import QuipError, Unavailable, UsageError, one_line, short
 from quip.files import make_folder, replacing, writing
 from quip.model.block import BlockModule
+from quip.model.ledger_files import (
+    START_OVER,
+    block_entered,
+    block_tensors,
+    block_words,
+    damaged,
+    layout_of,
+    read_sealed,
+    read_words,
+    write_sealed,
+)
 from quip.model.matrices import find_blocks
-from quip.model.parts import packed_parts, put_parts
 from quip.model.records import MatrixRecord, parse_records
+from quip.model.stream import Stream, put_state
 from quip.model.tune import TuningRecord
-from quip.packed.digests import SEAL, seal_of
-from quip.packed.files import naming_damage, opened, tensors_of
-from quip.reading import parse_json, read_json
-from quip.shapes import Within, check_shape
+from quip.packed.digests import DIGESTS, SEAL, digest_of
+from quip.packed.files import naming_damage, opened
+from quip.packed.hub import narrow_state
+from quip.packed.layout import Layout
 
 log = logging.getLogger(__name__)
-START_OVER = "start over with --overwrite"
 LARGE = 2**30  # bytes, which a disk takes longer for than a GPU for a block
 CHANGES = 10  # of fingerprints that are named
-
-
-class Words(TypedDict):
-    """What the file of a block says beside its tensors, the last three as JSON."""
-
-    name: str
-    layout: str
-    records: str
-    tuned: str
-
-
-class HiddenWords(TypedDict):
-    """What the file of hidden states says: which block they enter."""
-
-    block: str
 
 
 class Ledger:
@@ -66,7 +64,11 @@ class Ledger:
     The fingerprint says what the codes depend on: two runs of one fingerprint make the same.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], stream: Stream | None = None
+    ) -> None:
+        """Of a model that is streamed, the `stream` gets the finished blocks from here."""
+        self._stream = stream
         self.folder, self.fingerprint = folder, json.loads(json.dumps(fingerprint))
         self._told, self._due = False, 0.0  # when hidden states may be written again
 
@@ -78,7 +80,7 @@ class Ledger:
         """
         path = self.folder / "fingerprint.json"
         if path.exists():
-            changes = differences(_read_json(path), self.fingerprint)
+            changes = differences(read_words(path), self.fingerprint)
             if changes:
                 raise UsageError(
                     f"--resume: the run in {self.folder.parent} was another one ({changes}); "
@@ -102,43 +104,77 @@ class Ledger:
         tuned: Sequence[TuningRecord] = (),
     ) -> None:
         """Write down a finished block: all its tensors, and what is known of its matrices."""
-        layout, held = packed_parts(block.module)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+        tensors = {
+            f"{block.name}.{name}": tensor.cpu().contiguous()
+            for name, tensor in narrow_state(block.module).items()
+        }
         words = {
+            "format": "pt",
+            DIGESTS: json.dumps({name: digest_of(tensors[name]) for name in sorted(tensors)}),
             "name": block.name,
-            "layout": json.dumps(layout),
+            "layout": json.dumps(Layout.of(block.module).to_json()),
             "records": json.dumps([asdict(record) for record in records]),
             "tuned": json.dumps([asdict(record) for record in tuned]),
         }
-        _write(self._block(block.index), tensors, words)
+        write_sealed(self._block(block.index), tensors, words)
+        self._hand_over(block.index, block.name)
+
+    def serve(self, model: nn.Module) -> None:
+        """Make room in a streamed model for all finished blocks, which come from here from now on.
+
+        Raises Unavailable as `restore` does.
+        """
+        prefix, blocks = find_blocks(model)
+        for index in filter(self.has, range(len(blocks)) if self._stream else ()):
+            words = block_words(self._block(index), name := f"{prefix}.{index}")
+            with self._fitting(index):
+                layout_of(words).make_room(blocks[index])
+            self._hand_over(index, name)
+
+    def _hand_over(self, block: int, name: str) -> None:
+        """From now on the stream, if there is one, reads a finished block from here."""
+        if self._stream:
+            self._stream.moved(block, partial(block_tensors, self._block(block), name))
 
     def restore(
         self, block: int, model: nn.Module
     ) -> tuple[list[MatrixRecord], list[TuningRecord]]:
-        """Make a block of the model what it was when it was finished; returns its records."""
+        """Make a block of the model what it was when it was finished; returns its records.
+
+        A model that is streamed has read it already, or will when it needs it (`serve`).
+        """
         path = self._block(block)
-        tensors, found = _read(path)
-        with naming_damage(*_damaged(path)):
-            check_shape(found, Words)
-            layout = parse_json(found["layout"], dict[str, Any])
+        found = block_words(path, name := f"{find_blocks(model)[0]}.{block}")
+        with naming_damage(*damaged(path)):
             records = parse_records(MatrixRecord, found["records"])
             tuned = parse_records(TuningRecord, found["tuned"])
-            name = f"{find_blocks(model)[0]}.{block}"
-            if found["name"] != name:
-                raise ValueError(f"it is of {shown(found['name'])}, not of {name}")
+        if self._stream:
+            return records, tuned
         module = model.get_submodule(name)
-        try:
-            host = next(module.parameters()).device
-            put_parts(module, layout, {key: x.to(host) for key, x in tensors.items()}, whole=True)
-        except (QuipError, RuntimeError) as error:
-            what, remedy = _damaged(path)
-            raise Unavailable(f"{what} ({one_line(error)}); {remedy}") from error
+        host, training = next(module.parameters()).device, module.training
+        with self._fitting(block):
+            layout_of(found).make_room(module)
+            put_state(module, {key: x.to(host) for key, x in block_tensors(path, name).items()})
+        module.train(training)
         return records, tuned
+
+    def parts(self) -> list[Path]:
+        """The files of all finished blocks, in the order of the blocks."""
+        return sorted(self.folder.glob("block-*.safetensors"))
+
+    @contextmanager
+    def _fitting(self, block: int) -> Iterator[None]:
+        """What does not fit the model, as damage of the block's file."""
+        what, remedy = damaged(self._block(block))
+        try:
+            yield
+        except (QuipError, RuntimeError, ValueError) as error:
+            raise Unavailable(f"{what} ({one_line(error)}); {remedy}") from error
 
     def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
         """Write down the hidden states that enter a block."""
         start = time.monotonic()
-        _write(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
+        write_sealed(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})
         self._due = start + 10 * (time.monotonic() - start)
 
     def is_due(self, nbytes: int) -> bool:
@@ -148,8 +184,8 @@ class Ledger:
     @property
     def entered(self) -> int:
         """The last block whose hidden states are known, without reading these."""
-        with suppress(Unavailable), opened(self._hidden, *_damaged(self._hidden)) as file:
-            return _entered(file.metadata())
+        with suppress(Unavailable), opened(self._hidden, *damaged(self._hidden)) as file:
+            return block_entered(file.metadata())
         return 0
 
     def hidden(self) -> tuple[int, Tensor | None]:
@@ -158,10 +194,10 @@ class Ledger:
         if found is None:
             return 0, None
         tensors, words = found
-        with naming_damage(*_damaged(self._hidden)):
+        with naming_damage(*damaged(self._hidden)):
             if "hidden" not in tensors:
                 raise ValueError("hidden is missing")
-            return _entered(words), tensors["hidden"]
+            return block_entered(words), tensors["hidden"]
 
     def forget_hidden(self) -> None:
         """After the last block nobody needs them."""
@@ -170,18 +206,18 @@ class Ledger:
     def forget(self) -> None:
         """All but the fingerprint: what is to be taken up is elsewhere, or to be made anew."""
         self.forget_hidden()
-        for path in self._blocks():
+        for path in self.parts():
             path.unlink()
 
     def _sift(self) -> None:
         """Remove the blocks that are damaged; hidden states are looked at when they are read."""
-        for path in self._blocks():
+        for path in self.parts():
             self._take(path)
 
     def _take(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """What a file holds; or None, and the file is removed, if it was damaged."""
         try:
-            tensors, words = _read(path)
+            tensors, words = read_sealed(path)
         except Unavailable as error:
             if isinstance(error.__cause__, OSError):  # it may be whole
                 raise
@@ -192,9 +228,6 @@ class Ledger:
             log.warning("%s: files of an older quip bear no digest, unverified", self.folder)
             self._told = True
         return tensors, words
-
-    def _blocks(self) -> list[Path]:
-        return sorted(self.folder.glob("block-*.safetensors"))
 
     @property
     def _hidden(self) -> Path:
@@ -218,33 +251,3 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> 
             yield from _changes(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{short(f'{prefix}{key}')} was {short(a)}, is now {short(b)}"
-
-
-def _entered(words: Any) -> int:
-    """The number of the block that hidden states enter. Raises ValueError for other words."""
-    check_shape(words, HiddenWords)
-    return parse_json(words["block"], Annotated[int, Within(0)])
-
-
-def _write(path: Path, tensors: dict[str, Tensor], words: Mapping[str, str]) -> None:
-    with replacing(path) as partial:
-        save_file(tensors, partial, metadata={**words, SEAL: seal_of(tensors, words)})
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a file holds. Raises Unavailable unless its seal, where it has one, is of just that."""
-    with opened(path, *_damaged(path)) as file:
-        words = file.metadata() or {}
-        tensors = tensors_of(file)
-        if words.get(SEAL, seal := seal_of(tensors, words)) != seal:
-            raise ValueError("it is not what was written: the digests differ")
-        return tensors, words
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, dict[str, Any], remedy=_damaged(path)[1])
-
-
-def _damaged(path: Path) -> tuple[str, str]:
-    """How a damaged file is called, and what to do about it."""
-    return f"{path} is damaged", START_OVER

@@ -33,8 +33,16 @@ class Progress:
         """The last block whose hidden states are known, and this process's share of these."""
         return self._entered(self.ledger.hidden() if self.ledger else (0, None))
 
-    def take_up(self, count: int) -> tuple[int, Float[Tensor, "_own seqlen width"] | None]:
+    def serve(self, model: nn.Module) -> None:
+        """Let a model that is streamed read its finished blocks from here."""
+        if self.ledger:
+            self.ledger.serve(model)
+
+    def take_up(
+        self, model: nn.Module, count: int
+    ) -> tuple[int, Float[Tensor, "_own seqlen width"] | None]:
         """The first of `count` blocks to walk, and this process's share of what enters it."""
+        self.serve(model)
         return self._entered(self._taken_up(count))
 
     def _entered(self, found: tuple[int, Tensor | None]) -> tuple[int, Tensor | None]:
@@ -47,10 +55,7 @@ class Progress:
         if all(map(self.ledger.has, range(count))):
             return count, None
         if not all(map(self.ledger.has, range(self.ledger.entered))):
-            return (
-                0,
-                None,
-            )  # a block was damaged: only a walk from the first leads to what enters it
+            return 0, None  # a block was damaged: only a walk from the first leads further
         return self.ledger.hidden()
 
     def has(self, block: int) -> bool:

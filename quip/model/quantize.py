@@ -15,6 +15,7 @@ from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError, finite
 from quip.matrix.hessian import Hessian, Observed, sharing
 from quip.matrix.recipe import Recipe
+from quip.model.activations import Activations
 from quip.model.block import Block, BlockModule
 from quip.model.deal import Deal, Group, Moments, rounds
 from quip.model.device import enough_memory
@@ -25,6 +26,8 @@ from quip.model.plan import Plan
 from quip.model.progress import Progress
 from quip.model.promised import check_all, check_block
 from quip.model.records import MatrixRecord, Stopwatch
+from quip.model.states import IN_MEMORY
+from quip.model.stream import Stream
 from quip.model.team import ALONE, Team
 from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
 from quip.model.tune.tunable import learns
@@ -54,6 +57,8 @@ class Run:
     tuning: BlockTuning | None = None
     ledger: Ledger | None = None  # of the first process of a team
     team: Team = ALONE
+    stream: Stream | None = None  # where the blocks are read from; None: they are in memory
+    activations: Activations = IN_MEMORY  # where hidden states live
     watch: Stopwatch = field(default_factory=Stopwatch)
     tuned: list[TuningRecord] = field(default_factory=list)
     observed: Callable[[int, Mapping[str, Observed]], None] = lambda _block, _hessians: None
@@ -84,9 +89,8 @@ def quantize_model(
 
     First block to last: each block sees the calibration tokens as the quantized blocks before it
     pass them on; the second moments of a block come from one pass before any of its own matrices is
-    touched. With `tuning`, what is left of a block is tuned after each group of matrices but the
-    last, and after that where its centroids can be moved. Raises UsageError, before anything runs,
-    where a recipe cannot do a matrix and where the plan does not fit the model's names.
+    touched. With `tuning`, blocks are tuned on the way, as `Run` says. Raises UsageError, before
+    anything runs, where a recipe cannot do a matrix or the plan does not fit the model's names.
     """
     unfuse(model)
     run = Run(recipe=recipe, seed=seed, device=device, batch_size=batch_size, tuning=tuning)
@@ -108,7 +112,7 @@ def quantize_matrix_by_matrix(
     progress = Progress.of(run.ledger, team, batch_size)
     with _bar(recipes) as bar:
         work = _Work(run, recipes, bar, progress)
-        start, hidden = progress.take_up(count)
+        start, hidden = progress.take_up(model, count)
         for index in range(start):
             yield from _restore(index, model, work)
         blocks = walk(
@@ -119,6 +123,8 @@ def quantize_matrix_by_matrix(
             start=start,
             hidden=hidden,
             team=team,
+            stream=run.stream,
+            activations=run.activations,
         )
         for block in run.watch.each("replay", blocks if start < count else ()):
             bar.set_description(block.name)
@@ -146,7 +152,8 @@ def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iter
     recipes, progress = _recipes(model, run), Progress.of(run.ledger, run.team)
     with _bar(recipes) as bar:
         work = _Work(run, recipes, bar, progress)
-        for block in blocks_at_rest(model, device=run.device):
+        progress.serve(model)
+        for block in blocks_at_rest(model, device=run.device, stream=run.stream):
             bar.set_description(block.name)
             if progress.has(block.index):
                 yield from _restore(block.index, model, work)
@@ -242,10 +249,8 @@ def _moments(own: dict[str, Hessian], observed: Mapping[str, Observed], names: G
 
 def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:
     if record.damp > damp:
-        log.warning(
-            "%s: not positive definite with damping %g; used %g",
-            *(record.name, damp, record.damp),
-        )
+        told = record.name, damp, record.damp
+        log.warning("%s: not positive definite with damping %g; used %g", *told)
     finite(record.proxy_loss, f"{record.name}: the proxy loss")
     log.info(
         "%s: %.3f bits, proxy loss %.3g, %.2f s",

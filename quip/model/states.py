@@ -1,12 +1,14 @@
 """The hidden states between two blocks, and what every block is called with beside them."""
 
 import logging
+from contextlib import suppress
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from quip.errors import UsageError
+from quip.model.activations import Activations
 from quip.model.calls import Call, capture_by, rest_of_output
 from quip.model.device import enough_memory, free_bytes
 from quip.model.matrices import find_blocks
@@ -17,6 +19,7 @@ TOKENS_PER_BATCH = 4096  # enough for full matrix products, little enough for an
 MOST_TOKENS = 2**16  # of a batch on a CUDA device, beyond which nothing is gained
 SHARE = 4  # of the card's memory, for what a batch holds inside a block: one part of so many
 REMEDY = "give a smaller --seqlen, free the device, or say --device cpu"
+IN_MEMORY = Activations()
 log = logging.getLogger(__name__)
 
 
@@ -24,7 +27,8 @@ class States:
     """The hidden states of all windows, and the calls of every block on each batch of them.
 
     They live on the device where it has four times the room for them, otherwise in the host's
-    memory, pinned where that can be. `hidden` is overwritten in place from block to block.
+    memory, pinned where that can be, or in a file where they exceed what `activations` allow.
+    `hidden` is overwritten in place from block to block.
     """
 
     def __init__(
@@ -36,8 +40,10 @@ class States:
         batch_size: int,
         stream: Stream | None = None,
         team: Team = ALONE,
+        activations: Activations = IN_MEMORY,
     ) -> None:
         self.team = team  # of which this process has these windows
+        self._activations = activations
         self._model, self._tokens = model, tokens
         self.device, self.batch_size = device, batch_size
         with enough_memory(f"a window of {tokens.shape[1]} tokens on {device}", REMEDY):
@@ -79,6 +85,25 @@ class States:
         if self.pinned:
             torch.cuda.current_stream(self.device).synchronize()
 
+    def room_beside(self) -> Tensor:
+        """Memory for as many hidden states again, without content, where there is some."""
+        hidden = self.hidden
+        if hidden.device.type == "cpu":
+            return self._activations.room(hidden.shape, hidden.dtype)
+        return torch.empty_like(hidden)
+
+    def _room(self, entering: Tensor) -> Tensor:
+        """Memory for the hidden states of all windows, of which these are some."""
+        shape, device = (len(self._tokens), *entering.shape[1:]), self.device
+        nbytes = entering[0].nbytes * len(self._tokens)
+        if device.type == "cuda":
+            if 4 * nbytes <= free_bytes(device):
+                return entering.new_empty(shape, device=device)
+            with suppress(RuntimeError):  # more than the host lets us lock
+                if not self._activations.exceed(nbytes):
+                    return entering.new_empty(shape, device="cpu", pin_memory=True)
+        return self._activations.room(shape, entering.dtype)
+
     def _enter(self) -> tuple[Float[Tensor, "count seqlen width"], list[list[Call]]]:
         """The hidden states that enter block 0, and calls[batch][block]."""
         hidden: Tensor | None = None
@@ -86,25 +111,12 @@ class States:
         batches = self._tokens.split(self.batch_size)
         for entering, batch_calls in capture_by(self._model, batches, self._rest):
             if hidden is None:
-                hidden = _room(entering, len(self._tokens), self.device)
+                hidden = self._room(entering)
             start = len(calls) * self.batch_size
             hidden[start : start + len(entering)] = entering
             calls.append(batch_calls)
         assert hidden is not None
         return hidden, calls
-
-
-def _room(entering: Tensor, count: int, device: torch.device) -> Tensor:
-    """Memory for the hidden states of so many windows."""
-    shape = (count, *entering.shape[1:])
-    if device.type != "cuda":
-        return entering.new_empty(shape, device="cpu")
-    if 4 * count * entering[0].nbytes <= free_bytes(device):
-        return entering.new_empty(shape, device=device)
-    try:
-        return entering.new_empty(shape, device="cpu", pin_memory=True)
-    except RuntimeError:  # more than the host lets us lock
-        return entering.new_empty(shape, device="cpu")
 
 
 def batch_size_for(seqlen: int, model: nn.Module, device: torch.device | str) -> int:

@@ -9,12 +9,9 @@ those of blocks have none at first. So what is missing, left over or of another 
 the headers of the files, before a block is read.
 """
 
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeAlias
@@ -24,48 +21,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
-from quip.errors import Unavailable, shown
+from quip.errors import Unavailable
 from quip.model.matrices import check_weight, find_blocks
+from quip.model.unread import META, Unread, entries_of, names_by_block, stamp, without_bars
 from quip.packed.checkpoint import skeleton
-from quip.packed.digests import digest_of_state
+from quip.packed.digests import digest_of_state, reading_from
 from quip.packed.experts import unfuse
-from quip.packed.files import DAMAGED, INDEX, Index, TensorEntry, header, weight_files
-from quip.packed.hub import FILE_DTYPES, reading_from
-from quip.reading import read_json
 
 Reader: TypeAlias = Callable[[], Mapping[str, Tensor]]  # the tensors of a block, by name in it
-TYPES = {name: dtype for dtype, name in FILE_DTYPES.items()}
-META, HOME = torch.device("meta"), torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """A tensor of a file as transformers takes it: `x[...].to(device, dtype)` is its content."""
-
-    entry: TensorEntry
-    file: Any = None  # open, to read from; None: there is no content, on the meta device
-
-    def __getitem__(self, _: Any) -> "_Unread":
-        return self
-
-    def get_dtype(self) -> str:
-        return self.entry.dtype
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        if self.file is None:
-            stored = TYPES.get(self.entry.dtype)  # that codes keep, where no dtype is asked for
-            return torch.empty(self.entry.shape, dtype=dtype or stored, device=META)
-        # A copy: a page of a file that is cut short meanwhile would end the process.
-        return self.file.get_tensor(self.entry.name).to(dtype=dtype, copy=True)
+HOME = torch.device("cpu")
 
 
 class Stream:
@@ -80,11 +47,11 @@ class Stream:
         """Looks at headers alone. Raises Unavailable for a folder without safetensors, and where
         these lack a tensor of their index; and as `skeleton` and `find_blocks` do."""
         self.name = name
-        self._entries = _entries(folder)
-        self._stamps = {entry.path: _stamp(entry.path) for entry in self._entries.values()}
+        self._entries = entries_of(folder)
+        self._stamps = {entry.path: stamp(entry.path) for entry in self._entries.values()}
         self._model = skeleton(config)  # as transformers makes it, to be filled
         self._prefix, self._blocks = find_blocks(self._model)
-        self._names = _by_block(self._model, self._entries, self._prefix)
+        self._names = names_by_block(self._model, self._entries, self._prefix)
         self._moved: dict[int, Reader] = {}
         self._mapping: list[Any] = []
         self._digest: str | None = None
@@ -96,7 +63,7 @@ class Stream:
         """The model without its blocks, in this dtype; and what does not fit between it and files,
         as from_pretrained tells it."""
         paths = tuple(map(str, self._stamps))
-        empty = {name: _Unread(entry) for name, entry in self._entries.items()}
+        empty = {name: Unread(entry) for name, entry in self._entries.items()}
         with self._open(self._names[None]) as unread, reading_from(paths):
             loaded: Any = type(self._model).from_pretrained(
                 None,
@@ -122,12 +89,7 @@ class Stream:
 
     def fill(self, block: nn.Module) -> None:
         """Read a block into memory. Raises Unavailable where its files changed since the start."""
-        self.put(block, self.read(self.index(block)))
-
-    def put(self, block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-        """Make what `read` found the content of a block."""
-        block.load_state_dict(dict(tensors), assign=True)
-        block.requires_grad_(False)
+        put_state(block, self.read(self.index(block)))
 
     def empty(self, block: nn.Module) -> None:
         """Put a block back on the meta device, but for buffers that no file holds."""
@@ -175,7 +137,7 @@ class Stream:
     def _read(self, index: int) -> Mapping[str, Tensor]:
         blocks = find_blocks(self._model)[1]
         bare = deepcopy(blocks[index])
-        with self._open(self._names[index]) as unread, _without_bars():
+        with self._open(self._names[index]) as unread, without_bars():
             convert_and_load_state_dict_in_model(
                 self._model, unread, LoadStateDictConfig(weight_mapping=self._mapping)
             )
@@ -191,16 +153,27 @@ class Stream:
         with ExitStack() as stack:
             self._check(paths)
             files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-            yield {entry.name: _Unread(entry, files[entry.path]) for entry in entries}
+            yield {entry.name: Unread(entry, files[entry.path]) for entry in entries}
             self._check(paths)
 
     def _check(self, paths: Iterable[Path]) -> None:
         for path in paths:
-            if _stamp(path) != self._stamps[path]:
+            if stamp(path) != self._stamps[path]:
                 raise Unavailable(
                     f"{self.name}: {path.name} was changed while it is in use; start again, and "
                     "leave the files alone"
                 )
+
+
+def put_state(block: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make these the content of a block, each in the type that the block has for it.
+
+    Raises RuntimeError where they do not fit.
+    """
+    room = block.state_dict()
+    own = {name: x.to(room[name].dtype) if name in room else x for name, x in tensors.items()}
+    block.load_state_dict(own, assign=True)
+    block.requires_grad_(False)
 
 
 def _finite(entries: Iterable[tuple[str, Tensor]], parameters: set[str]) -> Iterator:
@@ -208,52 +181,3 @@ def _finite(entries: Iterable[tuple[str, Tensor]], parameters: set[str]) -> Iter
         if name in parameters:
             check_weight(name, tensor)
         yield name, tensor
-
-
-def _entries(folder: Path) -> dict[str, TensorEntry]:
-    """Every tensor of a folder's files by name. Raises Unavailable where its index names others."""
-    found: dict[str, TensorEntry] = {}
-    for path in weight_files(folder):
-        found |= header(path)
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX, Index, remedy=DAMAGED, called=INDEX)["weight_map"]
-        if absent := index.keys() - found:
-            name = min(absent)
-            raise Unavailable(
-                f"{index[name]} lacks {shown(name)}, which {INDEX} says is there; {DAMAGED}"
-            )
-    return found
-
-
-def _by_block(
-    model: PreTrainedModel, names: Iterable[str], prefix: str
-) -> dict[int | None, list[str]]:
-    """The tensors of files that make each block; None: those outside the blocks."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    place, state = re.compile(rf"{re.escape(prefix)}\.(\d+)\."), model.state_dict()
-    found: dict[int | None, list[str]] = defaultdict(list)
-    for name in names:
-        own, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        inside = place.match(own) or place.match(name)
-        found[int(inside[1]) if inside else None].append(name)
-    return found
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file does."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """A block is read without a bar of transformers'."""
-    shown_before = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown_before:
-            transformers_logging.enable_progress_bar()

@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from quip.errors import UsageError
+from quip.model.activations import Activations
 from quip.model.block import Block, BlockModule
 from quip.model.ferry import visits
 from quip.model.matrices import coverage, find_blocks
-from quip.model.states import States
+from quip.model.states import IN_MEMORY, States
 from quip.model.stream import Stream
 from quip.model.team import ALONE, Team
 
@@ -26,6 +27,7 @@ def walk(
     hidden: Float[Tensor, "count seqlen width"] | None = None,
     stream: Stream | None = None,
     team: Team = ALONE,
+    activations: Activations = IN_MEMORY,
 ) -> Iterator["Block"]:
     """Each decoder block in order, on the device while the loop body runs.
 
@@ -37,9 +39,9 @@ def walk(
     At the end of the body the block, as it then is, turns its inputs into those of the next
     block, and returns to where the model is (usually the host). A walk that was broken off is taken
     up at block `start` with the `hidden` states that enter it. The blocks of a model that came with
-    a `stream` are in memory for their turn only. In a team, `tokens` and `hidden` are the share of
-    this process. Raises UnsupportedModel before anything runs where `coverage` does, and for blocks
-    that are no plain chain.
+    a `stream` are in memory for their turn only, and hidden states as far as `activations` says. In
+    a team, `tokens` and `hidden` are the share of this process. Raises UnsupportedModel before
+    anything runs where `coverage` does, and for blocks that are no plain chain.
     """
     coverage(model)
     if model.training:
@@ -47,7 +49,13 @@ def walk(
     prefix, blocks = find_blocks(model)
     device, host = torch.device(device), next(model.parameters()).device
     states = States(
-        model, tokens.to(host), device=device, batch_size=batch_size, stream=stream, team=team
+        model,
+        tokens.to(host),
+        device=device,
+        batch_size=batch_size,
+        stream=stream,
+        team=team,
+        activations=activations,
     )
     if hidden is not None:
         expected = states.hidden

@@ -7,7 +7,7 @@ whatever the run computed in. config.json says what to compute in and what the t
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -25,15 +25,14 @@ from transformers import (
 from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, one_line, shown
 from quip.files import complete, keep_aside, new_folder
 from quip.packed.checks import check_counts, check_finite
-from quip.packed.digests import sign, unverified
+from quip.packed.digests import unverified
 from quip.packed.exchange import dense
 from quip.packed.files import DAMAGED, INDEX, weight_files
 from quip.packed.gaps import lacking, refuse_gaps
-from quip.packed.hub import METHOD, QuipConfig, check_files, narrowed
+from quip.packed.hub import METHOD, QuipConfig, check_files
 from quip.packed.linear import quantized_layers
+from quip.packed.shards import write_weights
 from quip.reading import read_json
-
-SHARD = "4GB"  # larger models are cut into files of at most this size
 
 
 class Config(TypedDict):
@@ -47,11 +46,13 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     *,
+    parts: Sequence[Path] = (),
     texts: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a model with quantized matrices, its tokenizer, and more files with these texts.
 
+    Of a model whose blocks are on the meta device, `parts` are files of these (`write_weights`).
     The folder appears when it is complete; one that exists is replaced whole, or left alone.
     Raises Unavailable where it cannot be written, and NonFinite for NaN or infinity in a tensor.
     """
@@ -60,14 +61,7 @@ def save_checkpoint(
     check_finite(model, "nothing is saved, for nobody could load it; quantize the model anew")
     model.config.quantization_config = QuipConfig.of(model)
     with new_folder(folder, overwrite=overwrite) as partial:
-        model.save_pretrained(
-            partial,
-            state_dict=narrowed(model),
-            max_shard_size=SHARD,
-            save_original_format=False,  # or kinds that rename would rename some of a matrix
-        )
-        for path in weight_files(partial):
-            sign(path)
+        write_weights(model, partial, parts)
         tokenizer.save_pretrained(partial)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text)

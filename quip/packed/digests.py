@@ -27,6 +27,7 @@ NAMED = 5  # damaged tensors, in a message
 BUFFER = 1 << 24  # bytes that are copied at once
 
 verifying = ContextVar("verifying", default=True)
+streamed: ContextVar[Sequence[str]] = ContextVar("streamed", default=())
 
 
 @contextmanager
@@ -37,6 +38,16 @@ def unverified() -> Iterator[None]:
         yield
     finally:
         verifying.reset(token)
+
+
+@contextmanager
+def reading_from(files: Sequence[str]) -> Iterator[None]:
+    """What from_pretrained is handed inside as a `state_dict` is read from these files."""
+    token = streamed.set(files)
+    try:
+        yield
+    finally:
+        streamed.reset(token)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

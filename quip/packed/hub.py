@@ -6,9 +6,7 @@ transformers has its quantizers, and not before: importing them takes seconds.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Collection, Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quip.errors import QuipError, Unavailable, shown
 from quip.packed.checks import check_counts, check_finite, check_left_over
-from quip.packed.digests import check_digests, verifying
+from quip.packed.digests import check_digests, streamed, verifying
 from quip.packed.exchange import dense, lay_out
 from quip.packed.experts import unfuse
 from quip.packed.files import DAMAGED, TensorEntry, header
@@ -44,18 +42,6 @@ FILE_DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
 }
-
-streamed: ContextVar[Sequence[str]] = ContextVar("streamed", default=())
-
-
-@contextmanager
-def reading_from(files: Sequence[str]) -> Iterator[None]:
-    """What from_pretrained is handed inside as a `state_dict` is read from these files."""
-    token = streamed.set(files)
-    try:
-        yield
-    finally:
-        streamed.reset(token)
 
 
 class QuipConfig(QuantizationConfigMixin):
@@ -209,11 +195,18 @@ def check_files(
 
 
 def narrowed(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the model, each tensor in the narrowest type that holds it exactly.
+    """The `narrow_state` of a model, and its guard where it holds packed matrices."""
+    state, layout = narrow_state(model), Layout.of(model)
+    return state | ({guard(layout): torch.empty(0, dtype=torch.float16)} if layout.names else {})
 
-    Those of packed matrices stay as they are: config.json says of which type they are.
+
+def narrow_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a model or a block, each tensor in the narrowest type that holds it exactly.
+
+    Those of packed matrices stay as they are: config.json says of which type they are. What is on
+    the meta device is left out.
     """
-    layers = quantized_layers(model)
+    layers = quantized_layers(module)
     packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.stored()}
     made: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay one
 
@@ -226,13 +219,11 @@ def narrowed(model: nn.Module) -> dict[str, Tensor]:
             )
         return made[key]
 
-    state = {  # row after row: matrices of experts may be held transposed
+    return {  # row after row: matrices of experts may be held transposed
         name: x if name in packed else (narrow(x) if x.dtype in WIDE else x).contiguous()
-        for name, x in model.state_dict().items()
+        for name, x in module.state_dict().items()
+        if not x.is_meta
     }
-    if layers:
-        state[guard(Layout.of(model))] = torch.empty(0, dtype=torch.float16)
-    return state
 
 
 def guard(layout: Layout) -> str:

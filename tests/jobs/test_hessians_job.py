@@ -256,8 +256,8 @@ def test_hidden_states_are_read_once_when_a_store_is_completed(folder, tmp_path,
         with pytest.raises(Killed):
             collect(folder, tmp_path / "store")
     read: list[str] = []
-    real = resume._read
-    monkeypatch.setattr(resume, "_read", lambda path: read.append(path.name) or real(path))
+    real = resume.read_sealed
+    monkeypatch.setattr(resume, "read_sealed", lambda path: read.append(path.name) or real(path))
     collect(folder, tmp_path / "store", resume=True)
     assert read == ["hidden.safetensors"]
 

@@ -14,7 +14,7 @@ from quip.jobs.inspect import inspect_checkpoint
 from quip.jobs.plan import build_plan, read_plan
 from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
-from quip.model import ledger
+from quip.model import ledger_files
 from quip.model.plan import Plan
 from quip.packed.checkpoint import load
 from tests.support.runs import save_model, write_text
@@ -172,7 +172,7 @@ def test_two_recipes_from_the_command_line_to_a_dense_export(model, file, tmp_pa
 def test_a_run_that_was_killed_is_taken_up_and_comes_out_the_same(asked, tmp_path, monkeypatch):
     whole = asked(out=tmp_path / "whole", save=tmp_path / "expected")
     expected = run_experiment(whole)
-    real, kept = ledger.save_file, []
+    real, kept = ledger_files.save_file, []
 
     def save_file(tensors, path, **options):
         kept.append(path)
@@ -181,7 +181,7 @@ def test_a_run_that_was_killed_is_taken_up_and_comes_out_the_same(asked, tmp_pat
         real(tensors, path, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(ledger, "save_file", save_file)
+        patched.setattr(ledger_files, "save_file", save_file)
         with pytest.raises(KeyboardInterrupt):
             run_experiment(asked(save=tmp_path / "saved"))
     blocks = sorted(path.name for path in (tmp_path / "run" / "blocks").glob("block-*"))

@@ -25,7 +25,7 @@ from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
 from quip.model import ledger as resume
-from quip.model import quantize, siblings
+from quip.model import ledger_files, quantize, siblings
 from quip.model.ledger import Ledger, differences
 from quip.model.progress import Progress
 from quip.model.quantize import Run, quantize_matrix_by_matrix
@@ -98,7 +98,7 @@ MOMENTS = {
     "in the middle of a block": ("quip.model.siblings._record", 10),
     "in the last block": ("quip.model.siblings._record", 23),
     "before a block is written": ("quip.model.ledger.Ledger.keep", 1),
-    "while a block is written": ("quip.model.ledger.save_file", 3),
+    "while a block is written": ("quip.model.ledger_files.save_file", 3),
     "before hidden states are written": ("quip.model.ledger.Ledger.keep_hidden", 1),
     "before the last hidden states are forgotten": ("quip.model.ledger.Ledger.forget_hidden", 0),
 }
@@ -112,7 +112,7 @@ def test_a_run_killed_at_any_moment_ends_bitwise_as_one_that_was_not(
     owner, _, attribute = call.rpartition(".")
     target = {
         "quip.model.siblings": siblings,
-        "quip.model.ledger": resume,
+        "quip.model.ledger_files": ledger_files,
         "quip.model.ledger.Ledger": Ledger,
     }[owner]
     real, calls = getattr(target, attribute), []
@@ -253,14 +253,17 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
         f"bit {i} of 12 of the block": (BLOCK, lambda path, i=i: flip(path, spread(path, 12)[i]))
         for i in range(12)
     },
-    "codes": (BLOCK, lambda path: flip(path, tensor_at(path, "fc1.codes"))),
+    "codes": (BLOCK, lambda path: flip(path, tensor_at(path, "model.decoder.layers.1.fc1.codes"))),
     "step": (BLOCK, lambda path: flip(path, tensor_at(path, "fc2.step"))),
     "norm": (BLOCK, lambda path: flip(path, tensor_at(path, "final_layer_norm.weight"))),
     "name of a record": (BLOCK, lambda path: flip(path, text_at(path, "proxy_loss"))),
     "number of a record": (BLOCK, lambda path: flip(path, text_at(path, "rows") + 8, bit=0)),
     "layout": (BLOCK, lambda path: flip(path, text_at(path, "codebook"))),
     "tuned": (BLOCK, lambda path: flip(path, text_at(path, '"tuned') + 1)),
-    "name of a tensor": (BLOCK, lambda path: flip(path, text_at(path, "fc1.codes"))),
+    "name of a tensor": (
+        BLOCK,
+        lambda path: flip(path, text_at(path, "model.decoder.layers.1.fc1.codes")),
+    ),
     "braces": (BLOCK, lambda path: flip(path, 8)),
     "length of the header": (BLOCK, lambda path: flip(path, 0)),
     "page of the block": (BLOCK, clear),
@@ -318,7 +321,7 @@ def test_a_finished_block_that_was_damaged_is_quantized_again_though_all_are_the
     _, known = quantized(ledger(tmp_path), "opt")
     path = tmp_path / BLOCK
     whole = {name: x.clone() for name, x in tensors_of(path).items()}
-    flip(path, tensor_at(path, "fc1.codes"))
+    flip(path, tensor_at(path, "model.decoder.layers.1.fc1.codes"))
     assert any(not torch.equal(x, whole[name]) for name, x in tensors_of(path).items())
     _, again = quantized(ledger(tmp_path), "opt")
     assert [replace(x, seconds=0.0) for x in again] == [replace(x, seconds=0.0) for x in known]
@@ -514,6 +517,6 @@ def test_a_process_that_is_killed_leaves_a_run_that_can_be_taken_up(quip, model,
     status, _, err = quip(*line, "--out", tmp_path / "whole")
     assert status == 0, err
     for path in (tmp_path / "whole" / "blocks").glob("block-*"):
-        ours, expected = (resume._read(p)[0] for p in (block.parent / path.name, path))
+        ours, expected = (ledger_files.read_sealed(p)[0] for p in (block.parent / path.name, path))
         assert ours.keys() == expected.keys()
         assert all(torch.equal(ours[key], expected[key]) for key in expected)

@@ -15,13 +15,16 @@ from quip.jobs.report.report import Report
 from quip.jobs.report.text import size_words
 from quip.model.load import LoadedModel
 from quip.model.records import MatrixRecord
+from quip.model.walk import blocks_at_rest
 from quip.packed.checkpoint import save_checkpoint
+from quip.packed.checks import check_finite
 from quip.packed.digests import check_digests
 from quip.packed.files import weight_bytes, weight_files
 from quip.packed.hub import check_files
 from quip.packed.linear import quantized_layers
 
 log = logging.getLogger(__name__)
+ANEW = "quantize the model anew"
 
 
 def save_with_notes(
@@ -30,15 +33,23 @@ def save_with_notes(
     records: Sequence[MatrixRecord],
     report: Report,
     *,
+    parts: Sequence[Path] = (),
     overwrite: bool,
     resume: bool,
 ) -> None:
-    """Save the checkpoint, unless the same run, now taken up again, has saved it already."""
+    """Save the checkpoint, unless the same run, now taken up again, has saved it already.
+
+    Of a model that is streamed, `parts` are the files of its blocks, which become files of it.
+    """
     if not (resume and _is_saved(folder, loaded, report)):
+        if loaded.stream:
+            for block in blocks_at_rest(loaded.model, device="cpu", stream=loaded.stream):
+                check_finite(block.module, f"nothing is saved of {block.name}; {ANEW}")
         save_checkpoint(
             loaded.model,
             loaded.tokenizer,
             folder,
+            parts=parts if loaded.stream else (),
             texts=_texts(folder, report),
             overwrite=overwrite or resume,
         )
