@@ -104,7 +104,7 @@ class Deal:
         words = layout, [asdict(record) for record in records]
         (layout, said), tensors = self.team.spread(words, tensors, owner, device=block.device)
         if not mine:
-            put_parts(block.module, layout, tensors, whole=False)
+            put_parts(block.module, layout, tensors)
         return [record_of(MatrixRecord, each) for each in said]
 
 

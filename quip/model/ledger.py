@@ -27,7 +27,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Float
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from quip.errors import QuipError, Unavailable, UsageError, one_line, short
@@ -157,6 +159,15 @@ class Ledger:
             put_state(module, {key: x.to(host) for key, x in block_tensors(path, name).items()})
         module.train(training)
         return records, tuned
+
+    def bytes_of(self, block: int) -> UInt8[Tensor, " bytes"]:
+        """The file of a finished block, as it is."""
+        return torch.from_numpy(np.fromfile(self._block(block), np.uint8))
+
+    def take(self, block: int, content: UInt8[Tensor, " bytes"]) -> None:
+        """Have the file of a block that another ledger has finished."""
+        with replacing(self._block(block)) as partial:
+            content.numpy().tofile(partial)
 
     def parts(self) -> list[Path]:
         """The files of all finished blocks, in the order of the blocks."""

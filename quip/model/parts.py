@@ -1,4 +1,4 @@
-"""What the packed matrices of a block are, as words and tensors: to be written down, or sent."""
+"""What matrices of a block became, as words and tensors, to be sent to another process."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,41 +9,30 @@ from quip.packed.layout import Layout
 
 
 def packed_parts(
-    block: nn.Module, names: Iterable[str] | None = None
+    block: nn.Module, names: Iterable[str]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The layout, fit for JSON, and the tensors of these matrices of a block; None: all of it.
+    """The layout, fit for JSON, and the tensors of these matrices of a block, by names inside it.
 
-    Names are those inside the block; of a stack all members are named.
+    Of a stack all members are named.
     """
-    layout, tensors = Layout.of(block), block.state_dict()
-    if names is None:
-        return layout.to_json(), tensors
-    own = {*names}
+    layout, own = Layout.of(block), {*names}
     layout = Layout(
         {name: spec for name, spec in layout.modules.items() if name in own},
         {members: spec for members, spec in layout.stacks.items() if own.issuperset(members)},
     )
     return layout.to_json(), {
-        key: x for key, x in tensors.items() if any(key.startswith(f"{name}.") for name in own)
+        key: x
+        for key, x in block.state_dict().items()
+        if any(key.startswith(f"{name}.") for name in own)
     }
 
 
-def put_parts(
-    block: nn.Module, layout: Mapping[str, Any], tensors: Mapping[str, Tensor], *, whole: bool
-) -> None:
-    """Make matrices of a block what `packed_parts` said of them; `whole`: all of the block.
-
-    Raises QuipError or RuntimeError where the words or the tensors do not fit.
-    """
-    training = block.training
+def put_parts(block: nn.Module, layout: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Make matrices of a block what `packed_parts` said of them."""
     packed = Layout.from_json(layout)
     packed.make_room(block)
-    if whole:
-        block.load_state_dict(tensors, assign=True)
-        block.requires_grad_(False).train(training)
-        return
     for name in packed.names:
         module, own = block.get_submodule(name), f"{name}."
         found = {k.removeprefix(own): x for k, x in tensors.items() if k.startswith(own)}
         module.load_state_dict(found, assign=True)
-        module.requires_grad_(False).train(training)
+        module.requires_grad_(False).train(block.training)

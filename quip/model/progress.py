@@ -1,7 +1,9 @@
 """What of a run is finished: kept by the first process of a team, and known to all of them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -9,34 +11,33 @@ from torch import Tensor, nn
 from quip.model.block import BlockModule
 from quip.model.ledger import Ledger
 from quip.model.matrices import find_blocks
-from quip.model.parts import packed_parts, put_parts
-from quip.model.records import MatrixRecord, record_of
+from quip.model.records import MatrixRecord
 from quip.model.team import Team
 from quip.model.tune.blocks import TuningRecord
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A ledger, which the first process of a team has, if any; all make the same calls."""
+    """A ledger, which the first process of a team has, if any; all make the same calls.
+
+    Where the model is streamed each process has one, which its finished blocks are read from.
+    """
 
     ledger: Ledger | None
-    keeps: bool  # whether there is one
+    keeps: bool  # whether the first process has one
+    everywhere: bool  # whether all have
     team: Team
     batch_size: int  # windows of a unit
 
     @classmethod
     def of(cls, ledger: Ledger | None, team: Team, batch_size: int = 1) -> "Progress":
         """The progress that is kept in the ledger of the first process; None: in nothing."""
-        return cls(ledger, team.tell(ledger is not None), team, batch_size)
+        there = team.hear(ledger is not None)
+        return cls(ledger, there[0], all(there), team, batch_size)
 
     def enter(self) -> tuple[int, Float[Tensor, "_own seqlen width"] | None]:
         """The last block whose hidden states are known, and this process's share of these."""
         return self._entered(self.ledger.hidden() if self.ledger else (0, None))
-
-    def serve(self, model: nn.Module) -> None:
-        """Let a model that is streamed read its finished blocks from here."""
-        if self.ledger:
-            self.ledger.serve(model)
 
     def take_up(
         self, model: nn.Module, count: int
@@ -50,13 +51,22 @@ class Progress:
         return self.team.tell(start), self.team.scatter(hidden, self.batch_size)
 
     def _taken_up(self, count: int) -> tuple[int, Tensor | None]:
-        if self.ledger is None:
+        if self.ledger is None or not self.team.leads:
             return 0, None
         if all(map(self.ledger.has, range(count))):
             return count, None
         if not all(map(self.ledger.has, range(self.ledger.entered))):
             return 0, None  # a block was damaged: only a walk from the first leads further
         return self.ledger.hidden()
+
+    def serve(self, model: nn.Module) -> None:
+        """Let a model that is streamed read its finished blocks from here."""
+        if self.ledger is None or not self.everywhere:
+            return
+        for block in range(len(find_blocks(model)[1])):
+            if self.team.size > 1 and self.has(block):
+                self._fetch(self.ledger, block)
+        self.ledger.serve(model)
 
     def has(self, block: int) -> bool:
         """Whether a block is finished."""
@@ -66,21 +76,19 @@ class Progress:
         self, block: int, model: nn.Module
     ) -> tuple[list[MatrixRecord], list[TuningRecord]]:
         """Make a block of the model what it was when it was finished; returns its records."""
-        found = self.ledger.restore(block, model) if self.ledger else ([], [])
-        if self.team.size == 1:
-            return found
-        module = model.get_submodule(f"{find_blocks(model)[0]}.{block}")
-        host = next(module.parameters()).device
-        layout, tensors = packed_parts(module) if self.team.leads else ({}, {})
-        words = layout, *([asdict(record) for record in kind] for kind in found)
-        words, tensors = self.team.spread(words, tensors, 0, device=host)
-        layout, records, tuned = words
+        if self.ledger and self.everywhere:
+            return self.ledger.restore(block, model)
+        with TemporaryDirectory() as folder:
+            ledger = self.ledger or Ledger(Path(folder), {})
+            self._fetch(ledger, block)
+            return ledger.restore(block, model)
+
+    def _fetch(self, ledger: Ledger, block: int) -> None:
+        """Bring the file of a finished block to the ledgers of all processes."""
+        held = {"file": ledger.bytes_of(block)} if self.team.leads else {}
+        _, found = self.team.spread(None, held, 0)
         if not self.team.leads:
-            put_parts(module, layout, tensors, whole=True)
-        return (
-            [record_of(MatrixRecord, each) for each in records],
-            [record_of(TuningRecord, each) for each in tuned],
-        )
+            ledger.take(block, found["file"])
 
     def keep(
         self,
