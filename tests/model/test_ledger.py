@@ -254,7 +254,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
         for i in range(12)
     },
     "codes": (BLOCK, lambda path: flip(path, tensor_at(path, "model.decoder.layers.1.fc1.codes"))),
-    "step": (BLOCK, lambda path: flip(path, tensor_at(path, "fc2.step"))),
+    "step": (BLOCK, lambda path: flip(path, tensor_at(path, "model.decoder.layers.1.fc2.step"))),
     "norm": (BLOCK, lambda path: flip(path, tensor_at(path, "final_layer_norm.weight"))),
     "name of a record": (BLOCK, lambda path: flip(path, text_at(path, "proxy_loss"))),
     "number of a record": (BLOCK, lambda path: flip(path, text_at(path, "rows") + 8, bit=0)),
