@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from quip.errors import UsageError
@@ -225,11 +225,11 @@ def _own_device(device: str | None) -> int:
 ALONE = Team()
 
 
-def _as_bytes(x: Tensor) -> Int[Tensor, " bytes"]:
+def _as_bytes(x: Tensor) -> UInt8[Tensor, " bytes"]:
     return x.detach().contiguous().flatten().view(torch.uint8)
 
 
-def _nothing(device: torch.device | str) -> Int[Tensor, "0"]:
+def _nothing(device: torch.device | str) -> UInt8[Tensor, "0"]:
     return torch.empty(0, dtype=torch.uint8, device=device)
 
 

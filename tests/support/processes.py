@@ -1,0 +1,67 @@
+"""A team of processes that torch.distributed joins: copies of this one, which import nothing."""
+
+import multiprocessing
+import os
+import pickle
+import socket
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from quip.model.team import Team, joined
+
+PATIENCE = 240.0  # seconds, for a machine with other work
+
+
+def in_team(size: int, job: Callable[[Team], Any], *, exact: bool = True) -> list[Any]:
+    """What the job, whose result can be pickled, returns to each process of a team of this size.
+
+    A process that fails returns its exception.
+    """
+
+    def member() -> Any:
+        with joined(exact=exact) as team:
+            return job(team)
+
+    return in_processes(size, member)
+
+
+def in_processes(size: int, job: Callable[[], Any]) -> list[Any]:
+    """What a job that joins its team itself returns to each of so many processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork, members = multiprocessing.get_context("fork"), []
+    for rank in range(size):
+        ours, theirs = fork.Pipe(duplex=False)
+        process = fork.Process(target=_member, args=(rank, size, port, job, theirs))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside idle threads
+            process.start()
+        theirs.close()
+        members.append((process, ours))
+    try:
+        found = [_result(ours) for _, ours in members]
+    finally:
+        for process, _ in members:
+            process.kill()
+            process.join()
+    return found
+
+
+def _result(ours: Connection) -> Any:
+    try:
+        return pickle.loads(ours.recv_bytes()) if ours.poll(PATIENCE) else TimeoutError()
+    except EOFError as error:
+        return error
+
+
+def _member(rank: int, size: int, port: int, job: Callable[[], Any], theirs: Connection) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        found = job()
+    except BaseException as error:
+        found = error
+    theirs.send_bytes(pickle.dumps(found))  # by value: tensors would be handed over as files
