@@ -3,11 +3,12 @@
 import multiprocessing
 import os
 import pickle
-import socket
 import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from torch.distributed import TCPStore
 
 from quip.model.team import Team, joined
 
@@ -29,13 +30,11 @@ def in_team(size: int, job: Callable[[Team], Any], *, exact: bool = True) -> lis
 
 def in_processes(size: int, job: Callable[[], Any]) -> list[Any]:
     """What a job that joins its team itself returns to each of so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
     fork, members = multiprocessing.get_context("fork"), []
     for rank in range(size):
         ours, theirs = fork.Pipe(duplex=False)
-        process = fork.Process(target=_member, args=(rank, size, port, job, theirs))
+        process = fork.Process(target=_member, args=(rank, size, store.port, job, theirs))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside idle threads
             process.start()
@@ -60,6 +59,7 @@ def _result(ours: Connection) -> Any:
 def _member(rank: int, size: int, port: int, job: Callable[[], Any], theirs: Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     try:
         found = job()
     except BaseException as error:
