@@ -1,9 +1,14 @@
 """Experts apart: what they compute, where their matrices are, and the way back."""
 
 import copy
+import re
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from quip.errors import UnsupportedModel
@@ -152,3 +157,43 @@ def test_packed_experts_are_multiplied_once_each_whatever_their_tokens(name, mon
     for matrix in [x for x in experts.modules() if isinstance(x, QuantizedLinear)]:
         matrix.forward = matrix.to_linear().forward
     torch.testing.assert_close(found, experts(hidden, index, weights))
+
+
+class Anything(SimpleNamespace):
+    """A config of whatever an experts module asks for."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "_experts_implementation":
+            return "eager"
+        if name == "moe_latent_size":
+            return None
+        known = {"experts": 4, "hidden_size": 32, "intermediate": 24, "act": "silu"}
+        return next((value for part, value in known.items() if part in name), 1.5)
+
+
+DECORATED = re.compile(r"@use_experts_implementation.*\nclass (\w+)")
+WIDER = {"OpenAIPrivacyFilterExperts"}  # it computes in float32, whatever its dtype
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_every_class_of_transformers_with_such_experts_is_computed_bit_for_bit():
+    torch.manual_seed(0)
+    found: list[str] = []
+    for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
+        for name in DECORATED.findall(path.read_text()):
+            home = import_module(f"transformers.models.{path.parent.name}.{path.stem}")
+            fused = getattr(home, name)(Anything())
+            for parameter in fused.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
+            assert is_fused(fused), name
+            found.append(name)
+            for dtype in (torch.float32, torch.bfloat16):
+                x, weights = torch.randn(7, 32, dtype=dtype), torch.rand(7, 2, dtype=dtype)
+                index = torch.stack([torch.randperm(4)[:2] for _ in range(7)])
+                expected = fused.to(dtype)(x, index, weights)
+                same = torch.equal(Experts(fused)(x, index, weights), expected)
+                assert same or (name in WIDER and dtype == torch.bfloat16), name
+    assert len(found) > 60
