@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from quip.errors import UnsupportedModel
+from quip.packed import ops
 
-MARKS = ("has_gate", "has_bias", "is_transposed")  # of transformers' decorator
-LLAMA_4 = "Llama4TextExperts"  # without these: gated, transposed, handed scaled inputs
+MARKS = ("has_gate", "has_bias", "is_transposed")  # of transformers' decorator; not of Llama 4
 MOST = 1 << 16  # experts of a model, in all layers; half a minute to take apart, and there is none
 
 
@@ -35,16 +35,11 @@ class ExpertLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
-class Expert(nn.Module):
+class Expert(nn.ModuleDict):
     """The matrices of one expert: gate_up_proj (up_proj where there is no gate) and down_proj.
 
-    The model calls them through `Experts`, which knows what happens between the two.
+    `Experts` calls them, which knows what happens between the two.
     """
-
-    def __init__(self, **matrices: nn.Module) -> None:
-        super().__init__()
-        for name, module in matrices.items():
-            self.add_module(name, module)
 
 
 class Experts(nn.Module):
@@ -63,12 +58,12 @@ class Experts(nn.Module):
             self.add_module(name, child)
         # What is left of it knows the activation. In a tuple: no module of this one.
         self._shell: tuple[Any, ...] = (_without_parameters(fused),)
-        first, _ = _names(fused)
-        self.has_gate = first == "gate_up_proj"
-        self.train(fused.training)
+        self.has_gate = hasattr(fused, "gate_up_proj")
         for index in range(len(self)):
             matrices = {name: self._view(fused, name, index) for name in _names(fused)}
-            self.add_module(str(index), Expert(**matrices).train(fused.training))
+            self.add_module(str(index), Expert(matrices))
+        self.train(fused.training)
+        self.number = ops.number(self)
 
     def __len__(self) -> int:
         return self._count
@@ -77,7 +72,13 @@ class Experts(nn.Module):
         """The `Expert` of this number."""
         return self._modules[str(index)]
 
-    def forward(
+    def forward(self, *called_with: Tensor) -> Tensor:
+        """What `mix` answers; while a graph is made, as one operator of it."""
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            return ops.experts(called_with, self.number)
+        return self.mix(*called_with)
+
+    def mix(
         self,
         hidden: Float[Tensor, "tokens h"],
         index: Int[Tensor, "tokens k"],
@@ -93,7 +94,7 @@ class Experts(nn.Module):
         return answer
 
     def routed(self, *called_with: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states, experts and weights of the tokens, of what `forward` is called with."""
+        """Hidden states, experts and weights of the tokens, of what the module is called with."""
         hidden, index, weights = called_with
         return hidden, index, weights
 
@@ -107,6 +108,10 @@ class Experts(nn.Module):
             return shell._apply_gate(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         return up * shell.act_fn(gate)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.number = ops.number(self)  # a copy has its own
 
     def active(
         self, index: Int[Tensor, "tokens k"]
@@ -132,12 +137,13 @@ class Experts(nn.Module):
         """
         module = _without_parameters(self._shell[0])
         for name, kind in product(_names(self[0]), ("weight", "bias")):
-            matrices = [getattr(self[i], name) for i in range(len(self))]
+            matrices = [self[i][name] for i in range(len(self))]
             held = [getattr(matrix, kind) for matrix in matrices]
             if held[0] is not None:
                 flip = self.transposed and kind == "weight"
+                whole = torch.stack([x.detach().T if flip else x.detach() for x in held])
                 called = name if kind == "weight" else f"{name}_bias"
-                module.register_parameter(called, _joined(held, flip))
+                module.register_parameter(called, nn.Parameter(whole, held[0].requires_grad))
                 for matrix in matrices:
                     delattr(matrix, kind)
         return module.train(self.training)
@@ -162,13 +168,13 @@ class ScaledExperts(Experts):
     a zero: such rows are left out.
     """
 
-    def forward(  # type: ignore[override]
+    def mix(  # type: ignore[override]
         self, scaled: Float[Tensor, "all h"]
     ) -> Float[Tensor, "all h"]:
         """What each expert makes of its rows; there are as many for each, in order of experts."""
         rows = self._rows(scaled)
         answer = torch.zeros_like(scaled)
-        answer[rows] = super().forward(*self.routed(scaled))
+        answer[rows] = super().mix(*self.routed(scaled))
         return answer
 
     def routed(self, *called_with: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +199,7 @@ def unfuse(model: nn.Module) -> None:
             f"its layers have {count} experts together, and models of up to {MOST} are read; "
             "give another model"
         )
-    _each(model, is_fused, lambda module: _kind(module)(module))
+    _each(model, is_fused, lambda x: (ScaledExperts if _is_llama_4(x) else Experts)(x))
 
 
 def fuse(model: nn.Module) -> None:
@@ -203,8 +209,8 @@ def fuse(model: nn.Module) -> None:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether `Experts` can stand in place of this module, with the same call."""
-    llama_4 = type(module).__name__ == LLAMA_4
-    if isinstance(module, Experts) or not (llama_4 or all(hasattr(module, x) for x in MARKS)):
+    marked = _is_llama_4(module) or all(hasattr(module, x) for x in MARKS)
+    if isinstance(module, Experts) or not marked:
         return False
     biased = bool(getattr(module, "has_bias", False))
     wanted = dict.fromkeys(_names(module), 3)
@@ -213,8 +219,8 @@ def is_fused(module: nn.Module) -> bool:
     return held == wanted and not any(True for _ in module.buffers(recurse=False))
 
 
-def _kind(fused: nn.Module) -> type[Experts]:
-    return ScaledExperts if type(fused).__name__ == LLAMA_4 else Experts
+def _is_llama_4(module: nn.Module) -> bool:
+    return type(module).__name__ == "Llama4TextExperts"
 
 
 def _names(module: nn.Module) -> tuple[str, str]:
@@ -224,9 +230,7 @@ def _names(module: nn.Module) -> tuple[str, str]:
 
 def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, Experts) and all(
-        isinstance(getattr(module[i], name), nn.Linear)
-        for i in range(len(module))
-        for name in _names(module[0])
+        isinstance(matrix, nn.Linear) for i in range(len(module)) for matrix in module[i].values()
     )
 
 
@@ -234,11 +238,6 @@ def _without_parameters(fused: nn.Module) -> nn.Module:
     shell = copy(fused)
     vars(shell)["_parameters"] = {}
     return shell
-
-
-def _joined(held: list[Tensor], flip: bool) -> nn.Parameter:
-    whole = torch.stack([x.detach().T if flip else x.detach() for x in held])
-    return nn.Parameter(whole, requires_grad=held[0].requires_grad)
 
 
 def _each(

@@ -1,8 +1,9 @@
-"""The product of a packed matrix as one operator of torch, quip::product, for torch.compile.
+"""What is one operator of torch for torch.compile: the product of a packed matrix, and experts.
 
 Compiled code calls it with the tensors that a matrix is stored in and the words that say what they
 mean; there it runs the code of a layer that is called by itself. With a form that knows shapes
-only, and a gradient, nothing of it breaks a graph.
+only, and a gradient, nothing of it breaks a graph. Which experts run depends on the tokens, so all
+of a layer are one operator too, without a gradient.
 """
 
 import json
@@ -10,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
+from itertools import count
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -18,6 +21,8 @@ from torch import Tensor
 from quip.packed.parts import MADE, Parts, parts_of
 from quip.packed.spec import Spec
 
+LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
+NUMBERS = count()
 ARGUMENTS = "Tensor[] stored, str spec, int[] sizes, int index"
 
 
@@ -86,6 +91,25 @@ def _backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
 
 
 product.register_autograd(_backward, setup_context=_keep)
+
+
+@torch.library.custom_op(
+    "quip::experts", mutates_args=(), schema="(Tensor[] called_with, int number) -> Tensor"
+)
+def experts(called_with: Sequence[Tensor], number: int) -> Tensor:
+    """What the experts of this number (`number`) make of what they are called with."""
+    return LAYERS[number].mix(*called_with)
+
+
+@experts.register_fake
+def _like_hidden(called_with: Sequence[Tensor], number: int) -> Tensor:
+    return torch.empty_like(called_with[0])
+
+
+def number(layer: Any) -> int:
+    """A number by which `experts` finds this layer, for as long as it lives."""
+    LAYERS[found := next(NUMBERS)] = layer
+    return found
 
 
 def _parts(

@@ -1,5 +1,7 @@
 """torch.compile of packed models: one graph, the same numbers, and one product for a stack."""
 
+import copy
+
 import jaxtyping
 import pytest
 import torch
@@ -14,6 +16,7 @@ from quip.packed.linear import QuantizedLinear, quantized_layers
 from quip.packed.parts import MADE, Parts
 from tests.laws import assert_near
 from tests.support.checkpoints import INCOHERENT, SHARP, VECTORS, quantized
+from tests.support.mixtures import mixture, packed
 from tests.support.tiny import logits, tokens
 
 RECIPES = {
@@ -218,3 +221,37 @@ def test_inductor_compiles_a_packed_demo(demo, products):
             products.clear()
             assert_near(fast(**inputs).logits[0, 0], expected[0, i], 1e-4)
             assert len(products) == len(quantized_layers(demo))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama-4"])
+def test_a_mixture_is_one_graph_whichever_experts_run(name):
+    model = packed(mixture(name), RECIPES["groups, not rotated"])
+    model.config.use_cache = False
+    expected, alone = logits(model, 2), copy.deepcopy(model)
+    together = compiled(model)
+    assert_near(logits(together, 2), expected, NOISE)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        ids = tokens(2).flip(0)
+        with torch.no_grad():
+            assert_near(together(input_ids=ids).logits, expected.flip(0), NOISE)
+    # A copy computes with its own weights, and goes on when the first one is gone.
+    for matrix in quantized_layers(alone).values():
+        matrix.step.mul_(2)
+    changed = logits(alone, 2)
+    assert not torch.equal(changed, expected)
+    del model, together
+    torch.compiler.reset()
+    assert_near(logits(compiled(alone), 2), changed, NOISE)
+
+
+def test_what_trains_through_experts_is_compiled_too():
+    model = packed(mixture("mixtral"), RECIPES["groups, not rotated"])
+    model.config.use_cache = False
+    model.model.embed_tokens.weight.requires_grad_()
+    gradients = []
+    for run in (model, torch.compile(model, backend="eager")):
+        run(input_ids=tokens(2)).logits.square().mean().backward()
+        gradients.append(model.model.embed_tokens.weight.grad.clone())
+        model.zero_grad()
+    assert gradients[0].abs().max() > 0
+    assert_near(gradients[1], gradients[0], NOISE)

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from quip.kernels import centroid_matvec, grid_matvec, lattice_matvec
 from quip.kernels.hadamard.rotations import turn
 from quip.packed import step as module
+from quip.packed.experts import unfuse
 from quip.packed.step import Step, fixed_step
 from tests.laws import assert_near
 from tests.support.checkpoints import INCOHERENT, SHARP, VECTORS, quantized
+from tests.support.mixtures import mixture
 from tests.support.tiny import EAGER_ONLY, tiny, tokens
 
 PROMPT, TEXTS = 4, 2
@@ -180,3 +182,10 @@ def test_a_graph_on_a_device_predicts_what_the_model_predicts(packed, caplog):
     found = [step(column[:, None]).clone() for column in ids[:, PROMPT:].T]
     assert not caplog.records
     assert_near(torch.stack(found, dim=1), expected[:, PROMPT:], 1e-3)  # x in 16 to 24 bits
+
+
+def test_a_mixture_of_which_other_experts_run_each_time_is_left_to_the_model():
+    model = mixture("mixtral")
+    assert begun(model)[0] is not None
+    unfuse(model)
+    assert begun(model)[0] is None
