@@ -171,6 +171,23 @@ def test_a_store_of_experts_gives_the_codes_of_the_run_that_filled_it(work, all_
     assert all(torch.equal(x, found[1][key]) for key, x in found[0].items())
 
 
+def test_losses_and_statistics_of_experts_come_from_a_store(work, quip, tmp_path):
+    experiment, _ = work.finished("qwen3-moe")
+    store, model = tmp_path / "store", experiment.model
+    text = ["--nsamples", 4, "--seqlen", 16]
+    status, _, err = quip("hessians", model, work.text, "--save", store, *text)
+    assert status == 0, err
+    losses = ["--quant", "nearest", "--wbits", 4, "--layers", "experts.*.down_proj"]
+    status, out, err = quip("proxy", model, store, *losses)
+    assert (status, "over 8 matrices" in out) == (0, True), err
+    status, out, err = quip("summary", store, "--model", model, "--json")
+    assert status == 0, err
+    rows = json.loads(out)["inputs"]
+    counts = {row["name"]: row["tokens"] for row in rows if ".experts." in row["name"]}
+    assert len(counts) == 2 * 4 * 2
+    assert sum(n for name, n in counts.items() if "layers.0" in name) == 2 * 2 * 4 * 16
+
+
 def test_the_command_says_how_many_tokens_experts_saw(work, quip, tmp_path):
     experiment, _ = work.finished("olmoe")
     (tmp_path / "plan.yaml").write_text('"*experts*": {wbits: 3}\n')

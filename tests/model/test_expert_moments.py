@@ -1,7 +1,7 @@
 """Second moments of experts, against float64 sums over the tokens that each was sent."""
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakSet
 
 import pytest
@@ -12,12 +12,16 @@ from quip.errors import NonFinite
 from quip.matrix.build import build_recipe
 from quip.matrix.hessian import Hessian
 from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.records import MatrixRecord
+from quip.model.team import ALONE, Team
 from quip.model.walk import walk
+from quip.packed.digests import bytes_of
 from quip.packed.experts import Experts, unfuse
 from tests.support.mixtures import MIXTURES, mixture
+from tests.support.processes import in_team
 from tests.support.tiny import tokens
 
-RECIPE = build_recipe(quant="nearest", wbits=4)
+RECIPE = build_recipe(wbits=4, incoh_processing=True)
 
 
 @dataclass
@@ -155,6 +159,18 @@ def test_an_expert_that_no_token_reached_is_calibrated_on_all(caplog):
     assert [line.partition(":")[0] for line in lines] == ["model.layers.0", "model.layers.1"]
     assert "4 of the 8 matrices" in lines[0]  # the other of its group is not chosen either
     assert "(4 none at all)" in lines[0]
+
+
+def test_a_team_makes_of_experts_the_bits_that_one_process_does():
+    def quantized(team: Team = ALONE) -> tuple[dict[str, bytes], list[MatrixRecord]]:
+        model = unfused("deepseek-v3")
+        idle(model, 2)
+        run = Run(recipe=RECIPE, seed=0, device="cpu", batch_size=3, team=team)
+        records = list(quantize_matrix_by_matrix(model, tokens(), run))
+        tensors = {name: bytes(bytes_of(x)) for name, x in model.state_dict().items()}
+        return tensors, [replace(record, seconds=0.0) for record in records]
+
+    assert in_team(2, quantized) == [quantized()] * 2
 
 
 def test_inputs_of_experts_that_are_not_finite_are_named():
