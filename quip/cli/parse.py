@@ -10,8 +10,10 @@ from typing import Any, NoReturn
 
 import quip
 from quip.cli import ranks, values
+from quip.cli.ends import Tell, ranked
 from quip.cli.interrupts import Interrupts, noticed
-from quip.cli.streams import ReaderLeft, complain, say, set_up_streams
+from quip.cli.lines import INTERRUPTED
+from quip.cli.streams import ReaderLeft, say, set_up_streams
 from quip.errors import QuipError, UsageError, shown
 from quip.matrix.flags import FLAGS
 from quip.matrix.methods import RECIPES
@@ -95,11 +97,13 @@ def _reader(kind: Any, read: Callable[[str], Any]) -> Callable[[str], Any]:
 def guarded(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse and run; what a user can mend becomes one line and an exit status (2: usage)."""
     set_up_streams()
+    _quiet_libraries()
+    line = list(sys.argv[1:] if argv is None else argv)
     with noticed() as interrupts:
-        return _run(parser, list(sys.argv[1:] if argv is None else argv), interrupts)
+        return ranked(lambda tell: _run(parser, line, interrupts, tell))
 
 
-def _run(parser: Parser, line: list[str], interrupts: Interrupts) -> int:
+def _run(parser: Parser, line: list[str], interrupts: Interrupts, tell: Tell) -> int:
     args = None
     try:
         with ranks.quiet_others():
@@ -108,27 +112,24 @@ def _run(parser: Parser, line: list[str], interrupts: Interrupts) -> int:
             args.call(args)
     except QuipError as error:
         if interrupts.came:  # as when half a library was imported, and is said to be missing
-            return _interrupted(args)
-        if ranks.may_complain():
-            complain(f"quip: {values.bounded(' '.join(str(error).split()))}")
-        return 2 if isinstance(error, UsageError) else 1
+            return _interrupted(args, tell)
+        status = 2 if isinstance(error, UsageError) else 1
+        tell(values.bounded(" ".join(str(error).split())), status)
+        return status
     except KeyboardInterrupt:
-        return _interrupted(args)
+        return _interrupted(args, tell)
     except ReaderLeft:
         return 0
     except Exception:
         if interrupts.came:
-            return _interrupted(args)
-        if ranks.may_complain():
-            raise
-        return 1
+            return _interrupted(args, tell)
+        raise
     return 0
 
 
-def _interrupted(args: Arguments | None) -> int:
-    if ranks.is_first():
-        complain(f"quip: interrupted{_to_resume(args)}")
-    return 130
+def _interrupted(args: Arguments | None, tell: Tell) -> int:
+    tell(f"interrupted{_to_resume(args)}", INTERRUPTED)
+    return INTERRUPTED
 
 
 def _to_resume(args: Arguments | None) -> str:
@@ -141,20 +142,23 @@ def _to_resume(args: Arguments | None) -> str:
     return f"; the same line with --resume goes on with what {folder} holds by now"
 
 
-def _set_up_logging() -> None:
-    """Our own lines to stderr: progress bars on a terminal, a line for each matrix elsewhere.
+def _quiet_libraries() -> None:
+    """Libraries stay silent below errors, unless the environment asks for more.
 
-    The libraries stay silent below errors (a hub out of reach is retried with two lines a time,
-    which would bury ours), unless the environment asks for more.
+    A hub out of reach is retried with two lines a time, which would bury ours. They look here when
+    they are imported.
     """
-    terminal = sys.stderr.isatty()
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if not terminal:
+    if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def _set_up_logging() -> None:
+    """Our own lines to stderr: progress bars on a terminal, a line for each matrix elsewhere."""
     log = logging.getLogger("quip")
     log.handlers = [logging.StreamHandler(sys.stderr)]
-    log.setLevel(logging.WARNING if terminal else logging.INFO)
+    log.setLevel(logging.WARNING if sys.stderr.isatty() else logging.INFO)
 
 
 def parse(parser: Parser, line: list[str]) -> Arguments:

@@ -1,9 +1,8 @@
-"""Commands that torchrun starts several times over: one process speaks, or the first that fails."""
+"""Commands that torchrun starts several times over: one process speaks for all."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from datetime import timedelta
 from typing import NoReturn
 
 from quip.errors import UsageError
@@ -37,25 +36,6 @@ def quiet_others() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-
-
-def may_complain() -> bool:
-    """Whether this process is the first of all that fails, and so is to say why.
-
-    The others fail as well, or because it did.
-    """
-    if not _several():
-        return True
-
-    import torch.distributed as dist
-
-    try:
-        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(*place, is_master=False, timeout=timedelta(seconds=5))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return store.add(f"quip/failed/{attempt}", 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # there is nobody to ask
-        return True
 
 
 def _several() -> bool:

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 from quip.errors import Unavailable
 
@@ -41,10 +41,10 @@ def say(text: str = "", *, end: str = "\n") -> None:
         ) from error
 
 
-def complain(text: str) -> None:
-    """Print a line to standard error, if anybody reads it."""
+def complain(text: str, *, to: TextIO | None = None) -> None:
+    """Print a line to standard error, or `to` what that was before, if anybody reads it."""
     with suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=to or sys.stderr, flush=True)
 
 
 def _swallow_the_rest() -> None:
