@@ -2,7 +2,7 @@
 
 import argparse
 
-from quip.cli.flags import machine_flags, refuse_tasks, task_flags, zero_shot
+from quip.cli.flags import machine_flags, refuse_tasks, stream_flag, task_flags, zero_shot
 from quip.cli.output import names, numbers
 from quip.cli.parse import Arguments, as_given, refuse_small
 from quip.cli.streams import say
@@ -63,9 +63,9 @@ def build(parser: argparse.ArgumentParser) -> None:
         help="numbers of texts side by side whose speed is measured too, such as 4,16",
     )
     task_flags(parser.add_argument_group("zero-shot tasks"))
-    machine_flags(
-        parser.add_argument_group("machine and output"), out="a new or empty folder for run.json"
-    )
+    group = parser.add_argument_group("machine and output")
+    stream_flag(group)
+    machine_flags(group, out="a new or empty folder for run.json")
     parser.set_defaults(call=call)
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from quip.errors import UsageError
-from quip.model.device import placed
 from quip.model.finite import finite_predictions, refuse
+from quip.model.passed import Passage, ready
+from quip.model.stream import Stream
 from quip.model.tune.kl import CHUNK, kl_terms
 
 
@@ -41,12 +42,15 @@ def divergence(
     device: torch.device | str,
     batch_size: int = 1,
     progress: bool = False,
+    stream: Stream | None = None,
+    reference_stream: Stream | None = None,
 ) -> Divergence:
     """KL(p_reference || p_model) of the next token, over the seqlen - 1 positions of each window.
 
-    Both models are on the device during the evaluation, then back where they were. Of a single
-    window the standard error is NaN. KL is not clamped at zero: rounding leaves some 1e-7 of
-    either sign, which cancels in the mean, where a clamp would add it up.
+    Both models are on the device during the evaluation, then back where they were; one that has a
+    stream goes block by block, to the same numbers. Of a single window the standard error is NaN.
+    KL is not clamped at zero: rounding leaves some 1e-7 of either sign, which cancels in the mean,
+    where a clamp would add it up.
 
     Raises NonFinite where the KL of a position is not finite: activations overflow, or the model
     alone excludes a token.
@@ -56,11 +60,13 @@ def divergence(
     kl = torch.empty(count, seqlen - 1, dtype=torch.float64)
     same = torch.empty(count, seqlen - 1, dtype=torch.bool)
     done, bar = 0, tqdm(total=count, desc="divergence", unit="window", disable=not progress)
+    how = Passage(device=device, batch_size=batch_size, progress=progress)
+    both = "KL divergence", "KL divergence, of the reference,"
     with (
-        placed(model, device),
-        placed(reference, device),
-        finite_predictions(model, "KL divergence"),
-        finite_predictions(reference, "KL divergence, of the reference,"),
+        ready(model, tokens, how, stream=stream, what=both[0]),
+        ready(reference, tokens, how, stream=reference_stream, what=both[1]),
+        finite_predictions(model, both[0]),
+        finite_predictions(reference, both[1]),
         bar,
     ):
         for batch in tokens.split(batch_size):

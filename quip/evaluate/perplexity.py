@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from quip.errors import UsageError
-from quip.model.device import placed
 from quip.model.finite import finite_predictions, refuse
+from quip.model.passed import Passage, ready
+from quip.model.stream import Stream
 from quip.model.tune.kl import CHUNK
 
 
@@ -22,13 +23,14 @@ def perplexity(
     device: torch.device | str,
     batch_size: int = 1,
     progress: bool = False,
+    stream: Stream | None = None,
 ) -> float:
     """exp of the mean over windows of the mean of -log p(token | the tokens before it in it).
 
     A window of seqlen tokens gives seqlen - 1 predictions; log p is computed in float32 from
     logits of any dtype. The model is on the device during the evaluation, then back where it
-    was. Raises NonFinite where it is not finite, as when activations overflow float16; the message
-    says in which block they do.
+    was; with a stream, block by block, to the same number. Raises NonFinite where it is not finite,
+    as when activations overflow float16; the message says in which block they do.
     """
     count, seqlen = tokens.shape
     if count == 0 or seqlen < 2:
@@ -37,7 +39,12 @@ def perplexity(
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
     total, done = 0.0, 0
     bar = tqdm(total=count, desc="perplexity", unit="window", disable=not progress)
-    with placed(model, device), finite_predictions(model, "perplexity"), bar:
+    how = Passage(device=device, batch_size=batch_size, progress=progress)
+    with (
+        ready(model, tokens, how, stream=stream, what="perplexity"),
+        finite_predictions(model, "perplexity"),
+        bar,
+    ):
         for batch in tokens.split(batch_size):
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits

@@ -42,6 +42,7 @@ class Evaluation(Machine, Place):
     batch_size: int = 8  # of tasks
     reference: str | None = None  # the original, which predictions are compared with
     speed: bool = False
+    stream: str = "auto"  # on, off, or auto: what is too large for memory goes block by block
     speed_batch: tuple[int, ...] = ()  # texts side by side whose speed is measured beside that of 1
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 
@@ -54,9 +55,10 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
     device = choose_device(e.device)
     check_measures(e.datasets or (), e.tasks)
     with watch("load"):
-        loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen)
+        loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen, stream=e.stream)
+        check_whole(loaded, tasks=e.tasks is not None, speed=e.speed)
         reference = e.reference and load_model(
-            e.reference, dtype=loaded.dtype_name, seqlen=e.seqlen
+            e.reference, dtype=loaded.dtype_name, seqlen=e.seqlen, stream=e.stream
         )
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
@@ -94,6 +96,16 @@ def check_measures(datasets: tuple[str, ...], tasks: ZeroShot | None) -> None:
         check_dataset(name, "evaluation")
     if tasks:
         check_tasks(tasks)
+
+
+def check_whole(loaded: LoadedModel, *, tasks: bool, speed: bool = False) -> None:
+    """Raise UsageError for what needs all of a model at once, of one that is streamed."""
+    if loaded.stream and (tasks or speed):
+        flag = "--tasks" if tasks else "--speed"
+        raise UsageError(
+            f"{flag}: it needs the whole model in memory, and {loaded.name} is streamed block by "
+            f"block; leave out {flag}, or say --stream off"
+        )
 
 
 def token_sets(
@@ -144,7 +156,11 @@ def measure_perplexities(
         if not math.isfinite(value):
             with watch("evaluate"), named(f"{what} on {name}"):
                 value = perplexity(
-                    loaded.model, tokens.ids, device=report.device, progress=bar_wanted()
+                    loaded.model,
+                    tokens.ids,
+                    device=report.device,
+                    progress=bar_wanted(),
+                    stream=loaded.stream,
                 )
         found[name] = finite(value, f"{what} on {name}")
         log.info("%s: %s %.4f", name, what, value)
@@ -167,6 +183,8 @@ def _measure_divergence(
                 tokens.ids,
                 device=report.device,
                 progress=bar_wanted(),
+                stream=loaded.stream,
+                reference_stream=reference.stream,
             )
         found[name] = asdict(moved)
         report.save("evaluating", divergence=found)

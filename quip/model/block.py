@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,6 +66,11 @@ class Block(BlockModule):
     def hidden(self) -> Float[Tensor, "count seqlen width"]:
         """The hidden states of all windows, which enter the block."""
         return self._states.hidden
+
+    @property
+    def rest(self) -> tuple[Any, ...] | None:
+        """What blocks return after the hidden states, NaN for numbers; None: a bare tensor."""
+        return self._states.rest
 
     @property
     def batch_size(self) -> int:

@@ -48,6 +48,17 @@ def refuse(model: nn.Module, what: str, /, *args: Any, **kwargs: Any) -> NoRetur
     raise NonFinite(f"{what} is not finite: {_origin(model, args, kwargs)}; {REMEDY}")
 
 
+def check_states(
+    hidden: Float[Tensor, "count seqlen width"], what: str, where: str, dtype: torch.dtype
+) -> None:
+    """Raise NonFinite for `what` where hidden states, of a model in this dtype, are not finite."""
+    if not is_finite(hidden):
+        raise NonFinite(
+            f"{what} is not finite: activations first become {_kind(hidden)} {where} ({dtype}); "
+            f"{REMEDY}"
+        )
+
+
 @torch.no_grad()
 def _origin(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """Where activations first are NaN or infinite, in words."""

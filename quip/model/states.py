@@ -47,7 +47,7 @@ class States:
         self._model, self._tokens = model, tokens
         self.device, self.batch_size = device, batch_size
         with enough_memory(f"a window of {tokens.shape[1]} tokens on {device}", REMEDY):
-            self._rest = rest_of_output(model, tokens[:1], device, stream)
+            self.rest = rest_of_output(model, tokens[:1], device, stream)
         self.hidden, self._calls = self._enter()
         self.pinned = device.type == "cuda" and self.hidden.is_pinned()
 
@@ -78,7 +78,7 @@ class States:
             *(name, self.device, self.batch_size),
         )
         batches = self._tokens.split(self.batch_size)
-        self._calls = [calls for _, calls in capture_by(self._model, batches, self._rest)]
+        self._calls = [calls for _, calls in capture_by(self._model, batches, self.rest)]
 
     def settle(self) -> None:
         """Wait until what was copied into `hidden` is there for the host to read."""
@@ -109,7 +109,7 @@ class States:
         hidden: Tensor | None = None
         calls: list[list[Call]] = []
         batches = self._tokens.split(self.batch_size)
-        for entering, batch_calls in capture_by(self._model, batches, self._rest):
+        for entering, batch_calls in capture_by(self._model, batches, self.rest):
             if hidden is None:
                 hidden = self._room(entering)
             start = len(calls) * self.batch_size

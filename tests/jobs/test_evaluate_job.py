@@ -55,6 +55,24 @@ def test_a_checkpoint_has_the_perplexity_of_the_run_that_saved_it(made):
     assert (report["dtype"], report["status"]) == ("float32", "complete")
 
 
+def test_streamed_a_checkpoint_and_its_original_measure_the_same(made):
+    experiment, _ = made
+    asked = Evaluation(model=str(experiment.save), reference=experiment.model, device="cpu")
+    whole, streamed = (run_evaluation(replace(asked, stream=mode)) for mode in ("off", "on"))
+    for key in ("perplexity", "original_perplexity", "divergence"):
+        assert streamed[key] == whole[key]
+
+
+@pytest.mark.parametrize(
+    "measure", [{"speed": True}, {"tasks": ZeroShot(tasks=("quip_demo_cloze",))}]
+)
+def test_what_needs_the_whole_model_is_refused_of_one_that_is_streamed(made, measure):
+    experiment, _ = made
+    asked = Evaluation(model=str(experiment.save), device="cpu", stream="on", **measure)
+    with pytest.raises(UsageError, match="--stream off"):
+        run_evaluation(asked)
+
+
 def test_what_is_asked_for_wins_over_what_the_run_measured(made, tmp_path):
     experiment, _ = made
     other = write_text(tmp_path / "other.txt")
