@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from quip.cli.flags import stream_flag
 from quip.cli.parse import as_given, refuse_small
 from quip.cli.streams import say
 from quip.cli.tuning import TUNING
@@ -89,6 +90,7 @@ def _data_flags(group: argparse._ArgumentGroup) -> None:
         choices=["auto", "float32", "bfloat16", "float16"],
         help="what the new checkpoint computes in; auto, the default, is as before",
     )
+    stream_flag(group)
 
 
 def call(args: argparse.Namespace) -> None:

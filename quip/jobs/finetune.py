@@ -17,8 +17,10 @@ from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
 from quip.jobs.report.words import CardWords
 from quip.jobs.requests import Machine, Text
+from quip.jobs.tasks import bar_wanted
 from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
+from quip.model.passed import Passage, pass_blocks
 from quip.model.records import Stopwatch, versions
 from quip.model.tune.whole import ModelTuning, ModelTuningRecord, tune_model
 from quip.packed.checkpoint import check_folder, check_replaced
@@ -40,6 +42,7 @@ class FineTuning(Text, Machine):
     save: Path
     tuning: ModelTuning = field(default_factory=ModelTuning)
     teacher: str | None = None  # None: the model that run.json says it was quantized from
+    stream: str = "auto"  # on, off, or auto: a teacher too large for memory goes block by block
     overwrite: bool = False
     flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 
@@ -54,8 +57,8 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
     asked.tuning.held(asked.nsamples)
     watch = Stopwatch()
     with watch("load"):
-        folder = os.path.join(".", asked.checkpoint)  # ./demo is a folder, demo is not
-        loaded = load_model(folder, dtype=asked.dtype, seqlen=asked.seqlen)
+        # Without its blocks, until those of a teacher that is streamed have done their work.
+        loaded = _student(asked, "off" if asked.stream == "off" else "on")
         teacher = _teacher(asked, earlier, loaded)
     with watch("data"):
         tokens = calibration_tokens(
@@ -65,9 +68,28 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
             seqlen=asked.seqlen or default_seqlen(loaded),
             seed=asked.seed,
         )
+    passed = None
+    if teacher.stream:
+        with watch("teacher"):
+            passed = pass_blocks(
+                teacher.model,
+                tokens.ids,
+                Passage(device=device, progress=bar_wanted()),
+                stream=teacher.stream,
+                what="the teacher's KL divergence",
+            )
+    if loaded.stream:
+        with watch("load"):
+            loaded = _student(asked, "off")
     with watch("tune"):
         record = tune_model(
-            loaded.model, teacher.model, tokens.ids, asked.tuning, device=device, seed=asked.seed
+            loaded.model,
+            teacher.model,
+            tokens.ids,
+            asked.tuning,
+            device=device,
+            seed=asked.seed,
+            passed=passed,
         )
     if record.improved:
         entry = {
@@ -99,6 +121,11 @@ def _check(asked: FineTuning) -> str:
     return choose_device(asked.device)
 
 
+def _student(asked: FineTuning, stream: str) -> LoadedModel:
+    folder = os.path.join(".", asked.checkpoint)  # ./demo is a folder, demo is not
+    return load_model(folder, dtype=asked.dtype, seqlen=asked.seqlen, stream=stream)
+
+
 def _teacher(asked: FineTuning, earlier: Mapping[str, Any], loaded: LoadedModel) -> LoadedModel:
     """The original, in the dtype of the checkpoint."""
     name = asked.teacher or earlier.get("model")
@@ -108,7 +135,7 @@ def _teacher(asked: FineTuning, earlier: Mapping[str, Any], loaded: LoadedModel)
             "name that with --teacher"
         )
     try:
-        return load_model(name, dtype=loaded.dtype_name, seqlen=asked.seqlen)
+        return load_model(name, dtype=loaded.dtype_name, seqlen=asked.seqlen, stream=asked.stream)
     except QuipError as error:
         if asked.teacher:
             raise

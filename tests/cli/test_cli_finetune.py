@@ -62,6 +62,19 @@ def test_a_tuned_checkpoint_is_nearer_to_the_original(quip, packed, text, tmp_pa
     assert kl[1] < kl[0]
 
 
+def test_a_teacher_that_is_streamed_teaches_the_same(quip, packed, text, tmp_path):
+    for mode in ("on", "off"):
+        line = ("finetune", packed, text, "--save", tmp_path / mode, *FAST, "--stream", mode)
+        status, _, err = quip(*line)
+        assert status == 0, err
+    weights = [(tmp_path / mode / "model.safetensors").read_bytes() for mode in ("on", "off")]
+    assert weights[0] == weights[1]
+    streamed, whole = (json.loads((tmp_path / m / "run.json").read_text()) for m in ("on", "off"))
+    assert streamed["finetune"]["kl_after"] == whole["finetune"]["kl_after"]
+    assert "teacher" in streamed["finetune"]["seconds"]
+    assert "teacher" not in whole["finetune"]["seconds"]
+
+
 def test_the_new_run_json_says_what_was_done_and_nothing_that_no_longer_holds(
     quip, packed, text, tmp_path
 ):

@@ -27,6 +27,7 @@ from quip.model.calls import forwards
 from quip.model.device import placed
 from quip.model.finite import finite_predictions
 from quip.model.matrices import find_blocks
+from quip.model.passed import Passed
 from quip.model.tune.descent import Tuning, descend, is_noise
 from quip.model.tune.kl import CHUNK, kl_terms
 from quip.model.tune.tunable import MasterWeights
@@ -84,12 +85,14 @@ def tune_model(
     *,
     device: torch.device | str,
     seed: int,
+    passed: Passed | None = None,
 ) -> ModelTuningRecord:
     """Tune sign vectors, centroids, norms, biases, and an lm_head that is not tied, to the teacher.
 
     Computes in float32, with W~ in the student's dtype; blocks keep their inputs only, and run
     again for the backward pass, which then holds the W~ of one block whose centroids are learnt.
-    Both models are on the device meanwhile, then back where they were. The student is left in the
+    Both models are on the device meanwhile, then back where they were; of a teacher whose blocks
+    the windows have `passed`, what is outside them, to the same result. The student is left in the
     best state by the last windows, which it is not trained on; bitwise as it was if that is the
     first. Raises UsageError and UnsupportedModel before anything runs.
     """
@@ -99,7 +102,8 @@ def tune_model(
     trained = [p for p in student.parameters() if p.ndim == 1] + (
         [head] if head is not None else []
     )
-    with placed(student, device), placed(teacher, device), _recomputed(student):
+    there = passed.standing_in(teacher, device) if passed else placed(teacher, device)
+    with placed(student, device), there, _recomputed(student):
         masters = MasterWeights(student, trained, dtype=student.dtype)
         with masters, _Progress(tuning, len(tokens), held) as progress:
             found = descend(
