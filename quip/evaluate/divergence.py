@@ -17,7 +17,9 @@ from quip.errors import UsageError
 from quip.model.finite import finite_predictions, refuse
 from quip.model.passed import Passage, ready
 from quip.model.stream import Stream
+from quip.model.team import ALONE, Team
 from quip.model.tune.kl import CHUNK, kl_terms
+from quip.model.turns import own_batches, rows_in_turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,7 @@ def divergence(
     progress: bool = False,
     stream: Stream | None = None,
     reference_stream: Stream | None = None,
+    team: Team = ALONE,
 ) -> Divergence:
     """KL(p_reference || p_model) of the next token, over the seqlen - 1 positions of each window.
 
@@ -53,23 +56,26 @@ def divergence(
     where a clamp would add it up.
 
     Raises NonFinite where the KL of a position is not finite: activations overflow, or the model
-    alone excludes a token.
+    alone excludes a token. In a team each process measures its share of the windows, and all
+    return what one alone would, bit for bit.
     """
     _check(model, reference, tokens)
-    count, seqlen = tokens.shape
+    own = own_batches(tokens, batch_size, team)
+    windows = torch.cat(own or [tokens[:1]])  # whoever has none sees one that does not count
+    count, seqlen = sum(map(len, own)), tokens.shape[1]
     kl = torch.empty(count, seqlen - 1, dtype=torch.float64)
     same = torch.empty(count, seqlen - 1, dtype=torch.bool)
     done, bar = 0, tqdm(total=count, desc="divergence", unit="window", disable=not progress)
     how = Passage(device=device, batch_size=batch_size, progress=progress)
     both = "KL divergence", "KL divergence, of the reference,"
     with (
-        ready(model, tokens, how, stream=stream, what=both[0]),
-        ready(reference, tokens, how, stream=reference_stream, what=both[1]),
+        ready(model, windows, how, stream=stream, what=both[0]),
+        ready(reference, windows, how, stream=reference_stream, what=both[1]),
         finite_predictions(model, both[0]),
         finite_predictions(reference, both[1]),
         bar,
     ):
-        for batch in tokens.split(batch_size):
+        for batch in own:
             ids, rows = batch.to(device), slice(done, done + len(batch))
             p = reference(input_ids=ids, use_cache=False).logits[:, :-1]
             q = model(input_ids=ids, use_cache=False).logits[:, :-1]
@@ -81,6 +87,7 @@ def divergence(
             done += len(batch)
             bar.update(len(batch))
             bar.set_postfix(kl=f"{float(kl[:done].mean()):.4g}")
+    kl, same = (rows_in_turn(rows, batch_size, team) for rows in (kl, same))
     return _summary(kl, same)
 
 

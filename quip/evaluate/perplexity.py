@@ -1,6 +1,8 @@
 """Perplexity on windows of consecutive tokens, as GPTQ and QuIP evaluate it."""
 
 import math
+from functools import reduce
+from operator import add
 
 import torch
 from jaxtyping import Float, Int
@@ -12,7 +14,9 @@ from quip.errors import UsageError
 from quip.model.finite import finite_predictions, refuse
 from quip.model.passed import Passage, ready
 from quip.model.stream import Stream
+from quip.model.team import ALONE, Team
 from quip.model.tune.kl import CHUNK
+from quip.model.turns import in_turn, own_batches
 
 
 @torch.no_grad()
@@ -24,35 +28,40 @@ def perplexity(
     batch_size: int = 1,
     progress: bool = False,
     stream: Stream | None = None,
+    team: Team = ALONE,
 ) -> float:
     """exp of the mean over windows of the mean of -log p(token | the tokens before it in it).
 
     A window of seqlen tokens gives seqlen - 1 predictions; log p is computed in float32 from
     logits of any dtype. The model is on the device during the evaluation, then back where it
     was; with a stream, block by block, to the same number. Raises NonFinite where it is not finite,
-    as when activations overflow float16; the message says in which block they do.
+    as when activations overflow float16; the message says in which block they do. In a team each
+    process measures its share of the windows, and all return what one would, bit for bit.
     """
     count, seqlen = tokens.shape
     if count == 0 or seqlen < 2:
         raise UsageError(f"{count} windows of {seqlen} tokens; perplexity needs 1 of 2 or more")
     if model.training:
         raise UsageError("the model is in training mode, where dropout is random; call eval()")
-    total, done = 0.0, 0
-    bar = tqdm(total=count, desc="perplexity", unit="window", disable=not progress)
+    own, sums, total, done = own_batches(tokens, batch_size, team), list[float](), 0.0, 0
+    windows = torch.cat(own or [tokens[:1]])  # whoever has none sees one that does not count
+    bar = tqdm(total=len(windows), desc="perplexity", unit="window", disable=not progress)
     how = Passage(device=device, batch_size=batch_size, progress=progress)
     with (
-        ready(model, tokens, how, stream=stream, what="perplexity"),
+        ready(model, windows, how, stream=stream, what="perplexity"),
         finite_predictions(model, "perplexity"),
         bar,
     ):
-        for batch in tokens.split(batch_size):
+        for batch in own:
             ids = batch.to(device)
             logits = model(input_ids=ids, use_cache=False).logits
-            total += float(_nll(logits[:, :-1], ids[:, 1:]).sum())
-            done += len(batch)
+            sums.append(float(_nll(logits[:, :-1], ids[:, 1:]).sum()))
+            total, done = total + sums[-1], done + len(batch)
             bar.update(len(batch))
             bar.set_postfix(perplexity=f"{_exp(total / done):.2f}")
+        total = reduce(add, in_turn(sums, team))  # sum() may add in another order
         if math.isinf(found := _exp(total / count)):
+            ids = windows[-batch_size:].to(device)
             refuse(model, "perplexity", input_ids=ids, use_cache=False)
     return found
 

@@ -224,7 +224,7 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
     tell_of_few(block.name, hessians)
     if run.tuning:  # once the block is known to take batches of this size
         with watch("tune"):
-            tuner = BlockTuner(block, run.tuning, seed=run.seed)
+            tuner = BlockTuner(block, run.tuning, seed=run.seed, team=team)
     run.observed(block.index, hessians)
     groups = sharing(hessians)
     dealt = list(rounds(groups, hessians, team, one_by_one=tuner is not None))

@@ -140,6 +140,14 @@ class Team:
             name: part.clone().view(kinds[name]).view(shape) for (name, (_, shape)), part in parts
         }
 
+    def exchange(self, pieces: Float[Tensor, "size piece"]) -> Float[Tensor, "size piece"]:
+        """Row r of what comes back is the row for this process that process r gave."""
+        if self.size == 1:
+            return pieces
+        found = torch.empty_like(pieces, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(found, pieces.contiguous())
+        return found
+
     def gather(
         self, own: Float[Tensor, "_own ..."], batch_size: int
     ) -> Float[Tensor, "_count ..."] | None:

@@ -20,8 +20,11 @@ from torch import Tensor
 from quip.errors import finite
 from quip.matrix.seeds import rng_for
 from quip.model.block import Block
+from quip.model.team import ALONE, Team
+from quip.model.tune.dealt import by_number
 from quip.model.tune.descent import Tuning, descend, is_noise
 from quip.model.tune.tunable import MasterWeights
+from quip.model.turns import in_turn
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +66,16 @@ class TuningRecord:
 class BlockTuner:
     """Tunes a block towards the outputs that it had when this was made."""
 
-    def __init__(self, block: Block, tuning: BlockTuning, *, seed: int) -> None:
-        self.block, self.tuning, self.seed = block, tuning, seed
+    def __init__(self, block: Block, tuning: BlockTuning, *, seed: int, team: Team = ALONE) -> None:
+        """In a team the block has the batches of this process, and those of all are tuned on."""
+        self.block, self.tuning, self.seed, self.team = block, tuning, seed, team
         self._targets = block.outputs().split(block.batch_size)
         means = torch.stack([x.float().square().mean() for x in self._targets]).tolist()
-        squares = (mean * len(x) for mean, x in zip(means, self._targets, strict=True))
-        self._scale = sum(squares) / len(block.hidden) or 1.0
+        own = [(mean, len(x)) for mean, x in zip(means, self._targets, strict=True)]
+        batches = in_turn(own, team)
+        self._sizes = [size for _, size in batches]
+        squares = (mean * size for mean, size in batches)
+        self._scale = sum(squares) / sum(self._sizes) or 1.0
 
     def tune(self, after: Sequence[str]) -> TuningRecord:
         """Tune the block as it is now, once these of its matrices have been quantized."""
@@ -80,9 +87,11 @@ class BlockTuner:
             found = descend(
                 masters,
                 self._losses,
-                [len(x) for x in self._targets],
+                self._sizes,
                 self.tuning,
                 rng=rng_for(self.seed, name),
+                team=self.team,
+                owners=by_number(self.team),
             )
         record = TuningRecord(
             block=self.block.index,
@@ -106,8 +115,9 @@ class BlockTuner:
         return record
 
     def _losses(self, batches: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        found = self.block.run(batches, dtype=torch.float32)
-        for i, (_, leaving) in zip(batches, found, strict=True):
+        own = [i // self.team.size for i in batches]
+        found = self.block.run(own, dtype=torch.float32)
+        for i, (_, leaving) in zip(own, found, strict=True):
             target = self._targets[i].to(leaving.device, leaving.dtype)
             squares = (leaving - target).square()
             yield squares.mean() / self._scale, squares.detach().mean(dim=(1, 2)) / self._scale

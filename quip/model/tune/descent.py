@@ -6,6 +6,7 @@ States are compared as they would be stored, so that no rounding comes after the
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from statistics import stdev
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from quip.errors import UsageError
+from quip.model.team import ALONE, Team
+from quip.model.tune.dealt import Gradients, Owners, by_place, turns
 from quip.model.tune.tunable import MasterWeights
 
 # The mean loss of each of these batches, by number, and without gradients that of each window.
@@ -74,6 +77,27 @@ class Descent:
     std_error: float | None
 
 
+@dataclass(frozen=True)
+class _Work:
+    """The losses of batches of these sizes, and whose batches they are."""
+
+    losses: Losses
+    sizes: Sequence[int]
+    team: Team
+    owners: Owners
+
+    def own(self, batches: Sequence[int], owners: Sequence[int]) -> list[int]:
+        pairs = zip(batches, owners, strict=True)
+        return [i for i, owner in pairs if owner == self.team.rank]
+
+    def backward(self, batches: Sequence[int], step: Sequence[int]) -> None:
+        """Add to every .grad the gradient of what these batches are of the loss of a step."""
+        count = sum(self.sizes[i] for i in step)
+        with torch.enable_grad():
+            for i, (loss, _) in zip(batches, self.losses(batches), strict=True):
+                (loss * (self.sizes[i] / count)).backward()
+
+
 def descend(
     masters: MasterWeights,
     losses: Losses,
@@ -82,14 +106,19 @@ def descend(
     *,
     rng: torch.Generator,
     tell: Callable[[int, float], None] | None = None,
+    team: Team = ALONE,
+    owners: Owners | None = None,
 ) -> Descent:
     """Tune, inside the context of the masters, on batches of these sizes (in windows).
 
     The state of the least held-out loss is kept, and none if that is the one before. `tell` hears
-    of each epoch's held-out loss. Where the loss before is not finite, nothing is tuned.
+    of each epoch's held-out loss. Where the loss before is not finite, nothing is tuned. In a team
+    every process asks `losses` for those batches alone that `owners` say are its own (by default
+    any batch can be), and all come to the same states, bitwise those of one process.
     """
+    work = _Work(losses, sizes, team, owners or by_place(team))
     train, held = tuning.split(sizes)
-    before, first = _held_out(losses, held, sizes)
+    before, first = _held_out(work, held)
     best, kept = before, first
     rates = _rates(masters, tuning)
     if not rates or not math.isfinite(before):
@@ -99,9 +128,9 @@ def descend(
         epoch += 1
         order = [train[i] for i in torch.randperm(len(train), generator=rng).tolist()]
         for step in _steps(order, sizes, tuning.batch_size):
-            _descend_once(optimizer, losses, step, sizes)
+            _descend_once(optimizer, work, step)
         with masters.as_stored() as state:
-            loss, found = _held_out(losses, held, sizes)
+            loss, found = _held_out(work, held)
         if tell:
             tell(epoch, loss)
         if loss < best:
@@ -136,27 +165,43 @@ def _steps(order: Sequence[int], sizes: Sequence[int], least: int) -> Iterator[l
         yield step
 
 
-def _descend_once(
-    optimizer: torch.optim.Optimizer, losses: Losses, step: Sequence[int], sizes: Sequence[int]
-) -> None:
+def _descend_once(optimizer: torch.optim.Optimizer, work: _Work, step: Sequence[int]) -> None:
     optimizer.zero_grad()
-    count = sum(sizes[i] for i in step)
-    with torch.enable_grad():
-        for size, (loss, _) in zip([sizes[i] for i in step], losses(step), strict=True):
-            (loss * (size / count)).backward()
+    if work.team.size == 1:
+        work.backward(step, step)
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        gradients, owners = Gradients(parameters, work.team), work.owners(step)
+        for turn in turns(owners):
+            work.backward(work.own(step[turn], owners[turn]), step)
+            gradients.add(owners[turn])
+        gradients.put()
     optimizer.step()
 
 
 @torch.no_grad()
-def _held_out(
-    losses: Losses, batches: Sequence[int], sizes: Sequence[int]
-) -> tuple[float, list[float]]:
+def _held_out(work: _Work, batches: Sequence[int]) -> tuple[float, list[float]]:
     """The mean loss over the windows of these batches, and the loss of each window."""
-    weights, found = [sizes[i] for i in batches], [*losses(batches)]
-    means, total = torch.stack([loss for loss, _ in found]).tolist(), 0.0  # waits once
-    for size, mean in zip(weights, means, strict=True):
-        total += size * mean
-    return total / sum(weights), torch.cat([each for _, each in found]).tolist()
+    owners = work.owners(batches)
+    own = work.own(batches, owners)
+    heard = [iter(x) for x in work.team.hear(_losses_of(work.losses(own)))]
+    total, windows = 0.0, []
+    for i, owner in zip(batches, owners, strict=True):
+        mean, each = next(heard[owner])
+        total += work.sizes[i] * mean
+        windows += each
+    return total / sum(work.sizes[i] for i in batches), windows
+
+
+def _losses_of(found: Iterator[tuple[Tensor, Tensor]]) -> list[tuple[float, list[float]]]:
+    """The loss of each batch, and of each of its windows."""
+    losses = list(found)
+    if not losses:
+        return []
+    means = torch.stack([loss for loss, _ in losses]).tolist()  # waits once
+    each = iter(torch.cat([x for _, x in losses]).tolist())
+    sizes = [len(x) for _, x in losses]
+    return [(mean, [*islice(each, size)]) for mean, size in zip(means, sizes, strict=True)]
 
 
 def _std_error(before: Sequence[float], after: Sequence[float]) -> float | None:

@@ -28,6 +28,7 @@ from quip.model.device import placed
 from quip.model.finite import finite_predictions
 from quip.model.matrices import find_blocks
 from quip.model.passed import Passed
+from quip.model.team import ALONE, Team
 from quip.model.tune.descent import Tuning, descend, is_noise
 from quip.model.tune.kl import CHUNK, kl_terms
 from quip.model.tune.tunable import MasterWeights
@@ -86,6 +87,7 @@ def tune_model(
     device: torch.device | str,
     seed: int,
     passed: Passed | None = None,
+    team: Team = ALONE,
 ) -> ModelTuningRecord:
     """Tune sign vectors, centroids, norms, biases, and an lm_head that is not tied, to the teacher.
 
@@ -94,7 +96,8 @@ def tune_model(
     Both models are on the device meanwhile, then back where they were; of a teacher whose blocks
     the windows have `passed`, what is outside them, to the same result. The student is left in the
     best state by the last windows, which it is not trained on; bitwise as it was if that is the
-    first. Raises UsageError and UnsupportedModel before anything runs.
+    first. Raises UsageError and UnsupportedModel before anything runs. In a team the windows of a
+    step are dealt to its processes, and all of them make what one alone would, bit for bit.
     """
     _check(student, teacher, tokens)
     held = tuning.held(len(tokens))
@@ -105,7 +108,7 @@ def tune_model(
     there = passed.standing_in(teacher, device) if passed else placed(teacher, device)
     with placed(student, device), there, _recomputed(student):
         masters = MasterWeights(student, trained, dtype=student.dtype)
-        with masters, _Progress(tuning, len(tokens), held) as progress:
+        with masters, _Progress(tuning, len(tokens), held, team) as progress:
             found = descend(
                 masters,
                 partial(_losses, student, teacher, tokens.to(device), progress),
@@ -113,6 +116,7 @@ def tune_model(
                 tuning,
                 rng=rng_for(seed, "the whole model"),
                 tell=progress.report,
+                team=team,
             )
         _check_finite(found.before, student, teacher, tokens[-held:].to(device))
     return ModelTuningRecord(
@@ -219,13 +223,13 @@ def _kl_of_chunk(
 class _Progress:
     """A bar of windows on a terminal, and a line for each epoch."""
 
-    def __init__(self, tuning: ModelTuning, count: int, held: int) -> None:
+    def __init__(self, tuning: ModelTuning, count: int, held: int, team: Team) -> None:
         self.bar = tqdm(
-            total=tuning.epochs * count + held,
+            total=(tuning.epochs * count + held) // team.size,  # of this process
             desc="fine-tuning",
             unit="window",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (team.leads and sys.stderr.isatty()),
         )
 
     def report(self, epoch: int, kl: float) -> None:
