@@ -19,10 +19,10 @@ from wrapt import register_post_import_hook
 if TYPE_CHECKING:
     from quip.data.hessians import HessianStore as HessianStore
     from quip.evaluate.perplexity import perplexity as perplexity
+    from quip.jobs.experiment import Experiment as Experiment
     from quip.jobs.hessians import Collection as Collection
     from quip.jobs.hessians import collect_hessians as collect_hessians
     from quip.jobs.plan import build_plan as build_plan
-    from quip.jobs.run import Experiment as Experiment
     from quip.jobs.run import run_experiment as run_experiment
     from quip.matrix.build import build_recipe as build_recipe
     from quip.matrix.quantize import quantize_matrix as quantize_matrix
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BlockTuning": "quip.model.tune",
     "Collection": "quip.jobs.hessians",
-    "Experiment": "quip.jobs.run",
+    "Experiment": "quip.jobs.experiment",
     "HessianStore": "quip.data.hessians",
     "ModelTuning": "quip.model.tune",
     "Plan": "quip.model.plan",

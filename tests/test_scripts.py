@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quip.jobs import run
-from quip.jobs.run import Experiment
+from quip.jobs.experiment import Experiment
 from tests.support.runs import save_model, write_text
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"

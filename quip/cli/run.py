@@ -137,8 +137,9 @@ def call(args: Arguments) -> None:
     _refuse_values(args)
     recipe = _plan(args, recipe_of(args))
 
+    from quip.jobs.experiment import Experiment
     from quip.jobs.report.text import table
-    from quip.jobs.run import Experiment, run_experiment
+    from quip.jobs.run import run_experiment
 
     report = run_experiment(
         request(

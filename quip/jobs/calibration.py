@@ -7,7 +7,7 @@ from quip.data import TokenSet, calibration_tokens
 from quip.data.hessians import HessianStore
 from quip.jobs.evaluate import default_seqlen
 from quip.jobs.fingerprint import identity_of
-from quip.model.ledger import differences
+from quip.model.fingerprints import differences
 from quip.model.load import LoadedModel
 from quip.model.matrices import places
 

@@ -6,7 +6,7 @@ just quantized with the same functions, so that both give the same numbers.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,17 @@ from quip.data import TokenSet, check_dataset, evaluation_tokens
 from quip.errors import UsageError, finite
 from quip.evaluate.divergence import divergence
 from quip.evaluate.perplexity import perplexity
-from quip.evaluate.speed import speed
 from quip.evaluate.zeroshot import ZeroShot, check_tasks
+from quip.jobs.alike import check_inputs, check_request
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
 from quip.jobs.requests import Machine, Place
+from quip.jobs.speed import measure_speed
 from quip.jobs.tasks import bar_wanted, fetched, measure_tasks, named
 from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
 from quip.model.records import Stopwatch, versions
-from quip.packed.checkpoint import to_dense
-from quip.packed.linear import quantized_layers
+from quip.model.team import ALONE, Team, joined
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +48,20 @@ class Evaluation(Machine, Place):
 
 
 def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    """Measure what is asked for and return the report, which `out` receives as it grows."""
+    """Measure what is asked for and return the report, which `out` receives as it grows.
+
+    Several processes share the windows; tasks and speed are the first one's alone, which writes.
+    """
+    with joined(evaluation.device) as team:
+        return _run(evaluation, team)
+
+
+def _run(evaluation: Evaluation, team: Team) -> dict[str, Any]:
     saved, watch = _saved_report(evaluation.model), Stopwatch()
     e = _as_when_saved(evaluation, saved.get("evaluation", {}))
-    folder = RunFolder(e.out, overwrite=e.overwrite) if e.out else None
+    folder = RunFolder(e.out, overwrite=e.overwrite) if e.out and team.leads else None
     device = choose_device(e.device)
+    check_request(team, e, device)
     check_measures(e.datasets or (), e.tasks)
     with watch("load"):
         loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen, stream=e.stream)
@@ -62,6 +71,9 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         )
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
+    stamps = evaluation_entries(tokens)
+    models = {"model": loaded} | ({"reference": reference} if reference else {})
+    check_inputs(team, models, **stamps)
     entries = {
         "model": e.model,
         "method": saved.get("method", "as it is"),
@@ -69,23 +81,23 @@ def run_evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "device": device_name(device),
         "dtype": loaded.dtype_name,
         "versions": versions(),
-        **evaluation_entries(tokens),
+        **stamps,
         "seconds": watch.seconds,
     }
     report = Report(entries, folder=folder, device=device)
     report.save("started")
     with report.kept():
-        tasks = fetched(e.tasks, loaded, watch)
+        tasks = fetched(e.tasks if team.leads else None, loaded, watch)
         if reference:
-            measure_perplexities("original_perplexity", tokens, reference, report, watch)
-        measure_perplexities("perplexity", tokens, loaded, report, watch)
+            measure_perplexities("original_perplexity", tokens, reference, report, watch, team=team)
+        measure_perplexities("perplexity", tokens, loaded, report, watch, team=team)
         if reference:
-            _measure_divergence(tokens, loaded, reference, report, watch)
-        if e.tasks:
+            _measure_divergence(tokens, loaded, reference, report, watch, team)
+        if e.tasks and team.leads:
             measure_tasks(e.tasks, tasks, loaded, report, watch, batch_size=e.batch_size)
-        if e.speed:
+        if e.speed and team.leads:
             del reference  # its memory is not the model's
-            _measure_speed(loaded, report, watch, sorted({1, *e.speed_batch}))
+            measure_speed(loaded, report, watch, sorted({1, *e.speed_batch}))
         report.save("complete")
     return report.entries
 
@@ -142,17 +154,19 @@ def measure_perplexities(
     watch: Stopwatch,
     *,
     earlier: Mapping[str, Any] | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Perplexity on each data set, except where `earlier`, a report, has it of the same windows.
 
-    Raises NonFinite at the first that is not finite; those before are in the report.
+    Of a team the first process has it. Raises NonFinite at the first that is not finite; those
+    before are in the report.
     """
     found: dict[str, float] = {}
     before, what = earlier or {}, key.replace("_", " ")
     known, stamps = before.get(key) or {}, before.get("evaluation", {})
     for name, tokens in token_sets.items():
         same = stamps.get(name) == tokens.stamp
-        value = float(known.get(name, math.nan)) if same else math.nan
+        value = team.tell(float(known.get(name, math.nan)) if same else math.nan)
         if not math.isfinite(value):
             with watch("evaluate"), named(f"{what} on {name}"):
                 value = perplexity(
@@ -161,6 +175,7 @@ def measure_perplexities(
                     device=report.device,
                     progress=bar_wanted(),
                     stream=loaded.stream,
+                    team=team,
                 )
         found[name] = finite(value, f"{what} on {name}")
         log.info("%s: %s %.4f", name, what, value)
@@ -173,6 +188,7 @@ def _measure_divergence(
     reference: LoadedModel,
     report: Report,
     watch: Stopwatch,
+    team: Team,
 ) -> None:
     found: dict[str, Any] = {}
     for name, tokens in token_sets.items():
@@ -185,28 +201,10 @@ def _measure_divergence(
                 progress=bar_wanted(),
                 stream=loaded.stream,
                 reference_stream=reference.stream,
+                team=team,
             )
         found[name] = asdict(moved)
         report.save("evaluating", divergence=found)
-
-
-def _measure_speed(
-    loaded: LoadedModel, report: Report, watch: Stopwatch, batches: Sequence[int]
-) -> None:
-    """The speed of the model as it is, and with dense matrices in place of its packed ones."""
-    prompt = min(256, loaded.max_length // 2)
-    new = min(32, loaded.max_length - prompt)
-    packed = bool(quantized_layers(loaded.model))
-    found: dict[str, Any] = {}
-    for kind in ("packed", "dense") if packed else ("dense",):
-        model = to_dense(loaded.model) if packed and kind == "dense" else loaded.model
-        for batch in batches:
-            with watch("speed"):
-                measured = speed(
-                    model, device=report.device, batch=batch, prompt_tokens=prompt, new_tokens=new
-                )
-            found[kind if batch == 1 else f"{kind}, {batch} texts"] = asdict(measured)
-            report.save("evaluating", speed=found)
 
 
 def _as_when_saved(e: Evaluation, saved: Mapping[str, Any]) -> Evaluation:

@@ -10,6 +10,7 @@ from typing import Any
 from quip.data import calibration_tokens, check_dataset
 from quip.errors import QuipError, UsageError
 from quip.files import check_new
+from quip.jobs.alike import check_inputs, check_request
 from quip.jobs.evaluate import default_seqlen
 from quip.jobs.inspect import matrix_records
 from quip.jobs.report.folder import read_report
@@ -22,6 +23,7 @@ from quip.model.device import choose_device, device_name
 from quip.model.load import LoadedModel, load_model
 from quip.model.passed import Passage, pass_blocks
 from quip.model.records import Stopwatch, versions
+from quip.model.team import Team, joined
 from quip.model.tune.whole import ModelTuning, ModelTuningRecord, tune_model
 from quip.packed.checkpoint import check_folder, check_replaced
 
@@ -51,10 +53,17 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
     """Tune a checkpoint and write the result to `save`; if nothing improved, nothing is written.
 
     The new run.json is that of the checkpoint, with what tuning came to under "finetune", and
-    without what was measured before it.
+    without what was measured before it. Several processes share the windows of each step, and the
+    first of them writes.
     """
-    device, earlier = _check(asked), read_report(asked.checkpoint, CardWords)
-    asked.tuning.held(asked.nsamples)
+    with joined(asked.device) as team:
+        return _tune(asked, team)
+
+
+def _tune(asked: FineTuning, team: Team) -> ModelTuningRecord:
+    device, earlier = _check(asked, team), read_report(asked.checkpoint, CardWords)
+    check_request(team, asked, device)
+    _warn(asked, team)
     watch = Stopwatch()
     with watch("load"):
         # Without its blocks, until those of a teacher that is streamed have done their work.
@@ -68,6 +77,8 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
             seqlen=asked.seqlen or default_seqlen(loaded),
             seed=asked.seed,
         )
+    models = {"checkpoint": loaded, "teacher": teacher}
+    check_inputs(team, models, tokens=tokens.stamp, report=earlier)
     passed = None
     if teacher.stream:
         with watch("teacher"):
@@ -90,8 +101,9 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
             device=device,
             seed=asked.seed,
             passed=passed,
+            team=team,
         )
-    if record.improved:
+    if record.improved and team.leads:
         entry = {
             "teacher": teacher.name,
             "tokens": tokens.stamp,
@@ -108,12 +120,25 @@ def finetune_checkpoint(asked: FineTuning) -> ModelTuningRecord:
     return record
 
 
-def _check(asked: FineTuning) -> str:
+def _warn(asked: FineTuning, team: Team) -> None:
+    """Say where processes will be idle. Raises UsageError where there are too few windows."""
+    asked.tuning.held(asked.nsamples)
+    step = asked.tuning.batch_size
+    if step < team.size and team.leads:
+        log.warning(
+            "a step has %d windows, and there are %d processes: %d wait, but where losses are "
+            "compared; --batch_size %d occupies all",
+            *(step, team.size, team.size - step, team.size),
+        )
+
+
+def _check(asked: FineTuning, team: Team) -> str:
     """Whatever can be refused before a model is loaded; returns the device."""
     check_folder(asked.checkpoint)
-    check_new(asked.save, "--save", overwrite=asked.overwrite)
     save = asked.save.resolve()
-    check_replaced(asked.save)
+    if team.leads:  # which writes it
+        check_new(asked.save, "--save", overwrite=asked.overwrite)
+        check_replaced(asked.save)
     for name in (asked.checkpoint, asked.dataset, asked.teacher):
         if name is not None and Path(name).expanduser().resolve().is_relative_to(save):
             raise UsageError(f"--save {asked.save}: {name} is in it, and would be lost")

@@ -35,8 +35,9 @@ from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable, find_blocks
 from quip.model.progress import Progress
-from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.quantize import quantize_matrix_by_matrix
 from quip.model.records import versions
+from quip.model.run import Run
 from quip.model.states import batch_size_for
 from quip.model.team import Team, joined
 from quip.model.walk import walk

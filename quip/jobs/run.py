@@ -1,8 +1,7 @@
 """One run from names to numbers: load, calibrate, quantize, save, evaluate, report on the way."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -10,51 +9,29 @@ import torch
 from quip.data import check_dataset
 from quip.data.hessians import HessianStore
 from quip.errors import QuipError, UsageError
-from quip.evaluate.zeroshot import ZeroShot
+from quip.jobs.alike import check_inputs, check_request
 from quip.jobs.calibration import calibration_of, store_for
 from quip.jobs.evaluate import check_measures, evaluation_entries, measure_perplexities, token_sets
+from quip.jobs.experiment import Experiment, entries_of, settled
 from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
-from quip.jobs.requests import Calibration, Machine, Place
 from quip.jobs.saving import check_save
 from quip.jobs.streaming import check_all_weights, ledger_for, no_longer_than_this
 from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
 from quip.model.activations import Activations
-from quip.model.device import choose_device, device_name
+from quip.model.device import choose_device
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import check_quantizable
-from quip.model.plan import Plan, described
-from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
-from quip.model.records import MatrixRecord, Stopwatch, versions
+from quip.model.plan import Plan
+from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
+from quip.model.records import MatrixRecord, Stopwatch
+from quip.model.run import Run
 from quip.model.states import batch_size_for
 from quip.model.team import Team, joined
-from quip.model.tune import BlockTuning
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment(Calibration, Machine, Place):
-    """Everything that one run depends on."""
-
-    model: str
-    dataset: str | None  # None: that of the store
-    recipe: Recipe | Plan | None  # of all matrices, or of each; None: the model as it is
-    tuning: BlockTuning | None = None  # of each block, while it is quantized
-    hessians: Path | None = None  # a store of them, instead of calibration
-    load: str | None = None  # a checkpoint of the model, evaluated in its place
-    method: str = "unquantized"  # the recipe in a person's words
-    eval_datasets: tuple[str, ...] = ()
-    eval_nsamples: int | None = None
-    tasks: ZeroShot | None = None
-    batch_size: int = 8  # of tasks
-    compare: bool = False
-    activation_memory: float | None = None  # GB of hidden states; None: a quarter of what is free
-    save: Path | None = None  # the checkpoint
-    resume: bool = False  # the run in `out`, which holds the report and the finished blocks
-    flags: Mapping[str, object] = field(default_factory=dict)  # as given, for the report
 
 
 def run_experiment(experiment: Experiment) -> dict[str, Any]:
@@ -62,20 +39,21 @@ def run_experiment(experiment: Experiment) -> dict[str, Any]:
 
     What is asked for is checked first, as far as it can be known without the model. A run that
     fails leaves a report of what it had reached, and of the reason. Of several processes the first
-    alone writes, and measures; the others return what they know.
+    alone writes, and asks tasks; the others return what they know.
     """
     with joined(experiment.device, exact=not experiment.fast_reduce) as team:
+        check_request(team, experiment, choose_device(experiment.device))
         return _run(experiment if team.leads else _of_the_others(experiment), team)
 
 
 def _of_the_others(e: Experiment) -> Experiment:
-    """What is asked of the processes of a team but the first: to quantize with it."""
-    return replace(e, out=None, save=None, tasks=None, compare=False, eval_datasets=())
+    """What is asked of the processes of a team but the first: to quantize and measure with it."""
+    return replace(e, out=None, save=None, tasks=None)
 
 
 def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
     save = experiment.save and experiment.save.resolve()  # also if it is the folder we are in
-    e, watch = _settled(replace(experiment, save=save)), Stopwatch()
+    e, watch = settled(replace(experiment, save=save)), Stopwatch()
     folder, device = _check(e)
     with watch("load"):
         loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen, stream=e.stream)
@@ -84,27 +62,31 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
     with watch("data"):
         source = _source(e, loaded) if e.recipe else None
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
+    stamps = evaluation_entries(windows)
+    check_inputs(team, {"model": loaded}, calibration=source and source.stamp, **stamps)
     ledger = _ledger(e, loaded, source, device, folder)
     fingerprint = ledger and ledger.fingerprint
     earlier = folder.earlier_report(fingerprint=fingerprint) if folder else {}
-    entries = _entries(e, loaded, device) | {
+    entries = entries_of(e, loaded, device) | {
         "calibration": source and source.stamp,
-        **evaluation_entries(windows),
+        **stamps,
         "kept_matrices": list(kept),
         "fingerprint": fingerprint,
         "seconds": watch.seconds,
     }
     report = Report(entries, folder=folder, device=device)
     report.save("started")
+
+    def measure(key: str, loaded: LoadedModel) -> None:
+        measure_perplexities(key, windows, loaded, report, watch, earlier=earlier, team=team)
+
     with report.kept(), no_longer_than_this(ledger):
         tasks = fetched(e.tasks, loaded, watch, earlier=earlier)
         if e.compare and (e.recipe or e.load):
             original = (
                 load_model(e.model, dtype=loaded.dtype_name, stream=e.stream) if e.load else loaded
             )
-            measure_perplexities(
-                "original_perplexity", windows, original, report, watch, earlier=earlier
-            )
+            measure("original_perplexity", original)
             del original
         if e.recipe and source:
             records = _quantize(e, e.recipe, source, loaded, report, watch, ledger, team)
@@ -116,7 +98,7 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
                         overwrite=e.overwrite,
                         resume=e.resume,
                     )
-        measure_perplexities("perplexity", windows, loaded, report, watch, earlier=earlier)
+        measure("perplexity", loaded)
         if e.tasks:
             measure_tasks(
                 e.tasks, tasks, loaded, report, watch, batch_size=e.batch_size, earlier=earlier
@@ -125,20 +107,6 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
         if e.save:
             write_notes(e.save, report)
     return report.entries
-
-
-def _settled(e: Experiment) -> Experiment:
-    """The experiment with the data set of its store. Raises UsageError unless it has one source."""
-    if (e.dataset is None) == (e.hessians is None):
-        raise UsageError("give a data set to calibrate on or a store (--hessians), and not both")
-    if e.hessians is None:
-        return e
-    if e.tuning:
-        raise UsageError(
-            "--hessians with --ft_epochs: tuning needs activations, of which a store has only the "
-            "second moments; give DATASET instead, or leave out --ft_epochs"
-        )
-    return replace(e, dataset=HessianStore(e.hessians).manifest["calibration"]["dataset"])
 
 
 def _check(e: Experiment) -> tuple[RunFolder | None, str]:
@@ -203,23 +171,6 @@ def _check_save(e: Experiment, fingerprint: Mapping[str, Any] | None = None) -> 
     if e.save:
         inputs = (e.model, e.dataset, e.hessians, *e.eval_datasets)
         check_save(e.save, inputs, overwrite=e.overwrite, resume=e.resume, fingerprint=fingerprint)
-
-
-def _entries(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any]:
-    """What the report says of the request and the machine."""
-    return {
-        "model": e.model,
-        "dataset": e.dataset,
-        "hessians": e.hessians and str(e.hessians),
-        "method": e.method,
-        "flags": dict(e.flags),
-        **described(e.recipe),
-        "tuning": e.tuning and asdict(e.tuning),
-        "seed": e.seed,
-        "device": device_name(device),
-        "dtype": loaded.dtype_name,
-        "versions": versions(),
-    }
 
 
 def _quantize(

@@ -32,9 +32,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from quip.errors import QuipError, Unavailable, UsageError, one_line, short
+from quip.errors import QuipError, Unavailable, UsageError, one_line
 from quip.files import make_folder, replacing, writing
 from quip.model.block import BlockModule
+from quip.model.fingerprints import differences
 from quip.model.ledger_files import (
     START_OVER,
     block_entered,
@@ -57,7 +58,6 @@ from quip.packed.layout import Layout
 
 log = logging.getLogger(__name__)
 LARGE = 2**30  # bytes, which a disk takes longer for than a GPU for a block
-CHANGES = 10  # of fingerprints that are named
 
 
 class Ledger:
@@ -246,19 +246,3 @@ class Ledger:
 
     def _block(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"
-
-
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What changed from one fingerprint to another, by dotted name; empty if nothing did."""
-    found = list(_changes(before, now, ""))
-    more = [f"{len(found) - CHANGES} more"] if len(found) > CHANGES else []
-    return "; ".join(found[:CHANGES] + more)
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str) -> Iterator[str]:
-    for key in [*before, *(key for key in now if key not in before)]:
-        a, b = before.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            yield from _changes(a, b, f"{prefix}{key}.")
-        elif a != b:
-            yield f"{short(f'{prefix}{key}')} was {short(a)}, is now {short(b)}"

@@ -1,7 +1,7 @@
 """quantize_model: walk the blocks, quantize each matrix, and write down what it cost."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
@@ -15,53 +15,23 @@ from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError, finite
 from quip.matrix.hessian import Hessian, Observed, sharing
 from quip.matrix.recipe import Recipe
-from quip.model.activations import Activations
 from quip.model.block import Block, BlockModule
 from quip.model.deal import Deal, Group, Moments, rounds
 from quip.model.device import enough_memory
 from quip.model.experts import same_experts, tell_of_few
-from quip.model.ledger import Ledger
 from quip.model.matrices import covered, find_blocks, places
 from quip.model.plan import Plan
 from quip.model.progress import Progress
 from quip.model.promised import check_all, check_block
-from quip.model.records import MatrixRecord, Stopwatch
-from quip.model.states import IN_MEMORY
-from quip.model.stream import Stream
-from quip.model.team import ALONE, Team
-from quip.model.tune.blocks import BlockTuner, BlockTuning, TuningRecord
+from quip.model.records import MatrixRecord
+from quip.model.run import Run
+from quip.model.tune.blocks import BlockTuner, BlockTuning
 from quip.model.tune.tunable import learns
 from quip.model.walk import blocks_at_rest, walk
 from quip.packed.experts import unfuse
 
 log = logging.getLogger(__name__)
 REPORT = "please report it, with the command"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """How the matrices of a model are quantized, and what is told of it on the way.
-
-    With a ledger, finished blocks are written down; those that it holds already are taken from it
-    instead of being quantized again, and come out bitwise the same. With `tuning`, what is left of
-    a block is tuned after each group of matrices but the last, and after that where its centroids
-    can be moved; what that comes to is added to `tuned`. `observed` is shown the Hessians of each
-    block before it is touched.
-    """
-
-    recipe: Recipe | Plan  # of all matrices, or of each
-    seed: int
-    device: torch.device | str
-    batch_size: int = 1  # windows that pass through a block together
-    all_experts: bool = False
-    tuning: BlockTuning | None = None
-    ledger: Ledger | None = None  # of the first process of a team
-    team: Team = ALONE
-    stream: Stream | None = None  # where the blocks are read from; None: they are in memory
-    activations: Activations = IN_MEMORY  # where hidden states live
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    tuned: list[TuningRecord] = field(default_factory=list)
-    observed: Callable[[int, Mapping[str, Observed]], None] = lambda _block, _hessians: None
 
 
 @dataclass(frozen=True)

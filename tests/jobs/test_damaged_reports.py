@@ -8,10 +8,11 @@ import pytest
 
 from quip.errors import Unavailable
 from quip.jobs.evaluate import Evaluation, run_evaluation
+from quip.jobs.experiment import Experiment
 from quip.jobs.finetune import FineTuning, finetune_checkpoint
 from quip.jobs.inspect import inspect_checkpoint, matrix_records
 from quip.jobs.report.folder import read_report
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from tests.support.runs import save_model, write_text
 

@@ -14,8 +14,9 @@ from quip.evaluate.speed import Speed
 from quip.evaluate.zeroshot import ZeroShot
 from quip.jobs import evaluate, run, tasks
 from quip.jobs.evaluate import Evaluation, run_evaluation
+from quip.jobs.experiment import Experiment
 from quip.jobs.report.text import table
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.model.load import load_model
 from quip.packed.linear import quantized_layers

@@ -11,8 +11,9 @@ from quip.data import calibration_tokens, hessian_files
 from quip.data import hessians as hessian_store
 from quip.data.hessians import HessianStore, StoreWriter
 from quip.errors import UnsupportedModel, UsageError
+from quip.jobs.experiment import Experiment
 from quip.jobs.hessians import Collected, Collection, collect_hessians
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.recipe import Recipe

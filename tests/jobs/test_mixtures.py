@@ -14,10 +14,11 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from quip.data.hessians import HessianStore
+from quip.jobs.experiment import Experiment
 from quip.jobs.hessians import Collection, collect_hessians
 from quip.jobs.report import folder as report_folder
 from quip.jobs.report import saved
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.model import siblings
 from quip.model.plan import Plan, Rule
@@ -33,7 +34,8 @@ EVALUATE = """
 import json, sys
 from quip.jobs.report import folder as report_folder
 from quip.jobs.report import saved
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.experiment import Experiment
+from quip.jobs.run import run_experiment
 text, *folders = sys.argv[1:]
 print(json.dumps([
     run_experiment(Experiment(

@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM
 from quip.cli import main
 from quip.cli.inspect import inspection_table
 from quip.errors import UsageError
+from quip.jobs.experiment import Experiment
 from quip.jobs.inspect import inspect_checkpoint
 from quip.jobs.plan import build_plan, read_plan
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.model import ledger_files
 from quip.model.plan import Plan

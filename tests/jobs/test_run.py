@@ -18,7 +18,8 @@ from quip.errors import (
 )
 from quip.evaluate.zeroshot import ZeroShot
 from quip.jobs import evaluate, run
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.experiment import Experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.model.device import choose_device
 from quip.model.load import load_model

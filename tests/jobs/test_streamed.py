@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from quip.errors import Unavailable, UsageError
 from quip.jobs import streaming
+from quip.jobs.experiment import Experiment
 from quip.jobs.hessians import Collection, collect_hessians
 from quip.jobs.inspect import inspect_checkpoint
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.model import ledger_files
 from quip.model.load import load_model

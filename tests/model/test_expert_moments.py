@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from quip.errors import NonFinite
 from quip.matrix.build import build_recipe
 from quip.matrix.hessian import Hessian
-from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.quantize import quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord
+from quip.model.run import Run
 from quip.model.team import ALONE, Team
 from quip.model.walk import walk
 from quip.packed.digests import bytes_of

@@ -20,15 +20,18 @@ from torch import Tensor, nn
 
 from quip.errors import Unavailable, UsageError
 from quip.jobs import evaluate
+from quip.jobs.experiment import Experiment
 from quip.jobs.report.folder import RunFolder
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
 from quip.model import ledger as resume
 from quip.model import ledger_files, quantize, siblings
-from quip.model.ledger import Ledger, differences
+from quip.model.fingerprints import differences
+from quip.model.ledger import Ledger
 from quip.model.progress import Progress
-from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.quantize import quantize_matrix_by_matrix
+from quip.model.run import Run
 from quip.packed import checkpoint
 from quip.packed.checkpoint import load
 from quip.packed.digests import SEAL

@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from quip.errors import QuipError
 from quip.matrix.build import build_recipe
-from quip.model.ledger import Ledger, differences
-from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.fingerprints import differences
+from quip.model.ledger import Ledger
+from quip.model.quantize import quantize_matrix_by_matrix
+from quip.model.run import Run
 from quip.packed.files import tensors_of
 from tests.support.tiny import tiny, tokens
 

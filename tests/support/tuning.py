@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from quip.matrix.build import build_recipe
-from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.quantize import quantize_matrix_by_matrix
+from quip.model.run import Run
 from tests.support.tiny import tiny, tokens
 
 LATTICE = build_recipe(quant="ldlq", codebook="E8P12")

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from quip.jobs.evaluate import Evaluation, run_evaluation
+from quip.jobs.experiment import Experiment
 from quip.jobs.finetune import FineTuning, finetune_checkpoint
 from quip.jobs.inspect import inspect_checkpoint
 from quip.jobs.report.folder import read_report
 from quip.jobs.requests import request
-from quip.jobs.run import Experiment, run_experiment
+from quip.jobs.run import run_experiment
 from quip.research.tables.cells import Cell
 from quip.research.tables.description import recipe_of
 from quip.research.tables.tuning import block_tuning, model_tuning, recipe_flags

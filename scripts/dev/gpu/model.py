@@ -21,7 +21,8 @@ from quip.data import calibration_tokens, evaluation_tokens
 from quip.evaluate.perplexity import perplexity
 from quip.matrix.recipe import Recipe
 from quip.model.ledger import Ledger
-from quip.model.quantize import Run, quantize_matrix_by_matrix
+from quip.model.quantize import quantize_matrix_by_matrix
+from quip.model.run import Run
 
 ON = device()
 CODES = ("int 2", "E8P12", "int 4")
