@@ -22,8 +22,9 @@ from quip.model import ledger as resume
 from quip.model.ledger import Ledger
 from quip.model.load import load_model
 from quip.model.matrices import coverage, find_blocks, places
-from quip.model.quantize import Run, quantize_from_store, quantize_model
+from quip.model.quantize import quantize_from_store, quantize_model
 from quip.model.records import Stopwatch
+from quip.model.run import Run
 from tests.laws import assert_near
 from tests.support.checkpoints import VECTORS
 from tests.support.runs import write_text

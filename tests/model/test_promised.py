@@ -14,7 +14,8 @@ from quip.model import quantize
 from quip.model.block import BlockModule
 from quip.model.ledger import Ledger
 from quip.model.matrices import coverage, places
-from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
+from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
+from quip.model.run import Run
 from tests.support.hessians import observed, written
 from tests.support.tiny import tiny, tokens
 

@@ -12,8 +12,9 @@ from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
 from quip.model import observe
 from quip.model.matrices import coverage, find_blocks
-from quip.model.quantize import Run, Stopwatch, quantize_matrix_by_matrix, quantize_model
-from quip.model.records import MatrixRecord
+from quip.model.quantize import quantize_matrix_by_matrix, quantize_model
+from quip.model.records import MatrixRecord, Stopwatch
+from quip.model.run import Run
 from quip.packed.linear import QuantizedLinear
 from tests.support.tiny import logits, tiny, tokens
 

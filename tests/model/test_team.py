@@ -17,7 +17,8 @@ from quip.matrix.build import build_recipe
 from quip.matrix.hessian import Hessian
 from quip.matrix.recipe import Recipe
 from quip.model.ledger import Ledger
-from quip.model.quantize import Run, quantize_from_store, quantize_matrix_by_matrix
+from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
+from quip.model.run import Run
 from quip.model.team import ALONE, Team
 from quip.packed.digests import bytes_of
 from tests.support.checkpoints import VECTORS
