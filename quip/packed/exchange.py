@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from quip.errors import Unavailable
-from quip.packed.experts import Experts, fuse
+from quip.packed.experts import fuse
 from quip.packed.files import DAMAGED
 from quip.packed.linear import QuantizedLinear, dense_linear, quantized_layers
 from quip.packed.spec import Spec
@@ -59,18 +59,6 @@ def stack_like(old: Mapping[str, nn.Linear | Conv1D], spec: Spec) -> dict[str, S
         )
         for i, (name, module) in enumerate(old.items())
     }
-
-
-def lay_out(model: nn.Module) -> None:
-    """Hold dense matrices of experts column after column where transformers does.
-
-    In a file each is held row after row, and products of the two differ in their last digits.
-    """
-    for experts in model.modules():
-        if isinstance(experts, Experts) and experts.transposed:
-            for matrix in experts.modules():
-                if isinstance(matrix, nn.Linear) and not matrix.weight.is_meta:
-                    matrix.weight.data = matrix.weight.data.T.contiguous().T
 
 
 def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -18,21 +18,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from quip.errors import UnsupportedModel
 from quip.packed import ops
+from quip.packed.linear import TwoStepLinear
 
 MARKS = ("has_gate", "has_bias", "is_transposed")  # of transformers' decorator; not of Llama 4
 MOST = 1 << 16  # experts of a model, in all layers; half a minute to take apart, and there is none
-
-
-class ExpertLinear(nn.Linear):
-    """nn.Linear that rounds between product and bias, as transformers' experts with biases do."""
-
-    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        y = linear(x, self.weight)
-        return y if self.bias is None else y + self.bias
 
 
 class Expert(nn.ModuleDict):
@@ -64,6 +56,7 @@ class Experts(nn.Module):
             self.add_module(str(index), Expert(matrices))
         self.train(fused.training)
         self.number = ops.number(self)
+        self.register_load_state_dict_post_hook(lay_out)
 
     def __len__(self) -> int:
         return self._count
@@ -153,7 +146,7 @@ class Experts(nn.Module):
         W = whole.detach()[index]
         W = W.T if self.transposed else W
         bias = getattr(fused, f"{name}_bias", None)
-        kind = nn.Linear if bias is None else ExpertLinear
+        kind = nn.Linear if bias is None else TwoStepLinear
         module = kind(W.shape[1], W.shape[0], bias=False, device="meta")
         module.weight = nn.Parameter(W, requires_grad=whole.requires_grad)
         if bias is not None:
@@ -219,6 +212,16 @@ def is_fused(module: nn.Module) -> bool:
     return held == wanted and not any(True for _ in module.buffers(recurse=False))
 
 
+def lay_out(experts: Experts, *_: object) -> None:
+    """Hold dense matrices column after column where transformers does, whatever they came from.
+
+    In files each is held row after row, and products of the two differ in their last digits.
+    """
+    for matrix in experts.modules() if experts.transposed else ():
+        if isinstance(matrix, nn.Linear) and not matrix.weight.is_meta:
+            matrix.weight.data = matrix.weight.data.T.contiguous().T
+
+
 def _is_llama_4(module: nn.Module) -> bool:
     return type(module).__name__ == "Llama4TextExperts"
 
@@ -244,6 +247,4 @@ def _each(
     model: nn.Module, chosen: Callable[[nn.Module], bool], made: Callable[[Any], nn.Module]
 ) -> None:
     for name in [name for name, module in model.named_modules() if chosen(module)]:
-        if not name:
-            raise ValueError("the model is an experts module itself, which cannot be replaced")
         model.set_submodule(name, made(model.get_submodule(name)), strict=True)

@@ -25,8 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from quip.errors import QuipError, Unavailable, shown
 from quip.packed.checks import check_counts, check_finite, check_left_over
 from quip.packed.digests import check_digests, streamed, verifying
-from quip.packed.exchange import dense, lay_out
-from quip.packed.experts import unfuse
+from quip.packed.exchange import dense
+from quip.packed.experts import Experts, lay_out, unfuse
 from quip.packed.files import DAMAGED, TensorEntry, header
 from quip.packed.gaps import lacking
 from quip.packed.layout import FORMATS, Layout, own_name
@@ -117,7 +117,9 @@ class QuipQuantizer(HfQuantizer):
             except QuipError as error:
                 raise Unavailable(f"{name}: {error}; {DAMAGED}") from error
         check_finite(model)
-        lay_out(model)
+        for module in model.modules():
+            if isinstance(module, Experts):
+                lay_out(module)
         return model
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> nn.Module:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from quip.packed import ops
 from quip.packed.matrix import QuantizedMatrix
@@ -149,6 +150,14 @@ class QuantizedLinear(nn.Module):
             for name, dtype in floats.items():
                 self._buffers[name] = self.stored()[name].view(dtype)
         return self
+
+
+class TwoStepLinear(nn.Linear):
+    """nn.Linear that rounds between product and bias, as experts with biases do."""
+
+    def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
+        y = linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 def empty_bias(
