@@ -51,6 +51,7 @@ def test_every_command_has_a_section_with_its_flags():
 # Of `quip` itself, and of other programs: pip, and the scripts.
 FOREIGN = {"--version", "--editable", "--constraint", "--quiet", "--check", "--add", "--model_args"}
 FOREIGN |= {"--output-dir", "--use-vq", "--nearest"}  # of scripts/gptvq/llama.py
+FOREIGN |= {"--standalone", "--nproc-per-node"}  # of torchrun
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

@@ -210,8 +210,8 @@ def team_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--fast_reduce",
         action="store_true",
-        help="sum second moments as they come, a little faster: codes then depend on the number "
-        "of processes (torchrun), and on nothing by default",
+        help="sum second moments as they come: a little faster, but codes then depend on the "
+        "number of processes (torchrun)",
     )
 
 
