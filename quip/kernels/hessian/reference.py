@@ -5,7 +5,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 PANELS = 4  # row panels; each stops at the diagonal, which saves 3/8 of the products
-STRIP = 2**16  # numbers that are rounded at once: what they need on the way fits a cache
+STRIP = 2**16  # numbers that a CPU rounds at once: what they need on the way fits a cache
+OF_A_DEVICE = 2**24  # and another device, which waits for every call
 QUANTUM = 2.0**-40  # of anchors: what a term is rounded to a multiple of
 FIRST_UNITS = 1.5 * 2**52  # a float64 near this many units has the unit for its last digit
 
@@ -46,7 +47,8 @@ def add_rounded(
 
     (P + C) - C rounds to the last digit of C, which stands for so many of these multiples.
     """
-    strip = max(1, STRIP // len(columns))
+    most = STRIP if sums.device.type == "cpu" else OF_A_DEVICE
+    strip = max(1, most // len(columns))
     for lo in range(0, len(rows), strip):
         at = slice(lo, lo + strip)
         C = torch.outer(FIRST_UNITS * QUANTUM * rows[at], columns)
