@@ -226,8 +226,9 @@ def stream_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def activation_flag(group: argparse._ArgumentGroup) -> None:
-    """How much memory hidden states may take."""
+def memory_flags(group: argparse._ArgumentGroup) -> None:
+    """How much of a model, and of its hidden states, is in memory at once."""
+    stream_flag(group)
     group.add_argument(
         "--activation_memory",
         type=float,

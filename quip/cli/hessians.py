@@ -4,16 +4,15 @@ import argparse
 from pathlib import Path
 
 from quip.cli.flags import (
-    activation_flag,
     calibration_flags,
     check_recipe,
     device_flags,
     has_recipe,
+    memory_flags,
     model_and_dataset,
     recipe_flags,
     recipe_of,
     settle_bits,
-    stream_flag,
     team_flags,
 )
 from quip.cli.parse import Arguments, refuse_both, refuse_small
@@ -47,8 +46,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine and output")
     device_flags(group)
     team_flags(group)
-    stream_flag(group)
-    activation_flag(group)
+    memory_flags(group)
     group.add_argument(
         "--resume",
         action="store_true",

@@ -6,18 +6,17 @@ from typing import TYPE_CHECKING
 
 from quip.cli.flags import (
     NAMED,
-    activation_flag,
     calibration_flags,
     check_recipe,
     has_recipe,
     machine_flags,
+    memory_flags,
     model_and_dataset,
     recipe_flags,
     recipe_of,
     recipe_words,
     refuse_tasks,
     settle_bits,
-    stream_flag,
     task_flags,
     team_flags,
     zero_shot,
@@ -116,8 +115,7 @@ def _machine_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="take up the run that --out holds, after its last finished block; without one, start",
     )
-    stream_flag(group)
-    activation_flag(group)
+    memory_flags(group)
     machine_flags(
         group,
         out="a folder for run.json, layers.csv, layers.png and the finished blocks; it must be new "
@@ -143,8 +141,7 @@ def call(args: Arguments) -> None:
 
     report = run_experiment(
         request(
-            Experiment,
-            args,
+            *(Experiment, args),
             recipe=recipe,
             tuning=tuning_of(args),
             method=_words(args),

@@ -29,7 +29,7 @@ class Activations:
 
     @classmethod
     def within(cls, gigabytes: float | None, folder: Path | None) -> "Activations":
-        """Of so many GB in memory, by default a quarter of what is free."""
+        """Room for so many GB in memory, by default a quarter of what is free."""
         free = free_host_bytes() // SHARE
         return cls(free if gigabytes is None else int(gigabytes * 1e9), folder)
 

@@ -69,7 +69,7 @@ class Ledger:
     def __init__(
         self, folder: Path, fingerprint: Mapping[str, Any], stream: Stream | None = None
     ) -> None:
-        """Of a model that is streamed, the `stream` gets the finished blocks from here."""
+        """A model that is streamed gets its finished blocks from here, by its `stream`."""
         self._stream = stream
         self.folder, self.fingerprint = folder, json.loads(json.dumps(fingerprint))
         self._told, self._due = False, 0.0  # when hidden states may be written again

@@ -86,8 +86,7 @@ def quantize_matrix_by_matrix(
         for index in range(start):
             yield from _restore(index, model, work)
         blocks = walk(
-            model,
-            team.share(tokens, batch_size),
+            *(model, team.share(tokens, batch_size)),
             device=run.device,
             batch_size=batch_size,
             start=start,

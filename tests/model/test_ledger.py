@@ -250,6 +250,7 @@ def broken_off(tmp_path_factory) -> Path:
     return folder
 
 
+NORM = "model.decoder.layers.1.final_layer_norm.weight"
 BLOCK, HIDDEN = "block-0001.safetensors", "hidden.safetensors"
 DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     **{
@@ -258,10 +259,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     },
     "codes": (BLOCK, lambda path: flip(path, tensor_at(path, "model.decoder.layers.1.fc1.codes"))),
     "step": (BLOCK, lambda path: flip(path, tensor_at(path, "model.decoder.layers.1.fc2.step"))),
-    "norm": (
-        BLOCK,
-        lambda path: flip(path, tensor_at(path, "model.decoder.layers.1.final_layer_norm.weight")),
-    ),
+    "norm": (BLOCK, lambda path: flip(path, tensor_at(path, NORM))),
     "name of a record": (BLOCK, lambda path: flip(path, text_at(path, "proxy_loss"))),
     "number of a record": (BLOCK, lambda path: flip(path, text_at(path, "rows") + 8, bit=0)),
     "layout": (BLOCK, lambda path: flip(path, text_at(path, "codebook"))),

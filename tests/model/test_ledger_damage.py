@@ -80,6 +80,20 @@ def test_a_ledger_that_is_whole_is_taken_up(blocks: Path):
     assert len(quantized(blocks)) == 28
 
 
+def test_a_ledger_of_an_older_version_with_shorter_names_is_taken_up(finished, blocks: Path):
+    def shorten(tensors: dict, words: dict) -> None:
+        short = {key.removeprefix(f"{words['name']}."): x for key, x in tensors.items()}
+        tensors.clear()
+        tensors |= {key: x.float() if x.is_floating_point() else x for key, x in short.items()}
+
+    expected = quantized(blocks)
+    rewrite(blocks / "block-0001.safetensors", shorten)
+    for index in (2, 3):
+        (blocks / f"block-000{index}.safetensors").unlink()
+    again = quantized(blocks)
+    assert [(x.name, x.proxy_loss) for x in again] == [(x.name, x.proxy_loss) for x in expected]
+
+
 def test_a_ledger_whose_records_say_more_is_taken_up(blocks: Path):
     rewrite(blocks / "block-0001.safetensors", record(later="words"))
     assert len(quantized(blocks)) == 28
@@ -103,9 +117,12 @@ def test_a_ledger_whose_records_say_more_is_taken_up(blocks: Path):
         (record(rows=None), "[0].rows is missing"),
         (record(proxy_loss="0"), "[0].proxy_loss is '0', not a number"),
         (said("tuned", [{"block": 1, "after": "q"}]), "[0].after is 'q', not a list"),
-        (lambda t, w: t.pop("mlp.down_proj.codes"), "Missing key(s)"),
+        (lambda t, w: t.pop("model.layers.1.mlp.down_proj.codes"), "Missing key(s)"),
         (lambda t, w: t.update(more=torch.ones(1)), "Unexpected key(s)"),
-        (lambda t, w: t.update({"mlp.down_proj.codes": torch.ones(1)}), "size mismatch"),
+        (
+            lambda t, w: t.update({"model.layers.1.mlp.down_proj.codes": torch.ones(1)}),
+            "size mismatch",
+        ),
     ],
 )
 def test_a_block_of_another_shape_is_damage(blocks: Path, change: Callable, says: str):
