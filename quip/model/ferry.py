@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quip.model.device import enough_memory, free_bytes, resident
+from quip.model.device import enough_memory, free_bytes, free_host_bytes, resident
 from quip.model.stream import Stream, put_state
 
+SPARE = 8  # blocks that fit into free memory, where the next is read beforehand
 log = logging.getLogger(__name__)
 
 
@@ -35,7 +36,8 @@ def visits(
 
     Between the host and a CUDA device the ways overlap with the work: meanwhile the block before
     and the one after may be on the device too, and those that are to come must stay as they are.
-    With a stream, home is the disk: the next block is read while the present one is worked on.
+    With a stream, home is the disk: the next block is read while the present one is worked on,
+    where memory is ample.
     """
     if stream is not None:
         yield from _streamed(blocks, device, stream)
@@ -58,7 +60,9 @@ def _streamed(
         for number, block in enumerate(blocks):
             try:
                 put_state(block, coming.result() if coming else stream.read(stream.index(block)))
-                following = blocks[number + 1 : number + 2]
+                size = sum(x.nbytes for x in block.parameters())
+                ample = SPARE * size <= free_host_bytes()
+                following = blocks[number + 1 : number + 2] if ample else ()
                 # The old future goes, with the tensors that it holds.
                 coming = crew.submit(stream.read, stream.index(following[0])) if following else None
                 with enough_memory(f"a block of the model on {device}", remedy):
