@@ -61,7 +61,7 @@ def build(parser: argparse.ArgumentParser) -> None:
 def call(args: Arguments) -> None:
     """Collect, and say what came of it."""
     _refuse_recipe(args)
-    refuse_small(args, nsamples=1, seqlen=2)
+    refuse_small(args, nsamples=1, seqlen=2, activation_memory=0)
     refuse_both(args)
 
     from quip.jobs.hessians import Collection, collect_hessians

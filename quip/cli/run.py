@@ -194,7 +194,7 @@ def _refuse_source(args: Arguments) -> None:
 
 
 def _refuse_values(args: Arguments) -> None:
-    refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1)
+    refuse_small(args, nsamples=1, seqlen=2, eval_nsamples=1, activation_memory=0)
     if args.overwrite and args.out is None and args.save is None:
         raise UsageError("--overwrite speaks of folders: name one with --out DIR or --save DIR")
     if args.resume and args.out is None:
