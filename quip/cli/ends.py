@@ -4,6 +4,7 @@ A process that is told to end, by its lines (quip/cli/lines.py) or by torchrun, 
 Ctrl-C. While it computes or waits inside a library it cannot: GRACE seconds later it ends anyway.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -32,11 +33,7 @@ class Ended(BaseException):
 
 
 def ranked(run: Callable[[Tell], int]) -> int:
-    """The exit status of a command that tells why it fails; in a team it ends when all are to end.
-
-    A process of a team that failed ends here and now: torch would abort it on its way out, or wait
-    for the others.
-    """
+    """The exit status of a command that tells why it fails; in a team it ends when all are to."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return run(lambda why, _: say(why))
@@ -53,7 +50,13 @@ def ranked(run: Callable[[Tell], int]) -> int:
         status = process.crash(error)
     if status == 0:
         process.done()
-        return 0
+    else:
+        atexit.register(_leave, status)
+    return status
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process before torch does, which aborts one that is still in a group."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()
