@@ -19,8 +19,8 @@ RUN = ["--wbits", 2, "--nsamples", 3, "--seqlen", 4096]  # one window at a time
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("texts")
-    write_text(folder / "train.txt", letters=9000)
-    write_text(folder / "test.txt", letters=9000)
+    write_text(folder / "train.txt", letters=20_000)
+    write_text(folder / "test.txt", letters=20_000)
     return folder
 
 
@@ -114,7 +114,7 @@ def test_a_file_that_one_process_lacks_is_its_own_error(original, texts, tmp_pat
     assert 0 not in ended.statuses
     (said,) = lines_of(ended.said)
     assert said.startswith("quip: process 1 (")
-    assert "./model: no such file or folder" in said
+    assert "./model is no local folder" in said
 
 
 def short_of_room() -> None:
