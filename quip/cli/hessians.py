@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from quip.cli.dry_run import dry_run_flags, foretold, refuse_json
 from quip.cli.flags import (
     calibration_flags,
     check_recipe,
@@ -55,6 +56,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--overwrite", action="store_true", help="start over where DIR holds another store"
     )
+    dry_run_flags(group)
     parser.set_defaults(call=call)
 
 
@@ -63,11 +65,15 @@ def call(args: Arguments) -> None:
     _refuse_recipe(args)
     refuse_small(args, nsamples=1, seqlen=2, activation_memory=0)
     refuse_both(args)
+    refuse_json(args)
+    recipe = None if getattr(args, "from") == "original" else recipe_of(args)
+    if args.dry_run:
+        foretold(args, recipe=recipe, collects=True)
+        return
 
     from quip.jobs.hessians import Collection, collect_hessians
     from quip.jobs.report.text import size_words
 
-    recipe = None if getattr(args, "from") == "original" else recipe_of(args)
     found = collect_hessians(request(Collection, args, recipe=recipe))
     say(
         f"{args.save}: {found.inputs} inputs of {found.matrices} matrices, {found.tokens:,} "

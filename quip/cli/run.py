@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quip.cli.dry_run import dry_run_flags, foretold, refuse_json
+from quip.cli.evaluations import PAPER_SETS, evaluations_of
 from quip.cli.flags import (
-    NAMED,
     calibration_flags,
     check_recipe,
     has_recipe,
@@ -21,7 +22,6 @@ from quip.cli.flags import (
     team_flags,
     zero_shot,
 )
-from quip.cli.output import names
 from quip.cli.parse import Arguments, as_given, refuse_both, refuse_small
 from quip.cli.streams import say
 from quip.cli.tuning import refuse_tuning, tuning_flags, tuning_of
@@ -41,7 +41,6 @@ quip run demo pydoc --wbits 3 --quant gptq --compare --out runs/demo-gptq3
 quip run facebook/opt-125m c4 --recipe quip-2bit
 quip run model.gguf train.txt --wbits 4 --eval_datasets test.txt
 """
-PAPER_SETS = "wikitext2,ptb-new,c4-new"
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +114,7 @@ def _machine_flags(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="take up the run that --out holds, after its last finished block; without one, start",
     )
+    dry_run_flags(group)
     memory_flags(group)
     machine_flags(
         group,
@@ -130,10 +130,14 @@ def call(args: Arguments) -> None:
     _refuse_source(args)
     check_recipe(args)
     refuse_tuning(args, quantizes=not _is_unquantized(args))
-    evaluations = _evaluations(args)
+    evaluations = evaluations_of(args, quantizes=not _is_unquantized(args))
     refuse_tasks(args)
+    refuse_json(args)
     _refuse_values(args)
     recipe = _plan(args, recipe_of(args))
+    if args.dry_run:
+        foretold(args, recipe=recipe, tuning=tuning_of(args), eval_datasets=evaluations)
+        return
 
     from quip.jobs.experiment import Experiment
     from quip.jobs.report.text import table
@@ -209,38 +213,6 @@ def _refuse_values(args: Arguments) -> None:
             f"--load {args.load} evaluates what is quantized already: leave out --wbits, "
             "--codebook and --recipe"
         )
-
-
-def _evaluations(args: Arguments) -> tuple[str, ...]:
-    if args.proxy_only:
-        if _is_unquantized(args):
-            raise UsageError("--proxy_only needs weights to quantize: give --wbits 2 to 8")
-        if args.compare or args.eval_datasets or args.tasks:
-            raise UsageError(
-                "--proxy_only evaluates nothing: leave out --compare, --eval_datasets and --tasks"
-            )
-        return ()
-    wanted = args.eval_datasets
-    if wanted is None:
-        dataset = args.dataset or _dataset_of(args.hessians)
-        if dataset not in NAMED and (args.hessians or Path(dataset).expanduser().exists()):
-            raise UsageError(
-                f"DATASET {dataset} is a file or folder: say where to measure perplexity with "
-                "--eval_datasets FILE,... (text that is not calibrated on), or `none`"
-            )
-        wanted = "pydoc" if dataset == "pydoc" else PAPER_SETS
-    if wanted == "none":
-        if args.compare or (_is_unquantized(args) and not args.tasks):
-            flag = "--compare" if args.compare else "--wbits 16"
-            raise UsageError(f"{flag} means to evaluate: leave out --eval_datasets none")
-        return ()
-    return names(wanted, "--eval_datasets")
-
-
-def _dataset_of(store: Path) -> str:
-    from quip.data.hessians import HessianStore
-
-    return HessianStore(store).stamp["dataset"]
 
 
 def _words(args: Arguments) -> str:

@@ -114,6 +114,12 @@ def read_config(name: str) -> PretrainedConfig:
     return _config(name, _locate(name))
 
 
+def place_of(name: str) -> tuple[str, str | None]:
+    """Where a model's weights are: a folder, or a hub id; and which .gguf file of the folder."""
+    source = _locate(name)
+    return source.where, source.gguf
+
+
 def check_seqlen(name: str, max_length: int, seqlen: int) -> None:
     """Raise UsageError unless windows of seqlen tokens fit the model and hold a prediction."""
     if seqlen < 2:

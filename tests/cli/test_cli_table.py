@@ -87,7 +87,7 @@ def test_what_cannot_be_done_is_one_line(quip, asked):
 
 
 def test_an_estimate_grows_with_what_is_asked_for(monkeypatch, asked, tmp_path):
-    monkeypatch.setattr(estimate, "_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(estimate, "product_rate", lambda device, dtype: 1e9)
     table = select(read_table("perplexity"), columns=("2 bits",))
 
     def seconds(**changes: object) -> dict[str, float]:
@@ -109,7 +109,7 @@ def test_an_estimate_grows_with_what_is_asked_for(monkeypatch, asked, tmp_path):
 
 
 def test_an_estimate_counts_what_learning_codebooks_takes(monkeypatch, asked, tmp_path):
-    monkeypatch.setattr(estimate, "_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(estimate, "product_rate", lambda device, dtype: 1e9)
     settings = Settings(dataset="c4", evaluate=("a",), seqlen=16)
     seconds = {}
     for name in ("gptvq_update", "gptvq_iterations"):
@@ -124,7 +124,7 @@ def test_an_estimate_counts_what_learning_codebooks_takes(monkeypatch, asked, tm
 
 
 def test_an_estimate_counts_the_states_of_a_trellis(monkeypatch, asked, tmp_path):
-    monkeypatch.setattr(estimate, "_flops", lambda device, dtype: 1e9)
+    monkeypatch.setattr(estimate, "product_rate", lambda device, dtype: 1e9)
     settings = Settings(dataset="c4", evaluate=("a",), seqlen=16)
     found = list(cells(read_table("trellis_states"), [asked[1]], settings, tmp_path))
     seconds = {
