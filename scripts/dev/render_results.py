@@ -20,6 +20,7 @@ from attack.children import FAULTS
 from bench_rounding import commit, cpu_name
 from blocks import ROOT, fill
 from gpu_tables import of_gpu
+from scale_tables import of_forecast, of_forecasts, of_simulations
 
 from quip.jobs.report.folder import as_json
 from quip.jobs.report.text import table
@@ -323,6 +324,9 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "fuzz": of_fuzz,
     "soak": of_soak,
     "gpu": of_gpu,
+    "forecasts": of_forecasts,
+    "forecast": of_forecast,
+    "simulations": of_simulations,
     "hadamard_block": of_blocks,
     "trellis_mse": of_trellis,
     "trellis_speed": of_trellis_speed,
