@@ -21,7 +21,8 @@ from quip.model.team import Team
 
 Group: TypeAlias = Sequence[str]  # full dotted names
 Moments: TypeAlias = tuple[Tensor, int]  # H [n, n] of a group's input, and the tokens that it saw
-ROUNDING = 4096  # multiply-adds that it takes to round a weight, beside what feedback takes
+ROUNDING = 512  # multiply-adds that it takes to round a weight, beside what feedback takes
+SEARCH = 2**16  # and where a tile of weights is searched for a walk on a trellis
 
 
 def rounds(
@@ -30,13 +31,13 @@ def rounds(
     """The groups in their order, those together that are quantized at the same time.
 
     Moments that are at hand are dealt out all at once; others are summed up when their turn comes,
-    as many as there are processes.
+    two for each process: the matrices of an expert differ in what they cost.
     """
     most = 1 if one_by_one or team.size == 1 else len(groups)
     together: list[Group] = []
     for names in groups:
         at_hand = isinstance(hessians[names[0]], Hessian)
-        if len(together) >= (most if at_hand else min(most, team.size)) or (
+        if len(together) >= (most if at_hand else min(most, 2 * team.size)) or (
             together and at_hand != isinstance(hessians[together[0][0]], Hessian)
         ):
             yield together
@@ -56,9 +57,15 @@ class Deal:
     team: Team
 
     @classmethod
-    def of(cls, block: BlockModule, groups: Sequence[Group], team: Team) -> "Deal":
+    def of(
+        cls,
+        block: BlockModule,
+        groups: Sequence[Group],
+        recipes: Mapping[str, Recipe],
+        team: Team,
+    ) -> "Deal":
         """The dearest group first, each to the process that has least to do by then."""
-        costs = {names[0]: _cost(block, names) for names in groups}
+        costs = {names[0]: _cost(block, names, recipes) for names in groups}
         return cls(block, groups, team.owners(costs), team)
 
     def totals(self, hessians: Mapping[str, Observed]) -> dict[str, Hessian]:
@@ -108,8 +115,10 @@ class Deal:
         return [record_of(MatrixRecord, each) for each in said]
 
 
-def _cost(block: BlockModule, names: Group) -> float:
-    """Multiply-adds of rounding: m n^2 of feedback, n^3 / 3 of a factorisation, and each weight."""
+def _cost(block: BlockModule, names: Group, recipes: Mapping[str, Recipe]) -> float:
+    """Multiply-adds: m n^2 of feedback, n^3 / 3 of a factorisation, and more for each weight."""
     found = block.matrices()
     n = found[names[0]].columns
-    return sum(found[name].rows for name in names) * n * (n + ROUNDING) + n**3 / 3
+    each = (SEARCH if recipes[name].codebook.rows > 1 else ROUNDING for name in names)
+    weights = [found[name].rows * n for name in names]
+    return sum(m * (n + more) for m, more in zip(weights, each, strict=True)) + n**3 / 3

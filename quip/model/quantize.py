@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import zip_longest
+from itertools import chain, zip_longest
 
 import torch
 from jaxtyping import Int
@@ -142,7 +142,7 @@ def _quantize_by(
             found = store.read(names[0])
             return found.H.to(device), found.count
 
-    deal = Deal.of(block, [one.matrices for one in inputs], run.team)
+    deal = Deal.of(block, [one.matrices for one in inputs], work.recipes, run.team)
     yield from run.watch.each("quantize", deal.quantize(read, work.recipes, run.seed))
 
 
@@ -198,7 +198,7 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
     groups = sharing(hessians)
     dealt = list(rounds(groups, hessians, team, one_by_one=tuner is not None))
     for together, after in zip_longest(dealt, dealt[1:]):
-        deal = Deal.of(block, together, team)
+        deal = Deal.of(block, together, work.recipes, team)
         with watch("observe"):
             own = deal.totals(hessians)
         found = deal.quantize(partial(_moments, own, hessians), work.recipes, run.seed)
@@ -206,6 +206,8 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
         # Experts are tuned when all are done. After the last group no matrix is left to tune: only
         # what was learnt of those before.
         waits = after and same_experts(hessians[together[-1][0]], hessians[after[0][0]])
+        for name in chain.from_iterable(together):
+            del hessians[name]  # which take more memory than the block
         if tuner and not waits and (after or learns(block.module)):
             with watch("tune"):
                 run.tuned.append(tuner.tune(together[-1]))
