@@ -12,6 +12,7 @@ from quip.matrix.build import build_recipe
 from quip.model.matrices import check_quantizable
 from quip.model.quantize import quantize_model
 from quip.packed.checkpoint import load, read_model
+from quip.packed.experts import fuse, unfuse
 from tests.support.checkpoints import save
 from tests.support.tiny import VOCAB, logits, tokens
 
@@ -87,7 +88,9 @@ def journey(model: nn.Module, folder: Path) -> str:
     As a user would: from a folder of the model, and saved again by transformers in the end.
     """
     try:
+        unfuse(model)  # as loading does
         check_quantizable(model, "it")
+        fuse(model)
         expected = logits(model)
         model.save_pretrained(folder / "plain")
         model = read_model("it", folder / "plain", str, dtype=torch.float32)
