@@ -51,7 +51,9 @@ def test_every_command_has_a_section_with_its_flags():
 # Of `quip` itself, and of other programs: pip, and the scripts.
 FOREIGN = {"--version", "--editable", "--constraint", "--quiet", "--check", "--add", "--model_args"}
 FOREIGN |= {"--output-dir", "--use-vq", "--nearest"}  # of scripts/gptvq/llama.py
-FOREIGN |= {"--standalone", "--nproc-per-node"}  # of torchrun
+FOREIGN |= {"--shrink", "--blocks"}  # of scripts/simulate_scale.py
+FOREIGN |= {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank"}  # of torchrun
+FOREIGN |= {"--master-addr", "--master-port"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -96,6 +98,7 @@ def test_what_is_rendered_is_up_to_date(script):
 def test_every_record_says_of_which_kind_it_is_and_no_path_of_a_machine():
     kinds = {"table", "run", "rounding", "search", "em", "vq", "kills", "gpu", "fuzz", "soak"}
     kinds |= {"decoding", "hadamard_block", "trellis_mse", "trellis_speed"}
+    kinds |= {"forecast", "forecasts", "simulations"}
     for path in (ROOT / "results").glob("*.json"):
         assert json.loads(path.read_text())["kind"] in kinds, path.name
         assert not re.search(r'"/\w', path.read_text()), path.name

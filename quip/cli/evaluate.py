@@ -2,7 +2,8 @@
 
 import argparse
 
-from quip.cli.flags import machine_flags, refuse_tasks, stream_flag, task_flags, zero_shot
+from quip.cli.flags import refuse_tasks, task_flags, zero_shot
+from quip.cli.machine import machine_flags, stream_flag
 from quip.cli.output import names, numbers
 from quip.cli.parse import Arguments, as_given, refuse_small
 from quip.cli.streams import say

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from quip.cli.flags import stream_flag
+from quip.cli.machine import stream_flag
 from quip.cli.parse import as_given, refuse_small
 from quip.cli.streams import say
 from quip.cli.tuning import TUNING

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quip.cli.flags import device_flags
 from quip.cli.interrupts import INTERRUPTS
+from quip.cli.machine import device_flags
 from quip.cli.parse import Arguments, refuse_small
 from quip.cli.streams import complain, say
 from quip.cli.values import place, seed

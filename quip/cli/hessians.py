@@ -7,15 +7,13 @@ from quip.cli.dry_run import dry_run_flags, foretold, refuse_json
 from quip.cli.flags import (
     calibration_flags,
     check_recipe,
-    device_flags,
     has_recipe,
-    memory_flags,
     model_and_dataset,
     recipe_flags,
     recipe_of,
     settle_bits,
-    team_flags,
 )
+from quip.cli.machine import device_flags, memory_flags, team_flags
 from quip.cli.parse import Arguments, refuse_both, refuse_small
 from quip.cli.streams import say
 from quip.codebooks.names import CODEBOOKS

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quip.cli.flags import add_flag, machine_flags
+from quip.cli.flags import add_flag
+from quip.cli.machine import machine_flags
 from quip.cli.output import aligned, names
 from quip.cli.parse import Arguments, refuse_both
 from quip.cli.streams import say

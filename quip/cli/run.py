@@ -10,8 +10,6 @@ from quip.cli.flags import (
     calibration_flags,
     check_recipe,
     has_recipe,
-    machine_flags,
-    memory_flags,
     model_and_dataset,
     recipe_flags,
     recipe_of,
@@ -19,9 +17,9 @@ from quip.cli.flags import (
     refuse_tasks,
     settle_bits,
     task_flags,
-    team_flags,
     zero_shot,
 )
+from quip.cli.machine import machine_flags, memory_flags, team_flags
 from quip.cli.parse import Arguments, as_given, refuse_both, refuse_small
 from quip.cli.streams import say
 from quip.cli.tuning import refuse_tuning, tuning_flags, tuning_of

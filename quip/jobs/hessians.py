@@ -10,7 +10,6 @@ hidden states, and quantized blocks, take up the walk after a kill.
 
 import logging
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,10 @@ from quip.data.hessian_files import file_of
 from quip.data.hessians import StoreWriter
 from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
+from quip.jobs.kept import Kept
 from quip.jobs.report.folder import RunFolder
 from quip.jobs.requests import Calibration, Machine
 from quip.jobs.streaming import check_all_weights
-from quip.matrix.hessian import Hessian, Observed, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.activations import Activations
 from quip.model.device import choose_device
@@ -139,50 +138,6 @@ def _facts(loaded: LoadedModel, fingerprint: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Kept:
-    """A store and a ledger, which the first process of a team has; all make the same calls."""
-
-    writer: StoreWriter | None
-    ledger: Ledger | None
-    team: Team
-
-    @property
-    def complete(self) -> bool:
-        """Whether nothing is left to collect."""
-        return self.team.tell(self.writer is not None and self.writer.complete)
-
-    def check(self, count: int) -> None:
-        """Start over where the ledger is past a block whose Hessians were damaged since."""
-        writer, ledger = self.writer, self.ledger
-        if writer is None or ledger is None:
-            return
-        entered = ledger.entered
-        if any(not writer.has(i) for i in range(count) if i < entered or ledger.has(i)):
-            log.warning("%s: files of the store are damaged; starting over for them", writer.folder)
-            ledger.forget()
-
-    def has(self, block: int) -> bool:
-        """Whether the store has the Hessians of a block."""
-        return self.team.tell(self.writer is not None and self.writer.has(block))
-
-    def keep(self, block: int, hessians: Mapping[str, Observed]) -> None:
-        """Write down the Hessians of a block, as all processes together have seen them."""
-        if self.has(block):
-            return
-        if self.writer:
-            self.writer.keep(block, hessians, total=self._total)
-            log.info("block %d: Hessians of %d matrices written", block, len(hessians))
-            return
-        for names in sharing(hessians):
-            self._total(hessians[names[0]])
-
-    def _total(self, observed: Observed) -> Hessian:
-        hessian = observed.summed()
-        self.team.total(hessian)
-        return hessian
-
-
 def _walk(
     asked: Collection, loaded: LoadedModel, tokens: TokenSet, kept: Kept, device: torch.device
 ) -> None:
@@ -190,9 +145,8 @@ def _walk(
         return
     kept.check(len(find_blocks(loaded.model)[1]))
     batch_size = batch_size_for(tokens.seqlen, loaded.model, device)
-    activations = Activations.within(
-        asked.activation_memory, kept.ledger.folder if kept.ledger else None
-    )
+    place = kept.ledger.folder if kept.ledger else None
+    activations = Activations.within(asked.activation_memory, place)
     if asked.recipe is None:
         _observe(asked, loaded, tokens, kept, device, batch_size, activations)
         return

@@ -33,7 +33,11 @@ WORDS = {
     "matrix/said.py": {"number", "number_or_auto", "tile_of"},
     "matrix/takes.py": {"columns_of"},
     "matrix/vectors.py": {"_weights"},
+    "model/device.py": {"free_host_bytes"},
     "model/matrices.py": {"places"},
+    "model/passed.py": {"see", "standing_in"},
+    "model/stream.py": {"state"},
+    "model/unread.py": {"names_by_block"},
 }
 TABLES_MADE_ONCE = {
     "codebooks/e81b.py": {"pair_rows"},
