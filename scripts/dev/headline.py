@@ -56,8 +56,10 @@ def glance() -> str:
         cells = [_first(found, keys, bits) for bits in (4, 3, 2)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     walks = numbers(load(f"trellis_{MODEL}") or {"entries": []})
-    cells = [f"{walks[f'{bits} bits: {WALKS}']['perplexity']:.2f}" for bits in (4, 3, 2)]
-    lines.append(f"| QTIP's trellis, learned code | {' | '.join(cells)} |")
+    for name, tuned in (("learned code", ""), ("fine-tuned", ", (a) and (b)")):
+        found_by_bits = [walks.get(f"{bits} bits: {WALKS}{tuned}") for bits in (4, 3, 2)]
+        cells = [f"{one['perplexity']:.2f}" if one else "-" for one in found_by_bits]
+        lines.append(f"| QTIP's trellis, {name} | {' | '.join(cells)} |")
     sizes = [_size(found["lattice", "ldlq", bits].stored) for bits in (4, 3, 2)]
     lines.append(f"| *checkpoint of QuIP#* | {' | '.join(f'*{size}*' for size in sizes)} |")
     original = next(iter(found.values())).original
