@@ -17,6 +17,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINE = re.compile(r"^(?:python -m quip\.run|quip run|quip) [^\n]+", re.MULTILINE)
 # What stands for what needs a download or minutes.
 MODELS = ("demo", "facebook/opt-125m", "meta-llama/Llama-2-7b-hf", "model.gguf")
+MODELS += ("mistralai/Mixtral-8x7B-v0.1",)
 TINY = dict.fromkeys(MODELS, "tiny") | dict.fromkeys(("pydoc", "c4"), "train.txt")
 # These need rows of 64 weights, or of 128: test_cli_quip_sharp.py and test_cli_exl3.py run them.
 WIDE = {"--quip-sharp", "import-quip-sharp", "import-exl3"}

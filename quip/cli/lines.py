@@ -168,8 +168,9 @@ class Lines:
         _, name, end = self._heard[0]
         ours = any(other.why == end.why for one, _, other in self._heard if one == 0)
         why = end.why if ours or end.status == INTERRUPTED else f"{name}: {end.why}"
-        self._finish(End(why, end.status, end.said))
+        # Before this process goes on, and may be gone.
         self._tell(**asdict(End(why, end.status, said=True)))
+        self._finish(End(why, end.status, end.said))
 
     def _finish(self, end: End) -> None:
         self.end = end

@@ -190,8 +190,9 @@ def _refuse_source(args: Arguments) -> None:
         raise UsageError("--hessians needs weights to quantize: give --wbits or --codebook")
     for name in ("nsamples", "all_experts"):
         if name in args.given:
+            value = "" if name == "all_experts" else f" {getattr(args, name)}"
             raise UsageError(
-                f"--{name} speaks of calibration, and --hessians needs none: leave out one"
+                f"--{name}{value} speaks of calibration, and --hessians needs none: leave out one"
             )
 
 

@@ -12,7 +12,7 @@ from quip import cli
 from quip.errors import NonFinite, UnsupportedModel, UsageError
 from quip.evaluate.speed import Speed
 from quip.evaluate.zeroshot import ZeroShot
-from quip.jobs import evaluate, run, tasks
+from quip.jobs import evaluate, run, speed, tasks
 from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.jobs.experiment import Experiment
 from quip.jobs.report.text import table
@@ -147,7 +147,7 @@ def test_speed_of_more_texts_is_measured_beside_that_of_one(made, monkeypatch):
             **counts,
         )
 
-    monkeypatch.setattr(evaluate, "speed", timed)
+    monkeypatch.setattr(speed, "speed", timed)
     report = run_evaluation(
         Evaluation(model=str(made[0].save), speed=True, speed_batch=(4, 1), device="cpu")
     )

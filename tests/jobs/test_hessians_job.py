@@ -237,9 +237,9 @@ def test_finished_blocks_are_not_observed_again(folder, tmp_path, monkeypatch):
     kept: list[int] = []
     real = StoreWriter.keep
 
-    def watched(writer, block, hessians):
+    def watched(writer, block, hessians, **how):
         kept.append(block)
-        real(writer, block, hessians)
+        real(writer, block, hessians, **how)
 
     monkeypatch.setattr(StoreWriter, "keep", watched)
     collect(folder, tmp_path / "store", resume=True)

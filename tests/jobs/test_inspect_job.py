@@ -15,7 +15,7 @@ from quip.jobs.inspect import inspect_checkpoint, matrix_records
 from quip.jobs.report.report import summary
 from quip.matrix.build import build_recipe
 from quip.model.load import load_model
-from quip.packed import checkpoint
+from quip.packed import shards
 from quip.packed.checkpoint import load
 from tests.support.checkpoints import QUIP, RUN, save_quantized
 
@@ -93,7 +93,7 @@ def test_headers_suffice(copy):
 
 
 def test_a_checkpoint_in_several_files_is_the_same_checkpoint(tmp_path, packed, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD", "20KB")
+    monkeypatch.setattr(shards, "SHARD", "20KB")
     save_quantized(tmp_path / "a")
     one, many = inspect_checkpoint(packed), inspect_checkpoint(tmp_path / "a")
     assert many["files"] == 2

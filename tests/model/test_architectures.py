@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from quip.errors import Unavailable, UnsupportedModel
 from quip.model.matrices import check_quantizable
 from quip.model.quantize import quantize_model
-from quip.packed import checkpoint
+from quip.packed import shards
 from quip.packed.checkpoint import load, to_dense
 from quip.packed.linear import quantized_layers
 from tests.support.architectures import NEAREST, journey, small_model
@@ -101,8 +101,8 @@ def test_what_could_not_be_loaded_is_not_announced_and_not_lost(gemma3, tmp_path
     def without_norm(model):
         return {k: x for k, x in own(model).items() if k != "model.language_model.norm.weight"}
 
-    own = checkpoint.narrowed
-    monkeypatch.setattr(checkpoint, "narrowed", without_norm)
+    own = shards.narrowed
+    monkeypatch.setattr(shards, "narrowed", without_norm)
     folder = tmp_path / "model"
     with pytest.raises(Unavailable, match=r"norm\.weight: config.json asks for it.* it is in .*-2"):
         save(gemma3, folder)

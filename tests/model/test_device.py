@@ -6,7 +6,7 @@ import torch
 from quip.errors import UsageError
 from quip.evaluate.perplexity import perplexity
 from quip.matrix.build import build_recipe
-from quip.model import quantize
+from quip.model import deal
 from quip.model.device import enough_memory, free_bytes, placed
 from quip.model.quantize import quantize_model
 from tests.support.tiny import tiny, tokens
@@ -30,7 +30,7 @@ def test_other_errors_pass():
 
 
 def test_a_matrix_that_does_not_fit_is_named_by_its_block(monkeypatch):
-    monkeypatch.setattr(quantize, "quantize_siblings", full)
+    monkeypatch.setattr(deal, "quantize_siblings", full)
     with pytest.raises(UsageError, match=r"^model\.layers\.0 on cpu: CUDA .*; free the device, or"):
         quantize_model(tiny("llama"), tokens(), build_recipe(wbits=4), device="cpu", seed=0)
 

@@ -190,14 +190,15 @@ def walked(model: nn.Module, device: str) -> dict[str, torch.Tensor]:
         hessians = block.observe()
         for name in list(block.matrices())[:1]:
             H = hessians[name].value()
-            list(quantize_siblings(block, [name], H, {name: RECIPE}, 0))
+            list(quantize_siblings(block, [name], H, {name: RECIPE}, 0, tokens=1))
     return model.state_dict()
 
 
 def test_a_walk_by_the_ferry_leaves_what_a_walk_without_it_does(monkeypatch):
     expected = walked(tiny("llama"), "cpu")
     monkeypatch.setattr(
-        "quip.model.walk.visits", lambda modules, device, home: Ferry(device, home).visits(modules)
+        "quip.model.walk.visits",
+        lambda modules, device, home, stream: Ferry(device, home).visits(modules),
     )
     found = walked(tiny("llama"), "cpu")
     assert found.keys() == expected.keys()

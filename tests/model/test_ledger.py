@@ -32,7 +32,7 @@ from quip.model.ledger import Ledger
 from quip.model.progress import Progress
 from quip.model.quantize import quantize_matrix_by_matrix
 from quip.model.run import Run
-from quip.packed import checkpoint
+from quip.packed import shards
 from quip.packed.checkpoint import load
 from quip.packed.digests import SEAL
 from quip.packed.linear import QuantizedLinear
@@ -412,7 +412,7 @@ def test_a_run_killed_in_its_evaluation_goes_on_there(plan, tmp_path, monkeypatc
 def test_a_run_killed_while_it_saves_leaves_nothing_under_the_name(plan, tmp_path, monkeypatch):
     plans = plan(save=tmp_path / "saved")
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "narrowed", kill)
+        patched.setattr(shards, "narrowed", kill)
         assert killed(lambda: run_experiment(plans))
     assert not (tmp_path / "saved").exists()
     report = run_experiment(replace(plans, resume=True))

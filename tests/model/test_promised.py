@@ -10,7 +10,7 @@ from torch import nn
 from quip.data.hessians import HessianStore
 from quip.errors import QuipError, Unavailable, UsageError
 from quip.matrix.build import build_recipe
-from quip.model import quantize
+from quip.model import deal
 from quip.model.block import BlockModule
 from quip.model.ledger import Ledger
 from quip.model.matrices import coverage, places
@@ -42,12 +42,12 @@ def test_all_that_coverage_promises_is_quantized(quantize_all: Callable, tmp_pat
 
 @pytest.mark.parametrize("quantize_all", [by_tokens, by_store])
 def test_a_matrix_that_is_left_out_is_named(quantize_all: Callable, tmp_path: Path, monkeypatch):
-    real = quantize.quantize_siblings
+    real = deal.quantize_siblings
 
-    def forgetful(block, names, *rest):
-        return real(block, [name for name in names if name != LEFT_OUT], *rest)
+    def forgetful(block, names, *rest, **more):
+        return real(block, [name for name in names if name != LEFT_OUT], *rest, **more)
 
-    monkeypatch.setattr(quantize, "quantize_siblings", forgetful)
+    monkeypatch.setattr(deal, "quantize_siblings", forgetful)
     with pytest.raises(QuipError, match=rf"^model.layers.0: 1 of its .* \({LEFT_OUT}\); please"):
         quantize_all(tiny("llama"), tmp_path, RUN)
 
@@ -103,7 +103,7 @@ def test_a_store_whose_blocks_are_not_the_models_is_refused_before_any_work(
     words = json.loads((tmp_path / "manifest.json").read_text())
     words["inputs"][1]["block"] = block
     (tmp_path / "manifest.json").write_text(json.dumps(words))
-    monkeypatch.delattr(quantize, "quantize_siblings")
+    monkeypatch.delattr(deal, "quantize_siblings")
     says = rf"{LEFT_OUT} has 32 inputs, block 0, and .* block {block};|block is -1, not from 0"
     with pytest.raises((UsageError, Unavailable), match=says):
         list(quantize_from_store(tiny("llama"), HessianStore(tmp_path), RUN))

@@ -119,14 +119,16 @@ def test_hidden_states_that_do_not_fit_on_a_card_lie_in_pinned_memory(monkeypatc
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     cuda, room = torch.device("cuda"), 4 * 7 * entering[0].nbytes
+    place = object.__new__(states.States)
+    place.device, place._tokens = cuda, torch.zeros(7, 3)
+    place._activations = states.IN_MEMORY
     for free in (room, room - 1):
         monkeypatch.setattr(states, "free_bytes", lambda _, free=free: free)
-        states._room(entering, 7, cuda)
+        place._room(entering)
     refused.append("more pinned memory")
-    states._room(entering, 7, cuda)
-    shape, host = (7, 3, 5), {"device": "cpu"}
-    pinned = host | {"pin_memory": True}
-    assert asked == [(shape, {"device": cuda}), (shape, pinned), (shape, pinned), (shape, host)]
+    assert place._room(entering).shape == (7, 3, 5)
+    shape, pinned = (7, 3, 5), {"device": "cpu", "pin_memory": True}
+    assert asked == [(shape, {"device": cuda}), (shape, pinned), (shape, pinned)]
 
 
 @pytest.mark.gpu

@@ -19,7 +19,7 @@ from quip.errors import NonFinite, QuipError, Unavailable
 from quip.matrix.build import build_recipe
 from quip.model.load import load_model
 from quip.model.quantize import quantize_model
-from quip.packed import checkpoint
+from quip.packed import shards
 from quip.packed.checkpoint import load, save_checkpoint, to_dense
 from quip.packed.digests import DIGESTS
 from quip.packed.linear import QuantizedLinear, quantized_layers
@@ -187,7 +187,7 @@ def test_a_tied_head_is_stored_once(name, tmp_path):
 
 
 def test_a_large_model_is_cut_into_files(model, copy, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD", "10KB")
+    monkeypatch.setattr(shards, "SHARD", "10KB")
     folder = save(model, tmp_path / "model")
     files = sorted(folder.glob("model-*.safetensors"))
     assert len(files) > 2

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from quip.errors import QuipError, Unavailable
-from quip.packed import checkpoint
+from quip.packed import shards
 from quip.packed.checkpoint import load
 from quip.packed.digests import (
     DIGESTS,
@@ -57,7 +57,7 @@ def whole(tmp_path_factory) -> dict[str, Path]:
     model = quantized("llama", SHARP, blocks=1)
     one = save(model, folder / "one")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint, "SHARD", "5KB")
+        patched.setattr(shards, "SHARD", "5KB")
         several = save(model, folder / "several")
     assert len(weight_files(several)) > 2
     return {"one": one, "several": several}

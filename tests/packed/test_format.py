@@ -11,7 +11,7 @@ import transformers as hf
 from quip.codebooks import LATTICES, e8p, e81b
 from quip.errors import UsageError
 from quip.kernels.hadamard import rotate
-from quip.packed import checkpoint
+from quip.packed import shards
 from quip.packed.checkpoint import load
 from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
@@ -92,7 +92,7 @@ def test_every_kind_of_matrix_is_decoded_from_the_text(name, flags, tmp_path, mo
 
 
 def test_a_plan_in_several_files_and_tuned_signs_are_decoded_from_the_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "SHARD", "20KB")
+    monkeypatch.setattr(shards, "SHARD", "20KB")
     model = mixed()
     rng = torch.Generator().manual_seed(0)
     for layer in quantized_layers(model).values():

@@ -54,7 +54,7 @@ def pack_block(block: BlockModule, H: dict[str, Tensor], recipe: Recipe) -> None
     for group in FED:
         names = [named[last] for last in group]
         recipes = dict.fromkeys(names, recipe)
-        for _ in quantize_siblings(block, names, H[group[0]], recipes, seed=0):
+        for _ in quantize_siblings(block, names, H[group[0]], recipes, seed=0, tokens=1):
             pass
 
 

@@ -33,7 +33,9 @@ def moments(x: torch.Tensor) -> None:
     hessian = Hessian(n, device=ON)
     ms = milliseconds(lambda: hessian.update(x))
     checked = slice(0, min(n, 1024))
-    once = add_products(torch.zeros(n, n, dtype=torch.float64, device=ON), x).tril()
+    once = torch.zeros(n, n, dtype=torch.float64, device=ON)
+    add_products(once, x)
+    once = once.tril()
     expected = (x[:, checked].double().T @ x.double()).T.tril()
     error = (once[:, checked] - expected).abs().max() / expected.max()
     kind = str(x.dtype)[6:]
