@@ -16,35 +16,56 @@
 namespace {
 
 constexpr int64_t PIECE = 1 << 16;  // products that are worth a thread
-constexpr int NEAR = 12;            // bits of a window; pairs of more leave the first cache
+constexpr int SOME = 8;             // pairs of rows whose windows are made before they are looked up
 
 // x times the scales, in the order of the weights: vectors of all T tokens in turn
 template <class Weights, int T>
 std::vector<float> inputs(const TrellisMatvec &a, const std::vector<Place> &all) {
     constexpr int WIDTH = Weights::WIDTH, VECTORS = Weights::VECTORS;
-    std::vector<float> x(all.size() / 2 * VECTORS * T * LANES);
+    constexpr int COLUMNS = Weights::Register::COLUMNS, PLACES = HELD / COLUMNS;
+    const int64_t n = a.steps * WIDTH;
+    std::vector<float> scaled(a.x, a.x + a.tokens * n);
+    for (int64_t t = 0; t < a.tokens; t++)
+        for (int64_t from = 0, g = 0; from < n; from += a.group, g++)
+            for (int64_t k = from; k < std::min(from + a.group, n); k++)
+                scaled[t * n + k] *= a.scales[g];
+    std::vector<float> x(all.size() / PLACES * VECTORS * T * LANES);
     float *to = x.data();
-    for (size_t p = 0; p < all.size(); p += 2)
+    for (size_t p = 0; p < all.size(); p += PLACES)
         for (int v = 0; v < VECTORS; v++, to += T * LANES)
             for (int l = 0; l < LANES; l++) {
                 const int step = Weights::step(v, l);
-                const Place &place = all[p + step / STEPS];
-                if (step % STEPS >= place.count) continue;
-                const int64_t column = (place.first + step % STEPS) * WIDTH +
+                const Place &place = all[p + step / COLUMNS];
+                if (step % COLUMNS >= place.count) continue;
+                const float *from = scaled.data() + (place.first + step % COLUMNS) * WIDTH +
                     Weights::minor(l) % WIDTH;
-                const float scale = a.scales[column / a.group];
-                for (int64_t t = 0; t < a.tokens; t++)
-                    to[t * LANES + l] = a.x[t * a.steps * WIDTH + column] * scale;
+                for (int64_t t = 0; t < a.tokens; t++) to[t * LANES + l] = from[t * n];
             }
     return x;
 }
 
+// sums += x times two rows, or as many as the weights have together
+template <class Weights, int T>
+[[gnu::always_inline]] inline void add(const Weights &weights, const typename Weights::Held &held,
+                                       const float *x, const Floats *kept, Floats *sums) {
+    Floats now[2][T] = {};
+    for (int t = 0; t < T; t++) now[0][t] = sums[t];
+#pragma GCC unroll 8
+    for (int v = 0; v < Weights::VECTORS; v++) {
+        const Floats w = weights(held, v);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++)
+            now[v % 2][t] += w * (T == 1 ? kept[v] : load(x + (v * T + t) * LANES));
+    }
+    for (int t = 0; t < T; t++) sums[t] = now[0][t] + now[1][t];
+}
+
 // sums += products of a block with the inputs of T tokens
 template <class Weights, int T>
-[[gnu::always_inline]] inline void add_block(Walk &walk, int64_t p, const Weights &weights,
+[[gnu::always_inline]] inline void add_block(Walk<Register> &walk, int64_t p, const Weights &weights,
                                              const float *x, Floats (*sums)[T]) {
     constexpr int ROWS = Weights::ROWS, VECTORS = Weights::VECTORS, BATCH = Weights::BATCH;
-    Walk::Block block(walk, p);
+    Block block(walk, p);
     Floats kept[T == 1 ? VECTORS : 1];
     for (int v = 0; v < VECTORS && T == 1; v++) kept[v] = load(x + v * LANES);
     for (int first = 0; first < walk.rows; first += BATCH * ROWS) {
@@ -54,35 +75,56 @@ template <class Weights, int T>
             for (int j = 0; j < ROWS; j++) block.go(first + i * ROWS + j, low[j], high[j]);
             weights.put(held[i], low, high);
         }
-        for (int i = 0; i < BATCH && first + i * ROWS < walk.rows; i++) {
-            Floats *to = sums[first / ROWS + i], now[2][T] = {};
-            for (int t = 0; t < T; t++) now[0][t] = to[t];
-#pragma GCC unroll 8
-            for (int v = 0; v < VECTORS; v++) {
-                const Floats w = weights(held[i], v);
-#pragma GCC unroll 8
-                for (int t = 0; t < T; t++)
-                    now[v % 2][t] += w * (T == 1 ? kept[v] : load(x + (v * T + t) * LANES));
-            }
-            for (int t = 0; t < T; t++) to[t] = now[0][t] + now[1][t];
-        }
+        for (int i = 0; i < BATCH && first + i * ROWS < walk.rows; i++)
+            add<Weights, T>(weights, held[i], x, kept, sums[first / ROWS + i]);
     }
 }
 
+// sums += products of all blocks
+template <class Weights, int T>
+void add_blocks(Walk<Register> &walk, const Weights &weights, const float *x, Floats (*sums)[T]) {
+    for (size_t p = 0; p < walk.all.size(); p += 2, x += Weights::VECTORS * T * LANES)
+        add_block<Weights, T>(walk, p, weights, x, sums);
+}
+
+#ifdef HALVES
+template <class Weights, int T>
+void add_blocks(Walk<Planes> &walk, const Weights &weights, const float *x, Floats (*sums)[T]) {
+    constexpr int VECTORS = Weights::VECTORS;
+    const int pairs = (walk.rows + 1) / 2;
+    for (size_t p = 0; p < walk.all.size(); p++, x += VECTORS * T * LANES) {
+        Floats kept[T == 1 ? VECTORS : 1];
+        for (int v = 0; v < VECTORS && T == 1; v++) kept[v] = load(x + v * LANES);
+        const Place &place = walk.all[p];
+        typename Weights::Down down(weights, walk.registers[p], place.up);
+        for (int first = 0; first < pairs; first += SOME) {
+            typename Weights::Held held[SOME];
+            const int stop = std::min(first + SOME, pairs);
+            for (int i = first; i < stop; i++)
+                for (int row : {2 * i, 2 * i + 1}) __builtin_prefetch(walk.at[row] + place.byte + HELD);
+            for (int i = first; i < stop; i++)
+                down.go(walk.at[2 * i] + place.byte, walk.at[2 * i + 1] + place.byte,
+                        held[i - first]);
+            for (int i = first; i < stop; i++)
+                add<Weights, T>(weights, held[i - first], x, kept, sums[i]);
+        }
+    }
+}
+#endif
+
 template <class Weights, int T>
 void multiply_tokens(const TrellisMatvec &a, const Weights &weights) {
+    using Register = typename Weights::Register;
     constexpr int ROWS = Weights::ROWS;
-    const std::vector<Place> all = places(a);
+    const std::vector<Place> all = places(a, Register::COLUMNS);
     const std::vector<float> x = inputs<Weights, T>(a, all);
     const int64_t size = divide_up(PIECE, a.steps * a.width * T * GROUP) * GROUP;
     float *y = static_cast<float *>(a.out);
     share(a.threads, a.m, std::max<int64_t>(size, 2 * GROUP), [&](int64_t first, int64_t stop) {
-        Walk walk(a, all, first, stop);
+        Walk<Register> walk(a, all, first, stop);
         while (walk.go()) {
             Floats sums[GROUP / ROWS][T] = {};
-            for (size_t p = 0; p < all.size(); p += 2)
-                add_block<Weights, T>(walk, p, weights,
-                                      x.data() + p / 2 * Weights::VECTORS * T * LANES, sums);
+            add_blocks<Weights, T>(walk, weights, x.data(), sums);
             for (int64_t t = 0; t < a.tokens; t++)
                 for (int i = 0; i < walk.rows; i++) {
                     float total = 0;
@@ -107,15 +149,15 @@ template <class Weights> void multiply_with(TrellisMatvec a, const Weights &weig
 template <class Weights, class Number>
 void decode_rows(const TrellisMatvec &a, const Weights &weights, Number *W) {
     constexpr int WIDTH = Weights::WIDTH, VECTORS = Weights::VECTORS / 2;  // of a place
-    const std::vector<Place> all = places(a);
+    const std::vector<Place> all = places(a, STEPS);
     const int64_t n = a.steps * WIDTH;
     std::vector<float> scales(n + LANES);
     for (int64_t k = 0; k < n; k++) scales[k] = a.scales[k / a.group];
     share(a.threads, a.m, divide_up(PIECE, n * GROUP) * GROUP, [&](int64_t first, int64_t stop) {
-        Walk walk(a, all, first, stop);
+        Walk<Register> walk(a, all, first, stop);
         while (walk.go())
             for (size_t p = 0; p < all.size(); p += 2) {
-                Walk::Block block(walk, p);
+                Block block(walk, p);
                 for (int i = 0; i < walk.rows; i++) {
                     typename Weights::Held held;
                     Shorts low, high;
@@ -168,13 +210,10 @@ extern "C" void multiply_trellis(const TrellisMatvec *given, int32_t) {
     case TABLE: break;
     }
 #ifdef HALVES
-    const int window = bits + a.bits;
-    if (a.halves && a.width == 2)
-        return multiply_with(a, Pairs<1, 2>(reinterpret_cast<const uint32_t *>(a.halves), bits));
-    if (a.pairs && window > NEAR && a.tokens == 1)
-        return multiply_tokens<Mixed, 1>(a, Mixed(a.pairs, a.halves, window, bits));
-    if (a.pairs) return multiply_with(a, Pairs<2, 1>(a.pairs, window));
-    if (a.halves && a.across == 1) return multiply_with(a, Singles(a.halves, bits));
+    if (a.halves && a.width == 2) return multiply_with(a, Doubles(a.halves, bits));
+    if (a.circuits) return multiply_with(a, Circuits(a.circuits));
+    if (a.pairs) return multiply_with(a, Pairs(a.pairs, bits + a.bits, a.bits));
+    if (a.halves && a.across == 1) return multiply_with(a, Singles(a.halves, bits, a.bits));
 #endif
     if (a.width == 2) return multiply_with(a, Numbers<2>(a.table, bits));
     multiply_with(a, Numbers<1>(a.table, bits));

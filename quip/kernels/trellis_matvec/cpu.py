@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 16  # vectors: for more, products with a decoded matrix are as fast
 STATES, STEP = 16, 8  # bits of a state and of a step, at most
 WIDTHS = 1, 2  # weights of a step
-WINDOW = 14  # bits; larger tables of pairs do not stay in a cache
+WINDOW = 13  # bits; larger tables of pairs do not stay in the first cache
 KINDS = {"mul1": 1, "mcg": 2, "3inst": 3, "1mad": 4, "int8": 5}  # the enum Kind of walk.h
 NUMBERS = {torch.float32, torch.bfloat16}  # that cpu.cpp writes as weights
 
@@ -36,7 +36,8 @@ class _TrellisMatvec(ctypes.Structure):
     _fields_ = (
         *[(name, c_int64) for name in ("m", "steps", "tokens", "row_bytes", "group")],
         *[(name, c_int64) for name in ("tiles", "across")],
-        *[(name, c_void_p) for name in ("words", "x", "scales", "table", "halves", "pairs", "out")],
+        *[(name, c_void_p) for name in ("words", "x", "scales", "table", "halves", "pairs", "circuits")],
+        ("out", c_void_p),
         *[(name, c_int32) for name in ("bits", "state_bits", "width", "kind")],
         *threads.FIELDS,
     )
@@ -95,6 +96,7 @@ def _call(
     down = tiling.columns == code.V  # a step is a row, and the next row the next step
     table = halves(code) if reads else None
     joint = pairs(code) if reads and down else None
+    ring = circuits(code) if reads and down else None
     call = _TrellisMatvec(
         len(words),
         n // code.V,
@@ -109,6 +111,7 @@ def _call(
         code.table.data_ptr(),
         pointer(table),
         pointer(joint),
+        pointer(ring),
         to.data_ptr(),
         code.bits,
         code.L,
@@ -129,8 +132,8 @@ def halves(code: Code) -> Int16[Tensor, "states V"] | None:
 
 
 @kept_with_the_code
-def pairs(code: Code) -> Int32[Tensor, " windows"] | None:
-    """Two halves for each window of L + bits bits: of a row, and above it those of the next one.
+def pairs(code: Code) -> Int16[Tensor, "windows 2"] | None:
+    """Two halves for each window of L + bits bits: of a row, and those of the next one.
 
     None where they would be many, or a step has two weights already.
     """
@@ -138,8 +141,28 @@ def pairs(code: Code) -> Int32[Tensor, " windows"] | None:
     if table is None or code.V > 1 or code.L + code.bits > WINDOW:
         return None
     window = torch.arange(len(table) << code.bits)
-    rows = table[torch.stack([window >> code.bits, window & (len(table) - 1)], 1), 0]
-    return rows.contiguous().view(torch.int32).squeeze(1)
+    return table[torch.stack([window >> code.bits, window & (len(table) - 1)], 1), 0]
+
+
+@kept_with_the_code
+def circuits(code: Code) -> Int16[Tensor, " halves"] | None:
+    """The same of 2^12 states of 2 bits a step, in 34 KiB where `pairs` would take 64.
+
+    States (u, e) of the same last 10 bits e are followed by (e, c): a circuit through four of the
+    former and four of the latter in turn has each of them beside each of the others once.
+    """
+    table = halves(code)
+    if table is None or (code.V, code.L, code.bits) != (1, 12, 2):
+        return None
+    before, after = table.view(4, -1).T, table.view(-1, 4)
+    circuit = table.new_empty(len(after), 17)
+    for u in range(4):
+        for c in range(4):
+            turned = (u ^ c) & 1
+            at = 2 * (((u >> 1) ^ (turned & (c == 3))) << 2 | c) + turned
+            both = (before[:, u], after[:, c])
+            circuit[:, at], circuit[:, at + 1] = both[::-1] if turned else both
+    return circuit.flatten()
 
 
 def _serves(

@@ -29,7 +29,8 @@ struct TrellisMatvec {  // as in cpu.py
     const float *x, *scales;                     // [tokens, steps * width], [groups]
     const float *table;                          // [2^state_bits, width]
     const uint16_t *halves;                      // the same numbers; null: they are no halves
-    const uint32_t *pairs;                       // of halves: two rows of each window; null: none
+    const uint16_t *pairs;                       // of them, as in cpu.py; null: none
+    const uint16_t *circuits;
     void *out;                                   // y [tokens, m], or W~ [m, steps * width]
     int32_t bits, state_bits, width;
     Kind kind;
@@ -72,33 +73,42 @@ inline Shorts after(Shorts states, Shorts bytes, int up, int bits) {
 #endif
 }
 
-// Some neighbouring columns, STEPS at most: their codes are in the same bits of the bytes at `byte`
+// The last bits of the columns of a place, as numbers of 16 bits
+struct Register {
+    static constexpr int COLUMNS = STEPS;
+    Shorts states = {};
+    void take(const uint8_t *bytes, int up, int bits) {
+        states = after(states, shorts(bytes), up, bits);
+    }
+};
+
+// Some neighbouring columns: their codes are in the same bits of the bytes at `byte`
 struct Place {
     int64_t byte, first, count;
     int up;
 };
 
-// All places of a row, two for each block
-inline std::vector<Place> places(const TrellisMatvec &a) {
+// All places of a row, of `width` columns at most; as many as blocks of HELD columns have room for
+inline std::vector<Place> places(const TrellisMatvec &a, int width) {
     std::vector<Place> all;
     const int fields = a.packed() ? 8 / a.bits : 1;
     const int64_t size = divide_up(a.steps, fields);
-    for (int64_t byte = 0; byte < size; byte += STEPS)
+    for (int64_t byte = 0; byte < size; byte += width)
         for (int f = 0; f < fields; f++) {
             const int64_t first = f * size + byte;
-            const int64_t count = std::min({int64_t(STEPS), size - byte, a.steps - first});
+            const int64_t count = std::min({int64_t(width), size - byte, a.steps - first});
             if (count > 0) all.push_back({byte, first, count, 16 - (f + 1) * a.bits});
         }
-    if (all.size() % 2) all.push_back({0, 0, 0, 0});
+    while (all.size() * width % HELD) all.push_back({0, 0, 0, 0});
     return all;
 }
 
 // Goes down the rows first ... stop - 1 of a matrix, GROUP at once at most
-class Walk {
+template <class Register> class Walk {
   public:
     Walk(const TrellisMatvec &a, const std::vector<Place> &all, int64_t first, int64_t stop)
-        : a(a), all(all), next(first), stop(stop), padded(divide_up(a.steps, STEPS) * STEPS),
-          stride(padded + sizeof(Words)), registers(all.size()), copies(GROUP * stride),
+        : a(a), all(all), registers(all.size()), next(first), stop(stop),
+          padded(divide_up(a.steps, HELD) * HELD), stride(padded + sizeof(Words)), copies(GROUP * stride),
           written(a.across > 1 ? (GROUP + 1) * stride : 0) {}
 
     int64_t row;  // of the group
@@ -116,52 +126,25 @@ class Walk {
         return true;
     }
 
-    // A block from the top row of the group on
-    class Block {
-      public:
-        Block(Walk &walk, int64_t p)
-            : walk(walk), p(p), one(walk.all[p]), two(walk.all[p + 1]), low(walk.registers[p]),
-              high(walk.registers[p + 1]), bits(walk.a.bits), down(walk.a.across == 1) {}
-        ~Block() { walk.registers[p] = low, walk.registers[p + 1] = high; }
+    uint16_t *states(int i) { return written.data() + (i + 1) * stride; }
 
-        // The states of row i, with older bits above them; anything for the row after the last one
-        [[gnu::always_inline]] void go(int i, Shorts &to_low, Shorts &to_high) {
-            if (down) {
-                const Shorts bytes = shorts(walk.at[i] + one.byte);
-                const bool same = one.byte == two.byte;
-                low = after(low, bytes, one.up, bits);
-                high = after(high, same ? bytes : shorts(walk.at[i] + two.byte), two.up,
-                             bits);
-            } else {
-                low = shorts(walk.states(i) + one.first);
-                high = shorts(walk.states(i) + two.first);
-            }
-            to_low = low, to_high = high;
-        }
-
-      private:
-        Walk &walk;
-        const int64_t p;
-        const Place one, two;
-        Shorts low, high;
-        const int bits;
-        const bool down;
-    };
+    const TrellisMatvec &a;
+    const std::vector<Place> &all;
+    const uint8_t *at[GROUP + 1];  // the bytes of the rows
+    std::vector<Register> registers;
 
   private:
-    uint16_t *states(int i) { return written.data() + (i + 1) * stride; }
 
     // Reads as many rows above the next one, in the circle of its tile, as a state remembers
     void begin(int64_t start, int64_t size) {
         begun = true;
-        std::fill(registers.begin(), registers.end(), Shorts{});
+        std::fill(registers.begin(), registers.end(), Register{});
         std::fill_n(written.begin(), a.across > 1 ? padded : 0, 0);
         for (int64_t i = divide_up(a.state_bits, a.bits * a.across); i > 0; i--) {
             const int64_t back = (next - start - i) % size;
             read(start + back + (back < 0 ? size : 0), 1);
             for (size_t p = 0; p < all.size() && a.across == 1; p++)
-                registers[p] = after(registers[p], shorts(at[0] + all[p].byte),
-                                     all[p].up, a.bits);
+                registers[p].take(at[0] + all[p].byte, all[p].up, a.bits);
         }
     }
 
@@ -199,14 +182,41 @@ class Walk {
         }
     }
 
-    const TrellisMatvec &a;
-    const std::vector<Place> &all;
     int64_t next, stop, padded, stride;  // no power of 2: such rows would evict each other
     bool begun = false;
-    std::vector<Shorts> registers;
     std::vector<uint8_t> copies;
     std::vector<uint16_t> written;
-    const uint8_t *at[GROUP + 1];
+};
+
+// Two places from the top row of the group on
+class Block {
+  public:
+    Block(Walk<Register> &walk, int64_t p)
+        : walk(walk), p(p), one(walk.all[p]), two(walk.all[p + 1]), low(walk.registers[p].states),
+          high(walk.registers[p + 1].states), bits(walk.a.bits), down(walk.a.across == 1) {}
+    ~Block() { walk.registers[p].states = low, walk.registers[p + 1].states = high; }
+
+    // The states of row i, with older bits above them; anything for the row after the last one
+    [[gnu::always_inline]] void go(int i, Shorts &to_low, Shorts &to_high) {
+        if (down) {
+            const Shorts bytes = shorts(walk.at[i] + one.byte);
+            const bool same = one.byte == two.byte;
+            low = after(low, bytes, one.up, bits);
+            high = after(high, same ? bytes : shorts(walk.at[i] + two.byte), two.up, bits);
+        } else {
+            low = shorts(walk.states(i) + one.first);
+            high = shorts(walk.states(i) + two.first);
+        }
+        to_low = low, to_high = high;
+    }
+
+  private:
+    Walk<Register> &walk;
+    const int64_t p;
+    const Place one, two;
+    Shorts low, high;
+    const int bits;
+    const bool down;
 };
 
 }  // namespace

@@ -6,11 +6,8 @@
 
 #pragma once
 
+#include "down.h"
 #include "walk.h"
-
-#if defined(__AVX2__) && defined(__F16C__)
-#define HALVES  // are read
-#endif
 
 namespace {
 
@@ -23,6 +20,7 @@ inline Shorts low_bits(int count) {
 template <int ROWS_, int WIDTH_> struct Listed {
     static constexpr int ROWS = ROWS_, WIDTH = WIDTH_, EACH = LANES / ROWS / WIDTH;
     static constexpr int VECTORS = HELD / EACH, BATCH = GROUP / ROWS;
+    using Register = ::Register;
     struct Held {
         alignas(64) uint16_t at[HELD];
     };
@@ -53,114 +51,13 @@ template <int WIDTH_> struct Numbers : Listed<1, WIDTH_> {
 };
 
 #ifdef HALVES
-// 16 of the bits of four states
-inline uint64_t state(uint64_t all, int shift) {
-#ifdef __BMI__
-    return _bextr_u64(all, shift, 16);
-#else
-    return uint16_t(all >> shift);
-#endif
-}
-
-// The entries of states that lie in memory, taken apart in registers: loads are what is short
-[[gnu::always_inline]] inline __m128i entries(const uint32_t *table, const uint16_t *at) {
-    uint64_t all;
-    std::memcpy(&all, at, sizeof all);
-    __m128i found = _mm_cvtsi32_si128(table[uint16_t(all)]);
-    found = _mm_insert_epi32(found, table[state(all, 16)], 1);
-    found = _mm_insert_epi32(found, table[state(all, 32)], 2);
-    return _mm_insert_epi32(found, table[all >> 48], 3);
-}
-
-// Of a and b in turn
-[[gnu::always_inline]] inline __m128i entries(const uint16_t *table, uint64_t a, uint64_t b) {
-    __m128i found = _mm_cvtsi32_si128(table[uint16_t(a)]);
-    found = _mm_insert_epi16(found, table[uint16_t(b)], 1);
-    found = _mm_insert_epi16(found, table[state(a, 16)], 2);
-    found = _mm_insert_epi16(found, table[state(b, 16)], 3);
-    found = _mm_insert_epi16(found, table[state(a, 32)], 4);
-    found = _mm_insert_epi16(found, table[state(b, 32)], 5);
-    found = _mm_insert_epi16(found, table[a >> 48], 6);
-    return _mm_insert_epi16(found, table[b >> 48], 7);
-}
-
-[[gnu::always_inline]] inline Floats numbers(__m128i low, __m128i high) {
-#ifdef __AVX512F__
-    return (Floats)_mm512_cvtph_ps(_mm256_set_m128i(high, low));
-#else
-    return (Floats)_mm256_cvtph_ps(low);
-#endif
-}
-
-// Two halves an entry: of two columns, or of a row and the next one, whose states together are a
-// window of L + bits bits
-template <int ROWS_, int WIDTH_> struct Pairs : Listed<ROWS_, WIDTH_> {
-    using Base = Listed<ROWS_, WIDTH_>;
-    const uint32_t *table;
-    Pairs(const uint32_t *table, int bits) : Base(bits), table(table) {}
-    [[gnu::always_inline]] Floats operator()(const typename Base::Held &held, int v) const {
-        const uint16_t *at = held.at + v * Base::EACH;
-        return numbers(entries(table, at), entries(table, at + Base::EACH - 4));
-    }
-};
-
-// Of `at` and of `below` in turn: two rows of single halves
-[[gnu::always_inline]] inline Floats rows(const uint16_t *table, const uint16_t *at,
-                                          const uint16_t *below) {
-    constexpr int LAST = LANES / 2 - 4;
-    uint64_t low[2], high[2];
-    std::memcpy(&low[0], at, 8), std::memcpy(&low[1], below, 8);
-    std::memcpy(&high[0], at + LAST, 8), std::memcpy(&high[1], below + LAST, 8);
-    return numbers(entries(table, low[0], low[1]), entries(table, high[0], high[1]));
-}
-
-// Two rows from a table of single halves
-struct Singles {
-    static constexpr int ROWS = 2, WIDTH = 1, EACH = LANES / 2;
-    static constexpr int VECTORS = HELD / EACH, BATCH = GROUP / ROWS;
-    struct Held {
-        alignas(64) uint16_t at[2][HELD];
-    };
-    static int step(int v, int lane) { return v * EACH + lane / 2; }
-    static int minor(int lane) { return lane % 2; }
-
+// Two halves an entry, of two columns
+struct Doubles : Listed<1, 2> {
     const uint16_t *table;
-    Shorts mask;
-    Singles(const uint16_t *table, int bits) : table(table), mask(low_bits(bits)) {}
-    [[gnu::always_inline]] void put(Held &held, const Shorts *low, const Shorts *high) const {
-        const Shorts all[4] = {low[0] & mask, high[0] & mask, low[1] & mask, high[1] & mask};
-        std::memcpy(held.at, all, sizeof all);
-    }
+    Doubles(const uint16_t *table, int bits) : Listed<1, 2>(bits), table(table) {}
     [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
-        return rows(table, held.at[0] + v * EACH, held.at[1] + v * EACH);
-    }
-};
-
-// The first half of a block as in Pairs, whose table waits for the second cache; the other half as
-// in Singles, whose table is in the first one, but which loads twice as often
-struct Mixed {
-    static constexpr int ROWS = 2, WIDTH = 1, EACH = LANES / 2;
-    static constexpr int VECTORS = HELD / EACH, BATCH = GROUP / ROWS;
-    struct Held {
-        alignas(64) uint16_t at[3][STEPS];  // windows of the first half, rows of the other
-    };
-    static int step(int v, int lane) { return v % 2 * STEPS + v / 2 * EACH + lane / 2; }
-    static int minor(int lane) { return lane % 2; }
-
-    const uint32_t *pairs;
-    const uint16_t *halves;
-    Shorts window_mask, mask;
-    Mixed(const uint32_t *pairs, const uint16_t *halves, int window_bits, int bits)
-        : pairs(pairs), halves(halves), window_mask(low_bits(window_bits)), mask(low_bits(bits)) {}
-    [[gnu::always_inline]] void put(Held &held, const Shorts *low, const Shorts *high) const {
-        const Shorts all[3] = {low[1] & window_mask, high[0] & mask, high[1] & mask};
-        std::memcpy(held.at, all, sizeof all);
-    }
-    [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
-        const int at = v / 2 * EACH;
-        if (v % 2) return rows(halves, held.at[1] + at, held.at[2] + at);
-        return numbers(entries(pairs, held.at[0] + at),
-                       entries(pairs, held.at[0] + at + EACH - 4));
+        const uint16_t *at = held.at + v * EACH;
+        return numbers(entries<2>(table, at), entries<2>(table, at + EACH - 4));
     }
 };
 #endif
@@ -186,6 +83,7 @@ inline Floats rounded_to_half(Floats x) {
 // Computed from words x = factor s + offset: even steps of a vector of states, then odd ones
 struct Words32 {
     static constexpr int ROWS = 1, WIDTH = 1, VECTORS = HELD / LANES, BATCH = 1;
+    using Register = ::Register;
     struct Held {
         Naturals states[2];
     };
