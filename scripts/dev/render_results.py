@@ -312,6 +312,20 @@ def of_trellis_speed(record: Mapping[str, Any]) -> str:
     )
 
 
+def of_trellis_decoding(record: Mapping[str, Any]) -> str:
+    """What products with trellis codes and lattices take: a line for a shape."""
+    names = list(record["rows"][0]["ns"])
+    lines = [f"| outputs x inputs | {' | '.join(names)} |", "|---:" * (len(names) + 1) + "|"]
+    for row in record["rows"]:
+        ns, least = row["ns"], row["ns"]["E8P12"]
+        cells = [f"{ns[name]:.3f} ns ({ns[name] / least:.2f})" for name in names]
+        lines.append(f"| {row['outputs']} x {row['inputs']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + (
+        f"\n\nPer weight, in parentheses beside E8P12, for one vector: {record['threads']} thread, "
+        f"{record['cpu']}, commit {record['commit']}. Claimed was {record['most']} at 2 bits.\n"
+    )
+
+
 RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "table": of_table,
     "run": of_run,
@@ -330,6 +344,7 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "hadamard_block": of_blocks,
     "trellis_mse": of_trellis,
     "trellis_speed": of_trellis_speed,
+    "trellis_decoding": of_trellis_decoding,
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@
 namespace {
 
 constexpr int64_t PIECE = 1 << 16;  // products that are worth a thread
-constexpr int SOME = 8;             // pairs of rows whose windows are made before they are looked up
+constexpr int SOME = 8;             // pairs of rows, whose windows are made before they are used
 
 // x times the scales, in the order of the weights: vectors of all T tokens in turn
 template <class Weights, int T>
@@ -62,10 +62,11 @@ template <class Weights, int T>
 
 // sums += products of a block with the inputs of T tokens
 template <class Weights, int T>
-[[gnu::always_inline]] inline void add_block(Walk<Register> &walk, int64_t p, const Weights &weights,
-                                             const float *x, Floats (*sums)[T]) {
+[[gnu::always_inline]] inline void add_block(Walk<Register> &walk, int64_t b,
+                                             const Weights &weights, const float *x,
+                                             Floats (*sums)[T]) {
     constexpr int ROWS = Weights::ROWS, VECTORS = Weights::VECTORS, BATCH = Weights::BATCH;
-    Block block(walk, p);
+    Block block(walk, b);
     Floats kept[T == 1 ? VECTORS : 1];
     for (int v = 0; v < VECTORS && T == 1; v++) kept[v] = load(x + v * LANES);
     for (int first = 0; first < walk.rows; first += BATCH * ROWS) {
@@ -83,32 +84,42 @@ template <class Weights, int T>
 // sums += products of all blocks
 template <class Weights, int T>
 void add_blocks(Walk<Register> &walk, const Weights &weights, const float *x, Floats (*sums)[T]) {
-    for (size_t p = 0; p < walk.all.size(); p += 2, x += Weights::VECTORS * T * LANES)
-        add_block<Weights, T>(walk, p, weights, x, sums);
+    for (size_t b = 0; b < walk.registers.size(); b++, x += Weights::VECTORS * T * LANES)
+        add_block<Weights, T>(walk, b, weights, x, sums);
 }
 
 #ifdef HALVES
-template <class Weights, int T>
-void add_blocks(Walk<Planes> &walk, const Weights &weights, const float *x, Floats (*sums)[T]) {
+// sums += products of block b, which goes down two rows at once
+template <class Source, class Weights, int T>
+[[gnu::always_inline]] inline void add_down(Walk<Planes> &walk, int64_t b, const Weights &weights,
+                                            const float *x, Floats (*sums)[T]) {
     constexpr int VECTORS = Weights::VECTORS;
     const int pairs = (walk.rows + 1) / 2;
-    for (size_t p = 0; p < walk.all.size(); p++, x += VECTORS * T * LANES) {
-        Floats kept[T == 1 ? VECTORS : 1];
-        for (int v = 0; v < VECTORS && T == 1; v++) kept[v] = load(x + v * LANES);
-        const Place &place = walk.all[p];
-        typename Weights::Down down(weights, walk.registers[p], place.up);
-        for (int first = 0; first < pairs; first += SOME) {
-            typename Weights::Held held[SOME];
-            const int stop = std::min(first + SOME, pairs);
-            for (int i = first; i < stop; i++)
-                for (int row : {2 * i, 2 * i + 1}) __builtin_prefetch(walk.at[row] + place.byte + HELD);
-            for (int i = first; i < stop; i++)
-                down.go(walk.at[2 * i] + place.byte, walk.at[2 * i + 1] + place.byte,
-                        held[i - first]);
-            for (int i = first; i < stop; i++)
-                add<Weights, T>(weights, held[i - first], x, kept, sums[i]);
-        }
+    const Place *places = &walk.all[b * PLACES];
+    Floats kept[T == 1 ? VECTORS : 1];
+    for (int v = 0; v < VECTORS && T == 1; v++) kept[v] = load(x + v * LANES);
+    if (b == 0 || places[-1].byte < places->byte)  // these bytes are read first: bring the next
+        for (int row = 0; row < walk.rows; row++)
+            __builtin_prefetch(walk.at[row] + places->byte + HELD);
+    typename Weights::template Down<Source> down(weights, places, walk.registers[b]);
+    for (int first = 0; first < pairs; first += SOME) {
+        typename Weights::Held held[SOME];
+        const int stop = std::min(first + SOME, pairs);
+        for (int i = first; i < stop; i++)
+            down.go(walk.at[2 * i], walk.at[2 * i + 1], held[i - first]);
+        for (int i = first; i < stop; i++)
+            add<Weights, T>(weights, held[i - first], x, kept, sums[i]);
     }
+    walk.registers[b] = down.planes();
+}
+
+template <class Weights, int T>
+void add_blocks(Walk<Planes> &walk, const Weights &weights, const float *x, Floats (*sums)[T]) {
+    for (size_t b = 0; b < walk.registers.size(); b++, x += Weights::VECTORS * T * LANES)
+        if (together(&walk.all[b * PLACES]))
+            add_down<Neighbours, Weights, T>(walk, b, weights, x, sums);
+        else
+            add_down<Pieces, Weights, T>(walk, b, weights, x, sums);
 }
 #endif
 
@@ -157,7 +168,7 @@ void decode_rows(const TrellisMatvec &a, const Weights &weights, Number *W) {
         Walk<Register> walk(a, all, first, stop);
         while (walk.go())
             for (size_t p = 0; p < all.size(); p += 2) {
-                Block block(walk, p);
+                Block block(walk, p / 2);
                 for (int i = 0; i < walk.rows; i++) {
                     typename Weights::Held held;
                     Shorts low, high;
@@ -212,8 +223,8 @@ extern "C" void multiply_trellis(const TrellisMatvec *given, int32_t) {
 #ifdef HALVES
     if (a.halves && a.width == 2) return multiply_with(a, Doubles(a.halves, bits));
     if (a.circuits) return multiply_with(a, Circuits(a.circuits));
-    if (a.pairs) return multiply_with(a, Pairs(a.pairs, bits + a.bits, a.bits));
-    if (a.halves && a.across == 1) return multiply_with(a, Singles(a.halves, bits, a.bits));
+    if (a.pairs) return multiply_with(a, Pairs(a.bits, a.pairs, bits));
+    if (a.halves && a.across == 1) return multiply_with(a, Singles(a.bits, a.halves, bits));
 #endif
     if (a.width == 2) return multiply_with(a, Numbers<2>(a.table, bits));
     multiply_with(a, Numbers<1>(a.table, bits));

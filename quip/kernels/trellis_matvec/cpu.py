@@ -25,7 +25,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FEW = 16  # vectors: for more, products with a decoded matrix are as fast
 STATES, STEP = 16, 8  # bits of a state and of a step, at most
 WIDTHS = 1, 2  # weights of a step
-WINDOW = 13  # bits; larger tables of pairs do not stay in the first cache
+WINDOW = 13  # bits; larger tables of pairs leave the first cache
 KINDS = {"mul1": 1, "mcg": 2, "3inst": 3, "1mad": 4, "int8": 5}  # the enum Kind of walk.h
 NUMBERS = {torch.float32, torch.bfloat16}  # that cpu.cpp writes as weights
 
@@ -36,8 +36,8 @@ class _TrellisMatvec(ctypes.Structure):
     _fields_ = (
         *[(name, c_int64) for name in ("m", "steps", "tokens", "row_bytes", "group")],
         *[(name, c_int64) for name in ("tiles", "across")],
-        *[(name, c_void_p) for name in ("words", "x", "scales", "table", "halves", "pairs", "circuits")],
-        ("out", c_void_p),
+        *[(name, c_void_p) for name in ("words", "x", "scales", "table")],
+        *[(name, c_void_p) for name in ("halves", "pairs", "circuits", "out")],
         *[(name, c_int32) for name in ("bits", "state_bits", "width", "kind")],
         *threads.FIELDS,
     )
@@ -95,8 +95,7 @@ def _call(
     n, words, scales = x.shape[-1], words.contiguous(), scales.detach().float().contiguous()
     down = tiling.columns == code.V  # a step is a row, and the next row the next step
     table = halves(code) if reads else None
-    joint = pairs(code) if reads and down else None
-    ring = circuits(code) if reads and down else None
+    tables = (pairs(code), circuits(code)) if reads and down else (None, None)
     call = _TrellisMatvec(
         len(words),
         n // code.V,
@@ -110,8 +109,7 @@ def _call(
         scales.data_ptr(),
         code.table.data_ptr(),
         pointer(table),
-        pointer(joint),
-        pointer(ring),
+        *map(pointer, tables),
         to.data_ptr(),
         code.bits,
         code.L,
@@ -135,10 +133,10 @@ def halves(code: Code) -> Int16[Tensor, "states V"] | None:
 def pairs(code: Code) -> Int16[Tensor, "windows 2"] | None:
     """Two halves for each window of L + bits bits: of a row, and those of the next one.
 
-    None where they would be many, or a step has two weights already.
+    None where they would be many, or two codes more than a byte, or a step has two weights already.
     """
     table = halves(code)
-    if table is None or code.V > 1 or code.L + code.bits > WINDOW:
+    if table is None or code.V > 1 or code.bits > STEP // 2 or code.L + code.bits > WINDOW:
         return None
     window = torch.arange(len(table) << code.bits)
     return table[torch.stack([window >> code.bits, window & (len(table) - 1)], 1), 0]

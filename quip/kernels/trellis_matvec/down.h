@@ -1,8 +1,11 @@
-// The weights of blocks of columns that go down the rows of a matrix: those of two rows at once, from tables of
-// halves, of which a load brings both where the table holds them side by side.
+// The weights of blocks of columns that go down the rows of a matrix: those of two rows at once,
+// from tables of halves, of which a load brings both where the table holds them side by side.
 //
-// A form of weights goes `Down` a block, two rows at a time, and has what it needs of them put into a `Held`, of
-// which it then makes vectors of weights. The lanes of a vector are two rows of one column after the other.
+// The last 16 bits of a column are bytes of two planes: as many columns lie in a register as it has
+// bytes. A form of weights goes `Down` a block, two rows at a time, and has what it needs of them
+// put into a `Held`, of which it then makes vectors of weights. The lanes of a vector are two rows
+// of one column after the other. What is stored is loaded some rows later: a vector is not passed
+// on to loads of its parts before it has reached the cache.
 
 #pragma once
 
@@ -15,12 +18,7 @@ namespace {
 
 typedef uint8_t Plane __attribute__((vector_size(HELD)));  // a byte of each column of a block
 typedef uint16_t Twos __attribute__((vector_size(HELD)));
-
-inline Plane plane(const uint8_t *from) {
-    Plane to;
-    std::memcpy(&to, from, sizeof to);
-    return to;
-}
+typedef uint32_t Fours __attribute__((vector_size(HELD)));
 
 inline Plane plane_of(uint8_t byte) { return Plane{} + byte; }
 
@@ -37,46 +35,81 @@ inline Plane select(Plane mask, Plane one, Plane other) {
 inline Plane raised(Plane x, int count) { return (Plane)((Twos)x << count); }
 inline Plane lowered(Plane x, int count) { return (Plane)((Twos)x >> count); }
 
-// The last 16 bits of the columns of a block
-struct Planes {
-    static constexpr int COLUMNS = HELD;
-    Plane high = {}, low = {};
-    void take(const uint8_t *bytes, int top, int bits) {  // top: from a code's first bit to that of 16
-        const Plane codes = lowered(plane(bytes), 16 - top - bits);
-        high = select(plane_of((1 << bits) - 1), lowered(low, 8 - bits), raised(high, bits));
-        low = select(plane_of((1 << bits) - 1), codes, raised(low, bits));
+constexpr int PLACES = HELD / PIECE_COLUMNS;  // of a block
+
+// Whether the columns of a block are neighbours
+inline bool together(const Place *places) {
+    return places[PLACES - 1].byte - places[0].byte == HELD - PIECE_COLUMNS;
+}
+
+// The codes of neighbours; older bits stand above them
+struct Neighbours {
+    int64_t byte;
+    int right;  // what moves a code to the end of its byte
+    Neighbours(const Place *places, int bits)
+        : byte(places->byte), right(16 - places->up - bits) {}
+    Plane codes(const uint8_t *row) const {
+        Plane bytes;
+        std::memcpy(&bytes, row + byte, sizeof bytes);
+        return lowered(bytes, right);
     }
 };
 
-constexpr int EACH = LANES / 2;  // columns of a vector
-
-// What are the bytes above and below of 16 bits each: those of groups of 8 columns in turn, and the others
-inline void pair_up(Plane high, Plane low, Twos &even, Twos &odd) {
-#ifdef __AVX512BW__
-    even = (Twos)_mm512_unpacklo_epi8((__m512i)low, (__m512i)high);
-    odd = (Twos)_mm512_unpackhi_epi8((__m512i)low, (__m512i)high);
+// The same of any columns
+struct Pieces {
+    const Place *places;
+    Fours right = {};
+    Pieces(const Place *places, int bits) : places(places) {
+        for (int i = 0; i < HELD / 4; i++)
+            right[i] = 16 - places[4 * i / PIECE_COLUMNS].up - bits;
+    }
+    Plane codes(const uint8_t *row) const {
+        const auto piece = [&](int i) {
+            return _mm_loadu_si128((const __m128i *)(row + places[i].byte));
+        };
+#ifdef __AVX512F__
+        __m512i bytes = _mm512_castsi128_si512(piece(0));
+        bytes = _mm512_inserti32x4(bytes, piece(1), 1);
+        bytes = _mm512_inserti32x4(bytes, piece(2), 2);
+        bytes = _mm512_inserti32x4(bytes, piece(3), 3);
 #else
-    even = (Twos)_mm256_unpacklo_epi8((__m256i)low, (__m256i)high);
-    odd = (Twos)_mm256_unpackhi_epi8((__m256i)low, (__m256i)high);
+        const __m256i bytes = _mm256_set_m128i(piece(1), piece(0));
 #endif
-}
+        return (Plane)((Fours)bytes >> right);
+    }
+};
 
-inline void put(uint16_t *to, Twos even, Twos odd) {
-    std::memcpy(to, &even, sizeof even), std::memcpy(to + HELD / 2, &odd, sizeof odd);
-}
+// The last 16 bits of the columns of a block
+struct Planes {
+    static constexpr int COLUMNS = PIECE_COLUMNS;
+    Plane high = {}, low = {};
+    void take(const uint8_t *row, const Place *places, int bits) {
+        take(Pieces(places, bits).codes(row), bits);
+    }
+    void take(Plane codes, int bits) {
+        const Plane mask = plane_of((1 << bits) - 1);
+        high = select(mask, lowered(low, 8 - bits), raised(high, bits));
+        low = select(mask, codes, raised(low, bits));
+    }
+};
 
-// Windows of 16 bits in the order of `window`
-inline void put(uint16_t *to, Plane high, Plane low) {
+// 16 bits of each column, of which planes have the upper and the lower eight: eight columns are in
+// one of the vectors, the next eight in the other
+struct Windows {
     Twos even, odd;
-    pair_up(high, low, even, odd);
-    put(to, even, odd);
-}
-
-// Of the first column of vector v; the others follow
-inline const uint16_t *window(const uint16_t *all, int v) {
-    const int column = v * EACH, eight = column / 8;
-    return all + eight % 2 * (HELD / 2) + eight / 2 * 8 + column % 8;
-}
+    Windows(Plane high, Plane low) {
+#ifdef __AVX512BW__
+        even = (Twos)_mm512_unpacklo_epi8((__m512i)low, (__m512i)high);
+        odd = (Twos)_mm512_unpackhi_epi8((__m512i)low, (__m512i)high);
+#else
+        even = (Twos)_mm256_unpacklo_epi8((__m256i)low, (__m256i)high);
+        odd = (Twos)_mm256_unpackhi_epi8((__m256i)low, (__m256i)high);
+#endif
+    }
+    void put(uint16_t *to) const {
+        std::memcpy(to, &even, sizeof even), std::memcpy(to + HELD / 2, &odd, sizeof odd);
+    }
+};
 
 // 16 of the bits of four windows
 inline uint64_t one_of(uint64_t all, int shift) {
@@ -94,10 +127,9 @@ template <int WIDTH> inline uint32_t both(const uint16_t *table, uint64_t at) {
     return both;
 }
 
-// Two halves for each of four windows, from table + WIDTH * window on; windows lie in memory and are
-// taken apart in registers: loads are what is short
+// Those of four windows, which are taken apart in registers: loads are what is short
 template <int WIDTH>
-[[gnu::always_inline]] inline __m128i entries(const uint16_t *table, const uint16_t *at) {
+[[gnu::always_inline]] inline __m128i four(const uint16_t *table, const uint16_t *at) {
     uint64_t all;
     std::memcpy(&all, at, sizeof all);
     __m128i found = _mm_cvtsi32_si128(both<WIDTH>(table, uint16_t(all)));
@@ -106,121 +138,122 @@ template <int WIDTH>
     return _mm_insert_epi32(found, both<WIDTH>(table, all >> 48), 3);
 }
 
+// Those of all windows of a vector; a shuffle is saved where a broadcast does
 #ifdef __AVX512F__
-// Of eight windows; some come in without a shuffle, of which fewer are done in a cycle
+typedef __m256i Halves;
 template <int WIDTH>
-[[gnu::always_inline]] inline __m256i eight(const uint16_t *table, const uint16_t *at) {
+[[gnu::always_inline]] inline Halves entries(const uint16_t *table, const uint16_t *at) {
     uint64_t all;
     std::memcpy(&all, at + 4, sizeof all);
-    __m256i found = _mm256_castsi128_si256(entries<WIDTH>(table, at));
+    Halves found = _mm256_castsi128_si256(four<WIDTH>(table, at));
     found = _mm256_mask_set1_epi32(found, 16, both<WIDTH>(table, uint16_t(all)));
     found = _mm256_mask_set1_epi32(found, 32, both<WIDTH>(table, one_of(all, 16)));
     found = _mm256_mask_set1_epi32(found, 64, both<WIDTH>(table, one_of(all, 32)));
     return _mm256_mask_set1_epi32(found, 128, both<WIDTH>(table, all >> 48));
 }
-#endif
-
-[[gnu::always_inline]] inline Floats numbers(__m128i low, __m128i high) {
-#ifdef __AVX512F__
-    return (Floats)_mm512_cvtph_ps(_mm256_set_m128i(high, low));
+inline Floats numbers(Halves halves) { return (Floats)_mm512_cvtph_ps(halves); }
 #else
-    return (Floats)_mm256_cvtph_ps(low);
-#endif
+typedef __m128i Halves;
+template <int WIDTH>
+[[gnu::always_inline]] inline Halves entries(const uint16_t *table, const uint16_t *at) {
+    return four<WIDTH>(table, at);
 }
+inline Floats numbers(Halves halves) { return (Floats)_mm256_cvtph_ps(halves); }
+#endif
 
-// Of two rows, whose states together are a window of L + bits bits, which names an entry
-struct Pairs {
-    static constexpr int ROWS = 2, WIDTH = 1, VECTORS = HELD / EACH;
+struct TwoRows {
+    static constexpr int ROWS = 2, WIDTH = 1, EACH = LANES / 2, VECTORS = HELD / EACH;
     using Register = Planes;
-    struct Held {
-        alignas(64) uint16_t at[HELD];
-    };
     static int step(int v, int lane) { return v * EACH + lane / 2; }
     static int minor(int) { return 0; }
 
-    const uint16_t *table;
-    int bits;
-    Plane high, low;  // masks
-    Pairs(const uint16_t *table, int window, int bits)
-        : table(table), bits(bits), high(plane_of(((1 << window) - 1) >> 8)), low(plane_of((1 << window) - 1)) {}
+    // The window of the first column of vector v; the others follow
+    static const uint16_t *window(const uint16_t *all, int v) {
+        const int column = v * EACH, eight = column / 8;
+        return all + eight % 2 * (HELD / 2) + eight / 2 * 8 + column % 8;
+    }
 
-    struct Down {
+    int bits;
+    const uint16_t *table;
+    Plane high, low;  // masks of windows
+    TwoRows(int bits, const uint16_t *table, int window)
+        : bits(bits), table(table), high(plane_of(((1 << window) - 1) >> 8)),
+          low(plane_of((1 << window) - 1)) {}
+};
+
+// The states of two rows together are a window of L + bits bits, which names an entry
+struct Pairs : TwoRows {
+    struct Held {
+        alignas(64) uint16_t at[HELD];
+    };
+    Pairs(int bits, const uint16_t *table, int state) : TwoRows(bits, table, state + bits) {}
+
+    template <class Source> struct Down {
         const Pairs &form;
-        Planes &kept, now;
-        const int right, bits;
-        const Plane one, both;
-        Down(const Pairs &form, Planes &kept, int top)
-            : form(form), kept(kept), now(kept), right(16 - top - form.bits), bits(form.bits),
-              one(plane_of((1 << bits) - 1)), both(plane_of((1 << 2 * bits) - 1)) {}
-        ~Down() { kept = now; }
+        const Source source;
+        const int bits;
+        const Plane one, both;  // masks of a code, and of two
+        Plane high, low;
+        Down(const Pairs &form, const Place *places, const Planes &kept)
+            : form(form), source(places, form.bits), bits(form.bits),
+              one(plane_of((1 << bits) - 1)), both(plane_of((1 << 2 * bits) - 1)),
+              high(kept.high), low(kept.low) {}
+        Planes planes() const { return {high, low}; }
         [[gnu::always_inline]] void go(const uint8_t *row, const uint8_t *next, Held &held) {
-            const Plane first = lowered(plane(row), right), second = lowered(plane(next), right);
-            const Plane codes = select(one, second, raised(first, bits));
-            now.high = select(both, lowered(now.low, 8 - 2 * bits), raised(now.high, 2 * bits));
-            now.low = select(both, codes, raised(now.low, 2 * bits));
-            put(held.at, now.high & form.high, now.low & form.low);
+            const Plane two = select(one, source.codes(next), raised(source.codes(row), bits));
+            high = select(both, lowered(low, 8 - 2 * bits), raised(high, 2 * bits));
+            low = select(both, two, raised(low, 2 * bits));
+            Windows(high & form.high, low & form.low).put(held.at);
         }
     };
     [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
-        const uint16_t *at = window(held.at, v);
-#ifdef __AVX512F__
-        return (Floats)_mm512_cvtph_ps(eight<2>(table, at));
-#else
-        return (Floats)_mm256_cvtph_ps(entries<2>(table, at));
-#endif
+        return numbers(entries<2>(table, window(held.at, v)));
     }
 };
 
-// The same of 14 bits, in half the room: see `circuits` in cpu.py
-struct Circuits {
-    static constexpr int ROWS = 2, WIDTH = 1, VECTORS = HELD / EACH;
-    using Register = Planes;
+// The same of 2 bits and 2^12 states in half the room: see `circuits` in cpu.py
+struct Circuits : TwoRows {
     struct Held {
         alignas(64) uint16_t at[HELD];
 #ifdef __AVX512BW__
-        uint64_t turned;
+        uint64_t turned;  // the columns whose two halves lie the other way round
 #else
-        alignas(64) uint8_t turned[HELD];
+        uint8_t turned[HELD];
 #endif
     };
-    static int step(int v, int lane) { return v * EACH + lane / 2; }
-    static int minor(int) { return 0; }
-
-    const uint16_t *table;
-    Plane places;
-    Circuits(const uint16_t *table) : table(table) {
+    Plane order;  // of a circuit: where the pair of (u, c) is
+    explicit Circuits(const uint16_t *table) : TwoRows(2, table, 14) {
         for (int i = 0; i < HELD; i++) {
-            const int u = i % 16 / 4, c = i % 4, odd = (u ^ c) & 1;
-            places[i] = 2 * ((u >> 1 ^ (odd & (c == 3))) << 2 | c) + odd;
+            const int u = i % 16 / 4, c = i % 4, turned = (u ^ c) & 1;
+            order[i] = 2 * ((u >> 1 ^ (turned & (c == 3))) << 2 | c) + turned;
         }
     }
 
-    // Codes of the rows up to the first of two: `older`, `old` and `now` have four of them, and end
-    // two rows one after the other
-    struct Down {
+    // Four codes each: `now` ends with the first of two rows, `old` two rows above it, and so on;
+    // `last` ends with the second row
+    template <class Source> struct Down {
         const Circuits &form;
-        Planes &kept;
-        const int right;
+        const Source source;
         Plane old, now, last;
-        Down(const Circuits &form, Planes &kept, int top)
-            : form(form), kept(kept), right(14 - top),
-              old(select(plane_of(3), lowered(kept.low, 6), raised(kept.high, 2))),
-              now(select(plane_of(0x3f), lowered(kept.low, 2), raised(kept.high, 6))), last(kept.low) {}
-        ~Down() {
-            kept.high = lowered(old, 2) & plane_of(0x3f);
-            kept.low = select(plane_of(3), last, raised(now, 2));
+        Down(const Circuits &form, const Place *places, const Planes &kept)
+            : form(form), source(places, 2),
+              old(select(plane_of(0x03), lowered(kept.low, 6), raised(kept.high, 2))),
+              now(select(plane_of(0x3f), lowered(kept.low, 2), raised(kept.high, 6))),
+              last(kept.low) {}
+        Planes planes() const {
+            return {lowered(old, 2), select(plane_of(0x03), last, raised(now, 2))};
         }
         [[gnu::always_inline]] void go(const uint8_t *row, const uint8_t *next, Held &held) {
-            const Plane first = select(plane_of(3), lowered(plane(row), right), raised(last, 2));
-            const Plane older = old, shifted = raised(now, 4);
-            last = lowered(plane(next), right);
-            old = now, now = select(plane_of(15), first, shifted);
-            const Plane which = select(plane_of(3), last, older) & plane_of(15);
-            const Plane place = shuffled(form.places, which);
-            const Plane low = select(plane_of(0xf0), raised(now, 4), place);
-            Twos even, odd;
-            pair_up(old, low, even, odd);
-            put(held.at, at(even), at(odd));
+            const Plane two = select(plane_of(0x03), source.codes(row), raised(last, 2));
+            const Plane older = old;
+            old = now, now = select(plane_of(0x0f), two, raised(now, 4));
+            last = source.codes(next);
+            const Plane which = select(plane_of(0x03), last, older) & plane_of(0x0f);  // u and c
+            const Plane place = shuffled(form.order, which);
+            Windows at(old, select(plane_of(0xf0), raised(now, 4), place));  // u, e, place
+            at.even = (at.even & 0x3fff) + (at.even >> 4 & 0x3ff);           // 17 e + place
+            at.odd = (at.odd & 0x3fff) + (at.odd >> 4 & 0x3ff);
+            at.put(held.at);
 #ifdef __AVX512BW__
             held.turned = _mm512_test_epi8_mask((__m512i)place, (__m512i)plane_of(1));
 #else
@@ -228,7 +261,6 @@ struct Circuits {
             std::memcpy(held.turned, &turned, sizeof turned);
 #endif
         }
-        static Twos at(Twos all) { return (all & 0x3fff) + (all >> 4 & 0x3ff); }
         static Plane shuffled(Plane table, Plane at) {
 #ifdef __AVX512BW__
             return (Plane)_mm512_shuffle_epi8((__m512i)table, (__m512i)at);
@@ -238,23 +270,23 @@ struct Circuits {
         }
     };
     [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
-        const uint16_t *at = window(held.at, v);
+        Halves all = entries<1>(table, window(held.at, v));
 #ifdef __AVX512BW__
-        __m256i all = eight<1>(table, at);
-        return (Floats)_mm512_cvtph_ps(_mm256_mask_rol_epi32(all, held.turned >> 8 * v, all, 16));
+        all = _mm256_mask_rol_epi32(all, held.turned >> EACH * v, all, 16);
 #else
-        const __m128i low = entries<1>(table, at);
-        int32_t four;
-        std::memcpy(&four, held.turned + EACH * v, sizeof four);
-        const __m128i turned = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(four));
-        const __m128i order = _mm_set_epi8(13, 12, 15, 14, 9, 8, 11, 10, 5, 4, 7, 6, 1, 0, 3, 2);
-        return numbers((__m128i)_mm_blendv_ps((__m128)low, (__m128)_mm_shuffle_epi8(low, order), (__m128)turned), low);
+        int32_t bytes;
+        std::memcpy(&bytes, held.turned + EACH * v, sizeof bytes);
+        const __m128i turned = _mm_cvtepi8_epi32(_mm_cvtsi32_si128(bytes));
+        const __m128i other = _mm_or_si128(_mm_slli_epi32(all, 16), _mm_srli_epi32(all, 16));
+        all = (__m128i)_mm_blendv_ps((__m128)all, (__m128)other, (__m128)turned);
 #endif
+        return numbers(all);
     }
 };
 
 // Of two rows of single halves in turn
-[[gnu::always_inline]] inline __m128i alternating(const uint16_t *table, const uint16_t *row, const uint16_t *next) {
+[[gnu::always_inline]] inline __m128i alternating(const uint16_t *table, const uint16_t *row,
+                                                  const uint16_t *next) {
     uint64_t a, b;
     std::memcpy(&a, row, sizeof a), std::memcpy(&b, next, sizeof b);
     __m128i found = _mm_cvtsi32_si128(table[uint16_t(a)]);
@@ -268,38 +300,34 @@ struct Circuits {
 }
 
 // From a table of single halves
-struct Singles {
-    static constexpr int ROWS = 2, WIDTH = 1, VECTORS = HELD / EACH;
-    using Register = Planes;
+struct Singles : TwoRows {
     struct Held {
         alignas(64) uint16_t at[2][HELD];
     };
-    static int step(int v, int lane) { return v * EACH + lane / 2; }
-    static int minor(int) { return 0; }
+    Singles(int bits, const uint16_t *table, int state) : TwoRows(bits, table, state) {}
 
-    const uint16_t *table;
-    int bits;
-    Plane high, low;  // masks
-    Singles(const uint16_t *table, int state, int bits)
-        : table(table), bits(bits), high(plane_of(((1 << state) - 1) >> 8)), low(plane_of((1 << state) - 1)) {}
-
-    struct Down {
+    template <class Source> struct Down {
         const Singles &form;
-        Planes &kept, now;
-        const int top;
-        Down(const Singles &form, Planes &kept, int top) : form(form), kept(kept), now(kept), top(top) {}
-        ~Down() { kept = now; }
+        const Source source;
+        Planes now;
+        Down(const Singles &form, const Place *places, const Planes &kept)
+            : form(form), source(places, form.bits), now(kept) {}
+        const Planes &planes() const { return now; }
         [[gnu::always_inline]] void go(const uint8_t *row, const uint8_t *next, Held &held) {
-            now.take(row, top, form.bits);
-            put(held.at[0], now.high & form.high, now.low & form.low);
-            now.take(next, top, form.bits);
-            put(held.at[1], now.high & form.high, now.low & form.low);
+            now.take(source.codes(row), form.bits);
+            Windows(now.high & form.high, now.low & form.low).put(held.at[0]);
+            now.take(source.codes(next), form.bits);
+            Windows(now.high & form.high, now.low & form.low).put(held.at[1]);
         }
     };
     [[gnu::always_inline]] Floats operator()(const Held &held, int v) const {
         const uint16_t *row = window(held.at[0], v), *next = window(held.at[1], v);
-        constexpr int LAST = EACH - 4;
-        return numbers(alternating(table, row, next), alternating(table, row + LAST, next + LAST));
+        const __m128i low = alternating(table, row, next);
+#ifdef __AVX512F__
+        return numbers(_mm256_set_m128i(alternating(table, row + 4, next + 4), low));
+#else
+        return numbers(low);
+#endif
     }
 };
 

@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int STEPS = 2 * LANES, HELD = 2 * STEPS;  // of a vector of states; of a block of two
+constexpr int PIECE_COLUMNS = 16;  // of a place where a block has its last bits in bytes
 constexpr int GROUP = 32;                           // rows that a block goes down at once
 
 typedef uint16_t Shorts __attribute__((vector_size(2 * STEPS)));
@@ -73,33 +74,41 @@ inline Shorts after(Shorts states, Shorts bytes, int up, int bits) {
 #endif
 }
 
-// The last bits of the columns of a place, as numbers of 16 bits
-struct Register {
-    static constexpr int COLUMNS = STEPS;
-    Shorts states = {};
-    void take(const uint8_t *bytes, int up, int bits) {
-        states = after(states, shorts(bytes), up, bits);
-    }
-};
-
 // Some neighbouring columns: their codes are in the same bits of the bytes at `byte`
 struct Place {
     int64_t byte, first, count;
     int up;
 };
 
-// All places of a row, of `width` columns at most; as many as blocks of HELD columns have room for
-inline std::vector<Place> places(const TrellisMatvec &a, int width) {
+// The last bits of the columns of two places, as numbers of 16 bits
+struct Register {
+    static constexpr int COLUMNS = STEPS;  // of a place
+    Shorts states[2] = {};
+    void take(const uint8_t *row, const Place *places, int bits) {
+        for (int i = 0; i < 2; i++)
+            states[i] = after(states[i], shorts(row + places[i].byte), places[i].up, bits);
+    }
+};
+
+// All places of a row, of `columns` at most; as many as blocks of HELD columns have room for. Small
+// ones are neighbours in a block, but for those of the last bytes
+inline std::vector<Place> places(const TrellisMatvec &a, int columns) {
     std::vector<Place> all;
     const int fields = a.packed() ? 8 / a.bits : 1;
     const int64_t size = divide_up(a.steps, fields);
-    for (int64_t byte = 0; byte < size; byte += width)
-        for (int f = 0; f < fields; f++) {
-            const int64_t first = f * size + byte;
-            const int64_t count = std::min({int64_t(width), size - byte, a.steps - first});
-            if (count > 0) all.push_back({byte, first, count, 16 - (f + 1) * a.bits});
-        }
-    while (all.size() * width % HELD) all.push_back({0, 0, 0, 0});
+    const int64_t whole = columns < STEPS ? size / HELD * HELD : 0;
+    const auto put = [&](int64_t byte, int f) {
+        const int64_t first = f * size + byte;
+        const int64_t count = std::min({int64_t(columns), size - byte, a.steps - first});
+        if (count > 0 || byte < whole)
+            all.push_back({byte, first, std::max<int64_t>(count, 0), 16 - (f + 1) * a.bits});
+    };
+    for (int64_t start = 0; start < whole; start += HELD)
+        for (int f = 0; f < fields; f++)
+            for (int64_t byte = start; byte < start + HELD; byte += columns) put(byte, f);
+    for (int64_t byte = whole; byte < size; byte += columns)
+        for (int f = 0; f < fields; f++) put(byte, f);
+    while (all.size() * columns % HELD) all.push_back({0, 0, 0, 16 - a.bits});
     return all;
 }
 
@@ -107,8 +116,9 @@ inline std::vector<Place> places(const TrellisMatvec &a, int width) {
 template <class Register> class Walk {
   public:
     Walk(const TrellisMatvec &a, const std::vector<Place> &all, int64_t first, int64_t stop)
-        : a(a), all(all), registers(all.size()), next(first), stop(stop),
-          padded(divide_up(a.steps, HELD) * HELD), stride(padded + sizeof(Words)), copies(GROUP * stride),
+        : a(a), all(all), registers(all.size() * Register::COLUMNS / HELD), next(first), stop(stop),
+          padded(divide_up(a.steps, HELD) * HELD), stride(padded + sizeof(Words)),
+          copies(GROUP * stride),
           written(a.across > 1 ? (GROUP + 1) * stride : 0) {}
 
     int64_t row;  // of the group
@@ -143,8 +153,8 @@ template <class Register> class Walk {
         for (int64_t i = divide_up(a.state_bits, a.bits * a.across); i > 0; i--) {
             const int64_t back = (next - start - i) % size;
             read(start + back + (back < 0 ? size : 0), 1);
-            for (size_t p = 0; p < all.size() && a.across == 1; p++)
-                registers[p].take(at[0] + all[p].byte, all[p].up, a.bits);
+            for (size_t b = 0; b < registers.size() && a.across == 1; b++)
+                registers[b].take(at[0], &all[b * (HELD / Register::COLUMNS)], a.bits);
         }
     }
 
@@ -188,13 +198,13 @@ template <class Register> class Walk {
     std::vector<uint16_t> written;
 };
 
-// Two places from the top row of the group on
+// Block b from the top row of the group on
 class Block {
   public:
-    Block(Walk<Register> &walk, int64_t p)
-        : walk(walk), p(p), one(walk.all[p]), two(walk.all[p + 1]), low(walk.registers[p].states),
-          high(walk.registers[p + 1].states), bits(walk.a.bits), down(walk.a.across == 1) {}
-    ~Block() { walk.registers[p].states = low, walk.registers[p + 1].states = high; }
+    Block(Walk<Register> &walk, int64_t b)
+        : walk(walk), kept(walk.registers[b]), one(walk.all[2 * b]), two(walk.all[2 * b + 1]),
+          low(kept.states[0]), high(kept.states[1]), bits(walk.a.bits), down(walk.a.across == 1) {}
+    ~Block() { kept.states[0] = low, kept.states[1] = high; }
 
     // The states of row i, with older bits above them; anything for the row after the last one
     [[gnu::always_inline]] void go(int i, Shorts &to_low, Shorts &to_high) {
@@ -212,7 +222,7 @@ class Block {
 
   private:
     Walk<Register> &walk;
-    const int64_t p;
+    Register &kept;
     const Place one, two;
     Shorts low, high;
     const int bits;
