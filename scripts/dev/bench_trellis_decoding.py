@@ -1,4 +1,4 @@
-"""What one token's product with trellis codes takes beside E8P, and codes of as many bits beside each.
+"""What one token's product with trellis codes takes, beside those with lattice codes.
 
 Claim: with learned tables of 2^10 and 2^12 states, 2 bits take at most 1.2 times as long as E8P. A
 row that falls short of this is printed as MISSED.

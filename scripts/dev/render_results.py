@@ -322,7 +322,8 @@ def of_trellis_decoding(record: Mapping[str, Any]) -> str:
         lines.append(f"| {row['outputs']} x {row['inputs']} | {' | '.join(cells)} |")
     return "\n".join(lines) + (
         f"\n\nPer weight, in parentheses beside E8P12, for one vector: {record['threads']} thread, "
-        f"{record['cpu']}, commit {record['commit']}. Claimed was {record['most']} at 2 bits.\n"
+        f"{record['cpu']}, commit {record['commit']}. "
+        f"The aim at 2 bits was at most {record['most']}.\n"
     )
 
 

@@ -144,7 +144,7 @@ def pairs(code: Code) -> Int16[Tensor, "windows 2"] | None:
 
 @kept_with_the_code
 def circuits(code: Code) -> Int16[Tensor, " halves"] | None:
-    """The same of 2^12 states of 2 bits a step, in 34 KiB where `pairs` would take 64.
+    """Pairs of 2^12 states of 2 bits a step, in 34 KiB where `pairs` would take 64.
 
     States (u, e) of the same last 10 bits e are followed by (e, c): a circuit through four of the
     former and four of the latter in turn has each of them beside each of the others once.
