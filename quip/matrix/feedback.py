@@ -21,6 +21,7 @@ from quip.matrix.linalg import (
     block_jacobi,
     block_ldl,
     cholesky,
+    mirror,
     strictly_block_upper,
     unit_upper_inverse,
 )
@@ -30,15 +31,18 @@ Feedback = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 def none(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """K = 0: each column is rounded by itself (nearest or stochastic rounding)."""
-    return torch.zeros_like(H, dtype=torch.float64), H.diagonal().double()
+    return H.new_zeros((), dtype=torch.float64).expand(H.shape), H.diagonal().double()
 
 
-def ldl(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
+def ldl(
+    H: Float[Tensor, "n n"], dim: int = 1, *, in_place: bool = False
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """F = U of H = (I + U) D (I + U)^T: LDLQ, and OPTQ in natural order (QuIP, Theorem 6).
 
-    Returns K and diag(D). Raises NotPositiveDefinite.
+    Returns K and diag(D). With `in_place` K takes the memory of H, as `block_ldl` does. Raises
+    NotPositiveDefinite.
     """
-    U, D = block_ldl(H, dim)
+    U, D = block_ldl(H, dim, in_place=in_place)
     return _running(U), D.diagonal(dim1=1, dim2=2).reshape(-1)
 
 
@@ -89,4 +93,10 @@ def admm(
 
 
 def _running(F: Tensor) -> Tensor:
-    return torch.eye(len(F), dtype=F.dtype, device=F.device) - unit_upper_inverse(F)
+    """I - (I + F)^-1 in the memory of F, contiguous as F or its transpose is."""
+    K = unit_upper_inverse(F, in_place=True).neg_().add_(0.0)  # and no zero has a sign
+    K.diagonal().add_(1)
+    if K.is_contiguous():
+        return K
+    mirror(K.T)
+    return K.T.triu_(1)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from quip.kernels.hessian import QUANTUM, add_products, add_rounded
@@ -27,6 +27,7 @@ GROWTH = 2.0**11  # of d_i^2, up to where sums are exact
 OF_MEANS = 2.0**-33  # of d_i: what sums of x are multiples of
 FLOOR = 2.0**-4  # of the median P_ii: the least that an anchor stands for
 NOTHING = 2.0**-800  # in place of a median where there is none: outgrown by any number
+STRIP = 256  # rows of H that are made at once
 PANELS = 8  # of rows in which processes add up their sums; each ends at the diagonal
 
 
@@ -89,8 +90,22 @@ class Hessian:
         what its store gives back are then bitwise the same. The sums of the chunks are no more
         exact than that. At least one token must have been seen.
         """
-        lower = (self._lower.tril() / self.count).float().double()
-        return lower + lower.tril(-1).T
+        return self._value(torch.float64)
+
+    def take(self) -> Float32[Tensor, "n n"]:
+        """What `value` is, in float32, which holds it exactly; the sums are let go of."""
+        found = self._value(torch.float32)
+        self.forget()
+        return found
+
+    def _value(self, dtype: torch.dtype) -> Tensor:
+        H = torch.empty_like(self._lower, dtype=dtype)
+        for lo in range(0, len(H), STRIP):  # for large n there is no room for more than H
+            rows, hi = slice(lo, lo + STRIP), lo + STRIP
+            H[rows, :hi] = (self._lower[rows, :hi] / self.count).float()
+            H[:lo, rows] = H[rows, :lo].T
+            H[rows, rows] = H[rows, rows].tril() + H[rows, rows].tril(-1).T
+        return H
 
     def summed(self) -> "Hessian":
         """The moments, which are at hand; other values that are seen compute them only here."""

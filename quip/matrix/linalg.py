@@ -6,6 +6,10 @@ from torch import Tensor
 
 from quip.errors import NotPositiveDefinite
 
+STRIP = 256  # rows or columns that are worked on at once, in the memory of their matrix
+ENERGY = 1024  # columns of H that are cast together
+BATCH = 2**19  # numbers in the blocks that a strip is multiplied by
+
 
 def cholesky(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
     """The lower triangular L with H = L L^T, in float64.
@@ -14,49 +18,72 @@ def cholesky(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         NotPositiveDefinite: with the smallest eigenvalue, or saying that H is not finite.
     """
     L, info = torch.linalg.cholesky_ex(H.double())
-    if bool((info == 0) & torch.isfinite(L.diagonal()).all()):  # waits for the device once
+    if _is_factor(L, info):
         return L
-    if not bool(torch.isfinite(H).all()):
-        raise NotPositiveDefinite("the matrix holds NaN or infinity")
-    low = float(torch.linalg.eigvalsh(H.double())[0])
-    raise NotPositiveDefinite(f"the smallest eigenvalue is {low:.2e}")
+    raise _failure(H)
 
 
 def block_ldl(
-    H: Float[Tensor, "n n"], dim: int = 1
+    H: Float[Tensor, "n n"], dim: int = 1, *, in_place: bool = False
 ) -> tuple[Float[Tensor, "n n"], Float[Tensor, "blocks dim dim"]]:
     """(U, D) with H = (I + U) D (I + U)^T, U strictly block upper and D block diagonal.
 
     Blocks are `dim` wide; n must be a multiple of it. The factor is upper, not lower, because
-    the sweep goes left to right (QuIP, section 3; QuIP#, section 4.2 for dim > 1).
+    the sweep goes left to right (QuIP, section 3; QuIP#, section 4.2 for dim > 1). With `in_place`
+    U takes the memory of H, in float64 and contiguous, which is lost even where this fails.
+    Raises NotPositiveDefinite, with the smallest eigenvalue unless H is lost.
     """
-    C = cholesky(H.flip(0, 1)).flip(0, 1)  # H = C C^T, C upper
+    A = H if in_place else H.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    reverse(A)
+    mirror(A)
+    L = A.T
+    info = torch.empty(0, dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(L, out=(L, info))
+    if not _is_factor(L, info):
+        raise NotPositiveDefinite("it has no Cholesky factor") if in_place else _failure(H)
+    reverse(A)
+    C = A.T  # H = C C^T, C upper
     corners = diagonal_blocks(C, dim)
-    U = _scale_block_columns(C, torch.linalg.inv(corners))
-    return strictly_block_upper(U, dim), corners @ corners.mT
+    inverses, D = torch.linalg.inv(corners), corners @ corners.mT
+    _scale_block_columns(C, inverses, C)
+    _keep_strictly_block_upper(C, dim)
+    return C, D
 
 
-def unit_upper_inverse(U: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
-    """(I + U)^-1 for strictly (block) upper U."""
-    eye = torch.eye(len(U), dtype=U.dtype, device=U.device)
-    return torch.linalg.solve_triangular(U + eye, eye, upper=True, unitriangular=True)
+def unit_upper_inverse(U: Float[Tensor, "n n"], *, in_place: bool = False) -> Float[Tensor, "n n"]:
+    """(I + U)^-1 for strictly (block) upper U, with `in_place` in the memory of U."""
+    X, n = U if in_place else U.clone(), len(U)
+    for lo in reversed(range(0, n, STRIP)):  # columns after these meet zeros alone
+        hi = min(lo + STRIP, n)
+        columns = X.new_zeros(hi - lo, n).T
+        columns[lo:hi].fill_diagonal_(1)
+        torch.linalg.solve_triangular(X, columns, upper=True, unitriangular=True, out=columns)
+        X[:, lo:hi] = columns
+    return X
 
 
-def block_jacobi(H: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
+def block_jacobi(
+    H: Float[Tensor, "n n"], dim: int = 1, dtype: torch.dtype | None = None
+) -> Float[Tensor, "n n"]:
     """H times the inverse of its block diagonal: entry (i, j) is H_ij / H_jj for dim = 1.
 
-    Where H_jj is 0, for an input that always is, so is the entry: a pseudo-inverse.
+    Where H_jj is 0, for an input that always is, so is the entry: a pseudo-inverse. Computed in
+    the dtype of H, and rounded to `dtype`.
     """
+    J = torch.empty_like(H, dtype=dtype or H.dtype)
     if dim == 1:
         D = H.diagonal()
-        return H * torch.where(D == 0, 0, 1 / D)
-    return _scale_block_columns(H, torch.linalg.pinv(diagonal_blocks(H, dim), hermitian=True))
+        _scale_block_columns(H, torch.where(D == 0, 0, 1 / D)[:, None, None], J)
+        return J
+    _scale_block_columns(H, torch.linalg.pinv(diagonal_blocks(H, dim), hermitian=True), J)
+    return J
 
 
 def strictly_block_upper(A: Float[Tensor, "n n"], dim: int = 1) -> Float[Tensor, "n n"]:
     """A above its diagonal blocks of `dim`, and 0 elsewhere."""
-    block = torch.arange(len(A), device=A.device) // dim
-    return A * (block[:, None] < block[None, :])
+    A = A.clone()
+    _keep_strictly_block_upper(A, dim)
+    return A
 
 
 def diagonal_blocks(A: Float[Tensor, "n n"], dim: int) -> Float[Tensor, "blocks dim dim"]:
@@ -69,7 +96,8 @@ def proxy_loss(
     W: Float[Tensor, "m n"], W_hat: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
 ) -> float:
     """tr(E H E^T) / tr(W H W^T), where E = W_hat - W (QuIP, equation 1, made relative)."""
-    both = torch.stack([_energy(W_hat.double() - W.double(), H), _energy(W, H)])
+    E = W_hat.double().sub_(W) if W_hat.dtype != torch.float64 else W_hat - W
+    both = torch.stack([_energy(E, H), _energy(W, H)])
     error, scale = both.tolist()  # waits for the device once
     return error / scale if scale else error
 
@@ -80,12 +108,61 @@ def energy(X: Float[Tensor, "m n"], H: Float[Tensor, "n n"]) -> float:
 
 
 def _energy(X: Tensor, H: Tensor) -> Tensor:
-    X, H = X.double(), H.double()
-    return ((X @ H) * X).sum()
+    X = X.double()
+    products = torch.empty_like(X, memory_format=torch.contiguous_format)
+    for part, columns in zip(products.split(ENERGY, 1), H.split(ENERGY, 1), strict=True):
+        part.copy_(X @ columns.double())
+    return products.mul_(X).sum()
 
 
-def _scale_block_columns(A: Tensor, blocks: Tensor) -> Tensor:
-    if blocks.shape[-1] == 1:  # the same product, without a batch of n^2 tiny ones
-        return A * blocks.flatten()
-    columns = A.reshape(len(A), len(blocks), 1, -1)  # [n, n/dim, 1, dim]
-    return (columns @ blocks).reshape(A.shape)
+def reverse(A: Float[Tensor, "n n"]) -> None:
+    """Reverse the rows and the columns of a contiguous A in place."""
+    numbers, step = A.view(-1), STRIP * max(1, len(A))
+    half, total = len(numbers) // 2, len(numbers)
+    for lo in range(0, half, step):
+        hi = min(lo + step, half)
+        front, back = numbers[lo:hi], numbers[total - hi : total - lo]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+
+
+def mirror(A: Float[Tensor, "n n"]) -> None:
+    """Put the lower triangle, transposed, in place of the upper one.
+
+    Afterwards what is below the diagonal means nothing.
+    """
+    for lo in range(0, len(A), STRIP):
+        rows, hi = slice(lo, lo + STRIP), lo + STRIP
+        A[rows, hi:] = A[hi:, rows].T
+        A[rows, rows] = A[rows, rows].T.clone()
+
+
+def _is_factor(L: Tensor, info: Tensor) -> bool:
+    return bool((info == 0) & torch.isfinite(L.diagonal()).all())  # waits for the device once
+
+
+def _failure(H: Tensor) -> NotPositiveDefinite:
+    if not bool(torch.isfinite(H).all()):
+        return NotPositiveDefinite("the matrix holds NaN or infinity")
+    low = float(torch.linalg.eigvalsh(H.double())[0])
+    return NotPositiveDefinite(f"the smallest eigenvalue is {low:.2e}")
+
+
+def _keep_strictly_block_upper(A: Tensor, dim: int) -> None:
+    block = torch.arange(len(A), device=A.device) // dim
+    for rows, own in zip(A.split(STRIP), block.split(STRIP), strict=True):
+        rows.mul_(own[:, None] < block)
+
+
+def _scale_block_columns(A: Tensor, blocks: Tensor, out: Tensor) -> None:
+    """Write A times a block diagonal matrix to `out`, which may be A."""
+    count, dim, _ = blocks.shape
+    if dim == 1:  # the same product, without a batch of n^2 tiny ones
+        for rows, found in zip(A.split(STRIP), out.split(STRIP), strict=True):
+            found.copy_(rows * blocks.flatten())
+        return
+    strip = max(1, BATCH // (count * dim * dim))
+    for rows, found in zip(A.split(strip), out.split(strip), strict=True):
+        columns = rows.reshape(len(rows), count, 1, dim)
+        found.copy_((columns @ blocks).reshape(rows.shape))

@@ -9,7 +9,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from quip.codebooks.base import Codebook, Groups
-from quip.matrix.linalg import block_jacobi, diagonal_blocks, strictly_block_upper
+from quip.matrix.linalg import block_jacobi, diagonal_blocks
 from quip.matrix.panel import panel_for
 from quip.matrix.sweep import cascade, fit_width, panel_width, span_width, transposed
 
@@ -77,8 +77,8 @@ def greedy(
     panel, fit = panel_width(d, n, group), fit_width(d, n, group)  # panels end where a book does
     round_panel = panel_for(books[0], W)
     W_T, h = transposed(W), H.diagonal().to(W)
-    J = block_jacobi(H.double(), d).to(W)
-    after = strictly_block_upper(J.T, d).T
+    J = block_jacobi(H.double(), d, W.dtype)
+    code = torch.arange(n, device=W.device) // d
     metrics = diagonal_blocks(H, d).to(W)
     codes_T = codes.T.clone(memory_format=torch.contiguous_format)
     E = W_T - _decoded(codes, books, group).T
@@ -86,8 +86,9 @@ def greedy(
 
     for _ in range(passes):
         X = W_T.clone()
-        for lo in range(0, n, wide):  # above the diagonal `after` is 0
-            X[lo : lo + wide].addmm_(after[lo:, lo : lo + wide].T, E[lo:])
+        for lo in range(0, n, wide):
+            after = J[lo:, lo : lo + wide] * (code[lo:, None] > code[lo : lo + wide])
+            X[lo : lo + wide].addmm_(after.T, E[lo:])
         for width, lo, hi in cascade(X, J, E, {panel, fit}, block=block):
             if width == panel:
                 at, here = slice(lo, hi), slice(lo // d, -(-hi // d))

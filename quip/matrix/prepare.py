@@ -8,28 +8,33 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quip.errors import NonFinite, NotPositiveDefinite
+from quip.matrix.feedback import ldl
+from quip.matrix.order import natural
 from quip.matrix.recipe import Recipe
 from quip.transforms import Chain
+from quip.transforms.panels import turn_columns, turn_rows
 
 ESCALATIONS = 3  # times that damping is multiplied by 10 before giving up
 
 
 @dataclass(frozen=True)
 class Basis:
-    """A matrix and its damped H after the transforms, and where the draws left the generator."""
+    """A matrix after the transforms, and where their draws left the generator."""
 
     T: Chain
     W: Float[Tensor, "m n"]
-    H: Float[Tensor, "n n"]
     state: Tensor
 
 
 @dataclass(frozen=True)
 class Factored:
-    """What a sweep needs to know of H: the order of columns, H in it, and its feedback."""
+    """What a sweep needs to know of H: the order of columns, and in it the feedback.
+
+    H itself, damped, transformed and in that order, is there for recipes that ask for it later.
+    """
 
     order: Int[Tensor, " n"]
-    H: Float[Tensor, "n n"]
+    H: Float[Tensor, "n n"] | None
     K: Float[Tensor, "n n"]
     h: Float[Tensor, " n"]
     damp: float  # as used, after escalation
@@ -38,13 +43,13 @@ class Factored:
 class Factorisations:
     """What H was turned into last, for as long as the matrix or recipe that follows can use it.
 
-    A transform depends on W, so a basis serves one matrix; without transforms, every matrix.
+    A transform depends on W, so that what it leaves of H serves one matrix; H itself, every matrix.
+    Only one matrix of the size of H is worked on, in place, and H is never changed.
     """
 
     def __init__(self, H: Float[Tensor, "n n"]) -> None:
         self._H = H
-        self._basis: tuple[Hashable, Basis] | None = None
-        self._factored: tuple[Hashable, Factored] | None = None
+        self._last: tuple[Hashable, Basis | None, Factored] | None = None
 
     def of(
         self, W: Float[Tensor, "m n"], recipe: Recipe, rng: torch.Generator, name: str
@@ -53,31 +58,32 @@ class Factorisations:
 
         The generator is left as the draws leave it, whether they were made now or before.
         """
-        W, H = condition(W, self._H, name)
+        W = without_dead(W, self._H, name)
         if recipe.transforms:
             W = W.double()
         _, key = keys(name, recipe)
-        if self._factored is None or self._factored[0] != key:
-            self._factored = None  # makes room
-            self._factored = key, self._factorise(W, H, recipe, rng, name)
-        f = self._factored[1]
-        if not recipe.transforms:
-            self._basis = None  # W and H but for damping: cheaper to make again than to hold
+        if self._last is None or self._last[0] != key:
+            self._last = None  # makes room
+            self._last = key, *self._factorise(W, recipe, rng, name)
+        _, basis, f = self._last
+        if basis is None:
             return Chain(), W, f
-        basis = self._in_basis(W, H, recipe, rng, name, f.damp)
         rng.set_state(basis.state)
         return basis.T, basis.W, f
 
     def _factorise(
-        self, W: Tensor, H: Tensor, recipe: Recipe, rng: torch.Generator, name: str
-    ) -> Factored:
+        self, W: Tensor, recipe: Recipe, rng: torch.Generator, name: str
+    ) -> tuple[Basis | None, Factored]:
         """After a failure with ten times the damping, and at least 0.001."""
         damp, reason = recipe.damp, ""
         state = rng.get_state()
-        for _ in range(1 + ESCALATIONS):
+        for attempt in range(1 + ESCALATIONS):
             rng.set_state(state)
-            try:
-                return factored(self._in_basis(W, H, recipe, rng, name, damp).H, recipe, damp)
+            H = damped(self._H, damp)
+            T, W_t, H = Chain.draw(recipe.transforms, W, H, rng, in_place=True)
+            basis = Basis(T, W_t, rng.get_state()) if recipe.transforms else None
+            try:  # the last failure can say why
+                return basis, factored(H, recipe, damp, in_place=attempt < ESCALATIONS)
             except NotPositiveDefinite as error:
                 tried, reason, damp = damp, str(error), max(10 * damp, 1e-3)
         raise NotPositiveDefinite(
@@ -85,31 +91,38 @@ class Factorisations:
             "add calibration tokens (--nsamples) or damp more (--percdamp)"
         )
 
-    def _in_basis(
-        self, W: Tensor, H: Tensor, recipe: Recipe, rng: torch.Generator, name: str, damp: float
-    ) -> Basis:
-        key = keys(name, recipe)[0], damp
-        if self._basis is None or self._basis[0] != key:
-            self._basis = None  # makes room
-            drawn = Chain.draw(recipe.transforms, W, damped(H, damp), rng)
-            self._basis = key, Basis(*drawn, rng.get_state())
-        return self._basis[1]
 
-
-def factored(H: Float[Tensor, "n n"], recipe: Recipe, damp: float = 0.0) -> Factored:
+def factored(
+    H: Float[Tensor, "n n"], recipe: Recipe, damp: float = 0.0, *, in_place: bool = False
+) -> Factored:
     """H, damped and transformed already, in the recipe's order and with its feedback.
 
-    Raises NotPositiveDefinite.
+    With `in_place` H, in float64 and contiguous, is lost. Raises NotPositiveDefinite.
     """
     dim = recipe.codebook.dim
     order = recipe.order(H, dim, recipe.group)
-    H = H[order][:, order]
-    return Factored(order, H, *recipe.feedback(H, dim), damp)
+    H = H if in_place else H.clone()
+    if recipe.order is not natural:
+        turn_rows(H, lambda rows: rows[:, order])
+        turn_columns(H, lambda columns: columns[order])
+    kept = H if asks_for_h(recipe) else None
+    if in_place and kept is None and recipe.feedback is ldl:
+        return Factored(order, None, *ldl(H, dim, in_place=True), damp)
+    return Factored(order, kept, *recipe.feedback(H, dim), damp)
+
+
+def asks_for_h(recipe: Recipe) -> bool:
+    """Whether H is read after the sweep."""
+    return bool(recipe.polish or recipe.trials)
 
 
 def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
-    """H + damp mean(diag H) I (QuIP, Algorithm 1, line 2); the mean of a zero H counts as 1."""
-    H, mean = H.clone(), H.diagonal().mean()
+    """H + damp mean(diag H) I in float64 (QuIP, Algorithm 1, line 2).
+
+    The mean of a zero H counts as 1.
+    """
+    H = H.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    mean = H.diagonal().mean()
     H.diagonal().add_(damp * torch.where(mean == 0, 1.0, mean))
     return H
 
@@ -117,7 +130,8 @@ def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:
 def keys(name: str, recipe: Recipe) -> tuple[Hashable, Hashable]:
     """What the basis of a matrix depends on, up to its damping, and what the factorisation does."""
     basis = (recipe.transforms, name if recipe.transforms else None)
-    rule = (recipe.order, recipe.feedback, recipe.codebook.dim, recipe.group)
+    later = asks_for_h(recipe)
+    rule = (recipe.order, recipe.feedback, recipe.codebook.dim, recipe.group, later)
     return basis, (basis, recipe.damp, *rule)
 
 
@@ -128,6 +142,13 @@ def condition(
 
     Raises NonFinite with the name of the matrix.
     """
+    return without_dead(W, H, name), H.double()
+
+
+def without_dead(
+    W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], name: str
+) -> Float[Tensor, "m n"]:
+    """W with zeros for inputs that are always zero. Raises NonFinite."""
     finite = torch.stack([_is_finite(W), _is_finite(H)]).tolist()  # waits for the device once
     if not finite[0]:
         raise NonFinite(f"{name}: the weights hold NaN or infinity; reload or repair the model")
@@ -137,7 +158,7 @@ def condition(
             "run the model in a wider dtype (--dtype float32)"
         )
     dead = H.diagonal() == 0
-    return W.masked_fill(dead, 0), H.double()
+    return W.masked_fill(dead, 0)
 
 
 def _is_finite(A: Tensor) -> Tensor:

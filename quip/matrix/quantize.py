@@ -118,6 +118,7 @@ def sweep_and_polish(
     """
     codes, books = sweep(W, f.K, f.h, book, group=recipe.group)
     for polish in recipe.polish:
+        assert f.H is not None
         codes, books = polish(W, f.H, codes, books, group=recipe.group)
     place = torch.argsort(f.order[:: book.dim]).cpu()  # of each column of codes in the sweep
     if recipe.group:
@@ -128,5 +129,6 @@ def sweep_and_polish(
 
 def _loss(W_t: Tensor, f: Factored, found: QuantizedMatrix) -> float:
     """tr(E H E^T) in the basis of the transform."""
+    assert f.H is not None
     W_hat = found.decoder.decode(found.codes)[:, f.order]
     return energy(W_hat.double() - W_t.double(), f.H)

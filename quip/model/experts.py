@@ -150,7 +150,7 @@ class RoutedHessian:
     def _pool(self) -> Hessian:
         """What the matrix would see on all tokens of the layer."""
         if self._part != "down_proj":
-            return self.routed.pool
+            return copy.copy(self.routed.pool)  # whose sums others will ask for
         return self.routed.sum(lambda: self._inputs(None), self.inputs, self.name)
 
     def _inputs(self, of: int | None) -> Iterator[Float[Tensor, "_ n"]]:

@@ -140,7 +140,7 @@ def _quantize_by(
     def read(names: Group) -> Moments:
         with run.watch("read"):
             found = store.read(names[0])
-            return found.H.to(device), found.count
+            return found.H.to(device, torch.float32), found.count  # which holds it exactly
 
     deal = Deal.of(block, [one.matrices for one in inputs], work.recipes, run.team)
     yield from run.watch.each("quantize", deal.quantize(read, work.recipes, run.seed))
@@ -215,7 +215,7 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
 
 
 def _moments(own: dict[str, Hessian], observed: Mapping[str, Observed], names: Group) -> Moments:
-    return own.pop(names[0]).value(), observed[names[0]].count
+    return own.pop(names[0]).take(), observed[names[0]].count
 
 
 def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:

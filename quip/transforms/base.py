@@ -16,8 +16,10 @@ class Transform(Stored, Protocol):
     """A frozen change of basis; its laws are in tests/laws.py."""
 
     def apply(
-        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
-    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]: ...
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], *, in_place: bool = False
+    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
+        """W and H in the other basis; with `in_place` this H takes the memory of that one."""
+        ...
 
     def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]: ...
 
@@ -51,20 +53,29 @@ class Chain:
 
     @classmethod
     def draw(
-        cls, draws: Sequence[Draw], W: Tensor, H: Tensor, rng: torch.Generator
+        cls,
+        draws: Sequence[Draw],
+        W: Tensor,
+        H: Tensor,
+        rng: torch.Generator,
+        *,
+        in_place: bool = False,
     ) -> tuple["Chain", Tensor, Tensor]:
-        """Draw each transform for what the ones before it left; also returns W and H after all."""
+        """Draw each transform for what the ones before it left; also returns W and H after all.
+
+        With `in_place` H is changed, and returned.
+        """
         links = []
         for draw in draws:
             links.append(draw(W, H, rng))
-            W, H = links[-1].apply(W, H)
+            W, H = links[-1].apply(W, H, in_place=in_place)
         return cls(tuple(links)), W, H
 
     def apply(
-        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], *, in_place: bool = False
     ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
         for link in self.links:
-            W, H = link.apply(W, H)
+            W, H = link.apply(W, H, in_place=in_place)
         return W, H
 
     def tensors(self) -> dict[str, Tensor]:

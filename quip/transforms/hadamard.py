@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -12,6 +13,7 @@ from quip.errors import QuipError
 from quip.kernels import hadamard
 from quip.shapes import Within
 from quip.stored import Options
+from quip.transforms.panels import turn_columns, turn_rows
 
 SIGNS = torch.float16  # of finer steps than bfloat16 near 1, where fine-tuned signs stay
 
@@ -58,10 +60,16 @@ class Hadamard:
         return cls(signs_in, signs_out, block)
 
     def apply(
-        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], *, in_place: bool = False
     ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-        s = self.signs_in
-        return self._from_both(W, 1 / self.signs_out.to(W), 1 / s.to(W)), self._from_both(H, s, s)
+        turned = partial(hadamard.invert, block=self.block)
+        W = turned(W, signs=1 / self.signs_in.to(W))
+        turned_rows = partial(hadamard.invert_rows, block=self.block)
+        W = turned_rows(W, signs=1 / self.signs_out.to(W))
+        H = H if in_place else H.clone()
+        turn_rows(H, partial(turned, signs=self.signs_in))
+        turn_columns(H, partial(turned_rows, signs=self.signs_in))
+        return W, H
 
     def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         W = hadamard.rotate(W_hat, block=self.block, signs=self.signs_in)
@@ -72,11 +80,6 @@ class Hadamard:
 
     def output(self, y: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
         return hadamard.rotate(y, block=self.block, signs=self.signs_out)
-
-    def _from_both(self, A: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """Omega^T diag(left) A diag(right) Omega."""
-        A = hadamard.invert(A, block=self.block, signs=right)
-        return hadamard.invert_rows(A, block=self.block, signs=left)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quip.stored import Options
 from quip.transforms.haar import FILE_DTYPE
+from quip.transforms.panels import turn_columns, turn_rows
 from quip.transforms.rotation import Rotation
 
 TENSORS = {"factors": FILE_DTYPE, "permutations": torch.int32}
@@ -52,10 +53,12 @@ class Kronecker:
         return cls(Rotation.restored(m, of_out, blocked=blocked, mix=permute, shuffle=False), R_in)
 
     def apply(
-        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], *, in_place: bool = False
     ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-        W = self.R_in.rotate(self.R_out.rotate_rows(W))
-        return W, self.R_in.rotate(self.R_in.rotate_rows(H))
+        H = H if in_place else H.clone()
+        turn_columns(H, self.R_in.rotate_rows)
+        turn_rows(H, self.R_in.rotate)
+        return self.R_in.rotate(self.R_out.rotate_rows(W)), H
 
     def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         return self.R_in.invert(self.R_out.invert_rows(W_hat))

@@ -36,9 +36,10 @@ class Rescale:
         return cls(r)
 
     def apply(
-        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
+        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], *, in_place: bool = False
     ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-        return W * self.r, H / self.r / self.r[:, None]
+        H = H if in_place else H.clone()
+        return W * self.r, H.div_(self.r).div_(self.r[:, None])
 
     def undo(self, W_hat: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         return W_hat / self.r.to(W_hat)
