@@ -71,6 +71,10 @@ class Factorisations:
         rng.set_state(basis.state)
         return basis.T, basis.W, f
 
+    def forget(self) -> None:
+        """Let go of what nobody will ask for."""
+        self._last = None
+
     def _factorise(
         self, W: Tensor, recipe: Recipe, rng: torch.Generator, name: str
     ) -> tuple[Basis | None, Factored]:

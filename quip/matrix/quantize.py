@@ -74,11 +74,14 @@ def quantize_by_many(
     for name, label in product(weights, recipes):
         basis, factored = keys(name, recipes[label].sized(*weights[name].shape))
         bases.setdefault(basis, {}).setdefault(factored, []).append((name, label))
-    for work in bases.values():
-        for name, label in chain.from_iterable(work.values()):
-            W, rng = weights[name], rng_for(seed, name)
-            sized = recipes[label].sized(*W.shape)
-            yield name, label, _quantize(W, factorisations, sized, rng, name)
+    todo = [one for work in bases.values() for one in chain.from_iterable(work.values())]
+    for done, (name, label) in enumerate(todo, 1):
+        W, rng = weights[name], rng_for(seed, name)
+        sized = recipes[label].sized(*W.shape)
+        found = _quantize(W, factorisations, sized, rng, name)
+        if done == len(todo):
+            factorisations.forget()  # as large as H, while the caller works on
+        yield name, label, found
 
 
 def _quantize(

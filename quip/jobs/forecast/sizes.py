@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from quip.jobs.forecast.shape import Input, Shape
 from quip.matrix.feedback import none
+from quip.matrix.prepare import asks_for_h
 from quip.matrix.recipe import Recipe
 from quip.model.plan import by_recipe
 from quip.packed.linear import QuantizedLinear
@@ -14,9 +15,10 @@ from quip.packed.stack import Stack
 ENTRY = 160  # bytes of a tensor in the header of a file, and of its digest
 RECORD = 320  # and of a matrix in that of a finished block
 TEXT = 300_000_000  # bytes of text, its tokens, and what draws plots
-# Copies of H in float64 beside the sums it came of, while the matrix with the most inputs is
-# quantized: without feedback, with it, and with vectors of several weights (n = 3072, measured).
-COPIES = (3.5, 8.5, 14.0)
+# Copies of H in float64 beside the sums it came of, which make room for half a copy, while the
+# matrix with the most inputs is quantized: without feedback, with it, and where H is read once more
+# after the sweep (n = 1536, measured).
+COPIES = (0.6, 1.1, 2.4)
 OF_WEIGHTS = 24  # bytes a weight, of the copies that one matrix is worked on in
 LOGITS = 2  # copies of a window's logits
 
@@ -71,7 +73,7 @@ class Terms:
 
 def copies_of(recipes: Iterable[Recipe]) -> float:
     """Copies of H that the dearest of these recipes works with."""
-    kinds = (2 if one.codebook.dim > 1 else int(one.feedback is not none) for one in recipes)
+    kinds = (2 if asks_for_h(one) else int(one.feedback is not none) for one in recipes)
     return max((COPIES[kind] for kind in kinds), default=0.0)
 
 
