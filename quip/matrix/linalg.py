@@ -7,7 +7,6 @@ from torch import Tensor
 from quip.errors import NotPositiveDefinite
 
 STRIP = 256  # rows or columns that are worked on at once, in the memory of their matrix
-ENERGY = 1024  # columns of H that are cast together
 BATCH = 2**19  # numbers in the blocks that a strip is multiplied by
 
 
@@ -96,6 +95,7 @@ def proxy_loss(
     W: Float[Tensor, "m n"], W_hat: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
 ) -> float:
     """tr(E H E^T) / tr(W H W^T), where E = W_hat - W (QuIP, equation 1, made relative)."""
+    H = H.double()  # once for both
     E = W_hat.double().sub_(W) if W_hat.dtype != torch.float64 else W_hat - W
     both = torch.stack([_energy(E, H), _energy(W, H)])
     error, scale = both.tolist()  # waits for the device once
@@ -108,11 +108,8 @@ def energy(X: Float[Tensor, "m n"], H: Float[Tensor, "n n"]) -> float:
 
 
 def _energy(X: Tensor, H: Tensor) -> Tensor:
-    X = X.double()
-    products = torch.empty_like(X, memory_format=torch.contiguous_format)
-    for part, columns in zip(products.split(ENERGY, 1), H.split(ENERGY, 1), strict=True):
-        part.copy_(X @ columns.double())
-    return products.mul_(X).sum()
+    X, H = X.double(), H.double()
+    return (X @ H).mul_(X).sum()
 
 
 def reverse(A: Float[Tensor, "n n"]) -> None:
