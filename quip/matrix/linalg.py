@@ -97,7 +97,9 @@ def proxy_loss(
     """tr(E H E^T) / tr(W H W^T), where E = W_hat - W (QuIP, equation 1, made relative)."""
     H = H.double()  # once for both
     E = W_hat.double().sub_(W) if W_hat.dtype != torch.float64 else W_hat - W
-    both = torch.stack([_energy(E, H), _energy(W, H)])
+    lost = _energy(E, H)
+    del E  # makes room
+    both = torch.stack([lost, _energy(W, H)])
     error, scale = both.tolist()  # waits for the device once
     return error / scale if scale else error
 
