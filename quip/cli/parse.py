@@ -221,7 +221,7 @@ def refuse_small(args: argparse.Namespace, **least: int) -> None:
     """Raise UsageError for a number below what is needed at least, or above what makes sense."""
     for name, low in least.items():
         value = getattr(args, name)
-        if value is not None and value < low:
+        if value is not None and not value >= low:  # NaN is neither
             raise UsageError(f"--{name} {value}: at least {low} is needed")
         if value is not None and value > (most := LARGEST.get(name, values.MOST)):
             raise UsageError(f"--{name} {value}: at most {most:,} make sense")

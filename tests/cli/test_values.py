@@ -20,6 +20,7 @@ RUN = "run demo pydoc --wbits 2 --incoh_processing"
         (f"{RUN} --npasses 99999", "--npasses 99999: at most 10,000 make sense"),
         (f"{RUN} --range 12345678901234567890", "--range 12345678901234567890: say tensor, or"),
         (f"{RUN} --nsamples 99999999", "--nsamples 99999999: at most 1,000,000 make sense"),
+        (f"{RUN} --activation_memory nan", "--activation_memory nan: at least 0 is needed"),
         (f"{RUN} --seed {'9' * 30}", "argument --seed: '999999999999999999999999999999' is too"),
         (f"{RUN} --seqlen {'9' * 5000}", "argument --seqlen: '9999"),
         ("counterexample --n 16,1000000", "--n 1000000: a matrix of 1,000,000 x 1,000,000 is"),
