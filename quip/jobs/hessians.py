@@ -20,6 +20,7 @@ from tqdm import tqdm
 from quip.data import TokenSet, check_dataset
 from quip.data.hessian_files import file_of
 from quip.data.hessians import StoreWriter
+from quip.jobs.alike import check_inputs, check_request
 from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.kept import Kept
@@ -83,6 +84,7 @@ def _collect(asked: Collection, team: Team) -> Collected:
     folder = _folder(asked) if team.leads else None
     check_dataset(asked.dataset, "calibration")
     device = torch.device(choose_device(asked.device))
+    check_request(team, asked, str(device))
     loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen, stream=asked.stream)
     matrices = check_quantizable(loaded.model, loaded.name).quantized
     check_all_weights(loaded)
@@ -91,6 +93,7 @@ def _collect(asked: Collection, team: Team) -> Collected:
     tokens = calibration_of(
         loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
     )
+    check_inputs(team, {"model": loaded}, calibration=tokens.stamp)
     files: list[Path] = []
     if folder is None:
         _walk(asked, loaded, tokens, Kept(None, None, team), device)

@@ -128,6 +128,16 @@ def test_more_processes_than_batches_are_refused_in_one_line(given, tmp_path, ca
     assert "quip: 4 processes for 3 batches (600 windows, 256 at once): one would be idle" in said
 
 
+def test_what_processes_collect_from_different_windows_is_refused(given, tmp_path, capfd):
+    from quip.cli import main as door
+
+    line = ["hessians", *given[:2], "--save", str(tmp_path / "store"), "--nsamples", "600"]
+    statuses, said = refusal(capfd, 2, line, lambda x: door([*x, "--seed", os.environ["RANK"]]))
+    assert statuses == [2, 2]
+    assert "quip: the processes are not alike: asked for.seed: 0 in process 0 (" in said
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_line_that_cannot_be_read_is_refused_once(capfd):
     statuses, said = refusal(capfd, 2, ["model"])
     assert statuses == [2, 2]
