@@ -15,15 +15,29 @@ from quip.packed.linear import quantized_layers
 MODULES = 1024  # of a kind; a model of more takes minutes to make, and there is none
 COUNT = re.compile(r"(moe_)?(num|n|encoder|decoder)(_\w+)?_(layers?|experts|blocks)|layers|depth")
 
+CHOSEN = "num_experts_per_tok"
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # of which a config has one
+
 
 def check_counts(config: PretrainedConfig) -> None:
-    """Raise Unavailable for a config of a model of more layers or experts than any has."""
+    """Raise Unavailable for a config of a model of more layers or experts than any has.
+
+    Also where each token is to go to more experts than there are.
+    """
     for key, value in _entries(config.to_dict()):
         if COUNT.fullmatch(str(key)) and isinstance(value, int) and value > MODULES:
             raise Unavailable(
                 f"its config.json says {key}: {shown(value)}, and models of up to {MODULES} are "
                 f"read; {DAMAGED}"
             )
+    text = config.get_text_config(decoder=True)
+    chosen = getattr(text, CHOSEN, None)
+    there = [x for name in EXPERTS if isinstance(x := getattr(text, name, None), int) and x > 1]
+    if there and isinstance(chosen, int) and chosen > max(there):
+        raise Unavailable(
+            f"its config.json says {CHOSEN}: {chosen}, and there are {max(there)} experts; "
+            f"{DAMAGED}"
+        )
 
 
 def _entries(words: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:

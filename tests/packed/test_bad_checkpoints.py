@@ -395,6 +395,8 @@ def test_counts_inside_a_config_are_seen():
         check_counts(hf.MixtralConfig(num_local_experts=10**5))
     with pytest.raises(Unavailable, match="moe_num_experts: 100000"):
         check_counts(hf.Ernie4_5_MoeConfig(moe_num_experts=10**5))
+    with pytest.raises(Unavailable, match="num_experts_per_tok: 9, and there are 8 experts"):
+        check_counts(hf.MixtralConfig(num_experts_per_tok=9))
     check_counts(hf.Qwen2Config(max_window_layers=10**5, vocab_size=10**6))
 
 
