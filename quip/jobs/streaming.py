@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from quip.data.hessians import HessianStore
@@ -52,7 +53,10 @@ def no_longer_than_this(ledger: Ledger | None) -> Iterator[None]:
         yield
     finally:
         if isinstance(ledger, TemporaryLedger):
-            ledger.remove()
+            # A signal, which raises in the main thread alone, would leave the rest of it.
+            removal = Thread(target=ledger.remove)
+            removal.start()
+            removal.join()
 
 
 def ledger_for(

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import threading
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,6 +161,28 @@ def test_without_out_the_blocks_are_in_a_temporary_folder_and_it_says_so(asked, 
     assert "there is no --out: finished blocks are in" in caplog.text
     assert_same(tmp_path / "saved", asked.save)
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_temporary_folder_goes_whole_also_where_a_signal_comes_meanwhile(tmp_path, monkeypatch):
+    def ended(*_):
+        raise Killed
+
+    def interrupted(folder, real=streaming.shutil.rmtree, **options):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.05)
+        real(folder, **options)
+
+    before = signal.signal(signal.SIGUSR1, ended)
+    ledger = streaming.TemporaryLedger(tmp_path, {}, None)
+    monkeypatch.setattr(streaming.shutil, "rmtree", interrupted)
+    ledger.remove = weakref.finalize(ledger, interrupted, ledger.folder.parent)
+    with pytest.raises(Killed), streaming.no_longer_than_this(ledger):
+        pass
+    signal.signal(signal.SIGUSR1, before)
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_what_is_saved_was_verified(asked, tmp_path, monkeypatch):
