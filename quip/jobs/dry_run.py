@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from quip.errors import UnsupportedModel
 from quip.evaluate.memory import resident_bytes
 from quip.jobs.forecast.rates import measured_rates, measured_rounding
 from quip.jobs.forecast.shape import Shape, empty_model, shape_of
@@ -62,7 +63,10 @@ def foretell(asked: Question) -> dict[str, Any]:
     """Seconds by stage, bytes in memory and on the disk, bits; for some numbers of processes."""
     start = time.perf_counter()
     device = torch.device(choose_device(asked.device))
-    empty = empty_model(read_config(asked.model))
+    config = read_config(asked.model)
+    if getattr(config, "quantization_config", None) and (asked.recipe or asked.collects):
+        raise UnsupportedModel(f"{asked.model} is quantized already; give the original")
+    empty = empty_model(config)
     shape, dtype = shape_of(empty), DTYPES[asked.dtype]
     weights = weights_of(asked.model, shape.numbers)
     seqlen = asked.seqlen or min(2048, shape.positions)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quip.errors import UsageError
+from quip.errors import UnsupportedModel, UsageError
 from quip.jobs import dry_run
 from quip.jobs.dry_run import Question, foretell
 from quip.jobs.forecast import rates
@@ -134,6 +134,26 @@ def test_what_a_recipe_cannot_do_is_refused_by_name(asked):
     tiles = build_recipe(wbits=2, codebook="trellis", tile="7x3")
     with pytest.raises(UsageError, match=r"model\.layers\.0\."):
         foretell(replace(asked, recipe=tiles))
+
+
+def test_what_calibrates_nothing_takes_no_time_of_it(asked, tmp_path):
+    (way,) = foretell(replace(asked, recipe=None, stream="off"))["ways"][:1]
+    seconds = way["seconds"]
+    assert (seconds["observe"], seconds["replay"], seconds["quantize"]) == (0, 0, 0)
+    assert seconds["evaluate"] > 0
+    (way,) = foretell(replace(asked, hessians=tmp_path))["ways"][:1]
+    assert way["seconds"]["observe"] == 0 < way["seconds"]["quantize"]
+
+
+def test_a_model_that_is_quantized_already_is_refused_as_the_run_would(asked, here):
+    words = json.loads((here / "llama" / "config.json").read_text())
+    packed = here / "packed"
+    packed.mkdir()
+    config = {**words, "quantization_config": {"quant_method": "quip"}}
+    (packed / "config.json").write_text(json.dumps(config))
+    for how in ({}, {"recipe": None, "collects": True}):
+        with pytest.raises(UnsupportedModel, match="packed is quantized already; give the orig"):
+            foretell(replace(asked, model=str(packed), **how))
 
 
 def test_the_rates_of_this_machine_are_measured(tmp_path):

@@ -32,7 +32,7 @@ class Costs:
     def seconds(self, *, ranks: int, streamed: bool) -> dict[str, float]:
         """Each stage, of one of so many processes, each on a machine or device like this one."""
         shape, terms, rates = self.shape, self.terms, self.rates
-        units = -(-terms.windows // terms.batch)
+        units = max(1, -(-terms.windows // terms.batch))
         tokens = terms.tokens * -(-units // ranks) / units  # of the rank with the most
         through = self._through(tokens, terms.seqlen)
         columns = [one.columns * one.share**0.5 for one in shape.inputs]
@@ -87,6 +87,8 @@ class Costs:
         return total
 
     def _of_input(self, one: Input) -> float:
+        if not (self.works[one] or self.terms.windows):
+            return 0.0
         means = 8 * MEANS * one.columns**2 / self.rates.copy
         return means + sum(map(self._of_work, self.works[one]))
 
