@@ -181,7 +181,7 @@ def _report_and_keep(
             records.append(record)
             yield record
     work.done.extend(check_block(block.name, records, work.recipes, REPORT))
-    if work.progress.keeps:
+    if work.progress.ledger:  # also that of a process which alone streams, as memory is short
         with run.watch("keep"):
             work.progress.keep(block, records, run.tuned[known:])
 

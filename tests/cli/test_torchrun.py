@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from quip.model import load_streamed
 from quip.run import main
 from tests.support.processes import in_processes
 from tests.support.runs import save_model, write_text
@@ -84,6 +85,17 @@ def test_two_processes_leave_what_one_does_and_say_it_once(given, alone, tmp_pat
     assert left_in(tmp_path) == alone
     assert ran.stdout.count("24 matrices at ") == 1
     assert ran.stderr.count("layers.3.fc2: ") == 1
+
+
+def test_a_process_that_alone_is_short_of_memory_streams_to_the_same_bits(given, alone, tmp_path):
+    def member() -> int:
+        if os.environ["RANK"] == "1":
+            load_streamed.free_host_bytes = lambda: 1
+        return main([*given, "--save", str(tmp_path / "save")])
+
+    assert in_processes(2, member) == [0, 0]
+    saved = tmp_path / "save" / "model.safetensors"
+    assert saved.read_bytes() == alone["model.safetensors"]
 
 
 @pytest.fixture(scope="module")
