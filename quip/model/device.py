@@ -4,12 +4,15 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from quip.errors import UsageError, one_line
+
+agreed: ContextVar[int | None] = ContextVar("agreed", default=None)  # free bytes, in a team
 
 
 def choose_device(name: str | None) -> str:
@@ -41,12 +44,28 @@ def free_bytes(device: torch.device) -> int:
 
 
 def free_host_bytes() -> int:
-    """Memory of this machine that programs can have without others losing theirs."""
+    """Memory of this machine that programs can have without others losing theirs.
+
+    Processes of a team, which have to decide alike by it, hear what the one with the least had of
+    it when they met.
+    """
+    if (free := agreed.get()) is not None:
+        return free
     with suppress(OSError):  # where there is no such file, as on a Mac
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@contextmanager
+def having(free: int) -> Iterator[None]:
+    """Inside the block `free_host_bytes` says so many."""
+    token = agreed.set(free)
+    try:
+        yield
+    finally:
+        agreed.reset(token)
 
 
 @contextmanager

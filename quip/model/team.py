@@ -24,6 +24,7 @@ from torch import Tensor
 
 from quip.errors import UsageError
 from quip.matrix.hessian import Hessian
+from quip.model.device import free_host_bytes, having
 
 PATIENCE = timedelta(days=7)  # torchrun ends all when one dies; until then they wait for it
 
@@ -210,7 +211,10 @@ def joined(device: str | None = "cpu", *, exact: bool = True) -> Iterator[Team]:
         torch.cuda.set_device(_own_device(device))
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=PATIENCE)
-    yield Team(dist.get_rank(), size, exact)
+    team = Team(dist.get_rank(), size, exact)
+    own = free_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    with having(-int(team.largest(torch.tensor(-own)))):
+        yield team
     dist.all_reduce(torch.zeros(1))  # who is done first waits: its end would look like a failure
     dist.destroy_process_group()
 

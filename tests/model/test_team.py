@@ -1,6 +1,7 @@
 """Several processes: what they quantize together is bitwise what one does, for any number."""
 
 import hashlib
+import os
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ from quip.jobs.hessians import Collection, collect_hessians
 from quip.matrix.build import build_recipe
 from quip.matrix.hessian import Hessian
 from quip.matrix.recipe import Recipe
+from quip.model import team as teams
+from quip.model.device import free_host_bytes
 from quip.model.ledger import Ledger
 from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
 from quip.model.run import Run
@@ -217,3 +220,12 @@ def test_the_dearest_goes_first_and_each_to_whoever_has_least_to_do():
         "c": 0,
     }
     assert ALONE.owners({"a": 3.0, "b": 5.0}) == {"a": 0, "b": 0}
+
+
+def test_all_processes_go_by_the_memory_of_the_one_with_the_least(monkeypatch):
+    def own() -> int:
+        return 900 - 100 * int(os.environ["RANK"])
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(teams, "free_host_bytes", own)
+    assert in_team(2, lambda _: free_host_bytes()) == [400, 400]  # each half of a machine's
