@@ -17,6 +17,7 @@ from functools import partial
 from types import FrameType
 from typing import NoReturn, TextIO
 
+from quip.cli import ranks
 from quip.cli.lines import MOMENT, End, Lines
 from quip.cli.streams import complain
 from quip.errors import one_line
@@ -34,7 +35,7 @@ class Ended(BaseException):
 
 def ranked(run: Callable[[Tell], int]) -> int:
     """The exit status of a command that tells why it fails; in a team it ends when all are to."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = ranks.size()
     if size == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return run(lambda why, _: say(why))
     try:

@@ -10,21 +10,26 @@ from quip.errors import UsageError
 SHARED = ("run", "hessians", "evaluate", "finetune")  # commands whose processes work together
 
 
+def size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_first() -> bool:
     """Whether this process is alone, or the first of those that torchrun started."""
-    return not _several() or os.environ.get("RANK", "0") == "0"
+    return size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def can_share(command: str) -> bool:
     """Whether the processes that were started can do a command together."""
-    return command in SHARED or not _several()
+    return command in SHARED or size() == 1
 
 
 def refuse(command: str, _args: object) -> NoReturn:
     """Raise UsageError for a command that is done by one process."""
     raise UsageError(
-        f"quip {command} is done by one process, and torchrun started {os.environ['WORLD_SIZE']}; "
-        "start it without torchrun"
+        f"quip {command} is done by one process, and torchrun started {size()}; start it "
+        "without torchrun"
     )
 
 
@@ -36,7 +41,3 @@ def quiet_others() -> Iterator[None]:
         return
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
-
-
-def _several() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") != "1"

@@ -1,7 +1,7 @@
 """Models larger than memory: blocks stay in their files until their turn comes, one at a time.
 
     embeddings, head, final norm, buffers     in memory
-    blocks                                    on the meta device; `fill` reads one, `empty` drops it
+    blocks                                    on the meta device; `read` and `put` one, `empty` drops it
 
 transformers itself makes the skeleton and fills the blocks, by the names and conversions that it
 knows of the model's kind: it is handed tensors that are read when it asks for their content, and
@@ -103,7 +103,8 @@ class Stream:
     def read(self, index: int) -> Mapping[str, Tensor]:
         """The tensors of a block by their names in it, from the disk; the block stays as it is.
 
-        Raises as `fill` does. Other threads may work on other blocks meanwhile.
+        Raises Unavailable where its files changed since the start. Other threads may work on other
+        blocks meanwhile.
         """
         with self._turn:
             moved = self._moved.get(index)

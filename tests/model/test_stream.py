@@ -18,6 +18,7 @@ from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import find_blocks
 from quip.model.walk import blocks_at_rest, walk
 from tests.support.checkpoints import save_quantized
+from tests.support.mixtures import MIXTURES
 from tests.support.runs import save_model
 from tests.support.tiny import tokens
 from tests.support.tokenizer import save_tokenizer
@@ -72,16 +73,7 @@ def test_a_streamed_model_has_the_state_the_digest_and_the_walk_of_the_whole_one
 
 
 def test_experts_that_files_hold_one_by_one_are_those_of_the_whole_model(tmp_path):
-    config = hf.MixtralConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-        num_local_experts=4,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(MIXTURES["mixtral"]()).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     names = load_file(tmp_path / "model.safetensors")
     assert any("block_sparse_moe.experts.3" in name for name in names)
