@@ -1,7 +1,7 @@
 """Models larger than memory: blocks stay in their files until their turn comes, one at a time.
 
     embeddings, head, final norm, buffers     in memory
-    blocks                                    on the meta device; `read` and `put` one, `empty` drops it
+    blocks                                    on the meta device; `read` one by one, and `empty` after
 
 transformers itself makes the skeleton and fills the blocks, by the names and conversions that it
 knows of the model's kind: it is handed tensors that are read when it asks for their content, and
@@ -86,10 +86,6 @@ class Stream:
     def index(self, block: nn.Module) -> int:
         """The number of a block of the model that was loaded."""
         return next(i for i, own in enumerate(self._blocks) if own is block)
-
-    def fill(self, block: nn.Module) -> None:
-        """Read a block into memory. Raises Unavailable where its files changed since the start."""
-        put_state(block, self.read(self.index(block)))
 
     def empty(self, block: nn.Module) -> None:
         """Put a block back on the meta device, but for buffers that no file holds."""
