@@ -1,7 +1,7 @@
 """Models larger than memory: blocks stay in their files until their turn comes, one at a time.
 
     embeddings, head, final norm, buffers     in memory
-    blocks                                    on the meta device; `read` one by one, and `empty` after
+    blocks                                    on the meta device but for their turn
 
 transformers itself makes the skeleton and fills the blocks, by the names and conversions that it
 knows of the model's kind: it is handed tensors that are read when it asks for their content, and
