@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quip.errors import NonFinite, UnsupportedModel
 from quip.matrix.hessian import Hessian, anchors_of, outgrown
+from quip.model.inputs import Inputs
 from quip.model.matrices import Matrix
 from quip.model.team import ALONE, Team
 
@@ -21,10 +22,7 @@ class Outgrown(Exception):
 
 
 class Observer:
-    """One Hessian per distinct input tensor, whichever matrices it feeds.
-
-    Matrices share when their first inputs are the same memory, unmodified. The inputs of the
-    running batch are held, so that no address is used twice.
+    """One Hessian per distinct input tensor (quip.model.inputs), whichever matrices it feeds.
 
     The anchors of sums (quip.matrix.hessian) are those of the very first batch, which the first
     process of a team runs. The others keep the inputs of their first until they know the anchors.
@@ -42,10 +40,10 @@ class Observer:
         self._anchors = {} if anchors is None else anchors
         self._settled = bool(self._anchors) or not team.exact
         self._waiting: list[tuple[str, Tensor]] = []
-        self._leader: dict[str, str] = {}
+        self._inputs = Inputs()
+        self._leader = self._inputs.names
         self._sums: dict[str, Hessian] = {}
         self._tokens: Counter[str] = Counter()
-        self._inputs: dict[tuple, tuple[str, Tensor]] = {}
 
     def see(self, name: str, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
         """A forward pre-hook, once `name` is bound."""
@@ -53,14 +51,9 @@ class Observer:
         if x.numel() == 0:  # an expert that no token of this batch chose
             self._tokens[name] += 0
             return
-        if name not in self._leader:
-            # A flattened view of x is x.
-            shape = x.shape[-1:] if x.is_contiguous() else (*x.shape, *x.stride())
-            key = (x.data_ptr(), x.numel(), *shape, x._version)
-            leader, _ = self._inputs.setdefault(key, (name, x))
-            self._leader[name] = leader
+        first = self._inputs.name(name, x)
         self._tokens[name] += x.numel() // x.shape[-1]
-        if self._leader[name] != name:
+        if first != name:
             return
         if self._settled or self._team.leads:
             self._add(name, x)
@@ -69,7 +62,7 @@ class Observer:
 
     def end_batch(self) -> None:
         """Let go of the inputs of a batch; after the first, all of a team know the anchors."""
-        self._inputs.clear()
+        self._inputs.end_batch()
         if self._settled:
             return
         found = {name: own.anchors for name, own in self._sums.items() if own.anchors is not None}

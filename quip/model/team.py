@@ -150,8 +150,8 @@ class Team:
         return found
 
     def gather(
-        self, own: Float[Tensor, "_own ..."], batch_size: int
-    ) -> Float[Tensor, "_count ..."] | None:
+        self, own: Shaped[Tensor, "_own ..."], batch_size: int
+    ) -> Shaped[Tensor, "_count ..."] | None:
         """What all processes have of something that was shared, in order, at the leader; or None.
 
         All are on the same kind of device.
@@ -173,8 +173,8 @@ class Team:
         return whole
 
     def scatter(
-        self, whole: Float[Tensor, "_count ..."] | None, batch_size: int
-    ) -> Float[Tensor, "_own ..."] | None:
+        self, whole: Shaped[Tensor, "_count ..."] | None, batch_size: int
+    ) -> Shaped[Tensor, "_own ..."] | None:
         """The share of this process of what the leader has, in host memory; others give None."""
         if self.size == 1:
             return whole
