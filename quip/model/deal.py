@@ -9,18 +9,17 @@ from dataclasses import asdict, dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
 from quip.matrix.hessian import Hessian, Observed
 from quip.matrix.recipe import Recipe
 from quip.model.block import BlockModule
+from quip.model.moments import Moments
 from quip.model.parts import packed_parts, put_parts
 from quip.model.records import MatrixRecord, record_of
 from quip.model.siblings import quantize_siblings
 from quip.model.team import Team
 
 Group: TypeAlias = Sequence[str]  # full dotted names
-Moments: TypeAlias = tuple[Tensor, int]  # H [n, n] of a group's input, and the tokens that it saw
 ROUNDING = 512  # multiply-adds that it takes to round a weight, beside what feedback takes
 SEARCH = 2**16  # and where a tile of weights is searched for a walk on a trellis
 
@@ -92,8 +91,7 @@ class Deal:
         found: dict[str, list[MatrixRecord]] = {}
         for names in self.groups:
             if self.owners[names[0]] == self.team.rank:
-                H, tokens = moments(names)
-                records = quantize_siblings(self.block, names, H, recipes, seed, tokens=tokens)
+                records = quantize_siblings(self.block, names, moments(names), recipes, seed)
                 if self.team.size == 1:
                     yield from records
                 else:

@@ -16,10 +16,11 @@ from quip.errors import UsageError, finite
 from quip.matrix.hessian import Hessian, Observed, sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
-from quip.model.deal import Deal, Group, Moments, rounds
+from quip.model.deal import Deal, Group, rounds
 from quip.model.device import enough_memory
 from quip.model.experts import same_experts, tell_of_few
 from quip.model.matrices import covered, find_blocks, places
+from quip.model.moments import Moments
 from quip.model.plan import Plan
 from quip.model.progress import Progress
 from quip.model.promised import check_all, check_block
@@ -140,7 +141,8 @@ def _quantize_by(
     def read(names: Group) -> Moments:
         with run.watch("read"):
             found = store.read(names[0])
-            return found.H.to(device, torch.float32), found.count  # which holds it exactly
+            H = found.H.to(device, torch.float32)  # which holds it exactly
+            return Moments(H=H, count=found.count)
 
     deal = Deal.of(block, [one.matrices for one in inputs], work.recipes, run.team)
     yield from run.watch.each("quantize", deal.quantize(read, work.recipes, run.seed))
@@ -215,7 +217,7 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
 
 
 def _moments(own: dict[str, Hessian], observed: Mapping[str, Observed], names: Group) -> Moments:
-    return own.pop(names[0]).take(), observed[names[0]].count
+    return Moments(H=own.pop(names[0]).take(), count=observed[names[0]].count)
 
 
 def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:

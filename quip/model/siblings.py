@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from jaxtyping import Float
 from torch import Tensor
 
 from quip.matrix.linalg import proxy_loss
@@ -13,6 +12,7 @@ from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
 from quip.model.block import BlockModule
 from quip.model.matrices import Matrix
+from quip.model.moments import Moments
 from quip.model.plan import by_recipe
 from quip.model.records import MatrixRecord
 from quip.packed.linear import QuantizedLinear
@@ -22,32 +22,32 @@ from quip.packed.stack import Stack, StackedLinear, in_order, stacked
 def quantize_siblings(
     block: BlockModule,
     names: Sequence[str],
-    H: Float[Tensor, "n n"],
+    moments: Moments,
     recipes: Mapping[str, Recipe],
     seed: int,
-    *,
-    tokens: int,
 ) -> Iterator[MatrixRecord]:
-    """Quantize these matrices of a block, whose inputs have the second moment H, in place.
+    """Quantize these matrices of a block, whose one input has these moments, in place.
 
     Each record comes as soon as its matrix is there; those of a stack come together. Only matrices
-    of one recipe are stacked. `tokens` were seen, which is written down of experts.
+    of one recipe are stacked. How many tokens were seen is written down of experts.
     """
     found = block.matrices()
     for group in by_recipe(names, recipes):
         members, recipe = [found[name] for name in group], recipes[group[0]]
         rows = sum(matrix.rows for matrix in members)
-        if recipe.stack and len(members) > 1 and recipe.can_do(rows, len(H)):
-            records = _quantize_stack(block, members, H, recipe, seed)
+        if recipe.stack and len(members) > 1 and recipe.can_do(rows, len(moments.H)):
+            records = _quantize_stack(block, members, moments, recipe, seed)
         else:
-            records = _quantize_each(block, members, H, recipe, seed)
+            records = _quantize_each(block, members, moments, recipe, seed)
         for record in records:
-            yield replace(record, tokens=tokens) if block.is_expert(record.name) else record
+            seen = moments.count if block.is_expert(record.name) else None
+            yield replace(record, tokens=seen)
 
 
 def _quantize_each(
-    block: BlockModule, members: Sequence[Matrix], H: Tensor, recipe: Recipe, seed: int
+    block: BlockModule, members: Sequence[Matrix], moments: Moments, recipe: Recipe, seed: int
 ) -> Iterator[MatrixRecord]:
+    H = moments.H
     weights = {matrix.name: matrix.weight.detach() for matrix in members}
     biases = {matrix.name: matrix.bias for matrix in members}
     start = time.perf_counter()
@@ -61,8 +61,9 @@ def _quantize_each(
 
 
 def _quantize_stack(
-    block: BlockModule, members: Sequence[Matrix], H: Tensor, recipe: Recipe, seed: int
+    block: BlockModule, members: Sequence[Matrix], moments: Moments, recipe: Recipe, seed: int
 ) -> Iterator[MatrixRecord]:
+    H = moments.H
     start, by_name = time.perf_counter(), {matrix.name: matrix for matrix in members}
     members = [by_name[name] for name in in_order([*by_name])]
     weights = {matrix.name: matrix.weight.detach() for matrix in members}

@@ -11,6 +11,7 @@ from quip.errors import UsageError
 from quip.matrix.build import build_recipe
 from quip.model import ferry
 from quip.model.ferry import Ferry, visits
+from quip.model.moments import Moments
 from quip.model.siblings import quantize_siblings
 from quip.model.walk import walk
 from tests.support.tiny import tiny, tokens
@@ -189,8 +190,8 @@ def walked(model: nn.Module, device: str) -> dict[str, torch.Tensor]:
     for block in walk(model, ids, device=device, batch_size=4):
         hessians = block.observe()
         for name in list(block.matrices())[:1]:
-            H = hessians[name].value()
-            list(quantize_siblings(block, [name], H, {name: RECIPE}, 0, tokens=1))
+            moments = Moments(H=hessians[name].value(), count=1)
+            list(quantize_siblings(block, [name], moments, {name: RECIPE}, 0))
     return model.state_dict()
 
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
 from quip.model.block import BlockModule
+from quip.model.moments import Moments
 from quip.model.siblings import quantize_siblings
 
 LAYERS = 32  # of Llama-2-7B, to which the time of one is carried forward
@@ -54,7 +55,8 @@ def pack_block(block: BlockModule, H: dict[str, Tensor], recipe: Recipe) -> None
     for group in FED:
         names = [named[last] for last in group]
         recipes = dict.fromkeys(names, recipe)
-        for _ in quantize_siblings(block, names, H[group[0]], recipes, seed=0, tokens=1):
+        seen = Moments(H=H[group[0]], count=1)
+        for _ in quantize_siblings(block, names, seen, recipes, seed=0):
             pass
 
 
