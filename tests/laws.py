@@ -42,7 +42,9 @@ from quip.transforms import (
     Draw,
     HadamardDraw,
     KroneckerDraw,
+    OutputRescaleDraw,
     RescaleDraw,
+    rescales_outputs,
 )
 
 # Rounding noise of float64 sums of at most a few hundred terms, relative to their size.
@@ -193,6 +195,9 @@ TRANSFORMS: dict[str, Sequence[Draw]] = {
     "hadamard": [HadamardDraw(block=None)],
     "hadamard, in blocks": [HadamardDraw(block=4)],
     "rescale, hadamard": [RescaleDraw(), HadamardDraw(block=None)],
+    "rescale outputs": [OutputRescaleDraw()],
+    "rescale both, kronecker": [RescaleDraw(), OutputRescaleDraw(), KroneckerDraw()],
+    "hadamard, outputs rescaled": [HadamardDraw(block=None, rescales_outputs=True)],
 }
 
 LEARNED: dict[str, Codebook] = {
@@ -245,15 +250,17 @@ GRIDS: dict[str, dict[str, object]] = {
 def check_transform(draws: Sequence[Draw], W: Tensor, H: Tensor) -> None:
     """undo(apply(W)) = W; tr(W H W^T) is kept; output(W~ input(x)) = W x; nothing is changed."""
     given = W.clone(), H.clone()
-    T, W_t, H_t = Chain.draw(draws, W, H, torch.Generator().manual_seed(1))
-    again, *same = Chain.draw(draws, W, H, torch.Generator().manual_seed(1))
+    f = torch.rand(len(W), generator=torch.Generator().manual_seed(3)).double() ** 4
+    T, W_t, H_t = Chain.draw(draws, W, H, torch.Generator().manual_seed(1), f=f)
+    again, *same = Chain.draw(draws, W, H, torch.Generator().manual_seed(1), f=f)
     assert torch.equal(W, given[0])
     assert torch.equal(H, given[1])
     assert torch.equal(W_t, same[0])
     assert torch.equal(H_t, same[1])
     assert torch.equal(again.apply(W, H)[1], H_t)
     assert_near(T.undo(W_t), W)
-    assert_near(((W_t @ H_t) * W_t).sum(), ((W @ H) * W).sum())
+    if not rescales_outputs(draws):
+        assert_near(((W_t @ H_t) * W_t).sum(), ((W @ H) * W).sum())
     assert_near(H_t, H_t.T)
     x = torch.randn(2, 3, W.shape[1], generator=torch.Generator().manual_seed(2)).double()
     assert_near(T.output(T.input(x) @ W_t.T), x @ W.T)

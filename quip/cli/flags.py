@@ -146,6 +146,14 @@ def calibration_flags(group: argparse._ArgumentGroup) -> None:
         help="of a mixture of experts, calibrate each expert on all tokens, not on those that the "
         "router sends to it",
     )
+    add(
+        "--token_weights",
+        default="none",
+        choices=["none", "fisher", "labels"],
+        help="weigh each token in H by the squared gradient of the loss at the outputs, from one "
+        "pass forward and back before the walk: with labels that the model itself draws (fisher), "
+        "or the next tokens (labels)",
+    )
 
 
 def task_flags(group: argparse._ArgumentGroup) -> None:

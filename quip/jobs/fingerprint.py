@@ -8,7 +8,7 @@ import xxhash
 
 from quip.data import TokenSet
 from quip.data.hessians import HessianStore
-from quip.jobs.requests import Calibration
+from quip.jobs.requests import NO_WEIGHTS, Calibration
 from quip.matrix.recipe import Recipe
 from quip.model.load import LoadedModel
 from quip.model.plan import Plan, described
@@ -39,6 +39,7 @@ def fingerprint_of(
         "tuning": tuning and asdict(tuning),
         "seed": asked.seed,
         **({"all_experts": True} if asked.all_experts else {}),
+        **({"token_weights": asked.token_weights} if asked.token_weights != NO_WEIGHTS else {}),
         "dtype": loaded.dtype_name,
         "device": device.type,
         "versions": {name: found.get(name) for name in ("quip-quant", "torch")},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 Request = TypeVar("Request")
+NO_WEIGHTS = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Calibration(Text):
     """What second moments are taken over."""
 
     all_experts: bool = False  # of each expert all tokens, not those that the router sends to it
+    token_weights: str = NO_WEIGHTS  # by the loss, with labels: none, fisher or labels
 
 
 @dataclass(frozen=True, kw_only=True)

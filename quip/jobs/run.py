@@ -17,7 +17,9 @@ from quip.jobs.fingerprint import Source, fingerprint_of
 from quip.jobs.report.folder import RunFolder
 from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
+from quip.jobs.requests import NO_WEIGHTS
 from quip.jobs.saving import check_save
+from quip.jobs.sensitivity import felt_for, is_asked_for
 from quip.jobs.streaming import check_all_weights, ledger_for, no_longer_than_this
 from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
@@ -188,6 +190,7 @@ def _quantize(
         seed=e.seed,
         device=report.device,
         all_experts=e.all_experts,
+        weighs=e.token_weights != NO_WEIGHTS,
         tuning=e.tuning,
         ledger=ledger,
         team=team,
@@ -199,7 +202,11 @@ def _quantize(
     if isinstance(source, HessianStore):
         found = quantize_from_store(loaded.model, source, run)
     else:
-        run = replace(run, batch_size=batch_size_for(source.seqlen, loaded.model, report.device))
+        batch_size = batch_size_for(source.seqlen, loaded.model, report.device)
+        run = replace(run, batch_size=batch_size)
+        if is_asked_for(e, recipe):
+            with watch("sensitivity"):
+                run = replace(run, felt=felt_for(e, loaded, source, run))
         found = quantize_matrix_by_matrix(loaded.model, source.ids, run)
     try:
         records.extend(found)

@@ -107,6 +107,8 @@ def _read(f: Flags, readers: dict[str, str]) -> Parts:
         draws.append(("RescaleDraw", {}))
     if rotates or incoherent or choice.rotation or f.rotation == UNROTATED:
         draws += _rotation(take, choice.rotation, asked=rotates or incoherent)
+    if take("pre_rescale_out"):
+        draws = _rescaling_outputs(draws)
     return Parts(
         method=method,
         choice=choice,
@@ -156,6 +158,21 @@ def _rotation(
     row = ROTATIONS[name] if extra is None else EXTRAS[extra]
     own = take.part(f"--rotation {name}")
     return [(row.draw, {**row.options, **{key: own(flag) for key, flag in row.takes.items()}})]
+
+
+def _rescaling_outputs(
+    draws: list[tuple[str, Mapping[str, Any]]],
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The draws with factors of outputs, in the signs of these where there are such."""
+    *before, (name, options) = draws or [("", {})]
+    if name == "HadamardDraw":
+        return [*before, (name, {**options, "rescales_outputs": True})]
+    if name == "KroneckerDraw":
+        return [*before, ("OutputRescaleDraw", {}), (name, options)]
+    raise UsageError(
+        "--pre_rescale_out balances the rows of a matrix that is then rotated: say --pre_proj, "
+        "--incoh_processing or --rotation hadamard, or leave it out"
+    )
 
 
 def _passes(take: Take, method: Method, choice: Choice) -> int:

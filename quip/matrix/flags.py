@@ -29,6 +29,11 @@ class Flags(FlagsOfCodes):
     pre_rescale: bool = of_processing(
         "rescale the inputs, to balance W against H (--incoh_processing does)", kind=bool
     )
+    pre_rescale_out: bool = of_processing(
+        "rescale the outputs of a rotated matrix, to balance its rows against what the loss feels "
+        "of each; that comes from a pass forward and back before the walk, as of --token_weights",
+        kind=bool,
+    )
     pre_proj: bool = of_processing(
         "rotate W and H by random orthogonal matrices (--incoh_processing and lattices do)",
         kind=bool,

@@ -46,6 +46,9 @@ class Observed(Protocol):
 class Hessian:
     """The means of x x^T and of x over all tokens seen, accumulated on the device of the inputs.
 
+    Where tokens have weights s_t, of which it is handed the roots, they are weighted means; the
+    weights of all tokens together have the mean 1.
+
     Chunks of at most 8192 tokens are summed in float32 (float64 for float64 inputs) and added
     to a float64 master: exact enough for any number of tokens, at the speed of float32, or on a
     CUDA device at that of its tensor cores for inputs of 16 bits.
@@ -67,12 +70,17 @@ class Hessian:
         self.complete = False  # whether these are the sums of all processes, and not of this one
         self.count = self.chunks = 0
 
-    def update(self, x: Float[Tensor, "*batch n"]) -> None:
-        """Add the tokens of x, whatever its leading axes."""
-        for chunk in x.detach().reshape(-1, len(self._lower)).split(CHUNK):
+    def update(
+        self, x: Float[Tensor, "*batch n"], roots: Float[Tensor, " _tokens"] | None = None
+    ) -> None:
+        """Add the tokens of x, whatever its leading axes; None: each with the weight 1."""
+        x = x.detach().reshape(-1, len(self._lower))
+        for lo in range(0, max(1, len(x)), CHUNK):
+            own = None if roots is None else roots[lo : lo + CHUNK]
+            chunk = weighed(x[lo : lo + CHUNK], own)
             if self.anchors is None and self._exact and len(chunk):
                 self.anchors = anchors_of(squares(chunk))
-            total = chunk.sum(0, dtype=torch.float64)
+            total = weighed(chunk, own).sum(0, dtype=torch.float64)
             if self.anchors is None:
                 self._sum += total
             else:
@@ -156,6 +164,16 @@ class Hessian:
     def forget(self) -> None:
         """Let go of sums that another process has."""
         self._lower = self._lower.new_empty(0, 0)
+
+
+def weighed(
+    x: Float[Tensor, "tokens n"], roots: Float[Tensor, " tokens"] | None
+) -> Float[Tensor, "tokens n"]:
+    """sqrt(s_t) x_t, in float32 at least, of which s_t x_t x_t^T is made."""
+    if roots is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)  # of 16 bits, each would be rounded anew
+    return x.to(wide) * roots[:, None].to(wide)
 
 
 def squares(x: Float[Tensor, "tokens n"]) -> Float64[Tensor, " n"]:

@@ -52,10 +52,16 @@ class Factorisations:
         self._last: tuple[Hashable, Basis | None, Factored] | None = None
 
     def of(
-        self, W: Float[Tensor, "m n"], recipe: Recipe, rng: torch.Generator, name: str
+        self,
+        W: Float[Tensor, "m n"],
+        recipe: Recipe,
+        rng: torch.Generator,
+        name: str,
+        f: Float[Tensor, " m"] | None = None,
     ) -> tuple[Chain, Float[Tensor, "m n"], Factored]:
         """The transforms, W after them (in float64 after any), and H after them, factorised.
 
+        f is what the loss feels of each output, for transforms that ask for it.
         The generator is left as the draws leave it, whether they were made now or before.
         """
         W = without_dead(W, self._H, name)
@@ -64,19 +70,19 @@ class Factorisations:
         _, key = keys(name, recipe)
         if self._last is None or self._last[0] != key:
             self._last = None  # makes room
-            self._last = key, *self._factorise(W, recipe, rng, name)
-        _, basis, f = self._last
+            self._last = key, *self._factorise(W, recipe, rng, name, f)
+        _, basis, found = self._last
         if basis is None:
-            return Chain(), W, f
+            return Chain(), W, found
         rng.set_state(basis.state)
-        return basis.T, basis.W, f
+        return basis.T, basis.W, found
 
     def forget(self) -> None:
         """Let go of what nobody will ask for."""
         self._last = None
 
     def _factorise(
-        self, W: Tensor, recipe: Recipe, rng: torch.Generator, name: str
+        self, W: Tensor, recipe: Recipe, rng: torch.Generator, name: str, f: Tensor | None
     ) -> tuple[Basis | None, Factored]:
         """After a failure with ten times the damping, and at least 0.001."""
         damp, reason = recipe.damp, ""
@@ -84,7 +90,7 @@ class Factorisations:
         for attempt in range(1 + ESCALATIONS):
             rng.set_state(state)
             H = damped(self._H, damp)
-            T, W_t, H = Chain.draw(recipe.transforms, W, H, rng, in_place=True)
+            T, W_t, H = Chain.draw(recipe.transforms, W, H, rng, f=f, in_place=True)
             basis = Basis(T, W_t, rng.get_state()) if recipe.transforms else None
             try:  # the last failure can say why
                 return basis, factored(H, recipe, damp, in_place=attempt < ESCALATIONS)

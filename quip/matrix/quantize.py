@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from itertools import chain, product
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from quip.matrix.sweep import sweep
 from quip.packed.matrix import QuantizedMatrix
 
 Label = TypeVar("Label", bound=Hashable)
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 def quantize_matrix(
@@ -27,18 +29,21 @@ def quantize_matrix(
     *,
     rng: torch.Generator,
     name: str = "the matrix",
+    f: Float[Tensor, " m"] | None = None,
 ) -> QuantizedMatrix:
     """Round W so that tr((W_hat - W) H (W_hat - W)^T) is small (QuIP, Algorithm 3).
+
+    f is what the loss feels of each output, for recipes that rescale them.
 
     Rounding runs in float32 (float64 for float64 W) on W's device, factorisations in float64.
 
     Raises:
-        UsageError: the recipe cannot do a matrix of this size.
+        UsageError: the recipe cannot do a matrix of this size, or asks for f where it is None.
         NonFinite: W or H holds NaN or infinity.
         NotPositiveDefinite: H has no Cholesky factor after three escalations of damping.
     """
     recipe.check(len(W), W.shape[1], name)
-    return _quantize(W, Factorisations(H), recipe.sized(*W.shape), rng, name)
+    return _quantize(W, Factorisations(H), recipe.sized(*W.shape), rng, name, f)
 
 
 def quantize_matrices(
@@ -47,12 +52,15 @@ def quantize_matrices(
     recipe: Recipe,
     *,
     seed: int,
+    outputs: Mapping[str, Float[Tensor, " _m"]] = NOTHING,
 ) -> Iterator[tuple[str, QuantizedMatrix]]:
     """`quantize_matrix` for all matrices that share the input statistics H, one after the other.
 
     Each matrix draws from a generator of its own, so results do not depend on the company.
     """
-    for name, _, quantized in quantize_by_many(weights, H, {"": recipe}, seed=seed):
+    for name, _, quantized in quantize_by_many(
+        weights, H, {"": recipe}, seed=seed, outputs=outputs
+    ):
         yield name, quantized
 
 
@@ -62,12 +70,14 @@ def quantize_by_many(
     recipes: Mapping[Label, Recipe],
     *,
     seed: int,
+    outputs: Mapping[str, Float[Tensor, " _m"]] = NOTHING,
 ) -> Iterator[tuple[str, Label, QuantizedMatrix]]:
     """`quantize_matrix` of each matrix by each recipe: its name, the recipe's label, the result.
 
     They come in the order of the work, so that what several have in common is computed once:
     recipes that differ in their codebooks alone share a factorisation of H, which takes as long
-    as rounding or (Algorithm 5) far longer; without transforms all matrices do.
+    as rounding or (Algorithm 5) far longer; without transforms all matrices do. `outputs` are f of
+    each matrix, where it is known.
     """
     factorisations = Factorisations(H)
     bases: dict[Hashable, dict[Hashable, list[tuple[str, Label]]]] = {}
@@ -78,16 +88,21 @@ def quantize_by_many(
     for done, (name, label) in enumerate(todo, 1):
         W, rng = weights[name], rng_for(seed, name)
         sized = recipes[label].sized(*W.shape)
-        found = _quantize(W, factorisations, sized, rng, name)
+        found = _quantize(W, factorisations, sized, rng, name, outputs.get(name))
         if done == len(todo):
             factorisations.forget()  # as large as H, while the caller works on
         yield name, label, found
 
 
 def _quantize(
-    W: Tensor, factorisations: Factorisations, recipe: Recipe, rng: torch.Generator, name: str
+    W: Tensor,
+    factorisations: Factorisations,
+    recipe: Recipe,
+    rng: torch.Generator,
+    name: str,
+    felt: Tensor | None,
 ) -> QuantizedMatrix:
-    T, W_t, f = factorisations.of(W, recipe, rng, name)
+    T, W_t, f = factorisations.of(W, recipe, rng, name, felt)
     W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
     best: tuple[float, QuantizedMatrix] | None = None
     for book in recipe.trials or (recipe.codebook,):

@@ -13,6 +13,7 @@ from quip.matrix.hessian import Observed
 from quip.model.experts import Routed
 from quip.model.matrices import Matrix, matrices_of
 from quip.model.observe import Observer, Outgrown
+from quip.model.sensitivity.found import Sensitivity
 from quip.model.states import States
 from quip.packed.exchange import replace
 from quip.packed.experts import Expert, Experts
@@ -77,7 +78,6 @@ class Block(BlockModule):
         """Windows that pass through the block together."""
         return self._states.batch_size
 
-    @torch.no_grad()
     def observe(self, *, all_experts: bool = False) -> dict[str, Observed]:
         """The Hessian of every matrix's inputs, from one forward pass of the block as it is.
 
@@ -87,10 +87,23 @@ class Block(BlockModule):
         UnsupportedModel, naming the matrix, where inputs are NaN or infinite, and where a matrix
         never ran.
         """
-        matrices, anchors = self.matrices(), dict[str, Tensor]()
+        (found,) = self.observe_each([None], all_experts=all_experts)
+        return found
+
+    @torch.no_grad()
+    def observe_each(
+        self, weights: Sequence[Sensitivity | None], *, all_experts: bool = False
+    ) -> list[dict[str, Observed]]:
+        """What `observe` finds for each of these weights of tokens, from the same pass."""
+        matrices = self.matrices()
+        anchors = [dict[str, Tensor]() for _ in weights]
         while True:
+            observers = [
+                Observer(self._states.team, own, weights=each, device=self._device)
+                for own, each in zip(anchors, weights, strict=True)
+            ]
             try:
-                return self._observe(matrices, anchors, all_experts)
+                return self._observe(matrices, observers, all_experts)
             except Outgrown:
                 continue
             except torch.OutOfMemoryError:
@@ -98,9 +111,8 @@ class Block(BlockModule):
             self._states.halve(self.name)
 
     def _observe(
-        self, matrices: Mapping[str, Matrix], anchors: dict[str, Tensor], all_experts: bool
-    ) -> dict[str, Observed]:
-        observer = Observer(self._states.team, anchors, device=self._device)
+        self, matrices: Mapping[str, Matrix], observers: Sequence[Observer], all_experts: bool
+    ) -> list[dict[str, Observed]]:
         routed = self._routed()
         alone = {
             name: matrix
@@ -113,17 +125,33 @@ class Block(BlockModule):
         hooks += [
             matrix.module.register_forward_pre_hook(partial(observer.see, name), with_kwargs=True)
             for name, matrix in alone.items()
+            for observer in observers
         ]
         try:
             for _ in self.run():
-                observer.end_batch()
+                for observer in observers:
+                    observer.end_batch()
         finally:
             for hook in hooks:
                 hook.remove()
+        return [
+            self._found(matrices, alone, observer, [one for _, one in routed], all_experts)
+            for observer in observers
+        ]
+
+    def _found(
+        self,
+        matrices: Mapping[str, Matrix],
+        alone: Mapping[str, Matrix],
+        observer: Observer,
+        routed: Sequence[Routed],
+        all_experts: bool,
+    ) -> dict[str, Observed]:
         observer.join()
         found: dict[str, Observed] = {**observer.hessians(alone)}
-        for _, one in routed:
-            found |= one.hessians(all_experts=all_experts)
+        for one in routed:
+            own = one.weighing(observer.weights.sent(one.name)) if observer.weights else one
+            found |= own.hessians(all_experts=all_experts)
         return {name: found[name] for name in matrices}
 
     def _routed(self) -> list[tuple[nn.Module, Routed]]:

@@ -19,18 +19,19 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from quip.errors import NonFinite, UnsupportedModel
-from quip.matrix.hessian import CHUNK, Hessian, Observed, anchors_of, squares
+from quip.matrix.hessian import CHUNK, Hessian, Observed, anchors_of, squares, weighed
+from quip.model.sensitivity.found import Sent
 from quip.model.team import ALONE, Team
 from quip.packed.experts import Experts
 
 Part = TypeVar("Part", bound=nn.Module)
+Tokens: TypeAlias = tuple[Tensor, Tensor | None]  # x [tokens, n], and the roots of their weights
 log = logging.getLogger(__name__)
 
 
@@ -39,14 +40,20 @@ class Routed:
 
     It lives where the hidden states do. The experts are remembered as they are: what is replaced
     in the model later computes nothing here. In a team, batches are those of this process, and
-    counts and sums those of all.
+    counts and sums those of all. `weights` are those of its tokens; None: all are 1.
     """
 
     def __init__(
-        self, name: str, experts: Experts, *, home: torch.device, team: Team = ALONE
+        self,
+        name: str,
+        experts: Experts,
+        *,
+        home: torch.device,
+        team: Team = ALONE,
+        weights: Sent | None = None,
     ) -> None:
         self.name, self.experts, self._home = name, _as_it_is(experts), home
-        self._team = team
+        self._team, self.weights = team, weights
         self._units: list[tuple[Tensor, Tensor]] = []  # of each batch X and the chosen experts
         self._device = home
 
@@ -57,6 +64,12 @@ class Routed:
         # Copies also at home: a block may go on to change what it handed over.
         self._units.append((hidden.to(self._home, copy=True), index.to(self._home, copy=True)))
 
+    def weighing(self, weights: Sent | None) -> "Routed":
+        """The same tokens, with these weights."""
+        found = Routed(self.name, self.experts, home=self._home, team=self._team, weights=weights)
+        found._units, found._device = self._units, self._device
+        return found
+
     @cached_property
     def counts(self) -> list[int]:
         """Tokens that the router sent to each expert."""
@@ -64,22 +77,30 @@ class Routed:
         found = torch.bincount(chosen, minlength=len(self.experts))[: len(self.experts)]
         return self._team.sum(found).tolist()
 
-    def tokens(self, expert: int | None) -> Iterator[Float[Tensor, "_ h"]]:
-        """The rows of X of an expert (None: all), on the device, in the order of the batches."""
+    def tokens(self, expert: int | None, part: str) -> Iterator[Tokens]:
+        """The rows of X of an expert (None: all), on the device, in the order of the batches.
+
+        With the roots of their weights at a matrix of the expert.
+        """
+        before = 0
         for hidden, index in self._units:
-            x = hidden if expert is None else hidden[(index == expert).any(-1)]
-            for chunk in x.split(CHUNK) if len(x) else ():
-                yield chunk.to(self._device)
+            rows = torch.arange(len(hidden), device=hidden.device)
+            if expert is not None:
+                rows = rows[(index == expert).any(-1)]
+            for own in rows.split(CHUNK) if len(rows) else ():
+                x, roots = hidden[own].to(self._device), None
+                if self.weights is not None:
+                    roots = self.weights.roots(part, expert, own + before).to(self._device)
+                yield x, roots
+            before += len(hidden)
 
     @cached_property
     def pool(self) -> Hessian:
         """The moments of X, which are held: every expert's first matrix would see them."""
-        n = self._units[0][0].shape[-1]
-        return self.sum(lambda: self.tokens(None), n, self.name)
+        n, first = self._units[0][0].shape[-1], next(iter(self.experts[0]))
+        return self.sum(lambda: self.tokens(None, first), n, self.name)
 
-    def sum(
-        self, inputs: Callable[[], Iterator[Float[Tensor, "_ n"]]], n: int, name: str
-    ) -> Hessian:
+    def sum(self, inputs: Callable[[], Iterator[Tokens]], n: int, name: str) -> Hessian:
         """The moments of these inputs, which can be gone through more than once.
 
         First for the largest sum of squares, which the anchors of exact sums are chosen by. Raises
@@ -88,13 +109,13 @@ class Routed:
         anchors, team = None, self._team
         if team.exact:
             largest, chunks = torch.zeros(n, dtype=torch.float64, device=self._device), 0
-            for x in inputs():
-                largest, chunks = largest.maximum(squares(x)), chunks + 1
+            for x, roots in inputs():
+                largest, chunks = largest.maximum(squares(weighed(x, roots))), chunks + 1
             most = int(team.sum(torch.tensor(chunks)))
             anchors = anchors_of(team.largest(largest), most)
         found = Hessian(n, anchors=anchors, exact=team.exact, device=self._device)
-        for x in inputs():
-            found.update(x)
+        for x, roots in inputs():
+            found.update(x, roots)
         team.total(found)
         if not found.is_finite:
             raise NonFinite(
@@ -153,9 +174,10 @@ class RoutedHessian:
             return copy.copy(self.routed.pool)  # whose sums others will ask for
         return self.routed.sum(lambda: self._inputs(None), self.inputs, self.name)
 
-    def _inputs(self, of: int | None) -> Iterator[Float[Tensor, "_ n"]]:
-        for x in self.routed.tokens(of):
-            yield self.routed.experts.between(self._expert, x) if self._part == "down_proj" else x
+    def _inputs(self, of: int | None) -> Iterator[Tokens]:
+        for x, roots in self.routed.tokens(of, self._part):
+            second = self._part == "down_proj"
+            yield self.routed.experts.between(self._expert, x) if second else x, roots
 
 
 def same_experts(one: Observed, other: Observed) -> bool:

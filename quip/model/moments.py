@@ -1,14 +1,42 @@
 """What a group of matrices is quantized by: the second moments of the one input that feeds it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
+
+from quip.matrix.hessian import Hessian
+from quip.model.sensitivity.found import Sensitivity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """What was seen of the input x of a group of matrices."""
+    """What was seen of the input x of a group of matrices, and what the loss feels of them."""
 
-    H: Float[Tensor, "n n"]  # E[x x^T]
+    H: Float[Tensor, "n n"]  # E[x x^T], or E[s x x^T] / E[s] where tokens have weights s
     count: int  # tokens that were seen
+    plain: Float[Tensor, "n n"] | None = None  # E[x x^T], where H is another
+    squares: Mapping[str, Float64[Tensor, ""]] = field(default_factory=dict)  # where H is weighted
+    outputs: Mapping[str, Float64[Tensor, " _m"]] = field(default_factory=dict)  # where it is known
+
+    @classmethod
+    def of(
+        cls,
+        names: Sequence[str],
+        count: int,
+        sums: Mapping[str, Hessian],
+        plain: Mapping[str, Hessian] | None,
+        felt: Sensitivity | None,
+    ) -> "Moments":
+        """Of the matrices of these names, of whose sums so many tokens were seen.
+
+        The sums are let go of. Without `plain` ones they are of tokens that weigh the same.
+        """
+        return cls(
+            H=sums[names[0]].take(),
+            count=count,
+            plain=None if plain is None else plain[names[0]].take(),
+            squares=felt.squares(names) if felt and plain else {},
+            outputs=felt.outputs(names) if felt else {},
+        )

@@ -12,6 +12,7 @@ from quip.errors import NonFinite, UnsupportedModel
 from quip.matrix.hessian import Hessian, anchors_of, outgrown
 from quip.model.inputs import Inputs
 from quip.model.matrices import Matrix
+from quip.model.sensitivity.found import Sensitivity
 from quip.model.team import ALONE, Team
 
 log = logging.getLogger(__name__)
@@ -33,13 +34,18 @@ class Observer:
         team: Team = ALONE,
         anchors: dict[str, Tensor] | None = None,
         *,
+        weights: Sensitivity | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """`anchors`, by the name of the first matrix of an input, are used, or else written to."""
+        """`anchors`, by the name of the first matrix of an input, are used, or else written to.
+
+        `weights` are those of the tokens of this process, in their order; None: all are 1.
+        """
         self._team, self._device = team, device
         self._anchors = {} if anchors is None else anchors
         self._settled = bool(self._anchors) or not team.exact
-        self._waiting: list[tuple[str, Tensor]] = []
+        self._waiting: list[tuple[str, Tensor, Tensor | None]] = []
+        self.weights, self._roots = weights, dict[str, Tensor | None]()
         self._inputs = Inputs()
         self._leader = self._inputs.names
         self._sums: dict[str, Hessian] = {}
@@ -51,14 +57,17 @@ class Observer:
         if x.numel() == 0:  # an expert that no token of this batch chose
             self._tokens[name] += 0
             return
-        first = self._inputs.name(name, x)
+        first, before = self._inputs.name(name, x), self._tokens[name]
         self._tokens[name] += x.numel() // x.shape[-1]
         if first != name:
             return
+        roots = self._roots_of(name)
+        if roots is not None:
+            roots = roots[before : self._tokens[name]].to(x.device)
         if self._settled or self._team.leads:
-            self._add(name, x)
+            self._add(name, x, roots)
         else:
-            self._waiting.append((name, x.clone()))  # a block may change its inputs in place
+            self._waiting.append((name, x.clone(), roots))  # a block may change its inputs in place
 
     def end_batch(self) -> None:
         """Let go of the inputs of a batch; after the first, all of a team know the anchors."""
@@ -69,8 +78,8 @@ class Observer:
         _, anchors = self._team.spread(None, found, 0, device=self._device)
         self._anchors.update(anchors)
         self._settled = True
-        for name, x in self._waiting:
-            self._add(name, x)
+        for name, x, roots in self._waiting:
+            self._add(name, x, roots)
         self._waiting.clear()
 
     def join(self) -> None:
@@ -140,10 +149,16 @@ class Observer:
             )
         return self._sums[leader]
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _roots_of(self, name: str) -> Tensor | None:
+        """The roots of the weights of all tokens of an input, if it has any."""
+        if self.weights is not None and name not in self._roots:
+            self._roots[name] = self.weights.roots(name)
+        return self._roots.get(name)
+
+    def _add(self, name: str, x: Tensor, roots: Tensor | None) -> None:
         if name not in self._sums:
             self._sums[name] = self._new(name, x.shape[-1])
-        self._sums[name].update(x)
+        self._sums[name].update(x, roots)
 
     def _new(self, name: str, n: int) -> Hessian:
         """Sums to begin with; what the first batch did not see has anchors that it outgrows."""

@@ -3,8 +3,8 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, zip_longest
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from quip.data.hessians import HessianStore, StoredInput
 from quip.errors import UsageError, finite
-from quip.matrix.hessian import Hessian, Observed, sharing
+from quip.matrix.hessian import sharing
 from quip.matrix.recipe import Recipe
 from quip.model.block import Block, BlockModule
 from quip.model.deal import Deal, Group, rounds
@@ -26,6 +26,8 @@ from quip.model.progress import Progress
 from quip.model.promised import check_all, check_block
 from quip.model.records import MatrixRecord
 from quip.model.run import Run
+from quip.model.sensitivity.found import Sensitivity
+from quip.model.sensitivity.gather import share
 from quip.model.tune.blocks import BlockTuner, BlockTuning
 from quip.model.tune.tunable import learns
 from quip.model.walk import blocks_at_rest, walk
@@ -43,6 +45,7 @@ class _Work:
     recipes: dict[str, Recipe]
     bar: tqdm
     progress: Progress
+    felt: Sensitivity | None = None  # of the windows of this process
     done: list[str] = field(default_factory=list)
 
 
@@ -82,7 +85,8 @@ def quantize_matrix_by_matrix(
     team.check(len(tokens), batch_size)
     progress = Progress.of(run.ledger, team, batch_size)
     with _bar(recipes) as bar:
-        work = _Work(run, recipes, bar, progress)
+        felt = share(run.felt, team, batch_size)
+        work = _Work(run, recipes, bar, progress, felt)
         start, hidden = progress.take_up(model, count)
         for index in range(start):
             yield from _restore(index, model, work)
@@ -190,8 +194,9 @@ def _report_and_keep(
 
 def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
     run, team, watch, tuner = work.run, work.run.team, work.run.watch, None
+    weights = [work.felt, None] if run.weighs else [None]
     with watch("observe"):
-        hessians = block.observe(all_experts=run.all_experts)
+        hessians, *plain = block.observe_each(weights, all_experts=run.all_experts)
     tell_of_few(block.name, hessians)
     if run.tuning:  # once the block is known to take batches of this size
         with watch("tune"):
@@ -202,22 +207,24 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
     for together, after in zip_longest(dealt, dealt[1:]):
         deal = Deal.of(block, together, work.recipes, team)
         with watch("observe"):
-            own = deal.totals(hessians)
-        found = deal.quantize(partial(_moments, own, hessians), work.recipes, run.seed)
+            sums, *alike = [deal.totals(each) for each in (hessians, *plain)]
+
+        def moments(names: Group, sums: Any = sums, alike: Any = alike) -> Moments:
+            count, own = hessians[names[0]].count, alike[0] if alike else None
+            return Moments.of(names, count, sums, own, work.felt)
+
+        found = deal.quantize(moments, work.recipes, run.seed)
         yield from watch.each("quantize", found)
         # Experts are tuned when all are done. After the last group no matrix is left to tune: only
         # what was learnt of those before.
         waits = after and same_experts(hessians[together[-1][0]], hessians[after[0][0]])
         for name in chain.from_iterable(together):
-            del hessians[name]  # which take more memory than the block
+            for each in (hessians, *plain):
+                del each[name]  # which take more memory than the block
         if tuner and not waits and (after or learns(block.module)):
             with watch("tune"):
                 run.tuned.append(tuner.tune(together[-1]))
             work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
-
-
-def _moments(own: dict[str, Hessian], observed: Mapping[str, Observed], names: Group) -> Moments:
-    return Moments(H=own.pop(names[0]).take(), count=observed[names[0]].count)
 
 
 def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:

@@ -22,11 +22,13 @@ class MatrixRecord:
     block: int
     rows: int
     columns: int
-    proxy_loss: float  # relative, original basis, undamped H
+    proxy_loss: float  # relative, original basis, undamped H, by which the matrix was rounded
     damp: float  # as used
     bits_per_weight: float  # all overheads included
     seconds: float
     tokens: int | None = None  # that the router sent to an expert; None: of no expert
+    plain_loss: float | None = None  # as proxy_loss, all tokens alike; None: as they are there
+    damage: float | None = None  # 1/2 E[|g|^2 |(W_hat - W) x|^2] / rows, in nats per token
 
 
 class Stopwatch:

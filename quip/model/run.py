@@ -11,6 +11,7 @@ from quip.model.activations import Activations
 from quip.model.ledger import Ledger
 from quip.model.plan import Plan
 from quip.model.records import Stopwatch
+from quip.model.sensitivity.found import Sensitivity
 from quip.model.states import IN_MEMORY
 from quip.model.stream import Stream
 from quip.model.team import ALONE, Team
@@ -33,6 +34,8 @@ class Run:
     device: torch.device | str
     batch_size: int = 1  # windows that pass through a block together
     all_experts: bool = False
+    felt: Sensitivity | None = None  # of all windows, known to the first process of a team
+    weighs: bool = False  # whether tokens have the weights that were felt
     tuning: BlockTuning | None = None
     ledger: Ledger | None = None  # of the first process of a team
     team: Team = ALONE

@@ -3,10 +3,12 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from quip.matrix.linalg import proxy_loss
+from quip.matrix.linalg import energy, proxy_loss
 from quip.matrix.quantize import quantize_matrices, quantize_matrix
 from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
@@ -51,12 +53,14 @@ def _quantize_each(
     weights = {matrix.name: matrix.weight.detach() for matrix in members}
     biases = {matrix.name: matrix.bias for matrix in members}
     start = time.perf_counter()
-    for name, quantized in quantize_matrices(weights, H, recipe, seed=seed):
+    for name, quantized in quantize_matrices(
+        weights, H, recipe, seed=seed, outputs=moments.outputs
+    ):
         block.replace(name, QuantizedLinear.from_matrix(quantized, biases[name]))
         W, bits = weights[name], quantized.bits_per_weight
-        loss = proxy_loss(W, quantized.dequantize(), H)
+        losses = _losses(name, W, quantized.dequantize(), moments)
         seconds = time.perf_counter() - start
-        yield _record(name, block.index, W, loss, quantized.damp, bits, seconds)
+        yield _record(name, block.index, W, losses, quantized.damp, bits, seconds)
         start = time.perf_counter()
 
 
@@ -68,8 +72,12 @@ def _quantize_stack(
     members = [by_name[name] for name in in_order([*by_name])]
     weights = {matrix.name: matrix.weight.detach() for matrix in members}
     W, scales = stacked(weights)
-    key = " ".join(weights)
-    quantized = quantize_matrix(W, H, recipe, rng=rng_for(seed, key), name=key)
+    key, felt = " ".join(weights), [moments.outputs.get(name) for name in weights]
+    # y_i = s_i (rows of the stack): what is felt of y_i is felt of these s_i^2 times as much.
+    f = [s**2 * own.to(s.device) for s, own in zip(scales, felt, strict=True) if own is not None]
+    quantized = quantize_matrix(
+        *(W, H, recipe), rng=rng_for(seed, key), name=key, f=torch.cat(f) if f else None
+    )
     stack = Stack.of(quantized, scales, [len(W) for W in weights.values()])
     for index, matrix in enumerate(members):
         member = StackedLinear(stack, index, matrix.bias is not None, device="meta")
@@ -78,12 +86,30 @@ def _quantize_stack(
     parts = stack.dequantize().split(list(stack.sizes))
     seconds = (time.perf_counter() - start) / len(members)
     for (name, W), W_hat in zip(weights.items(), parts, strict=True):
-        loss, bits = proxy_loss(W, W_hat, H), stack.bits_per_weight
-        yield _record(name, block.index, W, loss, quantized.damp, bits, seconds)
+        losses, bits = _losses(name, W, W_hat, moments), stack.bits_per_weight
+        yield _record(name, block.index, W, losses, quantized.damp, bits, seconds)
+
+
+def _losses(name: str, W: Tensor, W_hat: Tensor, moments: Moments) -> dict[str, Any]:
+    """What a record says of the error of a matrix."""
+    plain, square = moments.plain, moments.squares.get(name)
+    losses: dict[str, Any] = {"proxy_loss": proxy_loss(W, W_hat, moments.H)}
+    if plain is not None:
+        losses["plain_loss"] = proxy_loss(W, W_hat, plain)
+    if square is not None:
+        error = energy(W_hat.double() - W.double(), moments.H)
+        losses["damage"] = float(square) * error / (2 * len(W))
+    return losses
 
 
 def _record(
-    name: str, block: int, W: Tensor, loss: float, damp: float, bits: float, seconds: float
+    name: str,
+    block: int,
+    W: Tensor,
+    losses: Mapping[str, Any],
+    damp: float,
+    bits: float,
+    seconds: float,
 ) -> MatrixRecord:
     m, n = W.shape
     return MatrixRecord(
@@ -91,7 +117,7 @@ def _record(
         block=block,
         rows=m,
         columns=n,
-        proxy_loss=loss,
+        **losses,
         damp=damp,
         bits_per_weight=bits,
         seconds=seconds,

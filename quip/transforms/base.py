@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quip.errors import UsageError
 from quip.stored import Stored
 
 
@@ -45,6 +46,29 @@ class Draw(Protocol):
     ) -> Transform: ...
 
 
+@runtime_checkable
+class OutputDraw(Protocol):
+    """A Draw that may ask, beside W and H, what the loss feels of each output."""
+
+    @property
+    def rescales_outputs(self) -> bool:
+        """Whether it does: it is then called with f, behind the generator."""
+        ...
+
+    def __call__(
+        self,
+        W: Float[Tensor, "m n"],
+        H: Float[Tensor, "n n"],
+        rng: torch.Generator,
+        f: Float[Tensor, " m"],
+    ) -> Transform: ...
+
+
+def rescales_outputs(draws: Sequence[Draw]) -> bool:
+    """Whether some draw asks what the loss feels of each output."""
+    return any(isinstance(draw, OutputDraw) and draw.rescales_outputs for draw in draws)
+
+
 @dataclass(frozen=True)
 class Chain:
     """Transforms one after the other."""
@@ -59,15 +83,25 @@ class Chain:
         H: Tensor,
         rng: torch.Generator,
         *,
+        f: Tensor | None = None,
         in_place: bool = False,
     ) -> tuple["Chain", Tensor, Tensor]:
         """Draw each transform for what the ones before it left; also returns W and H after all.
 
-        With `in_place` H is changed, and returned.
+        With `in_place` H is changed, and returned. f is what the loss feels of each output, [m];
+        raises UsageError for a draw that asks for it where it is not known.
         """
-        links = []
+        links: list[Transform] = []
         for draw in draws:
-            links.append(draw(W, H, rng))
+            if isinstance(draw, OutputDraw) and draw.rescales_outputs:
+                if f is None:
+                    raise UsageError(
+                        "outputs are rescaled by what the loss feels of them, which is not known "
+                        "here: quantize with `quip run`, or leave out --pre_rescale_out"
+                    )
+                links.append(draw(W, H, rng, f))
+            else:
+                links.append(draw(W, H, rng))
             W, H = links[-1].apply(W, H, in_place=in_place)
         return cls(tuple(links)), W, H
 

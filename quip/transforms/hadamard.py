@@ -14,6 +14,7 @@ from quip.kernels import hadamard
 from quip.shapes import Within
 from quip.stored import Options
 from quip.transforms.panels import turn_columns, turn_rows
+from quip.transforms.rescale import balanced
 
 SIGNS = torch.float16  # of finer steps than bfloat16 near 1, where fine-tuned signs stay
 
@@ -25,7 +26,8 @@ class Hadamard:
         W~ = Omega_m^T S_out^-1 W S_in^-1 Omega_n,   H~ = Omega_n^T S_in H S_in Omega_n,
         W_hat = S_out Omega_m W~_hat Omega_n^T S_in.
 
-    S_in and S_out are drawn as random signs. Fine-tuning may make them any numbers, and files of
+    S_in and S_out are drawn as random signs, S_out perhaps times factors that rescale the outputs
+    (quip.transforms.rescale). Fine-tuning may make them any numbers, and files of
     EXL3 hold scales in their place, 0 for an output that is always 0: that has no inverse, which
     `apply` takes and nothing else.
     """
@@ -87,6 +89,7 @@ class HadamardDraw:
     """Random signs, and a Hadamard matrix for every `block` columns (None: one for all)."""
 
     block: int | None
+    rescales_outputs: bool = False  # by factors in the signs of outputs, where they cost no bit
 
     def check(self, m: int, n: int) -> None:
         """Raise UsageError where no Hadamard matrix fits m rows or n columns."""
@@ -94,11 +97,19 @@ class HadamardDraw:
             hadamard.check(size, self.block)
 
     def __call__(
-        self, W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], rng: torch.Generator
+        self,
+        W: Float[Tensor, "m n"],
+        H: Float[Tensor, "n n"],
+        rng: torch.Generator,
+        f: Float[Tensor, " m"] | None = None,
     ) -> Hadamard:
-        """Signs of n inputs, then of m outputs. Raises UsageError as `check` does."""
+        """Signs of n inputs, then of m outputs; with f, what the loss feels of these, rescaled.
+
+        Raises UsageError as `check` does.
+        """
         m, n = W.shape
         self.check(m, n)
         signs = 2.0 * torch.randint(2, (n + m,), generator=rng) - 1
         signs = signs.to(W)
-        return Hadamard(signs[:n], signs[n:], self.block)
+        signs_out = signs[n:] if f is None else signs[n:] * balanced(W, f, SIGNS)
+        return Hadamard(signs[:n], signs_out, self.block)

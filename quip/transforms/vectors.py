@@ -11,7 +11,7 @@ from quip.kernels import hadamard
 from quip.transforms.base import Chain, Transform
 from quip.transforms.hadamard import Hadamard
 from quip.transforms.kronecker import Kronecker
-from quip.transforms.rescale import Rescale
+from quip.transforms.rescale import OutputRescale, Rescale
 
 
 @dataclass(frozen=True)
@@ -81,15 +81,19 @@ def _in_one(
     links: Sequence[Transform], scales: Float[Tensor, " m"] | None
 ) -> _Signed | _Scaled | None:
     """One rotation that does to vectors what the links and the scales do, if there is one."""
-    match tuple(links):
-        case (Hadamard() as turn,):
-            return _Signed(_between(turn, None, scales))
-        case (Rescale(r), Hadamard() as turn):
+    *factors, turn = links or (None,)
+    before = [link.r for link in factors if isinstance(link, Rescale)]
+    after = [link.r for link in factors if isinstance(link, OutputRescale)]
+    if len(factors) > len(before) + len(after) or max(len(before), len(after)) > 1:
+        return None
+    r = before[0] if before else None
+    if after:
+        scales = after[0].float() if scales is None else scales * after[0].float()
+    match turn:
+        case Hadamard():
             return _Signed(_between(turn, r, scales))
-        case (Kronecker() as turn,):
-            return _Scaled(turn, None, scales)
-        case (Rescale(r), Kronecker() as turn):
-            return _Scaled(turn, 1 / r.float(), scales)
+        case Kronecker():
+            return _Scaled(turn, None if r is None else 1 / r.float(), scales)
     return None
 
 

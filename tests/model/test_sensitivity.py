@@ -6,8 +6,10 @@ from torch import Tensor, nn
 
 from quip.model.activations import Activations
 from quip.model.matrices import covered
-from quip.model.sensitivity import Passing, Sensitivity, measure_sensitivity, share
+from quip.model.sensitivity.found import Sensitivity
+from quip.model.sensitivity.gather import measure_sensitivity, share
 from quip.model.sensitivity.labels import SCALE, gradient_at_logits, rng_of_window, sample
+from quip.model.sensitivity.measure import Passing
 from quip.model.team import ALONE, Team
 from quip.packed.experts import unfuse
 from tests import reference_sensitivity as ref
@@ -24,7 +26,9 @@ def measured(
     options = {"kind": "labels", "seed": 0, "batch_size": BATCH, **how}
     passing = Passing(device=torch.device("cpu"), team=team, **options)
     found = measure_sensitivity(model, tokens() if ids is None else ids, passing)
-    return share(found, passing.kind, team, passing.batch_size)
+    shared = share(found, team, passing.batch_size)
+    assert shared is not None
+    return shared
 
 
 def same(one: Sensitivity, other: Sensitivity) -> bool:
@@ -64,7 +68,7 @@ def test_what_is_felt_are_squares_of_the_gradients_of_autograd(name):
         g = torch.cat([call.g for (call,) in windows])
         f = (x.square().sum(1)[:, None] * g.square()).sum(0) / ids.numel()
         # GPT-J's attention is in float32 whatever the dtype of the model.
-        torch.testing.assert_close(found.outputs(matrix), f, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.outputs([matrix])[matrix], f, rtol=1e-6, atol=0)
         s = g.square().sum(1).view(ids.shape)
         torch.testing.assert_close(found.sums[f"squares {matrix}"], s.sum() / ids.numel())
         key = f"tokens {input_of(matrix)}"

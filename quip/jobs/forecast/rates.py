@@ -148,7 +148,7 @@ def products(recipe: Recipe, rates: Rates, m: int, n: int) -> float:
 
 def _quantized(W: Tensor, H: Tensor, recipe: Recipe) -> QuantizedLinear:
     """All that a run does with one matrix."""
-    quantized = quantize_matrix(W, H, recipe, rng=rng_for(0, "calibration"))
+    quantized = quantize_matrix(W, H, recipe, rng=rng_for(0, "calibration"), f=W.new_ones(len(W)))
     proxy_loss(W, quantized.dequantize(), H)
     return QuantizedLinear.from_matrix(quantized, None)
 

@@ -12,9 +12,3 @@ the Fisher information; those of the data make it what GuidedQuant calls the sam
 What the loss feels of output i is f_i = E[|x_t|^2 g_ti^2], by which outputs are rescaled
 (quip.transforms.rescale).
 """
-
-from quip.model.sensitivity.found import Sensitivity
-from quip.model.sensitivity.gather import measure_sensitivity, share
-from quip.model.sensitivity.measure import Passing
-
-__all__ = ["Passing", "Sensitivity", "measure_sensitivity", "share"]

@@ -26,10 +26,15 @@ class Felt:
         """With `apart`, sums over tokens are kept of each unit, to be added up in their order."""
         self._apart, self.name = apart, block.name
         self._rows = {name: matrix.rows for name, matrix in block.matrices().items()}
-        self._parts = {  # the matrices of an expert, by the module of all of them
-            f"{block.name}.{name}": [part for part, _ in module[0].named_children()]
+        modules = {
+            f"{block.name}.{name}": module
             for name, module in block.module.named_modules()
             if isinstance(module, Experts)
+        }
+        self.experts = {name: len(module) for name, module in modules.items()}
+        self._parts = {
+            name: [part for part, _ in module[0].named_children()]
+            for name, module in modules.items()
         }
         self.inputs = Inputs()
         self.tokens: dict[str, list[Tensor]] = {}  # by input, s_t of each unit

@@ -33,19 +33,27 @@ def measure_sensitivity(
             whole[key] = gathered
     if not team.leads:
         return None
-    return Sensitivity(kind=how.kind, windows=whole, sums=sums | _means(whole))
+    return Sensitivity(kind=how.kind, windows=whole, sums=sums | _means(whole, felt))
 
 
-def share(found: Sensitivity | None, kind: str, team: Team, batch_size: int) -> Sensitivity:
-    """What the first process knows, at each of a team: of windows, the share of each."""
+def share(found: Sensitivity | None, team: Team, batch_size: int) -> Sensitivity | None:
+    """What the first process knows, at each of a team: of windows, the share of each.
+
+    None, where it knows nothing.
+    """
+    if team.size == 1:
+        return found
     windows, sums = (found.windows, found.sums) if found else ({}, {})
-    _, sums = team.spread(None, sums, 0)
+    known = found and [found.kind, list(windows)]
+    known, sums = team.spread(known, sums, 0)
+    if known is None:
+        return None
     own = {}
-    for key in team.tell(list(windows)):
+    for key in known[1]:
         part = team.scatter(windows.get(key), batch_size)
         assert part is not None
         own[key] = part
-    return Sensitivity(kind=kind, windows=own, sums=sums)
+    return Sensitivity(kind=known[0], windows=own, sums=sums)
 
 
 def _of_all(felt: Sequence[Felt], tokens: int, team: Team) -> dict[str, Float64[Tensor, "..."]]:
@@ -98,15 +106,18 @@ def _common(own: Mapping[str, Tensor], count: int, team: Team) -> list[str]:
     return common
 
 
-def _means(whole: Mapping[str, Tensor]) -> dict[str, Float64[Tensor, "..."]]:
+def _means(whole: Mapping[str, Tensor], felt: Sequence[Felt]) -> dict[str, Float64[Tensor, "..."]]:
     """The mean weight of the tokens of each input, and of those that were sent to each expert."""
-    found = {}
+    found, experts = {}, {name: count for block in felt for name, count in block.experts.items()}
     for key, s in whole.items():
         what, _, name = key.partition(" ")
         if what == "tokens":
             found[f"means {name}"] = s.mean(dtype=torch.float64)
         if what == "slots":
-            sent = whole[f"sent {name.rpartition('.')[0]}"].flatten().long()
-            total = torch.bincount(sent, s.flatten().double())
-            found[f"means {name}"] = total / torch.bincount(sent).clamp_min(1)
+            owner = name.rpartition(".")[0]
+            sent, count = whole[f"sent {owner}"].flatten().long(), experts[owner]
+            total = torch.bincount(sent, s.flatten().double(), minlength=count)
+            of_experts = total / torch.bincount(sent, minlength=count).clamp_min(1)
+            of_tokens = s.sum(-1, dtype=torch.float64).mean()
+            found[f"means {name}"] = torch.cat([of_experts, of_tokens[None]])
     return found

@@ -1,0 +1,74 @@
+"""The pass that a job makes before it changes a model, or what an earlier one has found."""
+
+import logging
+
+import torch
+
+from quip.data import TokenSet
+from quip.jobs.requests import NO_WEIGHTS, Calibration
+from quip.matrix.recipe import Recipe
+from quip.model.load import LoadedModel
+from quip.model.matrices import find_blocks
+from quip.model.plan import Plan
+from quip.model.run import Run
+from quip.model.sensitivity.files import FELT, kept_felt, write_felt
+from quip.model.sensitivity.found import Sensitivity
+from quip.model.sensitivity.gather import measure_sensitivity
+from quip.model.sensitivity.measure import Passing
+from quip.transforms import rescales_outputs
+
+log = logging.getLogger(__name__)
+
+
+def felt_for(
+    asked: Calibration, loaded: LoadedModel, tokens: TokenSet, run: Run
+) -> Sensitivity | None:
+    """What the loss of a model feels on these tokens, at the first process of a team.
+
+    It is taken from the folder of the run's ledger, or kept there. None where all blocks are
+    finished, and at the other processes. Raises as `measure_sensitivity`.
+    """
+    team, ledger, blocks = run.team, run.ledger, range(len(find_blocks(loaded.model)[1]))
+    if team.tell(ledger is not None and all(map(ledger.has, blocks))):
+        return None
+    path = ledger.folder / FELT if ledger and team.leads else None
+    found = kept_felt(path) if path else None
+    if team.tell(found is not None):
+        return found
+    passing = Passing(
+        kind="fisher" if asked.token_weights == NO_WEIGHTS else asked.token_weights,
+        seed=asked.seed,
+        device=torch.device(run.device),
+        batch_size=run.batch_size,
+        team=team,
+        stream=loaded.stream,
+        activations=run.activations,
+    )
+    found = measure_sensitivity(loaded.model, tokens.ids, passing)
+    if found:
+        _tell(found)
+    if found and path:
+        write_felt(path, found)
+    return found
+
+
+def is_asked_for(asked: Calibration, how: Recipe | Plan | None) -> bool:
+    """Whether tokens are to have weights, or a recipe rescales outputs by what they feel."""
+    rules = Plan.of(how) if how else Plan()
+    recipes = [rule.recipe for rule in rules.rules] + ([rules.default] if rules.default else [])
+    return asked.token_weights != NO_WEIGHTS or any(
+        rescales_outputs(recipe.transforms) for recipe in recipes
+    )
+
+
+def _tell(found: Sensitivity) -> None:
+    """The heaviest token of all inputs, which may leave little to the others."""
+    spread = {
+        key.removeprefix("tokens "): s.max() / s.mean().clamp_min(torch.finfo(s.dtype).tiny)
+        for key, s in found.windows.items()
+        if key.startswith("tokens ")
+    }
+    if spread:
+        name = max(spread, key=spread.__getitem__)
+        told = len(spread), float(spread[name]), name
+        log.info("tokens of %d inputs have weights of up to %.0f times the mean (%s)", *told)
