@@ -14,7 +14,7 @@ from quip.jobs.requests import request
 HELP = "measure a checkpoint or a model as it is"
 EXAMPLES = """
 quip evaluate demo --datasets pydoc --nsamples 4
-quip evaluate runs/demo-2bit --reference demo
+quip evaluate runs/demo-2bit --reference demo --agreement 32
 quip evaluate runs/demo-2bit --speed --speed_batch 4
 """
 
@@ -49,8 +49,15 @@ def build(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=place,
         metavar="MODEL",
-        help="the original: adds its perplexities, the KL divergence from its predictions, and how "
-        "often both predict the same token",
+        help="the original: adds its perplexities, the KL divergence from its predictions (the mean "
+        "and the 99th percentile), and how often both predict the same token",
+    )
+    group.add_argument(
+        "--agreement",
+        type=int,
+        metavar="N",
+        help="with --reference: how long both models write the same, greedily, after N prompts of "
+        "each data set (64 tokens, 32 new ones)",
     )
     group.add_argument(
         "--speed",
@@ -72,9 +79,11 @@ def build(parser: argparse.ArgumentParser) -> None:
 
 def call(args: Arguments) -> None:
     """Turn strings into plain values, measure, and print the result."""
-    refuse_small(args, seqlen=2, nsamples=1)
+    refuse_small(args, seqlen=2, nsamples=1, agreement=1)
     if args.overwrite and args.out is None:
         raise UsageError("--overwrite speaks of --out: name the folder with --out DIR")
+    if args.agreement is not None and args.reference is None:
+        raise UsageError("--agreement speaks of the original: name it with --reference MODEL")
     datasets = None if args.datasets is None else names(args.datasets, "--datasets")
     batches = _batches(args)
     refuse_tasks(args)

@@ -16,6 +16,7 @@ from quip.errors import UsageError, finite
 from quip.evaluate.divergence import divergence
 from quip.evaluate.perplexity import perplexity
 from quip.evaluate.zeroshot import ZeroShot, check_tasks
+from quip.jobs.agreement import measure_agreement
 from quip.jobs.alike import check_inputs, check_request
 from quip.jobs.report.folder import RunFolder, read_report
 from quip.jobs.report.report import Report
@@ -41,6 +42,7 @@ class Evaluation(Machine, Place):
     tasks: ZeroShot | None = None
     batch_size: int = 8  # of tasks
     reference: str | None = None  # the original, which predictions are compared with
+    agreement: int | None = None  # prompts of each data set that both models go on with
     speed: bool = False
     stream: str = "auto"  # on, off, or auto: what is too large for memory goes block by block
     speed_batch: tuple[int, ...] = ()  # texts side by side whose speed is measured beside that of 1
@@ -65,10 +67,13 @@ def _run(evaluation: Evaluation, team: Team) -> dict[str, Any]:
     check_measures(e.datasets or (), e.tasks)
     with watch("load"):
         loaded = load_model(e.model, dtype=e.dtype, seqlen=e.seqlen, stream=e.stream)
-        check_whole(loaded, tasks=e.tasks is not None, speed=e.speed)
+        texts = {"--agreement": e.agreement}
+        check_whole(loaded, {"--tasks": e.tasks, "--speed": e.speed, **texts})
         reference = e.reference and load_model(
             e.reference, dtype=loaded.dtype_name, seqlen=e.seqlen, stream=e.stream
         )
+        if reference:
+            check_whole(reference, texts)
     with watch("data"):
         tokens = token_sets(e.datasets or (), loaded, seqlen=e.seqlen, nsamples=e.nsamples)
     stamps = evaluation_entries(tokens)
@@ -93,6 +98,8 @@ def _run(evaluation: Evaluation, team: Team) -> dict[str, Any]:
         measure_perplexities("perplexity", tokens, loaded, report, watch, team=team)
         if reference:
             _measure_divergence(tokens, loaded, reference, report, watch, team)
+        if reference and e.agreement:
+            measure_agreement(tokens, loaded, reference, report, watch, e.agreement, team=team)
         if e.tasks and team.leads:
             measure_tasks(e.tasks, tasks, loaded, report, watch, batch_size=e.batch_size)
         if e.speed and team.leads:
@@ -110,10 +117,12 @@ def check_measures(datasets: tuple[str, ...], tasks: ZeroShot | None) -> None:
         check_tasks(tasks)
 
 
-def check_whole(loaded: LoadedModel, *, tasks: bool, speed: bool = False) -> None:
-    """Raise UsageError for what needs all of a model at once, of one that is streamed."""
-    if loaded.stream and (tasks or speed):
-        flag = "--tasks" if tasks else "--speed"
+def check_whole(loaded: LoadedModel, wanted: Mapping[str, object]) -> None:
+    """Raise UsageError for what needs all of a model at once, of one that is streamed.
+
+    `wanted` has flags, and whether each was given.
+    """
+    if loaded.stream and (flag := next((flag for flag, asked in wanted.items() if asked), None)):
         raise UsageError(
             f"{flag}: it needs the whole model in memory, and {loaded.name} is streamed block by "
             f"block; leave out {flag}, or say --stream off"

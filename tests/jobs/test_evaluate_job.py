@@ -65,7 +65,8 @@ def test_streamed_a_checkpoint_and_its_original_measure_the_same(made):
 
 
 @pytest.mark.parametrize(
-    "measure", [{"speed": True}, {"tasks": ZeroShot(tasks=("quip_demo_cloze",))}]
+    "measure",
+    [{"speed": True}, {"tasks": ZeroShot(tasks=("quip_demo_cloze",))}, {"agreement": 2}],
 )
 def test_what_needs_the_whole_model_is_refused_of_one_that_is_streamed(made, measure):
     experiment, _ = made
@@ -89,7 +90,11 @@ def test_the_original_is_measured_beside_it(made, tmp_path):
     (name,) = experiment.eval_datasets
     report = run_evaluation(
         Evaluation(
-            model=str(experiment.save), reference=experiment.model, device="cpu", out=tmp_path / "r"
+            model=str(experiment.save),
+            reference=experiment.model,
+            agreement=4,
+            device="cpu",
+            out=tmp_path / "r",
         )
     )
     assert report["original_perplexity"] == run["original_perplexity"]
@@ -104,14 +109,21 @@ def test_the_original_is_measured_beside_it(made, tmp_path):
             seqlen=16,
             nsamples=5,
             reference=experiment.model,
+            agreement=4,
             device="cpu",
         )
     )
     assert itself["divergence"][name]["kl"] == pytest.approx(0, abs=1e-6)
     assert itself["divergence"][name]["top1_agreement"] == 1
+    texts = {"prompts": 4, "prompt_tokens": 16, "new_tokens": 32}
+    assert itself["agreement"][name] == {"prefix": 1, "whole": 1, **texts}
+    assert report["agreement"][name].items() >= texts.items()
+    assert report["agreement"][name]["prefix"] < 1
     written = json.loads((tmp_path / "r" / "run.json").read_text())
-    assert written["divergence"] == report["divergence"]
-    assert "KL" in table(report)
+    for key in ("divergence", "agreement"):
+        assert written[key] == report[key]
+    assert "99% of them at most" in table(report)
+    assert "after 4 prompts agree in the first" in table(report)
 
 
 def test_speed_is_measured_packed_and_dense(made):

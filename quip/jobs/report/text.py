@@ -27,8 +27,13 @@ def table(report: Mapping[str, Any]) -> str:
         error = moved["kl_std_error"]  # NaN of a single window
         spread = f" +- {error:.4f}" if math.isfinite(error) else ""
         lines.append(
-            f"{name}: KL {moved['kl']:.4f}{spread} nats per token from the reference, "
-            f"same top token {moved['top1_agreement']:.1%}"
+            f"{name}: KL {moved['kl']:.4f}{spread} nats per token from the reference, 99% of them "
+            f"at most {moved['kl_p99']:.4g}, same top token {moved['top1_agreement']:.1%}"
+        )
+    for name, same in report.get("agreement", {}).items():
+        lines.append(
+            f"{name}: greedy texts of {same['new_tokens']} tokens after {same['prompts']} prompts "
+            f"agree in the first {same['prefix']:.1%}, {same['whole']:.1%} of them to the end"
         )
     lines += [""] if "tasks" in report else []
     for name, scores in report.get("tasks", {}).items():
