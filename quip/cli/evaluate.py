@@ -49,8 +49,8 @@ def build(parser: argparse.ArgumentParser) -> None:
         "--reference",
         type=place,
         metavar="MODEL",
-        help="the original: adds its perplexities, the KL divergence from its predictions (the mean "
-        "and the 99th percentile), and how often both predict the same token",
+        help="the original: adds its perplexities, the KL divergence from its predictions (mean and"
+        " 99th percentile), and how often both predict the same token",
     )
     group.add_argument(
         "--agreement",

@@ -364,3 +364,9 @@ def test_the_command_prints_what_it_measured(made, capsys):
     (value,) = run["perplexity"].values()
     assert f"{value:.4g}" in out
     assert Path(experiment.eval_datasets[0]).name in out
+
+
+def test_agreement_without_an_original_is_refused_at_once(quip):
+    status, _, err = quip("evaluate", "demo", "--datasets", "pydoc", "--agreement", "4")
+    assert status == 2
+    assert "--agreement speaks of the original: name it with --reference MODEL" in err[-1]
