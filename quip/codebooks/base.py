@@ -153,6 +153,10 @@ class Codebook(Protocol):
         """Whether columns must be rounded in their order, since neighbours share something."""
         return False
 
+    def part(self, rows: slice) -> "Codebook":
+        """The fitted codebook as it serves these rows, which are whole tiles, alone."""
+        return self
+
     def at(self, column: int) -> "Codebook":
         """The fitted codebook as it serves what follows the first `column` columns of its group."""
         return self

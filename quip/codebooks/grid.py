@@ -52,6 +52,10 @@ class Grid(Codebook):
     def seeded(self: AnyGrid, rng: torch.Generator) -> AnyGrid:
         return replace(self, rng=rng) if self.unbiased else self
 
+    def part(self: AnyGrid, rows: slice) -> AnyGrid:
+        own = self.step.ndim > 0
+        return replace(self, step=self.step[rows], zero=self.zero[rows]) if own else self
+
     def snap(self, X: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The levels nearest to X, which broadcasts with the steps."""
         q = (X / self.step + self.zero + 0.5).floor().clamp(0, self.top)

@@ -59,6 +59,9 @@ class Learned(Codebook):
     def index_bits(self) -> int:
         return self.scheme.index_bits
 
+    def part(self, rows: slice) -> "Learned":
+        raise UsageError("vq rounds all rows of a matrix together: two-sided rounding needs others")
+
     def check(self, m: int, n: int) -> None:
         """Raise UsageError for a matrix whose smallest group has less vectors than centroids."""
         if n % self.dim:

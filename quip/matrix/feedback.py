@@ -43,7 +43,7 @@ def ldl(
     NotPositiveDefinite.
     """
     U, D = block_ldl(H, dim, in_place=in_place)
-    return _running(U), D.diagonal(dim1=1, dim2=2).reshape(-1)
+    return running(U), D.diagonal(dim1=1, dim2=2).reshape(-1)
 
 
 def coordinate(
@@ -55,7 +55,7 @@ def coordinate(
     the guess W itself).
     """
     F = strictly_block_upper(block_jacobi(H.double(), dim), dim)
-    return _running(F), H.diagonal().double()
+    return running(F), H.diagonal().double()
 
 
 def admm(
@@ -92,8 +92,11 @@ def admm(
     return -Z, H.diagonal()
 
 
-def _running(F: Tensor) -> Tensor:
-    """I - (I + F)^-1 in the memory of F, contiguous as F or its transpose is."""
+def running(F: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
+    """K = I - (I + F)^-1 for strictly (block) upper F, contiguous as it or its transpose is.
+
+    F is lost: K takes its memory.
+    """
     K = unit_upper_inverse(F, in_place=True).neg_().add_(0.0)  # and no zero has a sign
     K.diagonal().add_(1)
     if K.is_contiguous():
