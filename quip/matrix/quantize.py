@@ -1,6 +1,7 @@
 """One matrix through the house: condition, transform, order, feedback, sweep, polish."""
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, product
 from types import MappingProxyType
 from typing import TypeVar
@@ -12,10 +13,11 @@ from torch import Tensor
 from quip.codebooks.base import Codebook, Decoder, Groups
 from quip.codebooks.fitted import chosen
 from quip.matrix.linalg import energy
-from quip.matrix.prepare import Factored, Factorisations, keys
+from quip.matrix.prepare import Factored, Factorisations, damped, keys
 from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
 from quip.matrix.sweep import sweep
+from quip.matrix.two_sided import Sided, two_sided_loss
 from quip.packed.matrix import QuantizedMatrix
 
 Label = TypeVar("Label", bound=Hashable)
@@ -30,12 +32,14 @@ def quantize_matrix(
     rng: torch.Generator,
     name: str = "the matrix",
     f: Float[Tensor, " m"] | None = None,
+    H_O: Float[Tensor, "m m"] | None = None,
 ) -> QuantizedMatrix:
     """Round W so that tr((W_hat - W) H (W_hat - W)^T) is small (QuIP, Algorithm 3).
 
-    f is what the loss feels of each output, for recipes that rescale them.
-
-    Rounding runs in float32 (float64 for float64 W) on W's device, factorisations in float64.
+    f is what the loss feels of each output, for recipes that rescale them. With H_O, E[g g^T] of
+    gradients g at the outputs, tr(H_O (W_hat - W) H (W_hat - W)^T) is made small instead
+    (quip.matrix.two_sided), without the recipe's polish, which does not know it. Rounding runs in
+    float32 (float64 for float64 W) on W's device, factorisations in float64.
 
     Raises:
         UsageError: the recipe cannot do a matrix of this size, or asks for f where it is None.
@@ -43,7 +47,10 @@ def quantize_matrix(
         NotPositiveDefinite: H has no Cholesky factor after three escalations of damping.
     """
     recipe.check(len(W), W.shape[1], name)
-    return _quantize(W, Factorisations(H), recipe.sized(*W.shape), rng, name, f)
+    sized = recipe.sized(*W.shape)
+    if H_O is not None:
+        sized = replace(sized, polish=())
+    return _quantize(W, Factorisations(H), sized, rng, name, f, H_O)
 
 
 def quantize_matrices(
@@ -101,14 +108,18 @@ def _quantize(
     rng: torch.Generator,
     name: str,
     felt: Tensor | None,
+    H_O: Tensor | None = None,
 ) -> QuantizedMatrix:
     T, W_t, f = factorisations.of(W, recipe, rng, name, felt)
+    if H_O is not None:
+        H_O = damped(T.outputs(H_O), recipe.damp)
     W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
     best: tuple[float, QuantizedMatrix] | None = None
     for book in recipe.trials or (recipe.codebook,):
-        codes, decoder = _round(W_t, f, book.seeded(rng), recipe)
+        rounding = book if H_O is None else Sided.of(book, H_O)
+        codes, decoder = _round(W_t, f, rounding.seeded(rng), recipe)
         found = QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=f.damp, book=book)
-        loss = _loss(W_t, f, found) if recipe.trials else 0.0
+        loss = _loss(W_t, f, found, H_O) if recipe.trials else 0.0
         if best is None or loss < best[0]:
             best = loss, found
     assert best is not None
@@ -145,8 +156,8 @@ def sweep_and_polish(
     return codes[:, place.to(codes.device)], books
 
 
-def _loss(W_t: Tensor, f: Factored, found: QuantizedMatrix) -> float:
-    """tr(E H E^T) in the basis of the transform."""
+def _loss(W_t: Tensor, f: Factored, found: QuantizedMatrix, H_O: Tensor | None) -> float:
+    """tr(E H E^T), or tr(H_O E H E^T), in the basis of the transform."""
     assert f.H is not None
-    W_hat = found.decoder.decode(found.codes)[:, f.order]
-    return energy(W_hat.double() - W_t.double(), f.H)
+    E = found.decoder.decode(found.codes)[:, f.order].double() - W_t.double()
+    return energy(E, f.H) if H_O is None else two_sided_loss(E, H_O, f.H)

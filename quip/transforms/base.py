@@ -130,3 +130,12 @@ class Chain:
         for link in reversed(self.links):
             y = link.output(y)
         return y
+
+    def outputs(self, H_O: Float[Tensor, "m m"]) -> Float[Tensor, "m m"]:
+        """E[g g^T] of gradients at the outputs, in the other basis and in float64: A^-T H_O A^-1.
+
+        What leaves is A^-1 y, so that a gradient g there is A^-T g here.
+        """
+        H_O = H_O.double()
+        back = self.output(torch.eye(len(H_O), dtype=torch.float64, device=H_O.device))
+        return back @ H_O @ back.T

@@ -13,8 +13,10 @@ from quip.codebooks.trellis import Trellis
 from quip.errors import UsageError
 from quip.matrix.build import build_recipe
 from quip.matrix.feedback import ldl
+from quip.matrix.quantize import quantize_matrix
 from quip.matrix.sweep import sweep
 from quip.matrix.two_sided import Sided, two_sided_loss
+from quip.transforms import Chain
 from tests import reference_two_sided as reference
 
 
@@ -138,3 +140,36 @@ def test_learned_codebooks_are_refused():
     book = build_recipe(wbits=2, codebook="vq", vq_dim=2).sized(16, 16).codebook
     with pytest.raises(UsageError, match="vq rounds all rows"):
         rounded(W.float(), H_O, H_I, book.seeded(torch.Generator()))
+
+
+RECIPES = [
+    {"wbits": 2, "incoh_processing": True},
+    {"wbits": 3, "qfn": "a", "groupsize": 16, "quant": "gptq"},
+    {"codebook": "E8P12", "pre_rescale": True},
+    {"codebook": "trellis", "wbits": 2, "trellis_states": 8, "tile": "16x8", "scale": "auto"},
+]
+
+
+@pytest.mark.parametrize("flags", RECIPES)
+def test_every_recipe_takes_the_second_moment_of_outputs(flags):
+    W, H_O, H_I = problem(64, 64, 1.0, 1.0)
+    W, recipe = W.float(), build_recipe(**flags)
+    found = [
+        quantize_matrix(W, H_I, recipe, rng=torch.Generator().manual_seed(1), H_O=H)
+        for H in (None, H_O)
+    ]
+    one, both = (two_sided_loss(q.dequantize() - W, H_O, H_I) for q in found)
+    assert both < 0.95 * one
+    assert found[1].bits_per_weight == found[0].bits_per_weight
+
+
+@pytest.mark.parametrize("flags", RECIPES)
+def test_in_the_other_basis_the_loss_of_both_sides_is_the_same(flags):
+    W, H_O, H_I = problem(64, 64, 1.0, 1.0)
+    E = torch.randn(64, 64, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    T, _, H_t = Chain.draw(
+        build_recipe(**flags).transforms, W, H_I.clone(), torch.Generator().manual_seed(3)
+    )
+    E_t = T.apply(E, H_I.clone())[0]
+    here, there = two_sided_loss(E, H_O, H_I), two_sided_loss(E_t, T.outputs(H_O), H_t)
+    assert there == pytest.approx(here, rel=1e-6)  # signs and rotations are kept in float32
