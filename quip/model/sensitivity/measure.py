@@ -51,32 +51,35 @@ def felt_by(model: nn.Module, tokens: Int[Tensor, "count seqlen"], how: Passing)
     The model stays as it is. Raises UsageError where memory is short or the model is in training
     mode, and UnsupportedModel as `walk` does.
     """
-    coverage(model)
-    if model.training:
-        raise UsageError("the model is in training mode, where dropout is random; call eval()")
+    found = Pass(model, how)
     own = how.team.share(tokens, how.batch_size)
-    numbers = how.team.share(torch.arange(len(tokens)), how.batch_size).tolist()
-    found, size = _Pass(model, how), _windows_at_once(model, tokens.shape[1], how)
-    total = 2 * len(found.blocks) * -(-len(own) // size)
-    # disable=None: a bar on a terminal only.
-    bar = tqdm(total=total, desc="sensitivity", unit="block", dynamic_ncols=True, disable=None)
-    with bar, enough_memory(f"a backward pass on {how.device}", REMEDY):
-        for lo in range(0, len(own), size):
-            found.add(own[lo : lo + size], numbers[lo : lo + size], bar)
+    found.run(own, how.team.share(torch.arange(len(tokens)), how.batch_size).tolist())
     return [found.felt[index] for index in range(len(found.blocks))]
 
 
-class _Pass:
+class Pass:
     """Chunks of windows, one after the other, and what has been felt so far in each block."""
 
     def __init__(self, model: nn.Module, how: Passing) -> None:
+        coverage(model)
+        if model.training:
+            raise UsageError("the model is in training mode, where dropout is random; call eval()")
         self._model, self._how = model, how
         self._prefix, blocks = find_blocks(model)
         self._home = next(model.parameters()).device
         self.blocks, self.felt = blocks, dict[int, Felt]()
 
-    def add(self, tokens: Int[Tensor, "count seqlen"], numbers: Sequence[int], bar: tqdm) -> None:
-        """Let a chunk of windows, of these numbers in all of them, pass forward and back."""
+    def run(self, tokens: Int[Tensor, "count seqlen"], numbers: Sequence[int]) -> None:
+        """Let these windows, of these numbers in all of them, pass forward and back."""
+        size = _windows_at_once(self._model, tokens.shape[1], self._how)
+        total = 2 * len(self.blocks) * -(-len(tokens) // size)
+        # disable=None: a bar on a terminal only.
+        bar = tqdm(total=total, desc="sensitivity", unit="block", dynamic_ncols=True, disable=None)
+        with bar, enough_memory(f"a backward pass on {self._how.device}", REMEDY):
+            for lo in range(0, len(tokens), size):
+                self._add(tokens[lo : lo + size], numbers[lo : lo + size], bar)
+
+    def _add(self, tokens: Int[Tensor, "count seqlen"], numbers: Sequence[int], bar: tqdm) -> None:
         how = self._how
         states = States(
             *(self._model, tokens.to(self._home)),
@@ -94,7 +97,7 @@ class _Pass:
             bar.update()
         self._predict(states, tokens, numbers)
         for block in self._visit(states, order[::-1]):
-            self._back(block, states, entering[block.index])
+            self.back(block, states, entering[block.index])
             bar.update()
 
     def _visit(self, states: States, order: Sequence[int]) -> Iterator[Block]:
@@ -127,7 +130,7 @@ class _Pass:
                 g = gradient_at_logits(logits.detach()[0], ids[0], kind=how.kind, rng=rng)
                 hidden.copy_(torch.autograd.grad(logits, leaf, g[None])[0])
 
-    def _back(
+    def back(
         self, block: Block, states: States, entering: Float[Tensor, "count seqlen width"]
     ) -> None:
         """Put the gradient where what enters the block is in place of that where it leaves."""
