@@ -1,8 +1,8 @@
 """A decoder block while it is walked over, and the hidden states that enter it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -10,41 +10,19 @@ from torch import Tensor, nn
 
 from quip.errors import UnsupportedModel
 from quip.matrix.hessian import Observed
+from quip.model.block_module import BlockModule
 from quip.model.experts import Routed
-from quip.model.matrices import Matrix, matrices_of
+from quip.model.matrices import Matrix
 from quip.model.observe import Observer, Outgrown
 from quip.model.sensitivity.found import Sensitivity
 from quip.model.states import States
-from quip.packed.exchange import replace
-from quip.packed.experts import Expert, Experts
+from quip.packed.experts import Experts
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import StackedLinear
 
-
-class BlockModule:
-    """One decoder block on the device: its matrices, to be replaced one by one."""
-
-    def __init__(self, index: int, name: str, module: nn.Module, *, device: torch.device) -> None:
-        self.index, self.name, self.module, self._device = index, name, module, device
-
-    @property
-    def device(self) -> torch.device:
-        """Where the block is, and its matrices go."""
-        return self._device
-
-    def matrices(self) -> dict[str, Matrix]:
-        """Full dotted name -> matrix, for every one that is to be quantized and still dense."""
-        return {matrix.name: matrix for matrix in matrices_of(self.module, self.name)}
-
-    def is_expert(self, name: str) -> bool:
-        """Whether the matrix of this full dotted name sees only what a router sends to it."""
-        owner = name.removeprefix(f"{self.name}.").rpartition(".")[0]
-        return isinstance(self.module.get_submodule(owner), Expert)
-
-    def replace(self, name: str, module: nn.Module) -> None:
-        """Put a module where the matrix of this full dotted name is."""
-        module = module.to(self._device).train(self.module.training)
-        replace(self.module, name.removeprefix(f"{self.name}."), module)
+Found = TypeVar("Found")
+# What entered and what leaves, of batches of these numbers.
+Runner: TypeAlias = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
 
 
 class Block(BlockModule):
@@ -69,6 +47,11 @@ class Block(BlockModule):
         return self._states.hidden
 
     @property
+    def streams(self) -> Float[Tensor, "count *streams seqlen width"]:
+        """What of them a walk is taken up with: in a paired one, those of the original beside."""
+        return self._states.streams
+
+    @property
     def rest(self) -> tuple[Any, ...] | None:
         """What blocks return after the hidden states, NaN for numbers; None: a bare tensor."""
         return self._states.rest
@@ -78,32 +61,47 @@ class Block(BlockModule):
         """Windows that pass through the block together."""
         return self._states.batch_size
 
-    def observe(self, *, all_experts: bool = False) -> dict[str, Observed]:
+    def observe(
+        self, names: Collection[str] | None = None, *, all_experts: bool = False
+    ) -> dict[str, Observed]:
         """The Hessian of every matrix's inputs, from one forward pass of the block as it is.
 
-        Matrices that are fed by the same tensor (q, k and v; gate and up) map to the same
-        object. Those of experts are summed up when they are asked for (quip.model.experts), over
-        the tokens that the router sent or, with `all_experts`, over all. Raises NonFinite or
-        UnsupportedModel, naming the matrix, where inputs are NaN or infinite, and where a matrix
-        never ran.
+        With `names`, of these matrices alone. Matrices that are fed by the same tensor (q, k and v;
+        gate and up) map to the same object. Those of experts are summed up when they are asked for
+        (quip.model.experts), over the tokens that the router sent or, with `all_experts`, over all.
+        Raises NonFinite or UnsupportedModel, naming the matrix, where inputs are NaN or infinite,
+        and where a matrix never ran.
         """
-        (found,) = self.observe_each([None], all_experts=all_experts)
+        (found,) = self.observe_each([None], names, all_experts=all_experts)
         return found
 
     @torch.no_grad()
     def observe_each(
-        self, weights: Sequence[Sensitivity | None], *, all_experts: bool = False
+        self,
+        weights: Sequence[Sensitivity | None],
+        names: Collection[str] | None = None,
+        *,
+        all_experts: bool = False,
     ) -> list[dict[str, Observed]]:
         """What `observe` finds for each of these weights of tokens, from the same pass."""
-        matrices = self.matrices()
-        anchors = [dict[str, Tensor]() for _ in weights]
-        while True:
+        matrices, anchors = self.matrices(), [dict[str, Tensor]() for _ in weights]
+        if names is not None:
+            matrices = {name: matrices[name] for name in names}
+
+        def observe() -> list[dict[str, Observed]]:
             observers = [
                 Observer(self._states.team, own, weights=each, device=self._device)
                 for own, each in zip(anchors, weights, strict=True)
             ]
+            return self._observe(matrices, observers, all_experts)
+
+        return self._persist(observe)
+
+    def _persist(self, observe: Callable[[], Found]) -> Found:
+        """What a pass over all batches finds, once its sums are exact and its batches fit."""
+        while True:
             try:
-                return self._observe(matrices, observers, all_experts)
+                return observe()
             except Outgrown:
                 continue
             except torch.OutOfMemoryError:
@@ -113,7 +111,7 @@ class Block(BlockModule):
     def _observe(
         self, matrices: Mapping[str, Matrix], observers: Sequence[Observer], all_experts: bool
     ) -> list[dict[str, Observed]]:
-        routed = self._routed()
+        routed = [(module, one) for module, one in self._routed() if one.has_any(matrices)]
         alone = {
             name: matrix
             for name, matrix in matrices.items()
@@ -166,7 +164,10 @@ class Block(BlockModule):
     @torch.no_grad()
     def replay(self) -> None:
         """hidden = block(hidden). The walk does this between two blocks."""
-        for entering, leaving in self._run_all():
+        self._replay(self.run)
+
+    def _replay(self, run: Runner) -> None:
+        for entering, leaving in self._run_all(run):
             entering.copy_(leaving, non_blocking=self._states.pinned)
         self._states.settle()
 
@@ -174,18 +175,18 @@ class Block(BlockModule):
     def outputs(self) -> Float[Tensor, "count seqlen width"]:
         """block(hidden), where the hidden states live."""
         found, start = self._states.room_beside(), 0
-        for entering, leaving in self._run_all():
+        for entering, leaving in self._run_all(self.run):
             found[start : start + len(entering)] = leaving
             start += len(entering)
         return found
 
-    def _run_all(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _run_all(self, run: Runner) -> Iterator[tuple[Tensor, Tensor]]:
         """`run` of all batches, in smaller ones from where the device runs out of memory."""
         done = 0
         while done < len(self.hidden):
             batches = range(done // self.batch_size, len(self._states.batches()))
             try:
-                for entering, leaving in self.run(batches):
+                for entering, leaving in run(batches):
                     self._check(entering, leaving)
                     yield entering, leaving
                     done += len(entering)
@@ -201,7 +202,16 @@ class Block(BlockModule):
 
         With a dtype, whatever the block is handed is cast to it; the block itself is not.
         """
-        entering, calls = self._states.batches(), self._states.calls(self.index)
+        yield from self._run(self.module, self._states.batches(), batches, dtype)
+
+    def _run(
+        self,
+        module: nn.Module,
+        entering: Sequence[Tensor],
+        batches: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        calls = self._states.calls(self.index)
         moved: dict[int, Tensor] = {}  # what one batch shares with the next is moved once
         for i in range(len(entering)) if batches is None else batches:
             call = calls[i]
@@ -214,7 +224,7 @@ class Block(BlockModule):
                 non_blocking=self._states.pinned,
             )
             try:
-                output = call.run(self.module, hidden, moved)
+                output = call.run(module, hidden, moved)
             except AttributeError as error:
                 raise self._reads_inside(error) from error
             yield entering[i], output[0] if isinstance(output, tuple) else output

@@ -12,7 +12,7 @@ import torch
 
 from quip.matrix.hessian import Hessian, Observed
 from quip.matrix.recipe import Recipe
-from quip.model.block import BlockModule
+from quip.model.block_module import BlockModule
 from quip.model.moments import Moments
 from quip.model.parts import packed_parts, put_parts
 from quip.model.records import MatrixRecord, record_of

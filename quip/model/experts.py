@@ -17,7 +17,7 @@ so that an expert which no token reached is calibrated on all of them.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import TypeAlias, TypeVar
 
@@ -56,6 +56,10 @@ class Routed:
         self._team, self.weights = team, weights
         self._units: list[tuple[Tensor, Tensor]] = []  # of each batch X and the chosen experts
         self._device = home
+
+    def has_any(self, names: Iterable[str]) -> bool:
+        """Whether any of these matrices is of these experts."""
+        return any(name.startswith(f"{self.name}.") for name in names)
 
     def see(self, module: nn.Module, args: tuple, kwargs: dict[str, Tensor]) -> None:
         """A forward pre-hook of the experts."""

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from quip.errors import QuipError, Unavailable, UsageError, one_line
 from quip.files import make_folder, replacing, writing
-from quip.model.block import BlockModule
+from quip.model.block_module import BlockModule
 from quip.model.fingerprints import differences
 from quip.model.ledger_files import (
     START_OVER,
@@ -182,7 +182,7 @@ class Ledger:
         except (QuipError, RuntimeError, ValueError) as error:
             raise Unavailable(f"{what} ({one_line(error)}); {remedy}") from error
 
-    def keep_hidden(self, block: int, hidden: Float[Tensor, "count seqlen width"]) -> None:
+    def keep_hidden(self, block: int, hidden: Float[Tensor, "count *streams seqlen width"]) -> None:
         """Write down the hidden states that enter a block."""
         start = time.monotonic()
         write_sealed(self._hidden, {"hidden": hidden.cpu()}, {"block": str(block)})

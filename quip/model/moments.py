@@ -7,6 +7,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from quip.matrix.hessian import Hessian
+from quip.matrix.target import Lack
 from quip.model.sensitivity.found import Sensitivity
 
 
@@ -19,6 +20,7 @@ class Moments:
     plain: Float[Tensor, "n n"] | None = None  # E[x x^T], where H is another
     squares: Mapping[str, Float64[Tensor, ""]] = field(default_factory=dict)  # where H is weighted
     outputs: Mapping[str, Float64[Tensor, " _m"]] = field(default_factory=dict)  # where it is known
+    aim: "Aim | None" = None  # at what targets; None: at the weights
 
     @classmethod
     def of(
@@ -40,3 +42,11 @@ class Moments:
             squares=felt.squares(names) if felt and plain else {},
             outputs=felt.outputs(names) if felt else {},
         )
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the outputs of the matrices lack, and how much of that their targets make up for."""
+
+    lack: Lack
+    alpha: float | Lack  # a share; or what they lack on windows held out, to choose one by

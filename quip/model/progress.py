@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from quip.model.block import BlockModule
+from quip.model.block_module import BlockModule
 from quip.model.ledger import Ledger
 from quip.model.matrices import find_blocks
 from quip.model.records import MatrixRecord
@@ -35,13 +35,13 @@ class Progress:
         there = team.hear(ledger is not None)
         return cls(ledger, there[0], all(there), team, batch_size)
 
-    def enter(self) -> tuple[int, Float[Tensor, "_own seqlen width"] | None]:
+    def enter(self) -> tuple[int, Float[Tensor, "_own *streams seqlen width"] | None]:
         """The last block whose hidden states are known, and this process's share of these."""
         return self._entered(self.ledger.hidden() if self.ledger else (0, None))
 
     def take_up(
         self, model: nn.Module, count: int
-    ) -> tuple[int, Float[Tensor, "_own seqlen width"] | None]:
+    ) -> tuple[int, Float[Tensor, "_own *streams seqlen width"] | None]:
         """The first of `count` blocks to walk, and this process's share of what enters it."""
         self.serve(model)
         return self._entered(self._taken_up(count))
@@ -100,7 +100,7 @@ class Progress:
         if self.ledger:
             self.ledger.keep(block, records, tuned)
 
-    def keep_hidden(self, block: int, hidden: Float[Tensor, "_own seqlen width"]) -> None:
+    def keep_hidden(self, block: int, hidden: Float[Tensor, "_own *streams seqlen width"]) -> None:
         """Write down the hidden states that enter a block, of which each process has a share."""
         nbytes = self.team.size * hidden.nbytes  # about
         if not self.team.tell(self.ledger is not None and self.ledger.is_due(nbytes)):

@@ -1,52 +1,36 @@
 """quantize_model: walk the blocks, quantize each matrix, and write down what it cost."""
 
-import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from quip.data.hessians import HessianStore, StoredInput
-from quip.errors import UsageError, finite
-from quip.matrix.hessian import sharing
+from quip.errors import UsageError
+from quip.matrix.hessian import Observed, sharing
 from quip.matrix.recipe import Recipe
-from quip.model.block import Block, BlockModule
+from quip.model.aim import Shrink, aim_of, turns
+from quip.model.block import Block
+from quip.model.block_module import BlockModule
 from quip.model.deal import Deal, Group, rounds
-from quip.model.device import enough_memory
 from quip.model.experts import same_experts, tell_of_few
-from quip.model.matrices import covered, find_blocks, places
+from quip.model.matrices import find_blocks, places
 from quip.model.moments import Moments
 from quip.model.plan import Plan
 from quip.model.progress import Progress
-from quip.model.promised import check_all, check_block
+from quip.model.promised import check_all
 from quip.model.records import MatrixRecord
-from quip.model.run import Run
-from quip.model.sensitivity.found import Sensitivity
+from quip.model.run import Run, Shrinking
 from quip.model.sensitivity.gather import share
 from quip.model.tune.blocks import BlockTuner, BlockTuning
 from quip.model.tune.tunable import learns
 from quip.model.walk import blocks_at_rest, walk
+from quip.model.work import REPORT, Work, bar_of, recipes_of, report_and_keep, restore
 from quip.packed.experts import unfuse
-
-log = logging.getLogger(__name__)
-REPORT = "please report it, with the command"
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A run on a model: the recipe of each matrix, and a bar of those that are done."""
-
-    run: Run
-    recipes: dict[str, Recipe]
-    bar: tqdm
-    progress: Progress
-    felt: Sensitivity | None = None  # of the windows of this process
-    done: list[str] = field(default_factory=list)
 
 
 def quantize_model(
@@ -58,16 +42,25 @@ def quantize_model(
     seed: int,
     batch_size: int = 1,
     tuning: BlockTuning | None = None,
+    target_shrink: Shrinking = None,
 ) -> list[MatrixRecord]:
     """Quantize every matrix of the model's blocks in place, by the recipe or as the plan says.
 
     First block to last: each block sees the calibration tokens as the quantized blocks before it
     pass them on; the second moments of a block come from one pass before any of its own matrices is
-    touched. With `tuning`, blocks are tuned on the way, as `Run` says. Raises UsageError, before
+    touched. With `tuning`, blocks are tuned on the way, and with `target_shrink` matrices make up
+    for errors of their inputs, as `Run` says. Raises UsageError, before
     anything runs, where a recipe cannot do a matrix or the plan does not fit the model's names.
     """
     unfuse(model)
-    run = Run(recipe=recipe, seed=seed, device=device, batch_size=batch_size, tuning=tuning)
+    run = Run(
+        recipe=recipe,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        tuning=tuning,
+        target_shrink=target_shrink,
+    )
     return list(quantize_matrix_by_matrix(model, tokens, run))
 
 
@@ -78,18 +71,19 @@ def quantize_matrix_by_matrix(
 
     Stages counted in `watch`: replay, observe, quantize, tune, keep.
     """
-    recipes, count = _recipes(model, run), len(find_blocks(model)[1])
+    recipes, count = recipes_of(model, run), len(find_blocks(model)[1])
     tuning, batch_size, team = run.tuning, run.batch_size, run.team
     if tuning:  # whose steps and held-out windows are made of the walk's batches
         batch_size = min(batch_size, tuning.batch_size, tuning.held(len(tokens)))
     team.check(len(tokens), batch_size)
+    shrink = Shrink.of(run.target_shrink, len(tokens), batch_size, team)
     progress = Progress.of(run.ledger, team, batch_size)
-    with _bar(recipes) as bar:
+    with bar_of(recipes) as bar:
         felt = share(run.felt, team, batch_size)
-        work = _Work(run, recipes, bar, progress, felt)
+        work = Work(run, recipes, bar, progress, felt, shrink)
         start, hidden = progress.take_up(model, count)
         for index in range(start):
-            yield from _restore(index, model, work)
+            yield from restore(index, model, work)
         blocks = walk(
             *(model, team.share(tokens, batch_size)),
             device=run.device,
@@ -99,16 +93,17 @@ def quantize_matrix_by_matrix(
             team=team,
             stream=run.stream,
             activations=run.activations,
+            paired=shrink is not None,
         )
         for block in run.watch.each("replay", blocks if start < count else ()):
             bar.set_description(block.name)
             if progress.keeps and block.index > start:
                 with run.watch("keep"):
-                    progress.keep_hidden(block.index, block.hidden)
+                    progress.keep_hidden(block.index, block.streams)
             if progress.has(block.index):
-                yield from _restore(block.index, model, work)
+                yield from restore(block.index, model, work)
             else:
-                yield from _report_and_keep(block, _quantize_block(block, work), work)
+                yield from report_and_keep(block, _quantize_block(block, work), work)
     check_all(model, work.done, work.recipes, REPORT)
     progress.forget_hidden()
 
@@ -123,22 +118,22 @@ def quantize_from_store(model: nn.Module, store: HessianStore, run: Run) -> Iter
     if run.tuning:
         raise UsageError("tuning needs activations, of which a store has only the second moments")
     store.check(places(model))
-    recipes, progress = _recipes(model, run), Progress.of(run.ledger, run.team)
-    with _bar(recipes) as bar:
-        work = _Work(run, recipes, bar, progress)
+    recipes, progress = recipes_of(model, run), Progress.of(run.ledger, run.team)
+    with bar_of(recipes) as bar:
+        work = Work(run, recipes, bar, progress)
         progress.serve(model)
         for block in blocks_at_rest(model, device=run.device, stream=run.stream):
             bar.set_description(block.name)
             if progress.has(block.index):
-                yield from _restore(block.index, model, work)
+                yield from restore(block.index, model, work)
                 continue
             inputs = [one for one in store.inputs if one.block == block.index]
-            yield from _report_and_keep(block, _quantize_by(store, inputs, block, work), work)
+            yield from report_and_keep(block, _quantize_by(store, inputs, block, work), work)
     check_all(model, work.done, work.recipes, REPORT)
 
 
 def _quantize_by(
-    store: HessianStore, inputs: list[StoredInput], block: BlockModule, work: _Work
+    store: HessianStore, inputs: list[StoredInput], block: BlockModule, work: Work
 ) -> Iterator[MatrixRecord]:
     run, device = work.run, next(block.module.parameters()).device
 
@@ -152,58 +147,28 @@ def _quantize_by(
     yield from run.watch.each("quantize", deal.quantize(read, work.recipes, run.seed))
 
 
-def _recipes(model: nn.Module, run: Run) -> dict[str, Recipe]:
-    """The recipe of each matrix to quantize, which it can do."""
-    matrices = covered(model)
-    recipes = Plan.of(run.recipe).recipes(matrix.name for matrix in matrices)
-    for matrix in matrices:
-        recipes[matrix.name].check(matrix.rows, matrix.columns, matrix.name)
-    return recipes
-
-
-def _bar(recipes: Mapping[str, Recipe]) -> tqdm:
-    # disable=None: a bar on a terminal only.
-    return tqdm(total=len(recipes), unit="matrix", dynamic_ncols=True, disable=None)
-
-
-def _restore(index: int, model: nn.Module, work: _Work) -> Iterator[MatrixRecord]:
-    records, tuned = work.progress.restore(index, model)
-    name, remedy = f"{find_blocks(model)[0]}.{index}", "start over with --overwrite"
-    work.done.extend(check_block(name, records, work.recipes, remedy))
-    log.info("block %d: %d matrices taken from the run before", index, len(records))
-    work.bar.update(len(records))
-    work.run.tuned.extend(tuned)
-    yield from records
-
-
-def _report_and_keep(
-    block: BlockModule, found: Iterator[MatrixRecord], work: _Work
-) -> Iterator[MatrixRecord]:
-    run = work.run
-    records, known = [], len(run.tuned)
-    with enough_memory(f"{block.name} on {run.device}", "free the device, or say --device cpu"):
-        for record in found:
-            _report(record, work.recipes[record.name].damp, work.bar)
-            records.append(record)
-            yield record
-    work.done.extend(check_block(block.name, records, work.recipes, REPORT))
-    if work.progress.ledger:  # also that of a process which alone streams, as memory is short
-        with run.watch("keep"):
-            work.progress.keep(block, records, run.tuned[known:])
-
-
-def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
-    run, team, watch, tuner = work.run, work.run.team, work.run.watch, None
+def _quantize_block(block: Block, work: Work) -> Iterator[MatrixRecord]:
+    run, watch, tuner = work.run, work.run.watch, None
     weights = [work.felt, None] if run.weighs else [None]
-    with watch("observe"):
-        hessians, *plain = block.observe_each(weights, all_experts=run.all_experts)
-    tell_of_few(block.name, hessians)
-    if run.tuning:  # once the block is known to take batches of this size
-        with watch("tune"):
-            tuner = BlockTuner(block, run.tuning, seed=run.seed, team=team)
-    run.observed(block.index, hessians)
-    groups = sharing(hessians)
-    dealt = list(rounds(groups, hessians, team, one_by_one=tuner is not None))
+    seen = turns(block, work.shrink, weights, all_experts=run.all_experts)
+    for hessians, *plain in watch.each("observe", seen):
+        tell_of_few(block.name, hessians)
+        if run.tuning:  # once the block is known to take batches of this size
+            with watch("tune"):
+                tuner = BlockTuner(block, run.tuning, seed=run.seed, team=run.team)
+        run.observed(block.index, hessians)
+        yield from _quantize_observed(block, hessians, plain, tuner, work)
+
+
+def _quantize_observed(
+    block: Block,
+    hessians: dict[str, Observed],
+    plain: list[dict[str, Observed]],
+    tuner: BlockTuner | None,
+    work: Work,
+) -> Iterator[MatrixRecord]:
+    run, team, watch = work.run, work.run.team, work.run.watch
+    dealt = list(rounds(sharing(hessians), hessians, team, one_by_one=tuner is not None))
     for together, after in zip_longest(dealt, dealt[1:]):
         deal = Deal.of(block, together, work.recipes, team)
         with watch("observe"):
@@ -211,7 +176,8 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
 
         def moments(names: Group, sums: Any = sums, alike: Any = alike) -> Moments:
             count, own = hessians[names[0]].count, alike[0] if alike else None
-            return Moments.of(names, count, sums, own, work.felt)
+            aim = aim_of(sums[names[0]], work.shrink)
+            return replace(Moments.of(names, count, sums, own, work.felt), aim=aim)
 
         found = deal.quantize(moments, work.recipes, run.seed)
         yield from watch.each("quantize", found)
@@ -225,16 +191,3 @@ def _quantize_block(block: Block, work: _Work) -> Iterator[MatrixRecord]:
             with watch("tune"):
                 run.tuned.append(tuner.tune(together[-1]))
             work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")
-
-
-def _report(record: MatrixRecord, damp: float, bar: tqdm) -> None:
-    if record.damp > damp:
-        told = record.name, damp, record.damp
-        log.warning("%s: not positive definite with damping %g; used %g", *told)
-    finite(record.proxy_loss, f"{record.name}: the proxy loss")
-    log.info(
-        "%s: %.3f bits, proxy loss %.3g, %.2f s",
-        *(record.name, record.bits_per_weight, record.proxy_loss, record.seconds),
-    )
-    bar.set_postfix_str(f"{record.name.rpartition('.')[2]} loss {record.proxy_loss:.2e}")
-    bar.update()

@@ -26,6 +26,8 @@ class MatrixRecord:
     damp: float  # as used
     bits_per_weight: float  # all overheads included
     seconds: float
+    target_loss: float | None = None  # as proxy_loss, against the target; None: that is the weights
+    target_share: float | None = None  # alpha of W + alpha (W* - W)
     tokens: int | None = None  # that the router sent to an expert; None: of no expert
     plain_loss: float | None = None  # as proxy_loss, all tokens alike; None: as they are there
     damage: float | None = None  # 1/2 E[|g|^2 |(W_hat - W) x|^2] / rows, in nats per token

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -17,6 +18,8 @@ from quip.model.stream import Stream
 from quip.model.team import ALONE, Team
 from quip.model.tune.blocks import BlockTuning, TuningRecord
 
+Shrinking: TypeAlias = float | Literal["auto"] | None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -26,7 +29,8 @@ class Run:
     instead of being quantized again, and come out bitwise the same. With `tuning`, what is left of
     a block is tuned after each group of matrices but the last, and after that where its centroids
     can be moved; what that comes to is added to `tuned`. `observed` is shown the Hessians of each
-    block before it is touched.
+    block before it is touched. With `target_shrink` a matrix is rounded towards what makes up for
+    so much of the errors that the blocks before cause (quip.matrix.target).
     """
 
     recipe: Recipe | Plan  # of all matrices, or of each
@@ -37,6 +41,7 @@ class Run:
     felt: Sensitivity | None = None  # of all windows, known to the first process of a team
     weighs: bool = False  # whether tokens have the weights that were felt
     tuning: BlockTuning | None = None
+    target_shrink: Shrinking = None  # from 0 to 1; None is 0
     ledger: Ledger | None = None  # of the first process of a team
     team: Team = ALONE
     stream: Stream | None = None  # where the blocks are read from; None: they are in memory

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from quip.matrix.linalg import energy, proxy_loss
 from quip.matrix.quantize import quantize_matrices, quantize_matrix
 from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
-from quip.model.block import BlockModule
+from quip.matrix.target import targets
+from quip.model.block_module import BlockModule
 from quip.model.matrices import Matrix
 from quip.model.moments import Moments
 from quip.model.plan import by_recipe
@@ -31,7 +32,8 @@ def quantize_siblings(
     """Quantize these matrices of a block, whose one input has these moments, in place.
 
     Each record comes as soon as its matrix is there; those of a stack come together. Only matrices
-    of one recipe are stacked. How many tokens were seen is written down of experts.
+    of one recipe are stacked. Where the moments have an aim, its targets are what is rounded. How
+    many tokens were seen is written down of experts.
     """
     found = block.matrices()
     for group in by_recipe(names, recipes):
@@ -46,79 +48,85 @@ def quantize_siblings(
             yield replace(record, tokens=seen)
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """A matrix, and what it is rounded towards."""
+
+    name: str
+    W: Tensor
+    target: Tensor
+    alpha: Tensor | None = None  # how much of W* is in the target; None: it is W
+
+    def record(self, W_hat: Tensor, moments: Moments, **known: Any) -> MatrixRecord:
+        """What rounding it to W_hat came to."""
+        (m, n), H = self.W.shape, moments.H
+        plain, square = moments.plain, moments.squares.get(self.name)
+        losses: dict[str, Any] = {"proxy_loss": proxy_loss(self.W, W_hat, H)}
+        if plain is not None:
+            losses["plain_loss"] = proxy_loss(self.W, W_hat, plain)
+        if square is not None:
+            error = energy(W_hat.double() - self.W.double(), H)
+            losses["damage"] = float(square) * error / (2 * m)
+        if self.alpha is not None:
+            losses["target_loss"] = proxy_loss(self.target, W_hat, H)
+            losses["target_share"] = float(self.alpha)
+        return MatrixRecord(name=self.name, rows=m, columns=n, **losses, **known)
+
+
+def _goals(members: Sequence[Matrix], moments: Moments, recipe: Recipe) -> dict[str, _Goal]:
+    weights = {matrix.name: matrix.weight.detach() for matrix in members}
+    if moments.aim is None:
+        return {name: _Goal(name, W, W) for name, W in weights.items()}
+    found = targets(weights, moments.aim.lack, recipe.damp, moments.aim.alpha)
+    return {name: _Goal(name, W, *found[name]) for name, W in weights.items()}
+
+
 def _quantize_each(
     block: BlockModule, members: Sequence[Matrix], moments: Moments, recipe: Recipe, seed: int
 ) -> Iterator[MatrixRecord]:
-    H = moments.H
-    weights = {matrix.name: matrix.weight.detach() for matrix in members}
+    start, H = time.perf_counter(), moments.H
+    goals = _goals(members, moments, recipe)
     biases = {matrix.name: matrix.bias for matrix in members}
-    start = time.perf_counter()
-    for name, quantized in quantize_matrices(
-        weights, H, recipe, seed=seed, outputs=moments.outputs
-    ):
+    aims = {name: goal.target for name, goal in goals.items()}
+    for name, quantized in quantize_matrices(aims, H, recipe, seed=seed, outputs=moments.outputs):
         block.replace(name, QuantizedLinear.from_matrix(quantized, biases[name]))
-        W, bits = weights[name], quantized.bits_per_weight
-        losses = _losses(name, W, quantized.dequantize(), moments)
-        seconds = time.perf_counter() - start
-        yield _record(name, block.index, W, losses, quantized.damp, bits, seconds)
+        record = goals[name].record(
+            *(quantized.dequantize(), moments),
+            block=block.index,
+            damp=quantized.damp,
+            bits_per_weight=quantized.bits_per_weight,
+            seconds=0.0,
+        )
+        yield replace(record, seconds=time.perf_counter() - start)
         start = time.perf_counter()
 
 
 def _quantize_stack(
     block: BlockModule, members: Sequence[Matrix], moments: Moments, recipe: Recipe, seed: int
 ) -> Iterator[MatrixRecord]:
-    H = moments.H
-    start, by_name = time.perf_counter(), {matrix.name: matrix for matrix in members}
+    start, H = time.perf_counter(), moments.H
+    by_name = {matrix.name: matrix for matrix in members}
     members = [by_name[name] for name in in_order([*by_name])]
-    weights = {matrix.name: matrix.weight.detach() for matrix in members}
-    W, scales = stacked(weights)
-    key, felt = " ".join(weights), [moments.outputs.get(name) for name in weights]
+    goals = _goals(members, moments, recipe)
+    W, scales = stacked({name: goal.target for name, goal in goals.items()})
+    key, felt = " ".join(goals), [moments.outputs.get(name) for name in goals]
     # y_i = s_i (rows of the stack): what is felt of y_i is felt of these s_i^2 times as much.
     f = [s**2 * own.to(s.device) for s, own in zip(scales, felt, strict=True) if own is not None]
     quantized = quantize_matrix(
         *(W, H, recipe), rng=rng_for(seed, key), name=key, f=torch.cat(f) if f else None
     )
-    stack = Stack.of(quantized, scales, [len(W) for W in weights.values()])
+    stack = Stack.of(quantized, scales, [matrix.rows for matrix in members])
     for index, matrix in enumerate(members):
         member = StackedLinear(stack, index, matrix.bias is not None, device="meta")
         member.bias = matrix.bias
         block.replace(matrix.name, member)
     parts = stack.dequantize().split(list(stack.sizes))
     seconds = (time.perf_counter() - start) / len(members)
-    for (name, W), W_hat in zip(weights.items(), parts, strict=True):
-        losses, bits = _losses(name, W, W_hat, moments), stack.bits_per_weight
-        yield _record(name, block.index, W, losses, quantized.damp, bits, seconds)
-
-
-def _losses(name: str, W: Tensor, W_hat: Tensor, moments: Moments) -> dict[str, Any]:
-    """What a record says of the error of a matrix."""
-    plain, square = moments.plain, moments.squares.get(name)
-    losses: dict[str, Any] = {"proxy_loss": proxy_loss(W, W_hat, moments.H)}
-    if plain is not None:
-        losses["plain_loss"] = proxy_loss(W, W_hat, plain)
-    if square is not None:
-        error = energy(W_hat.double() - W.double(), moments.H)
-        losses["damage"] = float(square) * error / (2 * len(W))
-    return losses
-
-
-def _record(
-    name: str,
-    block: int,
-    W: Tensor,
-    losses: Mapping[str, Any],
-    damp: float,
-    bits: float,
-    seconds: float,
-) -> MatrixRecord:
-    m, n = W.shape
-    return MatrixRecord(
-        name=name,
-        block=block,
-        rows=m,
-        columns=n,
-        **losses,
-        damp=damp,
-        bits_per_weight=bits,
-        seconds=seconds,
-    )
+    for goal, W_hat in zip(goals.values(), parts, strict=True):
+        yield goal.record(
+            *(W_hat, moments),
+            block=block.index,
+            damp=quantized.damp,
+            bits_per_weight=stack.bits_per_weight,
+            seconds=seconds,
+        )

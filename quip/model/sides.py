@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
 
-from quip.model.block import BlockModule
+from quip.model.block_module import BlockModule
 from quip.model.matrices import Matrix
 from quip.model.sensitivity.crossings import Crossing
 from quip.model.sensitivity.labels import SCALE

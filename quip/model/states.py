@@ -28,7 +28,8 @@ class States:
 
     They live on the device where it has four times the room for them, otherwise in the host's
     memory, pinned where that can be, or in a file where they exceed what `activations` allow.
-    `hidden` is overwritten in place from block to block.
+    `hidden` is overwritten in place from block to block. In a `paired` walk so are, beside it, the
+    hidden states of the model as it was (`original`); `streams` has both.
     """
 
     def __init__(
@@ -41,15 +42,27 @@ class States:
         stream: Stream | None = None,
         team: Team = ALONE,
         activations: Activations = IN_MEMORY,
+        paired: bool = False,
     ) -> None:
+        self.paired = paired
         self.team = team  # of which this process has these windows
         self._activations = activations
         self._model, self._tokens = model, tokens
         self.device, self.batch_size = device, batch_size
         with enough_memory(f"a window of {tokens.shape[1]} tokens on {device}", REMEDY):
             self.rest = rest_of_output(model, tokens[:1], device, stream)
-        self.hidden, self._calls = self._enter()
-        self.pinned = device.type == "cuda" and self.hidden.is_pinned()
+        self.streams, self._calls = self._enter()
+        self.pinned = device.type == "cuda" and self.streams.is_pinned()
+
+    @property
+    def hidden(self) -> Float[Tensor, "count seqlen width"]:
+        """The hidden states of the model as it is."""
+        return self.streams[:, 0] if self.paired else self.streams
+
+    @property
+    def original(self) -> Float[Tensor, "count seqlen width"]:
+        """The hidden states of the model as it was, in a paired walk."""
+        return self.streams[:, 1]
 
     def calls(self, block: int) -> list[Call]:
         """What the block is called with on each batch."""
@@ -94,8 +107,9 @@ class States:
 
     def _room(self, entering: Tensor) -> Tensor:
         """Memory for the hidden states of all windows, of which these are some."""
-        shape, device = (len(self._tokens), *entering.shape[1:]), self.device
-        nbytes = entering[0].nbytes * len(self._tokens)
+        both = (2,) if self.paired else ()
+        shape, device = (len(self._tokens), *both, *entering.shape[1:]), self.device
+        nbytes = torch.Size(shape).numel() * entering.itemsize
         if device.type == "cuda":
             if 4 * nbytes <= free_bytes(device):
                 return entering.new_empty(shape, device=device)
@@ -104,19 +118,20 @@ class States:
                     return entering.new_empty(shape, device="cpu", pin_memory=True)
         return self._activations.room(shape, entering.dtype)
 
-    def _enter(self) -> tuple[Float[Tensor, "count seqlen width"], list[list[Call]]]:
-        """The hidden states that enter block 0, and calls[batch][block]."""
-        hidden: Tensor | None = None
+    def _enter(self) -> tuple[Float[Tensor, "count ..."], list[list[Call]]]:
+        """The hidden states that enter block 0, paired or not, and calls[batch][block]."""
+        streams: Tensor | None = None
         calls: list[list[Call]] = []
         batches = self._tokens.split(self.batch_size)
         for entering, batch_calls in capture_by(self._model, batches, self.rest):
-            if hidden is None:
-                hidden = self._room(entering)
+            if streams is None:
+                streams = self._room(entering)
             start = len(calls) * self.batch_size
-            hidden[start : start + len(entering)] = entering
+            rows = streams[start : start + len(entering)]
+            rows.copy_(entering[:, None] if self.paired else entering)
             calls.append(batch_calls)
-        assert hidden is not None
-        return hidden, calls
+        assert streams is not None
+        return streams, calls
 
 
 def batch_size_for(seqlen: int, model: nn.Module, device: torch.device | str) -> int:

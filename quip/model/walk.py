@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from quip.errors import UsageError
 from quip.model.activations import Activations
-from quip.model.block import Block, BlockModule
+from quip.model.block import Block
+from quip.model.block_module import BlockModule
 from quip.model.ferry import visits
 from quip.model.matrices import coverage, find_blocks
 from quip.model.states import IN_MEMORY, States
 from quip.model.stream import Stream
 from quip.model.team import ALONE, Team
+from quip.model.twin import Twin
 
 
 def walk(
@@ -24,11 +26,12 @@ def walk(
     device: torch.device | str,
     batch_size: int = 1,
     start: int = 0,
-    hidden: Float[Tensor, "count seqlen width"] | None = None,
+    hidden: Float[Tensor, "count *streams seqlen width"] | None = None,
     stream: Stream | None = None,
     team: Team = ALONE,
     activations: Activations = IN_MEMORY,
-) -> Iterator["Block"]:
+    paired: bool = False,
+) -> Iterator[Block]:
     """Each decoder block in order, on the device while the loop body runs.
 
         for block in walk(model, tokens, device=device):
@@ -40,8 +43,10 @@ def walk(
     block, and returns to where the model is (usually the host). A walk that was broken off is taken
     up at block `start` with the `hidden` states that enter it. The blocks of a model that came with
     a `stream` are in memory for their turn only, and hidden states as far as `activations` says. In
-    a team, `tokens` and `hidden` are the share of this process. Raises UnsupportedModel before
-    anything runs where `coverage` does, and for blocks that are no plain chain.
+    a team, `tokens` and `hidden` are the share of this process. In a `paired` walk blocks are
+    Twins, and hidden states of the model as it was are beside those of the model as it is. Raises
+    UnsupportedModel before anything runs where `coverage` does, and for blocks that are no plain
+    chain.
     """
     coverage(model)
     if model.training:
@@ -56,9 +61,10 @@ def walk(
         stream=stream,
         team=team,
         activations=activations,
+        paired=paired,
     )
     if hidden is not None:
-        expected = states.hidden
+        expected = states.streams
         if (hidden.shape, hidden.dtype) != (expected.shape, expected.dtype):
             raise UsageError(
                 f"the hidden states that enter block {start} are {list(hidden.shape)} "
@@ -68,7 +74,7 @@ def walk(
         expected.copy_(hidden)
     with closing(visits(list(blocks[start:]), device, home=host, stream=stream)) as modules:
         for index, module in enumerate(modules, start):
-            block = Block(index, f"{prefix}.{index}", module, states)
+            block = (Twin if paired else Block)(index, f"{prefix}.{index}", module, states)
             yield block
             if index + 1 < len(blocks):
                 block.replay()

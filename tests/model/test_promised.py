@@ -11,7 +11,7 @@ from quip.data.hessians import HessianStore
 from quip.errors import QuipError, Unavailable, UsageError
 from quip.matrix.build import build_recipe
 from quip.model import deal
-from quip.model.block import BlockModule
+from quip.model.block_module import BlockModule
 from quip.model.ledger import Ledger
 from quip.model.matrices import coverage, places
 from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix

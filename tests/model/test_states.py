@@ -121,7 +121,7 @@ def test_hidden_states_that_do_not_fit_on_a_card_lie_in_pinned_memory(monkeypatc
     cuda, room = torch.device("cuda"), 4 * 7 * entering[0].nbytes
     place = object.__new__(states.States)
     place.device, place._tokens = cuda, torch.zeros(7, 3)
-    place._activations = states.IN_MEMORY
+    place._activations, place.paired = states.IN_MEMORY, False
     for free in (room, room - 1):
         monkeypatch.setattr(states, "free_bytes", lambda _, free=free: free)
         place._room(entering)

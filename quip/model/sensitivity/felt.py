@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
 
-from quip.model.block import BlockModule
+from quip.model.block_module import BlockModule
 from quip.model.inputs import Inputs
 from quip.model.sensitivity.labels import SCALE
 from quip.packed.experts import Experts

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from quip.matrix.build import build_recipe
 from quip.matrix.recipe import Recipe
-from quip.model.block import BlockModule
+from quip.model.block_module import BlockModule
 from quip.model.moments import Moments
 from quip.model.siblings import quantize_siblings
 

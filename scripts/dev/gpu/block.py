@@ -14,7 +14,8 @@ import torch
 from _measure import device, emit, synchronize
 from _models import FED, LAYERS, RECIPES, llama, pack_block
 
-from quip.model.block import Block, BlockModule
+from quip.model.block import Block
+from quip.model.block_module import BlockModule
 from quip.model.states import batch_size_for
 from quip.model.walk import walk
 
