@@ -196,7 +196,7 @@ def test_each_record_comes_when_its_matrix_is_in_place():
 
 
 def test_each_matrix_is_logged_on_one_line_and_raised_damping_is_a_warning(caplog):
-    caplog.set_level(logging.INFO, logger="quip.model.quantize")
+    caplog.set_level(logging.INFO, logger="quip.model.work")
     how = replace(recipe(incoherent=False), damp=0.0)
     model = tiny("opt")
     records = quantize_model(model, tokens(1), how, device="cpu", seed=0)  # 12 tokens: rank 12
