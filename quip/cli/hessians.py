@@ -101,7 +101,7 @@ def _refuse_recipe(args: Arguments) -> None:
 def _of_a_run(args: Arguments) -> list[str]:
     """The flags of a run from the store: of its own recipe, seed and dtype, where it has them."""
     defaults = {name: known.default for name, known in FLAGS.items() if name not in IGNORED}
-    defaults |= {"seed": 0, "dtype": "auto"}
+    defaults |= {"seed": 0, "dtype": "auto", "token_weights": "none"}
     given = {name: getattr(args, name) for name in defaults}
     if getattr(args, "from") == "original":
         given["wbits"] = 2

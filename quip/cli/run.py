@@ -204,6 +204,11 @@ def _refuse_values(args: Arguments) -> None:
         raise UsageError("--resume takes up the run in --out: name the folder with --out DIR")
     refuse_both(args)
     if _is_unquantized(args):
+        if args.token_weights != "none":
+            raise UsageError(
+                f"--token_weights {args.token_weights} weighs tokens for weights that are "
+                "quantized: give --wbits or --codebook"
+            )
         for flag in ("save", "resume"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag} needs weights to quantize: give --wbits 2 to 8")

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 import xxhash
@@ -17,6 +17,7 @@ from quip.shapes import Within, check_shape
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+FELT = "felt.safetensors"  # what the loss feels of outputs, where the store was told
 RESUME = "repeat the `quip hessians` that wrote it with --resume"
 REMADE = f"remove it, and {RESUME}"
 ANEW = "make it anew with --overwrite"
@@ -48,6 +49,7 @@ class Manifest(TypedDict):
     dtype: str
     calibration: Calibration
     complete: bool
+    token_weights: NotRequired[str]
     inputs: list[Row]
 
 

@@ -3,7 +3,9 @@
     manifest.json         whose inputs they are, and which files there are
     NAME.safetensors      lower: the lower triangle of H = E[x x^T], float32, row after row
                           mean: E[x], float64;  count: tokens (of an expert, those sent to it)
+    felt.safetensors      what the loss feels of each matrix (quip.model.sensitivity), if asked for
 
+With token_weights in the manifest, H = E[s x x^T] / E[s] and mean = E[s x] / E[s].
 NAME is the first matrix that an input feeds. Files appear when they are complete, and the manifest
 lists a block once all of its files are there. It says `complete` when the last block is.
 """
@@ -21,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quip.data.hessian_files import (
+    FELT,
     FORMAT,
     MANIFEST,
     RESUME,
@@ -96,8 +99,21 @@ class HessianStore:
 
     @property
     def digest(self) -> str:
-        """A hash of the manifest, and so of all moments, whose hashes it holds."""
-        return xxhash.xxh3_128((self.folder / MANIFEST).read_bytes()).hexdigest()
+        """A hash of the manifest, and so of all moments, whose hashes it holds; and of FELT."""
+        digest = xxhash.xxh3_128((self.folder / MANIFEST).read_bytes())
+        if self.felt:
+            digest.update(self.felt.read_bytes())
+        return digest.hexdigest()
+
+    @property
+    def token_weights(self) -> str | None:
+        """The labels by which tokens were weighed; None: all alike."""
+        return self.manifest.get("token_weights")
+
+    @property
+    def felt(self) -> Path | None:
+        """The file of what the loss feels of each matrix, if there is one."""
+        return path if (path := self.folder / FELT).is_file() else None
 
     def read(self, name: str) -> Moments:
         """The moments of an input, by the name of any matrix that it feeds, in host memory.
@@ -159,6 +175,8 @@ class StoreWriter:
                 return
         with writing(folder):
             make_folder(folder)
+            if not resume:
+                (folder / FELT).unlink(missing_ok=True)
             for row in () if resume else rows:
                 if is_of_a_store(path := file_of(folder, row["name"])):
                     path.unlink()

@@ -5,11 +5,16 @@ from pathlib import Path
 
 from quip.data import TokenSet, calibration_tokens
 from quip.data.hessians import HessianStore
+from quip.errors import UsageError
 from quip.jobs.evaluate import default_seqlen
 from quip.jobs.fingerprint import identity_of
+from quip.jobs.requests import NO_WEIGHTS, Calibration
+from quip.jobs.sensitivity import rescales
+from quip.matrix.recipe import Recipe
 from quip.model.fingerprints import differences
 from quip.model.load import LoadedModel
 from quip.model.matrices import places
+from quip.model.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -35,3 +40,19 @@ def store_for(folder: Path, loaded: LoadedModel) -> HessianStore:
     if changes:
         log.warning("the store %s is not quite of this model (%s)", folder, changes)
     return store
+
+
+def check_weights_of(store: HessianStore, asked: Calibration, how: Recipe | Plan | None) -> None:
+    """Raise UsageError, with the remedy, where a store is of other weights than are asked for."""
+    wanted, known = asked.token_weights, store.token_weights or NO_WEIGHTS
+    if wanted != known:
+        raise UsageError(
+            f"--token_weights {wanted}: the Hessians in {store.folder} are of --token_weights "
+            f"{known}; say that, or collect others: quip hessians MODEL DATASET --token_weights "
+            + wanted
+        )
+    if rescales(how) and not store.felt:
+        raise UsageError(
+            f"--pre_rescale_out: the store {store.folder} does not know what the loss feels of "
+            "outputs; collect one that does: quip hessians MODEL DATASET --token_weights fisher"
+        )

@@ -10,7 +10,7 @@ hidden states, and quantized blocks, take up the walk after a kill.
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ import torch
 from tqdm import tqdm
 
 from quip.data import TokenSet, check_dataset
-from quip.data.hessian_files import file_of
+from quip.data.hessian_files import FELT, file_of
 from quip.data.hessians import StoreWriter
 from quip.jobs.alike import check_inputs, check_request
 from quip.jobs.calibration import calibration_of
 from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.kept import Kept
 from quip.jobs.report.folder import RunFolder
-from quip.jobs.requests import Calibration, Machine
+from quip.jobs.requests import NO_WEIGHTS, Calibration, Machine
+from quip.jobs.sensitivity import felt_for, forget_felt, is_asked_for
 from quip.jobs.streaming import check_all_weights
 from quip.matrix.recipe import Recipe
 from quip.model.activations import Activations
@@ -38,6 +39,9 @@ from quip.model.progress import Progress
 from quip.model.quantize import quantize_matrix_by_matrix
 from quip.model.records import versions
 from quip.model.run import Run
+from quip.model.sensitivity.files import write_felt
+from quip.model.sensitivity.found import Sensitivity
+from quip.model.sensitivity.gather import share
 from quip.model.states import batch_size_for
 from quip.model.team import Team, joined
 from quip.model.walk import walk
@@ -110,6 +114,7 @@ def _collect(asked: Collection, team: Team) -> Collected:
             if not writer.complete:
                 writer.close()
             ledger.forget()
+            forget_felt(ledger)
         finally:
             folder.release()
         files = writer.files
@@ -134,7 +139,7 @@ def _facts(loaded: LoadedModel, fingerprint: dict[str, Any]) -> dict[str, Any]:
         "calibration": fingerprint["calibration"],
         "source": fingerprint["recipe"] or "original",
         "seed": fingerprint["seed"],
-        **({"all_experts": True} if "all_experts" in fingerprint else {}),
+        **{key: fingerprint[key] for key in ("all_experts", "token_weights") if key in fingerprint},
         "dtype": fingerprint["dtype"],
         "device": fingerprint["device"],
         "versions": versions(),
@@ -150,8 +155,20 @@ def _walk(
     batch_size = batch_size_for(tokens.seqlen, loaded.model, device)
     place = kept.ledger.folder if kept.ledger else None
     activations = Activations.within(asked.activation_memory, place)
+    felt = None
+    if is_asked_for(asked, asked.recipe):
+        felt = felt_for(
+            *(asked, loaded, tokens),
+            device=device,
+            batch_size=batch_size,
+            team=kept.team,
+            ledger=kept.ledger,
+            activations=activations,
+        )
+    if felt:
+        write_felt(asked.save / FELT, replace(felt, windows={}))
     if asked.recipe is None:
-        _observe(asked, loaded, tokens, kept, device, batch_size, activations)
+        _observe(asked, loaded, tokens, kept, felt, device, batch_size, activations)
         return
     run = Run(
         recipe=asked.recipe,
@@ -159,6 +176,8 @@ def _walk(
         device=device,
         batch_size=batch_size,
         all_experts=asked.all_experts,
+        felt=felt,
+        weighs=asked.token_weights != NO_WEIGHTS,
         ledger=kept.ledger,
         team=kept.team,
         stream=loaded.stream,
@@ -174,6 +193,7 @@ def _observe(
     loaded: LoadedModel,
     tokens: TokenSet,
     kept: Kept,
+    felt: Sensitivity | None,
     device: torch.device,
     batch_size: int,
     activations: Activations,
@@ -182,7 +202,7 @@ def _observe(
     kept.team.check(len(tokens.ids), batch_size)
     progress = Progress.of(kept.ledger, kept.team, batch_size)
     start, hidden = progress.enter()
-    count = len(find_blocks(loaded.model)[1])
+    count, weights = len(find_blocks(loaded.model)[1]), share(felt, kept.team, batch_size)
     # disable=None: a bar on a terminal only.
     with tqdm(total=count, initial=start, unit="block", dynamic_ncols=True, disable=None) as bar:
         for block in walk(
@@ -202,7 +222,7 @@ def _observe(
             if kept.has(block.index):
                 log.info("block %d: taken from the store", block.index)
             else:
-                hessians = block.observe(all_experts=asked.all_experts)
+                (hessians,) = block.observe_each([weights], all_experts=asked.all_experts)
                 tell_of_few(block.name, hessians)
                 kept.keep(block.index, hessians)
                 del hessians  # what experts saw is not needed while the next block runs

@@ -10,7 +10,7 @@ from quip.data import check_dataset
 from quip.data.hessians import HessianStore
 from quip.errors import QuipError, UsageError
 from quip.jobs.alike import check_inputs, check_request
-from quip.jobs.calibration import calibration_of, store_for
+from quip.jobs.calibration import calibration_of, check_weights_of, store_for
 from quip.jobs.evaluate import check_measures, evaluation_entries, measure_perplexities, token_sets
 from quip.jobs.experiment import Experiment, entries_of, settled
 from quip.jobs.fingerprint import Source, fingerprint_of
@@ -19,7 +19,7 @@ from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
 from quip.jobs.requests import NO_WEIGHTS
 from quip.jobs.saving import check_save
-from quip.jobs.sensitivity import felt_for, is_asked_for
+from quip.jobs.sensitivity import felt_for, forget_felt, is_asked_for
 from quip.jobs.streaming import check_all_weights, ledger_for, no_longer_than_this
 from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
@@ -32,6 +32,7 @@ from quip.model.plan import Plan
 from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
 from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.run import Run
+from quip.model.sensitivity.files import read_felt
 from quip.model.states import batch_size_for
 from quip.model.team import Team, joined
 
@@ -137,7 +138,9 @@ def _kept(recipe: Recipe | Plan, loaded: LoadedModel) -> tuple[str, ...]:
 
 def _source(e: Experiment, loaded: LoadedModel) -> Source:
     if e.hessians:
-        return store_for(e.hessians, loaded)
+        store = store_for(e.hessians, loaded)
+        check_weights_of(store, e, e.recipe)
+        return store
     return calibration_of(loaded, str(e.dataset), nsamples=e.nsamples, seqlen=e.seqlen, seed=e.seed)
 
 
@@ -200,16 +203,26 @@ def _quantize(
     )
     records: list[MatrixRecord] = []
     if isinstance(source, HessianStore):
+        run = replace(run, felt=read_felt(source.felt) if source.felt else None)
         found = quantize_from_store(loaded.model, source, run)
     else:
         batch_size = batch_size_for(source.seqlen, loaded.model, report.device)
         run = replace(run, batch_size=batch_size)
         if is_asked_for(e, recipe):
             with watch("sensitivity"):
-                run = replace(run, felt=felt_for(e, loaded, source, run))
+                felt = felt_for(
+                    *(e, loaded, source),
+                    device=torch.device(report.device),
+                    batch_size=batch_size,
+                    team=team,
+                    ledger=ledger,
+                    activations=run.activations,
+                )
+            run = replace(run, felt=felt)
         found = quantize_matrix_by_matrix(loaded.model, source.ids, run)
     try:
         records.extend(found)
+        forget_felt(ledger)
     finally:
         if records:
             if e.tuning:

@@ -5,44 +5,55 @@ import logging
 import torch
 
 from quip.data import TokenSet
+from quip.data.hessian_files import FELT
 from quip.jobs.requests import NO_WEIGHTS, Calibration
 from quip.matrix.recipe import Recipe
+from quip.model.activations import Activations
+from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel
 from quip.model.matrices import find_blocks
 from quip.model.plan import Plan
-from quip.model.run import Run
-from quip.model.sensitivity.files import FELT, kept_felt, write_felt
+from quip.model.sensitivity.files import kept_felt, write_felt
 from quip.model.sensitivity.found import Sensitivity
 from quip.model.sensitivity.gather import measure_sensitivity
 from quip.model.sensitivity.measure import Passing
+from quip.model.team import Team
 from quip.transforms import rescales_outputs
 
 log = logging.getLogger(__name__)
 
 
 def felt_for(
-    asked: Calibration, loaded: LoadedModel, tokens: TokenSet, run: Run
+    asked: Calibration,
+    loaded: LoadedModel,
+    tokens: TokenSet,
+    *,
+    device: torch.device,
+    batch_size: int,
+    team: Team,
+    ledger: Ledger | None,
+    activations: Activations,
 ) -> Sensitivity | None:
     """What the loss of a model feels on these tokens, at the first process of a team.
 
-    It is taken from the folder of the run's ledger, or kept there. None where all blocks are
-    finished, and at the other processes. Raises as `measure_sensitivity`.
+    It is taken from the folder of the ledger, or kept there. None where all blocks are finished,
+    and at the other processes. Raises as `measure_sensitivity`.
     """
-    team, ledger, blocks = run.team, run.ledger, range(len(find_blocks(loaded.model)[1]))
+    blocks = range(len(find_blocks(loaded.model)[1]))
     if team.tell(ledger is not None and all(map(ledger.has, blocks))):
         return None
-    path = ledger.folder / FELT if ledger and team.leads else None
+    path = ledger.folder / FELT if ledger is not None and team.leads else None
     found = kept_felt(path) if path else None
     if team.tell(found is not None):
         return found
     passing = Passing(
         kind="fisher" if asked.token_weights == NO_WEIGHTS else asked.token_weights,
         seed=asked.seed,
-        device=torch.device(run.device),
-        batch_size=run.batch_size,
+        device=device,
+        batch_size=batch_size,
         team=team,
         stream=loaded.stream,
-        activations=run.activations,
+        activations=activations,
     )
     found = measure_sensitivity(loaded.model, tokens.ids, passing)
     if found:
@@ -52,13 +63,22 @@ def felt_for(
     return found
 
 
+def forget_felt(ledger: Ledger | None) -> None:
+    """After the last block nobody needs what was felt."""
+    if ledger is not None:
+        (ledger.folder / FELT).unlink(missing_ok=True)
+
+
 def is_asked_for(asked: Calibration, how: Recipe | Plan | None) -> bool:
-    """Whether tokens are to have weights, or a recipe rescales outputs by what they feel."""
-    rules = Plan.of(how) if how else Plan()
-    recipes = [rule.recipe for rule in rules.rules] + ([rules.default] if rules.default else [])
-    return asked.token_weights != NO_WEIGHTS or any(
-        rescales_outputs(recipe.transforms) for recipe in recipes
-    )
+    """Whether tokens are to have weights, or outputs factors."""
+    return asked.token_weights != NO_WEIGHTS or rescales(how)
+
+
+def rescales(how: Recipe | Plan | None) -> bool:
+    """Whether some recipe rescales outputs, by what the loss feels of them."""
+    plan = Plan.of(how) if how else Plan()
+    recipes = [rule.recipe for rule in plan.rules] + ([plan.default] if plan.default else [])
+    return any(rescales_outputs(recipe.transforms) for recipe in recipes)
 
 
 def _tell(found: Sensitivity) -> None:

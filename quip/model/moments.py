@@ -31,7 +31,7 @@ class Moments:
         plain: Mapping[str, Hessian] | None,
         felt: Sensitivity | None,
     ) -> "Moments":
-        """Of the matrices of these names, of whose sums so many tokens were seen.
+        """What is known of the input of these matrices, of which so many tokens were seen.
 
         The sums are let go of. Without `plain` ones they are of tokens that weigh the same.
         """

@@ -141,7 +141,13 @@ def _quantize_by(
         with run.watch("read"):
             found = store.read(names[0])
             H = found.H.to(device, torch.float32)  # which holds it exactly
-            return Moments(H=H, count=found.count)
+            felt, weighs = run.felt, run.felt is not None and run.weighs
+            return Moments(
+                H=H,
+                count=found.count,
+                squares=felt.squares(names) if felt and weighs else {},
+                outputs=felt.outputs(names) if felt else {},
+            )
 
     deal = Deal.of(block, [one.matrices for one in inputs], work.recipes, run.team)
     yield from run.watch.each("quantize", deal.quantize(read, work.recipes, run.seed))

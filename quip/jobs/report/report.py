@@ -68,7 +68,18 @@ def summary(records: Sequence[MatrixRecord]) -> dict[str, Any]:
         "bits_per_weight": sum(r.bits_per_weight * r.rows * r.columns for r in records) / weights,
         "mean_proxy_loss": sum(r.proxy_loss for r in records) / len(records),
         "max_proxy_loss": max(r.proxy_loss for r in records),
+        **_weighed([r for r in records if r.plain_loss is not None]),
         **_experts([r for r in records if r.tokens is not None]),
+    }
+
+
+def _weighed(records: Sequence[MatrixRecord]) -> dict[str, float]:
+    """Of tokens that have weights: the loss without them, and the damage of all matrices."""
+    if not records:
+        return {}
+    return {
+        "mean_plain_loss": sum(r.plain_loss or 0.0 for r in records) / len(records),
+        "damage": sum(r.damage or 0.0 for r in records),
     }
 
 

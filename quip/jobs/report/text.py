@@ -13,6 +13,8 @@ def table(report: Mapping[str, Any]) -> str:
             f"{totals['matrices']} matrices at {totals['bits_per_weight']:.3f} bits per weight, "
             f"mean proxy loss {totals['mean_proxy_loss']:.3g}"
         )
+        if (plain := totals.get("mean_plain_loss")) is not None:
+            lines[-1] += f" of weighted tokens, {plain:.3g} of all alike"
         if experts := totals.get("experts"):
             lines.append(f"experts saw {experts_words(experts)}")
     if saved := report.get("checkpoint"):

@@ -41,6 +41,8 @@ class Totals(TypedDict):
     matrices: NotRequired[int]
     weights: NotRequired[int]
     mean_proxy_loss: NotRequired[Number]
+    mean_plain_loss: NotRequired[Number]
+    damage: NotRequired[Number]
     experts: NotRequired[Experts]
 
 

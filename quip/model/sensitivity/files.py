@@ -12,7 +12,6 @@ from quip.packed.files import naming_damage
 from quip.reading import parse_json
 from quip.shapes import check_shape
 
-FELT = "felt.safetensors"
 log = logging.getLogger(__name__)
 
 
