@@ -31,7 +31,8 @@ Feedback = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 def none(H: Float[Tensor, "n n"], dim: int = 1) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
     """K = 0: each column is rounded by itself (nearest or stochastic rounding)."""
-    return H.new_zeros((), dtype=torch.float64).expand(H.shape), H.diagonal().double()
+    K = H.new_zeros((), dtype=torch.float64).expand(H.shape)
+    return K, H.diagonal().to(torch.float64, copy=True)  # of H nothing is held
 
 
 def ldl(

@@ -69,6 +69,7 @@ class Hessian:
         self.anchors, self._exact = anchors, exact
         self.complete = False  # whether these are the sums of all processes, and not of this one
         self.count = self.chunks = 0
+        self._finished: Tensor | None = None
 
     def update(
         self, x: Float[Tensor, "*batch n"], roots: Float[Tensor, " _tokens"] | None = None
@@ -98,12 +99,19 @@ class Hessian:
         what its store gives back are then bitwise the same. The sums of the chunks are no more
         exact than that. At least one token must have been seen.
         """
-        return self._value(torch.float64)
+        return self._value(torch.float64) if self._finished is None else self._finished.double()
+
+    def finish(self) -> None:
+        """Hold `value` alone, in float32: half of what the sums take, to which nothing is added."""
+        if self._finished is None:
+            self._finished = self._value(torch.float32)
+            self._lower = self._lower.new_empty(0, 0)
 
     def take(self) -> Float32[Tensor, "n n"]:
-        """What `value` is, in float32, which holds it exactly; the sums are let go of."""
-        found = self._value(torch.float32)
-        self.forget()
+        """What `value` is, in float32, which holds it exactly; nothing is held of it afterwards."""
+        self.finish()
+        found, self._finished = self._finished, None
+        assert found is not None
         return found
 
     def _value(self, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ from quip.errors import NotPositiveDefinite
 
 STRIP = 256  # rows or columns that are worked on at once, in the memory of their matrix
 BATCH = 2**19  # numbers in the blocks that a strip is multiplied by
+TILE = 1024, 512  # rows of X, columns of H in float64 at once, while X H is computed
 
 
 def cholesky(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -95,11 +96,7 @@ def proxy_loss(
     W: Float[Tensor, "m n"], W_hat: Float[Tensor, "m n"], H: Float[Tensor, "n n"]
 ) -> float:
     """tr(E H E^T) / tr(W H W^T), where E = W_hat - W (QuIP, equation 1, made relative)."""
-    H = H.double()  # once for both
-    E = W_hat.double().sub_(W) if W_hat.dtype != torch.float64 else W_hat - W
-    lost = _energy(E, H)
-    del E  # makes room
-    both = torch.stack([lost, _energy(W, H)])
+    both = torch.stack([_energy(W_hat, H, minus=W), _energy(W, H)])
     error, scale = both.tolist()  # waits for the device once
     return error / scale if scale else error
 
@@ -109,9 +106,17 @@ def energy(X: Float[Tensor, "m n"], H: Float[Tensor, "n n"]) -> float:
     return float(_energy(X, H))
 
 
-def _energy(X: Tensor, H: Tensor) -> Tensor:
-    X, H = X.double(), H.double()
-    return (X @ H).mul_(X).sum()
+def _energy(X: Tensor, H: Tensor, minus: Tensor | None = None) -> Tensor:
+    """tr(E H E^T), E = X or X - minus. Of E H alone, not of E or H, is there a copy in float64."""
+    found, (tall, wide) = X.new_empty(X.shape, dtype=torch.float64), TILE
+    for lo in range(0, len(X), tall):
+        rows = slice(lo, lo + tall)
+        E = X[rows].double() if minus is None else X[rows].double() - minus[rows]
+        for left in range(0, len(H), wide):
+            columns = slice(left, left + wide)
+            found[rows, columns] = E @ H[:, columns].double()
+        found[rows].mul_(E)
+    return found.sum()
 
 
 def reverse(A: Float[Tensor, "n n"]) -> None:

@@ -47,8 +47,9 @@ class Factorisations:
     Only one matrix of the size of H is worked on, in place, and H is never changed.
     """
 
-    def __init__(self, H: Float[Tensor, "n n"]) -> None:
-        self._H = H
+    def __init__(self, H: Float[Tensor, "n n"], *, recipes: int = 1) -> None:
+        """`recipes` are those that each matrix is rounded by, one right after the other."""
+        self._H, self._recipes = H, recipes
         self._last: tuple[Hashable, Basis | None, Factored] | None = None
 
     def of(
@@ -75,6 +76,8 @@ class Factorisations:
         if basis is None:
             return Chain(), W, found
         rng.set_state(basis.state)
+        if self._recipes == 1:
+            self._last = None  # which is of this matrix alone: its caller lets go of it sooner
         return basis.T, basis.W, found
 
     def forget(self) -> None:
@@ -159,16 +162,17 @@ def without_dead(
     W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], name: str
 ) -> Float[Tensor, "m n"]:
     """W with zeros for inputs that are always zero. Raises NonFinite."""
-    finite = torch.stack([_is_finite(W), _is_finite(H)]).tolist()  # waits for the device once
-    if not finite[0]:
+    dead = H.diagonal() == 0
+    known = torch.stack([_is_finite(W), _is_finite(H), dead.any()])
+    W_is, H_is, any_dead = known.tolist()  # waits for the device once
+    if not W_is:
         raise NonFinite(f"{name}: the weights hold NaN or infinity; reload or repair the model")
-    if not finite[1]:
+    if not H_is:
         raise NonFinite(
             f"{name}: the inputs' second moments hold NaN or infinity; "
             "run the model in a wider dtype (--dtype float32)"
         )
-    dead = H.diagonal() == 0
-    return W.masked_fill(dead, 0)
+    return W.masked_fill(dead, 0) if any_dead else W
 
 
 def _is_finite(A: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ def quantize_by_many(
     as rounding or (Algorithm 5) far longer; without transforms all matrices do. `outputs` are f of
     each matrix, where it is known.
     """
-    factorisations = Factorisations(H)
+    factorisations = Factorisations(H, recipes=len(recipes))
     bases: dict[Hashable, dict[Hashable, list[tuple[str, Label]]]] = {}
     for name, label in product(weights, recipes):
         basis, factored = keys(name, recipes[label].sized(*weights[name].shape))

@@ -74,6 +74,7 @@ class Deal:
             hessian = hessians[name].summed()
             self.team.total(hessian, owner)
             if owner == self.team.rank:
+                hessian.finish()
                 found[name] = hessian
         return found
 

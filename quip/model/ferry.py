@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quip.model.device import enough_memory, free_bytes, free_host_bytes, resident
+from quip.model.device import (
+    enough_memory,
+    free_bytes,
+    free_host_bytes,
+    release_freed,
+    resident,
+)
 from quip.model.stream import Stream, put_state
 
 SPARE = 8  # blocks that fit into free memory, where the next is read beforehand
@@ -58,6 +64,7 @@ def _streamed(
     remedy = "free the device, or say --device cpu"
     with ThreadPoolExecutor(1, "quip-stream") as crew:
         for number, block in enumerate(blocks):
+            release_freed()
             try:
                 put_state(block, coming.result() if coming else stream.read(stream.index(block)))
                 size = sum(x.nbytes for x in block.parameters())

@@ -120,6 +120,8 @@ class Observer:
         module) has H = I, and is rounded to nearest: what it would have seen is not known. Raises
         UnsupportedModel for any other matrix that never ran, NonFinite where inputs are.
         """
+        for own in self._sums.values() if self._team.size == 1 else ():
+            own.finish()  # else not before the others' sums are added
         ran = {_place(name) for name in matrices if self._tokens[name]}
         found, idle = {}, []
         for name, matrix in matrices.items():
