@@ -133,7 +133,9 @@ class Paired(Hessian):
     def lack(self) -> Lack:
         """What outputs lack on all tokens. At least one token must have been seen."""
         C = {name: cross.value() for name, cross in self.crosses.items()}
-        return Lack(H=self._value(torch.float32), C=C, count=self.count)
+        self.finish()
+        assert self._finished is not None
+        return Lack(H=self._finished, C=C, count=self.count)
 
     def reduce(self, add: Callable[[Tensor], None]) -> None:
         super().reduce(add)
