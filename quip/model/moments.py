@@ -9,6 +9,7 @@ from torch import Tensor
 from quip.matrix.hessian import Hessian
 from quip.matrix.target import Lack
 from quip.model.sensitivity.found import Sensitivity
+from quip.model.sides import Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class Moments:
     plain: Float[Tensor, "n n"] | None = None  # E[x x^T], where H is another
     squares: Mapping[str, Float64[Tensor, ""]] = field(default_factory=dict)  # where H is weighted
     outputs: Mapping[str, Float64[Tensor, " _m"]] = field(default_factory=dict)  # where it is known
+    side: Side | None = None  # what the loss feels of all outputs; None: it was not asked
     aim: "Aim | None" = None  # at what targets; None: at the weights
 
     @classmethod

@@ -1,6 +1,6 @@
 """quantize_model: walk the blocks, quantize each matrix, and write down what it cost."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any
@@ -26,6 +26,7 @@ from quip.model.promised import check_all
 from quip.model.records import MatrixRecord
 from quip.model.run import Run, Shrinking
 from quip.model.sensitivity.gather import share
+from quip.model.sides import Side
 from quip.model.tune.blocks import BlockTuner, BlockTuning
 from quip.model.tune.tunable import learns
 from quip.model.walk import blocks_at_rest, walk
@@ -156,6 +157,8 @@ def _quantize_by(
 def _quantize_block(block: Block, work: Work) -> Iterator[MatrixRecord]:
     run, watch, tuner = work.run, work.run.watch, None
     weights = [work.felt, None] if run.weighs else [None]
+    with watch("sensitivity"):
+        sides = run.sides.of(block) if run.sides else {}
     seen = turns(block, work.shrink, weights, all_experts=run.all_experts)
     for hessians, *plain in watch.each("observe", seen):
         tell_of_few(block.name, hessians)
@@ -163,13 +166,14 @@ def _quantize_block(block: Block, work: Work) -> Iterator[MatrixRecord]:
             with watch("tune"):
                 tuner = BlockTuner(block, run.tuning, seed=run.seed, team=run.team)
         run.observed(block.index, hessians)
-        yield from _quantize_observed(block, hessians, plain, tuner, work)
+        yield from _quantize_observed(block, hessians, plain, sides, tuner, work)
 
 
 def _quantize_observed(
     block: Block,
     hessians: dict[str, Observed],
     plain: list[dict[str, Observed]],
+    sides: Mapping[str, Side],
     tuner: BlockTuner | None,
     work: Work,
 ) -> Iterator[MatrixRecord]:
@@ -183,7 +187,8 @@ def _quantize_observed(
         def moments(names: Group, sums: Any = sums, alike: Any = alike) -> Moments:
             count, own = hessians[names[0]].count, alike[0] if alike else None
             aim = aim_of(sums[names[0]], work.shrink)
-            return replace(Moments.of(names, count, sums, own, work.felt), aim=aim)
+            found = Moments.of(names, count, sums, own, work.felt)
+            return replace(found, aim=aim, side=sides.get(names[0]))
 
         found = deal.quantize(moments, work.recipes, run.seed)
         yield from watch.each("quantize", found)

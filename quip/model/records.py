@@ -30,6 +30,7 @@ class MatrixRecord:
     target_share: float | None = None  # alpha of W + alpha (W* - W)
     tokens: int | None = None  # that the router sent to an expert; None: of no expert
     plain_loss: float | None = None  # as proxy_loss, all tokens alike; None: as they are there
+    two_sided: bool | None = None  # whether outputs were looked at; None: they never are
     damage: float | None = None  # 1/2 E[|g|^2 |(W_hat - W) x|^2] / rows, in nats per token
 
 

@@ -13,6 +13,7 @@ from quip.model.ledger import Ledger
 from quip.model.plan import Plan
 from quip.model.records import Stopwatch
 from quip.model.sensitivity.found import Sensitivity
+from quip.model.sides import Sides
 from quip.model.states import IN_MEMORY
 from quip.model.stream import Stream
 from quip.model.team import ALONE, Team
@@ -39,6 +40,7 @@ class Run:
     batch_size: int = 1  # windows that pass through a block together
     all_experts: bool = False
     felt: Sensitivity | None = None  # of all windows, known to the first process of a team
+    sides: Sides | None = None  # of all matrices, where they are to be rounded on two sides
     weighs: bool = False  # whether tokens have the weights that were felt
     tuning: BlockTuning | None = None
     target_shrink: Shrinking = None  # from 0 to 1; None is 0

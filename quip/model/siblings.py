@@ -18,7 +18,9 @@ from quip.model.matrices import Matrix
 from quip.model.moments import Moments
 from quip.model.plan import by_recipe
 from quip.model.records import MatrixRecord
+from quip.model.sides import Side
 from quip.packed.linear import QuantizedLinear
+from quip.packed.matrix import QuantizedMatrix
 from quip.packed.stack import Stack, StackedLinear, in_order, stacked
 
 
@@ -89,12 +91,15 @@ def _quantize_each(
     biases = {matrix.name: matrix.bias for matrix in members}
     aims = {name: goal.target for name, goal in goals.items()}
     for name, quantized in quantize_matrices(aims, H, recipe, seed=seed, outputs=moments.outputs):
+        side, f = moments.side and moments.side.of([name]), moments.outputs.get(name)
+        quantized, sided = _judged(quantized, aims[name], H, recipe, seed, name, f, side)
         block.replace(name, QuantizedLinear.from_matrix(quantized, biases[name]))
         record = goals[name].record(
             *(quantized.dequantize(), moments),
             block=block.index,
             damp=quantized.damp,
             bits_per_weight=quantized.bits_per_weight,
+            two_sided=sided,
             seconds=0.0,
         )
         yield replace(record, seconds=time.perf_counter() - start)
@@ -111,22 +116,46 @@ def _quantize_stack(
     W, scales = stacked({name: goal.target for name, goal in goals.items()})
     key, felt = " ".join(goals), [moments.outputs.get(name) for name in goals]
     # y_i = s_i (rows of the stack): what is felt of y_i is felt of these s_i^2 times as much.
-    f = [s**2 * own.to(s.device) for s, own in zip(scales, felt, strict=True) if own is not None]
-    quantized = quantize_matrix(
-        *(W, H, recipe), rng=rng_for(seed, key), name=key, f=torch.cat(f) if f else None
-    )
-    stack = Stack.of(quantized, scales, [matrix.rows for matrix in members])
+    parts = [
+        s**2 * own.to(s.device) for s, own in zip(scales, felt, strict=True) if own is not None
+    ]
+    f, sizes = torch.cat(parts) if parts else None, [matrix.rows for matrix in members]
+    quantized = quantize_matrix(W, H, recipe, rng=rng_for(seed, key), name=key, f=f)
+    side = moments.side
+    if side is not None:
+        side = side.of([*goals]).scaled(scales.repeat_interleave(scales.new_tensor(sizes).long()))
+    quantized, sided = _judged(quantized, W, H, recipe, seed, key, f, side)
+    stack = Stack.of(quantized, scales, sizes)
     for index, matrix in enumerate(members):
         member = StackedLinear(stack, index, matrix.bias is not None, device="meta")
         member.bias = matrix.bias
         block.replace(matrix.name, member)
-    parts = stack.dequantize().split(list(stack.sizes))
+    decoded = stack.dequantize().split(list(stack.sizes))
     seconds = (time.perf_counter() - start) / len(members)
-    for goal, W_hat in zip(goals.values(), parts, strict=True):
+    for goal, W_hat in zip(goals.values(), decoded, strict=True):
         yield goal.record(
             *(W_hat, moments),
             block=block.index,
             damp=quantized.damp,
             bits_per_weight=stack.bits_per_weight,
+            two_sided=sided,
             seconds=seconds,
         )
+
+
+def _judged(
+    one: QuantizedMatrix,
+    W: Tensor,
+    H: Tensor,
+    recipe: Recipe,
+    seed: int,
+    name: str,
+    f: Tensor | None,
+    side: Side | None,
+) -> tuple[QuantizedMatrix, bool | None]:
+    """What was rounded on one side, or on two where the windows held out lose less by that."""
+    if side is None:
+        return one, None
+    two = quantize_matrix(*(W, H, recipe), rng=rng_for(seed, name), name=name, f=f, H_O=side.H_O)
+    lost, less = (side.damage(found.dequantize() - W) for found in (one, two))
+    return (two, True) if bool(less < lost) else (one, False)

@@ -11,21 +11,34 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor, nn
 
+from quip.errors import UsageError
+from quip.matrix.recipe import Recipe
 from quip.model.block_module import BlockModule
+from quip.model.inputs import Inputs
 from quip.model.matrices import Matrix
-from quip.model.sensitivity.crossings import Crossing
+from quip.model.sensitivity.crossings import Crossing, crossings
 from quip.model.sensitivity.labels import SCALE
+from quip.model.sensitivity.measure import Passing
+from quip.model.team import ALONE
+
+LEAST = 4  # windows; of so many one is held out
+TWO = 2  # windows that are held out at least
 
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """What the loss feels of the outputs of a matrix, or of several of one input, in nats."""
+    """What the loss feels of the outputs of the matrices of one input, in nats.
 
+    `rows` are those of each matrix, by its name.
+    """
+
+    rows: Mapping[str, slice]
     H_O: Float64[Tensor, "m m"]  # E[G G^T] / n
     held: Float32[Tensor, "windows m n"]  # G of each window that H_O has not seen
 
@@ -33,9 +46,12 @@ class Side:
         """1/2 E[<E, G>^2] over the windows held out: nats that a window loses by the error E."""
         return (self.held * E).sum((1, 2)).double().square().mean() / 2
 
-    def of(self, rows: slice) -> "Side":
-        """The side of some of the rows."""
-        return replace(self, H_O=self.H_O[rows, rows], held=self.held[:, rows])
+    def of(self, names: Sequence[str]) -> "Side":
+        """The side of these matrices, in this order."""
+        places = torch.arange(len(self.H_O), device=self.H_O.device)
+        at = torch.cat([places[self.rows[name]] for name in names])
+        rows = _slices({name: len(places[self.rows[name]]) for name in names})
+        return Side(rows=rows, H_O=self.H_O[at][:, at], held=self.held[:, at])
 
     def scaled(self, scales: Float[Tensor, " m"]) -> "Side":
         """The side of a matrix whose rows are multiplied by the scales after it: W / scales."""
@@ -50,31 +66,57 @@ class Sides:
         """The last `held` windows are kept out of H_O."""
         self._crossings, self._held = crossings, held
 
-    @torch.enable_grad()
-    def of(self, block: BlockModule, groups: Sequence[Sequence[str]]) -> dict[str, Side]:
-        """The side of each group of matrices, of one input, by the name of its first.
+    @classmethod
+    def measured(
+        cls, model: nn.Module, tokens: Int[Tensor, "count seqlen"], how: Passing
+    ) -> "Sides":
+        """By one pass forward and back over all windows, whatever the team. Raises UsageError."""
+        if len(tokens) < LEAST:
+            raise UsageError(
+                f"--two_sided with {len(tokens)} windows: at least {LEAST} are needed, of which "
+                f"{TWO} are held out; give more (--nsamples)"
+            )
+        held = max(TWO, len(tokens) // LEAST)
+        return cls(crossings(model, tokens, replace(how, team=ALONE)), held=held)
 
-        Its rows are those of the matrices in their order. The block must still be as it was.
-        Experts have none.
+    @torch.enable_grad()
+    def of(self, block: BlockModule) -> dict[str, Side]:
+        """By the name of each matrix but those of experts, the side of its input's matrices.
+
+        The block must still be as it was.
         """
         units = self._crossings[block.index]
         seen = sum(len(unit.entering) for unit in units) - self._held
-        sums = {group[0]: _Sum() for group in groups if not block.is_expert(group[0])}
+        matrices = {x: one for x, one in block.matrices().items() if not block.is_expert(x)}
+        sums: dict[str, _Sum] = {}
         window = 0
         for unit in units:
-            watched = [group for group in groups if group[0] in sums]
-            for inputs, gradients in _windows_of(block, watched, unit):
-                for group in watched:
-                    g = torch.cat([gradients[name] for name in group], -1)
-                    sums[group[0]].add(g.mT @ inputs[group[0]] / SCALE, held=window >= seen)
+            inputs, gradients = _back(block, matrices, unit)
+            groups: dict[str, list[str]] = {}
+            for name, first in inputs.names.items():
+                groups.setdefault(first, []).append(name)
+            for row in range(len(unit.entering)):
+                for first, names in groups.items():
+                    g = torch.cat([gradients[name][row] for name in names], -1)
+                    own = sums.setdefault(first, _Sum(names))
+                    own.add(g.mT @ inputs.x[first][row] / SCALE, held=window >= seen)
                 window += 1
-        return {name: found.side(seen) for name, found in sums.items()}
+        found: dict[str, Side] = {}
+        for own in sums.values():
+            found |= dict.fromkeys(own.names, own.side(matrices, seen))
+        return found
+
+
+def check_two_sided(recipe: Recipe) -> None:
+    """Raise UsageError for a recipe whose codebook rounds all rows together."""
+    recipe.codebook.part(slice(0, 0))
 
 
 class _Sum:
     """The sum of G G^T, and the G that are held out of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
         self._total: Tensor | None = None
         self._held: list[Tensor] = []
 
@@ -85,35 +127,50 @@ class _Sum:
             term = (G @ G.mT).double()
             self._total = term if self._total is None else self._total.add_(term)
 
-    def side(self, windows: int) -> Side:
+    def side(self, matrices: Mapping[str, Matrix], windows: int) -> Side:
         assert self._total is not None
         return Side(
-            H_O=self._total / (windows * self._held[0].shape[1]), held=torch.stack(self._held)
+            rows=_slices({name: matrices[name].rows for name in self.names}),
+            H_O=self._total / (windows * self._held[0].shape[1]),
+            held=torch.stack(self._held),
         )
 
 
-def _windows_of(
-    block: BlockModule, groups: Sequence[Sequence[str]], unit: Crossing
-) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
-    """Of each window: inputs of the groups, and gradients at the outputs of their matrices."""
-    device, inputs, gradients = block.device, dict[str, Tensor](), dict[str, Tensor]()
+class _Inputs(Inputs):
+    """Which matrices are fed by the same tensor, and that tensor: [windows, tokens, n]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x: dict[str, Tensor] = {}
+
+
+def _back(
+    block: BlockModule, matrices: Mapping[str, Matrix], unit: Crossing
+) -> tuple[_Inputs, Mapping[str, Tensor]]:
+    """Inputs of the matrices in a unit, and gradients at their outputs [windows, tokens, m]."""
+    shape, inputs, gradients = unit.entering.shape[:2], _Inputs(), dict[str, Tensor]()
+
+    def feel(name: str, g: Tensor) -> None:
+        gradients[name] = g.detach().float().reshape(*shape, -1)
 
     def see(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Tensor], y: Tensor) -> None:
-        inputs[name] = (args[0] if args else next(iter(kwargs.values()))).detach().float()
-        y.register_hook(partial(gradients.__setitem__, name))
+        x = args[0] if args else next(iter(kwargs.values()))
+        first = inputs.name(name, x)
+        if first == name:
+            inputs.x[name] = x.detach().float().reshape(*shape, -1)
+        y.register_hook(partial(feel, name))
 
-    leaf = unit.entering.to(device, copy=True).requires_grad_()
-    matrices = block.matrices()
-    with _watched({name: matrices[name] for group in groups for name in group}, see):
-        output = unit.call.run(block.module, leaf.clone(), unit.call.on(device, {}))
+    leaf = unit.entering.to(block.device, copy=True).requires_grad_()
+    with _watched(matrices, see):
+        output = unit.call.run(block.module, leaf.clone(), unit.call.on(block.device, {}))
     y = output[0] if isinstance(output, tuple) else output
-    torch.autograd.grad(y, leaf, unit.gradient.to(device))
-    shape = unit.entering.shape[:2]
-    for window in range(len(leaf)):
-        yield (
-            {group[0]: inputs[group[0]].reshape(*shape, -1)[window] for group in groups},
-            {name: g.float().reshape(*shape, -1)[window] for name, g in gradients.items()},
-        )
+    torch.autograd.grad(y, leaf, unit.gradient.to(block.device))
+    return inputs, gradients
+
+
+def _slices(sizes: Mapping[str, int]) -> dict[str, slice]:
+    ends = accumulate(sizes.values())
+    return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
 
 @contextmanager
