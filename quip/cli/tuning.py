@@ -4,7 +4,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from quip.cli.parse import Arguments
+from quip.cli.values import share_or_auto
 from quip.errors import UsageError
+from quip.jobs.requests import NO_TARGET_IN_TUNING, NO_TARGET_OF_A_STORE
 
 if TYPE_CHECKING:
     from quip.model.tune import BlockTuning
@@ -47,6 +49,33 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
         metavar="X",
         help="the share of calibration windows that tuning is judged on (default 0.25)",
     )
+
+
+def target_flag(group: argparse._ArgumentGroup) -> None:
+    """--target_shrink: what else makes up for errors of the blocks before."""
+    group.add_argument(
+        "--target_shrink",
+        type=share_or_auto,
+        metavar="A",
+        help="round each matrix towards W + A (W* - W), where W* makes up for what the matrices "
+        "before it have lost: A from 0 to 1, or `auto`, by a tenth of the windows, which are held "
+        "out (default 0: towards W)",
+    )
+
+
+def refuse_target(args: Arguments, *, quantizes: bool) -> None:
+    """Raise UsageError for --target_shrink where there is nothing for it to work with."""
+    shrink = args.target_shrink
+    if not shrink:
+        return
+    if not quantizes:
+        raise UsageError(
+            f"--target_shrink {shrink} needs weights to quantize: give --wbits or --codebook"
+        )
+    if args.hessians is not None:
+        raise UsageError(NO_TARGET_OF_A_STORE.format(shrink=shrink))
+    if args.ft_epochs:
+        raise UsageError(NO_TARGET_IN_TUNING.format(shrink=shrink))
 
 
 def tuning_of(args: Arguments) -> "BlockTuning | None":

@@ -10,6 +10,7 @@ from quip.errors import UsageError, shown
 
 MOST = 10**9  # of whatever is counted
 SEEDS = 2**63  # torch's generators take no more
+AUTO = "auto"
 NAME_BYTES = 200  # of a file's 255: names of partial and temporary files are made from it
 
 
@@ -29,6 +30,17 @@ def seed(word: str) -> int:
     return value
 
 
+def share_or_auto(word: str) -> float | str:
+    """A number from 0 to 1, or the word auto. Raises ValueError."""
+    if word == AUTO:
+        return word
+    value = float(word)
+    if not 0 <= value <= 1:
+        raise UsageError(f"{shown(word)} is no share: a number from 0 to 1 is needed, or {AUTO}")
+    return value
+
+
+share_or_auto.__name__ = "number or auto"  # as argparse calls it where a word is none
 seed.__name__ = int.__name__  # as argparse calls it where a word is none
 
 

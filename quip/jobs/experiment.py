@@ -8,12 +8,19 @@ from typing import Any
 from quip.data.hessians import HessianStore
 from quip.errors import UsageError
 from quip.evaluate.zeroshot import ZeroShot
-from quip.jobs.requests import Calibration, Machine, Place
+from quip.jobs.requests import (
+    NO_TARGET_IN_TUNING,
+    NO_TARGET_OF_A_STORE,
+    Calibration,
+    Machine,
+    Place,
+)
 from quip.matrix.recipe import Recipe
 from quip.model.device import device_name
 from quip.model.load import LoadedModel
 from quip.model.plan import Plan, described
 from quip.model.records import versions
+from quip.model.run import Shrinking
 from quip.model.tune import BlockTuning
 
 
@@ -25,6 +32,7 @@ class Experiment(Calibration, Machine, Place):
     dataset: str | None  # None: that of the store
     recipe: Recipe | Plan | None  # of all matrices, or of each; None: the model as it is
     tuning: BlockTuning | None = None  # of each block, while it is quantized
+    target_shrink: Shrinking = None  # how much targets make up for errors of the blocks before
     hessians: Path | None = None  # a store of them, instead of calibration
     load: str | None = None  # a checkpoint of the model, evaluated in its place
     method: str = "unquantized"  # the recipe in a person's words
@@ -43,8 +51,12 @@ def settled(e: Experiment) -> Experiment:
     """The experiment with the data set of its store. Raises UsageError unless it has one source."""
     if (e.dataset is None) == (e.hessians is None):
         raise UsageError("give a data set to calibrate on or a store (--hessians), and not both")
+    if e.target_shrink and e.tuning:
+        raise UsageError(NO_TARGET_IN_TUNING.format(shrink=e.target_shrink))
     if e.hessians is None:
         return e
+    if e.target_shrink:
+        raise UsageError(NO_TARGET_OF_A_STORE.format(shrink=e.target_shrink))
     if e.tuning:
         raise UsageError(
             "--hessians with --ft_epochs: tuning needs activations, of which a store has only the "
@@ -63,6 +75,7 @@ def entries_of(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any
         "flags": dict(e.flags),
         **described(e.recipe),
         "tuning": e.tuning and asdict(e.tuning),
+        **({"target_shrink": e.target_shrink} if e.target_shrink else {}),
         "seed": e.seed,
         "device": device_name(device),
         "dtype": loaded.dtype_name,

@@ -13,6 +13,7 @@ from quip.matrix.recipe import Recipe
 from quip.model.load import LoadedModel
 from quip.model.plan import Plan, described
 from quip.model.records import versions
+from quip.model.run import Shrinking
 from quip.model.tune import BlockTuning
 from quip.packed.digests import digest_of_state
 
@@ -28,6 +29,7 @@ def fingerprint_of(
     asked: Calibration,
     device: torch.device,
     exact: bool = True,
+    target_shrink: Shrinking = None,
 ) -> dict[str, Any]:
     """All that the codes of a run depend on, fit for JSON; what is short comes first.
 
@@ -37,6 +39,7 @@ def fingerprint_of(
     return {
         **described(how),
         "tuning": tuning and asdict(tuning),
+        **({"target_shrink": target_shrink} if target_shrink else {}),
         "seed": asked.seed,
         **({"all_experts": True} if asked.all_experts else {}),
         **({"token_weights": asked.token_weights} if asked.token_weights != NO_WEIGHTS else {}),

@@ -156,7 +156,13 @@ def _ledger(
         return None
     how = (e.recipe, e.tuning)
     fingerprint = fingerprint_of(
-        loaded, source, *how, asked=e, device=torch.device(device), exact=not e.fast_reduce
+        loaded,
+        source,
+        *how,
+        asked=e,
+        device=torch.device(device),
+        exact=not e.fast_reduce,
+        target_shrink=e.target_shrink,
     )
     blocks = folder.path / RunFolder.BLOCKS if folder else None
     ledger = ledger_for(loaded, fingerprint, source, blocks, beside=e.save)
@@ -195,6 +201,7 @@ def _quantize(
         all_experts=e.all_experts,
         weighs=e.token_weights != NO_WEIGHTS,
         tuning=e.tuning,
+        target_shrink=e.target_shrink,
         ledger=ledger,
         team=team,
         stream=loaded.stream,

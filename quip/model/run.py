@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
+from quip.errors import UsageError
 from quip.matrix.hessian import Observed
 from quip.matrix.recipe import Recipe
 from quip.model.activations import Activations
@@ -31,7 +32,8 @@ class Run:
     a block is tuned after each group of matrices but the last, and after that where its centroids
     can be moved; what that comes to is added to `tuned`. `observed` is shown the Hessians of each
     block before it is touched. With `target_shrink` a matrix is rounded towards what makes up for
-    so much of the errors that the blocks before cause (quip.matrix.target).
+    so much of the errors that the matrices before cause (quip.matrix.target). Raises UsageError for
+    both, as tuning is towards what a block makes of its present inputs.
     """
 
     recipe: Recipe | Plan  # of all matrices, or of each
@@ -51,3 +53,10 @@ class Run:
     watch: Stopwatch = field(default_factory=Stopwatch)
     tuned: list[TuningRecord] = field(default_factory=list)
     observed: Callable[[int, Mapping[str, Observed]], None] = lambda _block, _hessians: None
+
+    def __post_init__(self) -> None:
+        if self.tuning and self.target_shrink:
+            raise UsageError(
+                f"target_shrink {self.target_shrink} makes up for what blocks would be tuned "
+                "towards; leave out that or tuning"
+            )

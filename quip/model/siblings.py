@@ -59,21 +59,6 @@ class _Goal:
     target: Tensor
     alpha: Tensor | None = None  # how much of W* is in the target; None: it is W
 
-    def record(self, W_hat: Tensor, moments: Moments, **known: Any) -> MatrixRecord:
-        """What rounding it to W_hat came to."""
-        (m, n), H = self.W.shape, moments.H
-        plain, square = moments.plain, moments.squares.get(self.name)
-        losses: dict[str, Any] = {"proxy_loss": proxy_loss(self.W, W_hat, H)}
-        if plain is not None:
-            losses["plain_loss"] = proxy_loss(self.W, W_hat, plain)
-        if square is not None:
-            error = energy(W_hat.double() - self.W.double(), H)
-            losses["damage"] = float(square) * error / (2 * m)
-        if self.alpha is not None:
-            losses["target_loss"] = proxy_loss(self.target, W_hat, H)
-            losses["target_share"] = float(self.alpha)
-        return MatrixRecord(name=self.name, rows=m, columns=n, **losses, **known)
-
 
 def _goals(members: Sequence[Matrix], moments: Moments, recipe: Recipe) -> dict[str, _Goal]:
     weights = {matrix.name: matrix.weight.detach() for matrix in members}
@@ -94,8 +79,8 @@ def _quantize_each(
         side, f = moments.side and moments.side.of([name]), moments.outputs.get(name)
         quantized, sided = _judged(quantized, aims[name], H, recipe, seed, name, f, side)
         block.replace(name, QuantizedLinear.from_matrix(quantized, biases[name]))
-        record = goals[name].record(
-            *(quantized.dequantize(), moments),
+        record = _record(
+            *(goals[name], quantized.dequantize(), moments),
             block=block.index,
             damp=quantized.damp,
             bits_per_weight=quantized.bits_per_weight,
@@ -133,8 +118,8 @@ def _quantize_stack(
     decoded = stack.dequantize().split(list(stack.sizes))
     seconds = (time.perf_counter() - start) / len(members)
     for goal, W_hat in zip(goals.values(), decoded, strict=True):
-        yield goal.record(
-            *(W_hat, moments),
+        yield _record(
+            *(goal, W_hat, moments),
             block=block.index,
             damp=quantized.damp,
             bits_per_weight=stack.bits_per_weight,
@@ -159,3 +144,19 @@ def _judged(
     two = quantize_matrix(*(W, H, recipe), rng=rng_for(seed, name), name=name, f=f, H_O=side.H_O)
     lost, less = (side.damage(found.dequantize() - W) for found in (one, two))
     return (two, True) if bool(less < lost) else (one, False)
+
+
+def _record(goal: _Goal, W_hat: Tensor, moments: Moments, **known: Any) -> MatrixRecord:
+    """What rounding it to W_hat came to."""
+    (m, n), H = goal.W.shape, moments.H
+    plain, square = moments.plain, moments.squares.get(goal.name)
+    losses: dict[str, Any] = {"proxy_loss": proxy_loss(goal.W, W_hat, H)}
+    if plain is not None:
+        losses["plain_loss"] = proxy_loss(goal.W, W_hat, plain)
+    if square is not None:
+        error = energy(W_hat.double() - goal.W.double(), H)
+        losses["damage"] = float(square) * error / (2 * m)
+    if goal.alpha is not None:
+        losses["target_loss"] = proxy_loss(goal.target, W_hat, H)
+        losses["target_share"] = float(goal.alpha)
+    return MatrixRecord(name=goal.name, rows=m, columns=n, **losses, **known)
