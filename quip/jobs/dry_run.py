@@ -23,6 +23,7 @@ from quip.jobs.forecast.sizes import (
     device_bytes,
     disk_bytes,
     host_bytes,
+    of_weights,
     packed_size,
     works,
 )
@@ -30,6 +31,7 @@ from quip.jobs.forecast.stages import Costs, rounding_of
 from quip.jobs.forecast.weights import Weights, weights_of
 from quip.jobs.requests import Machine, Text
 from quip.matrix.recipe import Recipe
+from quip.model.activations import Activations
 from quip.model.device import choose_device, device_name, free_host_bytes
 from quip.model.load import DTYPES, read_config
 from quip.model.load_streamed import SHARE
@@ -56,6 +58,7 @@ class Question(Text, Machine):
     compare: bool = False
     save: Path | None = None
     out: Path | None = None
+    activation_memory: float | None = None  # GB of hidden states; None: a quarter of what is free
     collects: bool = False  # whether `save` is to be a store of Hessians
 
 
@@ -98,7 +101,7 @@ def foretell(asked: Question) -> dict[str, Any]:
     )
     whole, free = shape.numbers * terms.wide, free_host_bytes()
     ways = [
-        _way(costs, base, device, ranks=ranks, streamed=streamed)
+        _way(costs, base, device, asked.activation_memory, ranks=ranks, streamed=streamed)
         for streamed in ((False, True) if weights.streams else (False,))
         for ranks in RANKS
         if ranks <= _units(terms)
@@ -140,6 +143,7 @@ def _terms(
         saves=asked.save is not None and not asked.collects,
         ledger=asked.out is not None or asked.collects,
         copies=copies_of(recipes),
+        of_weights=of_weights(recipes),
         epochs=asked.tuning.epochs if asked.tuning else 0,
     )
 
@@ -175,7 +179,13 @@ def _disk(asked: Question, shape: Shape, terms: Terms, packed: int, tensors: int
 
 
 def _way(
-    costs: Costs, base: int, device: torch.device, *, ranks: int, streamed: bool
+    costs: Costs,
+    base: int,
+    device: torch.device,
+    activation_memory: float | None,
+    *,
+    ranks: int,
+    streamed: bool,
 ) -> dict[str, Any]:
     """One way to run it."""
     seconds = costs.seconds(ranks=ranks, streamed=streamed)
@@ -188,6 +198,8 @@ def _way(
         streamed=streamed,
         ranks=ranks,
         cuda=cuda,
+        free=free_host_bytes(),
+        limit=Activations.within(activation_memory, None).limit,
     )
     return {
         "ranks": ranks,

@@ -111,7 +111,9 @@ def _energy(X: Tensor, H: Tensor, minus: Tensor | None = None) -> Tensor:
     found, (tall, wide) = X.new_empty(X.shape, dtype=torch.float64), TILE
     for lo in range(0, len(X), tall):
         rows = slice(lo, lo + tall)
-        E = X[rows].double() if minus is None else X[rows].double() - minus[rows]
+        E = X[rows].double()
+        if minus is not None:
+            E = E.sub_(minus[rows]) if X.dtype != torch.float64 else E - minus[rows]
         for left in range(0, len(H), wide):
             columns = slice(left, left + wide)
             found[rows, columns] = E @ H[:, columns].double()

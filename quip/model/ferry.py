@@ -27,7 +27,7 @@ from quip.model.device import (
 )
 from quip.model.stream import Stream, put_state
 
-SPARE = 8  # blocks that fit into free memory, where the next is read beforehand
+SPARE = 12  # blocks that fit into free memory, where the next is read beforehand
 log = logging.getLogger(__name__)
 
 

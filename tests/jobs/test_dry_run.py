@@ -17,6 +17,7 @@ from quip.jobs.report.forecast import forecast_words
 from quip.jobs.requests import request
 from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
+from quip.model import activations
 from quip.packed.files import header
 from tests.support.runs import save_model, write_text
 
@@ -117,6 +118,24 @@ def test_blocks_that_stream_take_less_memory_and_are_read_once_more(asked, monke
     )
     assert streamed["host_bytes"]["observe"] < whole["host_bytes"]["observe"]
     assert streamed["seconds"]["replay"] > whole["seconds"]["replay"]
+
+
+def test_what_memory_is_free_decides_what_is_held(asked, monkeypatch):
+    """The next block, where many would fit; hidden states up to a quarter, or as is said."""
+
+    def held(free: int, **own: float) -> dict[str, int]:
+        monkeypatch.setattr(dry_run, "free_host_bytes", lambda: free)
+        monkeypatch.setattr(activations, "free_host_bytes", lambda: free)
+        ways = foretell(replace(asked, **own))["ways"]
+        return next(way["host_bytes"] for way in ways if way["streamed"] and way["ranks"] == 1)
+
+    monkeypatch.setattr(dry_run, "resident_bytes", lambda: 0)
+    ample, short = held(2**40), held(0)
+    hidden = foretell(replace(asked, out=Path("out")))["disk_bytes"]["hidden"]
+    block = ample["load"] - short["load"]
+    assert block > 0
+    assert ample["quantize"] - short["quantize"] == block + hidden
+    assert held(0, activation_memory=1.0)["quantize"] == short["quantize"] + hidden
 
 
 def test_a_store_takes_what_is_foretold(asked, tmp_path):

@@ -7,7 +7,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from quip.matrix.build import build_recipe
+from quip.matrix.feedback import none
 from quip.matrix.hessian import Hessian
+from quip.matrix.linalg import proxy_loss
 from quip.matrix.quantize import quantize_matrix
 from quip.matrix.seeds import rng_for
 
@@ -56,3 +58,32 @@ def test_moments_are_taken_in_half_the_memory_of_their_sums():
     found = []
     assert peak_beside(lambda: found.append(hessian.take())) < 0.9
     assert torch.equal(found[0].double(), expected)
+
+
+def test_moments_to_which_nothing_is_added_wait_in_half_the_memory():
+    hessian = Hessian(N)
+    hessian.update(torch.randn(8, N))
+    expected, mean = hessian.value(), hessian.mean()
+    hessian.finish()
+    held = sum(x.nbytes for x in vars(hessian).values() if isinstance(x, torch.Tensor))
+    assert held < 0.6 * 8 * N * N
+    assert torch.equal(hessian.value(), expected)
+    assert torch.equal(hessian.mean(), mean)
+    assert torch.equal(hessian.take().double(), expected)
+    assert not any(x.numel() > 2 * N for x in vars(hessian).values() if torch.is_tensor(x))
+
+
+def test_a_loss_takes_little_more_than_what_h_makes_of_the_errors():
+    x = torch.randn(N, N, generator=torch.Generator().manual_seed(0))
+    H, W = x.T @ x, x.bfloat16()
+    found = []
+    # E H is 1; and the tiles that it is made of, where E, W and H would be 3.
+    assert peak_beside(lambda: found.append(proxy_loss(W, x, H))) < 2.5
+    E, W = x.double() - W, W.double()
+    expected = ((E @ H.double()) * E).sum() / ((W @ H.double()) * W).sum()
+    assert found[0] == pytest.approx(expected.item(), rel=1e-12)  # sums in another order at most
+
+
+def test_rounding_to_nearest_does_not_hold_h():
+    _, h = none(torch.eye(N, dtype=torch.float64))
+    assert h.untyped_storage().nbytes() == 8 * N

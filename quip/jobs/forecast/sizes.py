@@ -7,6 +7,7 @@ from quip.jobs.forecast.shape import Input, Shape
 from quip.matrix.feedback import none
 from quip.matrix.prepare import asks_for_h
 from quip.matrix.recipe import Recipe
+from quip.model.ferry import SPARE
 from quip.model.plan import by_recipe
 from quip.packed.linear import QuantizedLinear
 from quip.packed.spec import Spec
@@ -15,11 +16,12 @@ from quip.packed.stack import Stack
 ENTRY = 160  # bytes of a tensor in the header of a file, and of its digest
 RECORD = 320  # and of a matrix in that of a finished block
 TEXT = 300_000_000  # bytes of text, its tokens, and what draws plots
-# Copies of H in float64 beside the sums it came of, which make room for half a copy, while the
-# matrix with the most inputs is quantized: without feedback, with it, and where H is read once more
-# after the sweep (n = 1536, measured).
-COPIES = (0.6, 1.1, 2.4)
-OF_WEIGHTS = 24  # bytes a weight, of the copies that one matrix is worked on in
+# Copies of H in float64 beside the one in float32, while a matrix is quantized: without feedback,
+# with it, and where H is read once more after the sweep; and rows of H that are worked on at once.
+COPIES = (1.0, 1.0, 2.4)
+STRIPS = 512
+# Bytes a weight, of the copies that one matrix is worked on in: as it is, and after transforms.
+OF_WEIGHTS, OF_TRANSFORMED = 16, 40
 LOGITS = 2  # copies of a window's logits
 
 
@@ -64,6 +66,7 @@ class Terms:
     saves: bool
     ledger: bool
     copies: float = 0.0  # of H, while a matrix is quantized
+    of_weights: int = OF_WEIGHTS  # bytes a weight meanwhile
     epochs: int = 0  # of tuning block by block
 
     @property
@@ -75,6 +78,11 @@ def copies_of(recipes: Iterable[Recipe]) -> float:
     """Copies of H that the dearest of these recipes works with."""
     kinds = (2 if asks_for_h(one) else int(one.feedback is not none) for one in recipes)
     return max((COPIES[kind] for kind in kinds), default=0.0)
+
+
+def of_weights(recipes: Iterable[Recipe]) -> int:
+    """Bytes a weight that the dearest of these recipes works with."""
+    return max((OF_TRANSFORMED if one.transforms else OF_WEIGHTS for one in recipes), default=0)
 
 
 def packed_size(work: Work, spec: Spec) -> tuple[int, int]:
@@ -106,24 +114,38 @@ def disk_bytes(shape: Shape, terms: Terms, packed: int, tensors: int) -> dict[st
 
 
 def host_bytes(
-    shape: Shape, terms: Terms, *, base: int, packed: int, streamed: bool, ranks: int, cuda: bool
+    shape: Shape,
+    terms: Terms,
+    *,
+    base: int,
+    packed: int,
+    streamed: bool,
+    ranks: int,
+    cuda: bool,
+    free: int,
+    limit: int,
 ) -> dict[str, int]:
-    """Bytes of one process in each stage, `base` of them before there is a model."""
+    """Bytes of one process in each stage, `base` of them before there is a model.
+
+    Where more than enough are `free`, a streamed block is read while the one before is worked on;
+    hidden states of more than `limit` are in a file.
+    """
     base += TEXT
     outside, block = shape.outside * terms.wide, shape.block_numbers * terms.wide
+    blocks = block * (2 if SPARE * block <= free else 1)
     whole = shape.numbers * terms.wide
-    weights = base + (outside + 2 * block if streamed else whole)  # the next block is being read
+    weights = base + (outside + blocks if streamed else whole)
     hidden = terms.tokens * shape.width * terms.wide // ranks
-    walking = weights + hidden
-    work = Working.of(shape, terms)
+    walking = weights + (hidden if hidden <= limit else 0)
+    work = Working.of(shape, terms, alone=ranks == 1)
     on_host = Working(0, 0, 0) if cuda else work
     window = terms.eval_seqlen * shape.vocabulary * LOGITS * terms.wide
     states = terms.evaluated * terms.eval_seqlen * shape.width * terms.wide if streamed else 0
-    dense = outside + (2 * block if streamed else packed + whole // shape.blocks)
+    dense = outside + (blocks if streamed else packed + whole // shape.blocks)
     found = {
         "load": weights + (0 if streamed else min(terms.dense_bytes, whole)),
         "observe": walking + on_host.activations + on_host.hessians,
-        "quantize": walking + on_host.hessians + on_host.matrix,
+        "quantize": walking + on_host.quantizing,
     }
     if terms.saves and not streamed:
         found["save"] = base + outside + packed + shape.outside * terms.kept
@@ -134,9 +156,9 @@ def host_bytes(
 
 def device_bytes(shape: Shape, terms: Terms, ranks: int) -> int:
     """Bytes of tensors on a CUDA device, at most, where hidden states stay on the host."""
-    work = Working.of(shape, terms)
+    work = Working.of(shape, terms, alone=ranks == 1)
     blocks = 3 * shape.block_numbers * terms.wide  # one is fetched while another goes home
-    return blocks + max(work.activations, work.matrix) + work.hessians
+    return blocks + max(work.activations + work.hessians, work.quantizing)
 
 
 @dataclass(frozen=True)
@@ -144,22 +166,36 @@ class Working:
     """Bytes that the work on one block holds beside its weights, wherever it is done."""
 
     activations: int
-    hessians: int
-    matrix: int
+    hessians: int  # sums of all inputs at once
+    quantizing: int  # moments, a matrix at work; less the weights that were packed before
 
     @classmethod
-    def of(cls, shape: Shape, terms: Terms) -> "Working":
+    def of(cls, shape: Shape, terms: Terms, *, alone: bool) -> "Working":
+        """In a team sums stay what they are until it is known what all processes have seen."""
         block = shape.in_blocks[0]
         dense = [one for one in block if one.share == 1]
         experts = [one for one in block if one.share < 1]
-        n = shape.widest
-        widths = shape.width * 4 + max(sum(one.rows) for one in block) + n
+        widths = shape.width * 4 + max(sum(one.rows) for one in block) + shape.widest
         tokens = terms.batch * terms.seqlen
-        largest = max(m * one.columns for one in block for m in one.rows)
         kept = terms.tokens * shape.width * terms.wide if experts else 0
-        one_expert = max((one.columns for one in experts), default=0)
+        # Of an expert sums and those of all of them; they are summed up one after the other.
+        own = kept + 16 * max((one.columns for one in experts), default=0) ** 2
+        sums = 8 * sum(one.columns**2 for one in dense)
+        found, packed, waiting = 0, 0, sums // 2  # in float32
+        for one in block:
+            moments = waiting if alone else sums + 4 * shape.widest**2
+            found = max(found, moments + own + _of_matrix(one, terms) - packed)
+            packed += one.weights * terms.wide
+            waiting -= 4 * one.columns**2 if one.share == 1 else 0
         return cls(
             activations=tokens * widths * 4,
-            hessians=8 * sum(one.columns**2 for one in dense) + 16 * one_expert**2 + kept,
-            matrix=int(terms.copies * 8 * n * n) + OF_WEIGHTS * largest,
+            hessians=sums + own,
+            quantizing=found,
         )
+
+
+def _of_matrix(one: Input, terms: Terms) -> int:
+    """Bytes that the dearest matrix of an input is worked on in."""
+    n = one.columns
+    strips = 8 * STRIPS * n if terms.copies else 0
+    return int(terms.copies * 8 * n * n) + strips + terms.of_weights * n * max(one.rows)
