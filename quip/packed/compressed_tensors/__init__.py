@@ -1,0 +1,1 @@
+"""Folders of compressed-tensors (vLLM, llm-compressor), format pack-quantized."""

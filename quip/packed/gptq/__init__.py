@@ -1,0 +1,1 @@
+"""Folders of GPTQ (AutoGPTQ, GPTQModel), checkpoint formats gptq and gptq_v2."""
