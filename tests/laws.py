@@ -21,6 +21,7 @@ from quip.codebooks import (
     Learned,
     MinMaxGrid,
     RmsGrid,
+    SymmetricGrid,
     Trellis,
     candidate_rhos,
 )
@@ -212,6 +213,8 @@ LEARNED: dict[str, Codebook] = {
 CODEBOOKS: dict[str, Codebook] = {
     "min-max, 2 bits": MinMaxGrid(bits=2),
     "min-max, 8 bits": MinMaxGrid(bits=8),
+    "symmetric, 2 bits": SymmetricGrid(bits=2, shares=(1.0,)),
+    "symmetric, 4 bits, best of three": SymmetricGrid(bits=4, shares=(0.6, 0.8, 1.0)),
     "rms, 2 bits": RmsGrid(bits=2, rhos=(2.4,)),
     "rms, 3 bits, best of ten": RmsGrid(bits=3, rhos=candidate_rhos(3)),
     "rms, 8 bits": RmsGrid(bits=8, rhos=(4.5,)),
@@ -238,6 +241,7 @@ UPDATES: dict[str, Polish] = {"30 steps": UpdateCentroids(30)}
 GRIDS: dict[str, dict[str, object]] = {
     "row": {},
     "row, groups": {"groupsize": 16},
+    "row, symmetric": {"sym": True, "groupsize": 16},
     "row, faithful": {"faithful": True},
     "row, rotated": {"pre_proj": True, "qfn": "a"},
     "column": {"incoh_processing": True},
@@ -413,7 +417,8 @@ def owed_bits(flags: dict[str, object], m: int, n: int) -> int:
         total += 16 * n  # the rescaling
     else:
         groups = -(-n // flags.get("groupsize", n))
-        total += m * groups * 16 + 32 * words(m * groups, bits)  # steps and zeros of each row
+        total += m * groups * 16  # steps of each row
+        total += 0 if flags.get("sym") else 32 * words(m * groups, bits)  # and zeros
     if incoherent or flags.get("pre_proj"):
         extra = flags.get("pre_proj_extra", 1)
         total += rotation_bits(m, blocked=extra != 1) + rotation_bits(n, blocked=extra != 1)

@@ -158,6 +158,16 @@ def minmax_rounding(W: Float64[Tensor, "m g"], bits: int) -> Rounding:
     return lambda w: step * (nearest(w / step + zero, bits) - zero)
 
 
+def symmetric_rounding(W: Float64[Tensor, "m g"], bits: int, share: float) -> Rounding:
+    """W_hat = step (q - 2^(b-1)), q = clamp(round(w / step) + 2^(b-1)), the grid fitted on W.
+
+    Per row: step = share 2 max |w| / (2^b - 1), as GPTQ has it with `sym` for a share of 1.
+    """
+    step = share * 2 * W.abs().amax(1) / (2**bits - 1)
+    zero = 2 ** (bits - 1)
+    return lambda w: step * (nearest(w / step + zero, bits) - zero)
+
+
 def rms_rounding(W: Float64[Tensor, "m g"], bits: int, rho: float) -> Rounding:
     """The nearest level s (2q / (2^b - 1) - 1), with s = rho ||W||_F / sqrt(m g)."""
     top = 2**bits - 1

@@ -10,7 +10,8 @@ from quip.codebooks.names import CODEBOOKS, LATTICES
 
 if TYPE_CHECKING:
     from quip.codebooks.base import Codebook, Decoder, Groups
-    from quip.codebooks.grid import Grids, MinMaxGrid, RmsGrid, candidate_rhos
+    from quip.codebooks.grid import MinMaxGrid, RmsGrid, SymmetricGrid, candidate_rhos
+    from quip.codebooks.grids import Grids
     from quip.codebooks.lattice import Lattice, Lattices
     from quip.codebooks.learned import Centroids, Learned
     from quip.codebooks.trellis import Trellis, Trellises
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     **dict.fromkeys(("Codebook", "Decoder", "Groups"), "base"),
-    **dict.fromkeys(("Grids", "MinMaxGrid", "RmsGrid", "candidate_rhos"), "grid"),
+    **dict.fromkeys(("MinMaxGrid", "RmsGrid", "SymmetricGrid", "candidate_rhos"), "grid"),
+    "Grids": "grids",
     **dict.fromkeys(("Lattice", "Lattices"), "lattice"),
     **dict.fromkeys(("Centroids", "Learned"), "learned"),
     **dict.fromkeys(("Trellis", "Trellises"), "trellis"),
@@ -39,6 +41,7 @@ __all__ = [
     "Learned",
     "MinMaxGrid",
     "RmsGrid",
+    "SymmetricGrid",
     "Trellis",
     "Trellises",
     "candidate_rhos",

@@ -1,25 +1,20 @@
 """Integer grids: w_hat = step (q - zero) with q = 0 ... 2^bits - 1."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, TypeAlias, TypeVar
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int32, Integer, UInt8
+from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
-from quip.codebooks.base import FITTED, Codebook, Columns, Decoder, Groups, Kept, Panel, constants
+from quip.codebooks.base import FITTED, Codebook, Groups, Kept, Panel, constants
 from quip.codebooks.fitted import Fitted, side_by_side
-from quip.errors import QuipError
-from quip.kernels import grid_matvec
-from quip.kernels.bits import pack, unpack, words
+from quip.codebooks.grids import Grids, middle
 from quip.kernels.panel import fit_and_round_columns, round_columns
-from quip.shapes import Within
-from quip.stored import Options
 
 UNFITTED = torch.empty(0)
 CHUNK = 2**20  # weights whose error is measured at once, for each of the rhos
-Bits: TypeAlias = Annotated[int, Within(1, 8)]
 AnyGrid = TypeVar("AnyGrid", bound="Grid")  # beartype does not know Self in a method
 
 
@@ -75,7 +70,7 @@ class Grid(Codebook):
 
     def panel(self, W: Float[Tensor, "m n"], *, refit: bool) -> Panel | None:
         """By kernels/panel, unless it draws, or a subclass may round or fit by other rules."""
-        known = type(self) is RmsGrid or (type(self) is MinMaxGrid and not refit)
+        known = type(self) is RmsGrid or (type(self) in (MinMaxGrid, SymmetricGrid) and not refit)
         return _round_panel if known and not self.unbiased else None
 
     def _fitted(self: AnyGrid, step: Tensor, zero: Tensor) -> AnyGrid:
@@ -95,10 +90,36 @@ class MinMaxGrid(Grid):
         zero = (-low / fitted.step + 0.5).floor().clamp(0, self.top)
         return replace(fitted, zero=zero)
 
-    def joined(self, books: Sequence[Codebook], groups: Groups) -> "Grids":
+    def joined(self, books: Sequence[Codebook], groups: Groups) -> Grids:
         step = _side_by_side(books, "step").to(self.step_dtype)
         zero = _side_by_side(books, "zero").to(torch.uint8)
         return Grids(bits=self.bits, step=step, zero=zero, groups=groups)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymmetricGrid(Grid):
+    """`--sym`: levels -2^(bits - 1) ... 2^(bits - 1) - 1 times the step of a row.
+
+    At a share of 1, the step is that of GPTQ, 2 max |x| / (2^bits - 1): the smallest that leaves no
+    weight more than half a step from a level. Of several shares, `fit` takes for each row the one
+    with the smallest sum of h_k |x_k - w_hat_k|^2.
+    """
+
+    shares: tuple[float, ...]
+
+    def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "SymmetricGrid":
+        steps = X.abs().amax(1, keepdim=True) * (2 / self.top)
+        steps = steps * constants(self.shares, X.dtype, X.device)  # [m, shares]
+        fitted = self._fitted(steps, torch.full_like(steps[:, :1], middle(self.bits)))
+        if len(self.shares) == 1:
+            return fitted
+        each = [replace(fitted, step=step) for step in fitted.step.split(1, dim=1)]
+        errors = torch.stack([(X - grid.snap(X)).square() @ h for grid in each], dim=1)
+        return replace(fitted, step=fitted.step.gather(1, errors.argmin(1, keepdim=True)))
+
+    def joined(self, books: Sequence[Codebook], groups: Groups) -> Grids:
+        step = _side_by_side(books, "step").to(self.step_dtype)
+        return Grids(bits=self.bits, step=step, zero=None, groups=groups, signed=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +142,7 @@ class RmsGrid(Grid):
             step = grids.step.take(grids._errors(X, h, chunk).argmin())
         return replace(grids, step=step, zero=grids.zero[0])
 
-    def joined(self, books: Sequence[Codebook], groups: Groups) -> "Grids":
+    def joined(self, books: Sequence[Codebook], groups: Groups) -> Grids:
         step = _side_by_side(books, "step").to(self.step_dtype)
         return Grids(bits=self.bits, step=step, zero=None, groups=groups)
 
@@ -166,10 +187,6 @@ def _stacked(books: Sequence[Grid], name: str, X: Tensor) -> Float[Tensor, "book
     return side_by_side(books, name).to(X).reshape(len(books), -1)
 
 
-def _packed(*shape: int) -> Int32[Tensor, "..."]:
-    return torch.empty(shape, dtype=torch.int32, device="meta")
-
-
 def _side_by_side(books: Sequence[Codebook], name: str) -> Float[Tensor, "r groups"]:
     if getattr(books[0], name).ndim == 0:
         return side_by_side(books, name)[None]
@@ -179,65 +196,3 @@ def _side_by_side(books: Sequence[Codebook], name: str) -> Float[Tensor, "r grou
 def candidate_rhos(bits: int) -> tuple[float, ...]:
     """Ten rhos from 0.7 to 1.7 times what is best, nearly, for Gaussian weights: (bits + 1) / 2."""
     return tuple(round(0.35 * (bits + 1) * (1.7 / 0.7) ** (i / 9), 4) for i in range(10))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grids(Decoder):
-    """The grids of all groups of a matrix: of each row its own, or symmetric ones for all rows."""
-
-    bits: int
-    step: Float[Tensor, "m_or_1 groups"]
-    zero: UInt8[Tensor, "m groups"] | None  # None for symmetric ones: (2^bits - 1) / 2
-    groups: Groups
-
-    dim = 1
-    _kind = property(lambda self: {"bits": self.bits, "group": self.groups.size})
-
-    @property
-    def index_bits(self) -> int:
-        return self.bits
-
-    def decode(self, codes: Integer[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        """step (code - zero) in float32."""
-        return grid_matvec.reference.decode(codes, self.step, self.zero, *self._kind.values())
-
-    def dense(self, words: Tensor, n: int, dtype: torch.dtype) -> Float[Tensor, "m n"]:
-        return grid_matvec.decode(words, self.step, self.zero, n=n, dtype=dtype, **self._kind)
-
-    def multiply(
-        self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
-    ) -> Float[Tensor, "*batch m"]:
-        return grid_matvec.multiply(x, words, self.step, self.zero, dtype=dtype, **self._kind)
-
-    def options(self) -> Options:
-        return {**self._kind, "symmetric": self.zero is None}
-
-    def tensors(self) -> dict[str, Tensor]:
-        zero = {} if self.zero is None else {"zero": pack(self.zero.flatten(), self.bits)}
-        return {"step": self.step} | zero
-
-    @classmethod
-    def empty(
-        cls, m: int, n: int, *, bits: Bits, group: Columns | None, symmetric: bool
-    ) -> dict[str, Tensor]:
-        count = Groups(n, group).count
-        step = torch.empty(1 if symmetric else m, count, dtype=torch.bfloat16, device="meta")
-        layout = {"codes": _packed(m, words(n, bits)), "step": step}
-        return layout if symmetric else layout | {"zero": _packed(words(m * count, bits))}
-
-    @classmethod
-    def restore(
-        cls,
-        tensors: Mapping[str, Tensor],
-        m: int,
-        n: int,
-        *,
-        bits: int,
-        group: int | None,
-        symmetric: bool,
-    ) -> "Grids":
-        step, groups = tensors["step"], Groups(n, group)
-        if not bool(((step > 0) & step.isfinite()).all()):
-            raise QuipError("a step of its grid is not a positive number: the file is damaged")
-        zero = None if symmetric else unpack(tensors["zero"], bits, m * groups.count).view(m, -1)
-        return cls(bits=bits, step=step, zero=zero, groups=groups)

@@ -46,6 +46,11 @@ class FlagsOfCodes:
         metavar="N",
         refuse=lambda n: n < 1 and "a group has at least one column",
     )
+    sym: bool = of_method(
+        "grid a symmetric about 0, as the formats of other engines have it: levels -2^(b-1) to "
+        "2^(b-1) - 1 times a step, which is searched for each range; no zero is stored",
+        kind=bool,
+    )
     percdamp: float = of_method(
         "what is added to the diagonal of H, as a share of its mean (default 0.01); ten times more "
         "after each failed factorisation, three times at most",

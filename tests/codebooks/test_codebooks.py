@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, candidate_rhos
+from quip.codebooks import Codebook, MinMaxGrid, RmsGrid, SymmetricGrid, candidate_rhos
 from quip.codebooks.fitted import Fitted, chosen, one_after_another, side_by_side
 from tests import reference as ref
 from tests.laws import CODEBOOKS, assert_near, check_codebook, every_point
@@ -60,6 +60,7 @@ def test_grids_of_any_shape_obey_the_laws(m, g, bits, seed):
     X = weights(m, g, seed=seed)
     check_codebook(MinMaxGrid(bits=bits), X, ones(g))
     check_codebook(RmsGrid(bits=bits, rhos=candidate_rhos(bits)), X, ones(g))
+    check_codebook(SymmetricGrid(bits=bits, shares=(0.7, 1.0)), X, ones(g))
 
 
 @BITS
@@ -72,6 +73,36 @@ def test_the_row_grid_is_the_papers(bits, shift):
     assert torch.equal(book.zero.squeeze(1), zero)
     expected = torch.stack([ref.minmax_rounding(X, bits)(x) for x in X.T], dim=1)
     assert_near(book.snap(X), expected)
+
+
+@BITS
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_the_symmetric_grid_is_that_of_gptq(bits, shift):
+    X = weights(6, 30, shift=shift)
+    book = SymmetricGrid(bits=bits, shares=(1.0,), **DOUBLE).fit(X, ones(30))
+    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).double()
+    assert_near(every_point(book, 6)[:, :, 0], levels[:, None] * book.step.T)
+    assert float(((X - book.snap(X)).abs() / book.step).max()) <= 0.5 + 1e-9
+    # A share of 1 leaves the largest weight half a step from its level: a tie, but for noise.
+    book = SymmetricGrid(bits=bits, shares=(0.9,), **DOUBLE).fit(X, ones(30))
+    expected = torch.stack([ref.symmetric_rounding(X, bits, 0.9)(x) for x in X.T], dim=1)
+    assert_near(book.snap(X), expected)
+
+
+@BITS
+def test_each_row_of_a_symmetric_grid_has_the_share_of_the_least_weighted_error(bits):
+    X, h = weights(6, 30), torch.linspace(0.1, 3, 30, dtype=torch.float64)
+    shares = (0.4, 0.6, 0.8, 1.0, 1.1)
+    book = SymmetricGrid(bits=bits, shares=shares, **DOUBLE).fit(X, h)
+    for row, step in zip(X.split(1), book.step[:, 0], strict=True):
+
+        def error(share: float, row: torch.Tensor = row) -> float:
+            snap = ref.symmetric_rounding(row, bits, share)
+            snapped = torch.stack([snap(x) for x in row.T], dim=1)
+            return float(((row - snapped).square() @ h).sum())
+
+        best = min(shares, key=error)
+        assert_near(step, 2 * best / (2**bits - 1) * row.abs().max())
 
 
 @BITS

@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(not cpu.FORM.available(), reason="no C++ com
 def multiply(x, words, grids, dtype, form=reference.multiply):
     """The product by one form; by torch if none is given."""
     known = {"bits": grids.bits, "group": grids.groups.size, "dtype": dtype}
-    return form(x, words, grids.step, grids.zero, **known)
+    return form(x, words, grids.step, grids.zeros, **known)
 
 
 def multiply_native(x, words, grids, dtype):
@@ -29,14 +29,15 @@ def chosen(x, words, grids):
     return multiply(x, words, grids, torch.float32, grid_matvec.multiply.chosen)
 
 
-def problem(m: int, n: int, bits: int, group: int | None, symmetric: bool, seed: int = 0):
+def problem(m: int, n: int, bits: int, group: int | None, symmetric: bool | str, seed: int = 0):
     """Packed codes and the grids that decode them."""
     rng = torch.Generator().manual_seed(seed)
     groups = Groups(n, group)
     codes = torch.randint(2**bits, (m, n), generator=rng)
-    step = torch.rand(1 if symmetric else m, groups.count, generator=rng) + 0.1
+    step = torch.rand(1 if symmetric is True else m, groups.count, generator=rng) + 0.1
     zero = torch.randint(2**bits, (m, groups.count), generator=rng, dtype=torch.uint8)
-    grids = Grids(bits=bits, step=step.bfloat16(), zero=None if symmetric else zero, groups=groups)
+    kind = {"zero": None if symmetric else zero, "signed": symmetric == "signed"}
+    grids = Grids(bits=bits, step=step.bfloat16(), groups=groups, **kind)
     return pack(codes, bits), grids
 
 
@@ -46,7 +47,7 @@ def problem(m: int, n: int, bits: int, group: int | None, symmetric: bool, seed:
     n=st.integers(1, 300),
     bits=st.integers(1, 8),
     group=st.sampled_from([None, 1, 7, 64]),
-    symmetric=st.booleans(),
+    symmetric=st.sampled_from([False, True, "signed"]),
     batch=st.sampled_from([(), (1,), (3,), (1, 1), (2, 4)]),
 )
 def test_the_kernel_is_the_product_with_the_decoded_matrix(m, n, bits, group, symmetric, batch):
@@ -73,7 +74,10 @@ def test_zeros_of_groups_cancel_no_digits():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("n", "bits", "group", "symmetric"),
-    [(50, 2, None, True), (33, 3, 16, False), (576, 4, 1, True), (40, 8, 7, False)],
+    [
+        *[(50, 2, None, True), (33, 3, 16, False), (576, 4, 1, True), (40, 8, 7, False)],
+        *[(50, 4, None, "signed"), (100, 3, 32, "signed")],
+    ],
 )
 def test_weights_are_decoded_to_the_same_bits(n, bits, group, symmetric, dtype):
     words, grids = problem(7, n, bits, group, symmetric)

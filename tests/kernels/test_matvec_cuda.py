@@ -29,13 +29,14 @@ STEPS = {torch.bfloat16: 1 / (127 * 256), torch.float32: 1e-6}
 
 
 def grids(
-    m: int, n: int, bits: int, group: int | None, symmetric: bool
+    m: int, n: int, bits: int, group: int | None, symmetric: bool | str
 ) -> tuple[Grids, torch.Tensor]:
     """Grids, and codes for them."""
     rng, groups = torch.Generator().manual_seed(n), Groups(n, group)
-    step = torch.rand(1 if symmetric else m, groups.count, generator=rng) + 0.1
+    step = torch.rand(1 if symmetric is True else m, groups.count, generator=rng) + 0.1
     zero = torch.randint(2**bits, (m, groups.count), generator=rng, dtype=torch.uint8)
-    book = Grids(bits=bits, step=step.bfloat16(), zero=None if symmetric else zero, groups=groups)
+    kind = {"zero": None if symmetric else zero, "signed": symmetric == "signed"}
+    book = Grids(bits=bits, step=step.bfloat16(), groups=groups, **kind)
     return book, torch.randint(2**bits, (m, n), generator=rng)
 
 
@@ -52,7 +53,7 @@ def multiply(x, words, decoder: Decoder, dtype, *, form=None):
     if isinstance(decoder, Grids):
         options = {"bits": decoder.bits, "group": decoder.groups.size, "dtype": dtype}
         compute = form or grid_form.multiply
-        return compute(x, words, decoder.step, decoder.zero, **options)
+        return compute(x, words, decoder.step, decoder.zeros, **options)
     options = {"group": decoder.groups.size, "ratio": decoder.ratio, "dtype": dtype}
     stages = decoder._stages(x.device)
     return (form or lattice_form.multiply)(x, words, stages, decoder.scale, **options)
@@ -120,19 +121,20 @@ def test_grids_of_shared_steps_on_the_host(m, n, bits, group, batch, dtype):
     bits=st.sampled_from(BITS),
     batch=BATCHES,
     dtype=st.sampled_from(sorted(STEPS, key=str)),
+    symmetric=st.sampled_from([False, "signed"]),
 )
-def test_grids_of_a_step_a_row_on_the_host(m, n, bits, batch, dtype):
-    check_on_the_host(*grids(m, n, bits, None, symmetric=False), batch, dtype)
+def test_grids_of_a_step_a_row_on_the_host(m, n, bits, batch, dtype, symmetric):
+    check_on_the_host(*grids(m, n, bits, None, symmetric), batch, dtype)
 
 
 @pytest.mark.usefixtures("emulated")
 @needs_compiler
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", [64, 128, 192])
-@pytest.mark.parametrize("tokens", [1, 6])
-def test_grids_of_groups_of_each_row_on_the_host(bits, group, tokens):
+@pytest.mark.parametrize(("tokens", "symmetric"), [(1, False), (6, False), (3, "signed")])
+def test_grids_of_groups_of_each_row_on_the_host(bits, group, tokens, symmetric):
     n = 5 * 512  # a whole number of runs of 64 in each plane, for any number of bits
-    decoder, codes = grids(19, n, bits, group, symmetric=False)
+    decoder, codes = grids(19, n, bits, group, symmetric)
     for dtype in STEPS:
         check(decoder, codes, torch.randn(tokens, n), dtype)
 
@@ -306,9 +308,10 @@ def read_split(split) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("bits", BITS)
 def test_grids_are_decoded_to_the_bits_of_the_reference(bits, dtype):
-    for group, symmetric in ((None, False), (64, False), (7, False), (1, True), (None, True)):
+    kinds = ((None, False), (64, False), (7, False), (1, True), (None, True), (64, "signed"))
+    for group, symmetric in kinds:
         decoder, codes = grids(19, 608, bits, group, symmetric)
-        args = pack(codes, bits), decoder.step, decoder.zero
+        args = pack(codes, bits), decoder.step, decoder.zeross
         options = {"n": 608, "bits": bits, "group": group, "dtype": dtype}
         expected = grid_matvec.reference.decode_words(*args, **options)
         assert torch.equal(grid_form.decode(*args, **options), expected)
@@ -391,8 +394,8 @@ def test_only_matrices_on_a_device_are_sent_to_the_kernels():
     decoder, codes = grids(4, 1024, 2, None, symmetric=True)
     x, words = torch.zeros(1, 1024), pack(codes, 2)
     options = {"bits": 2, "group": None, "dtype": torch.float32}
-    assert not grid_form.MULTIPLY.serves(x, words, decoder.step, decoder.zero, **options)
-    assert not grid_form.DECODE.serves(words, decoder.step, decoder.zero, n=1024, **options)
+    assert not grid_form.MULTIPLY.serves(x, words, decoder.step, decoder.zeros, **options)
+    assert not grid_form.DECODE.serves(words, decoder.step, decoder.zeros, n=1024, **options)
     decoder, codes = lattices(4, 64, "E8P12", None)
     args = pack(codes, 16), decoder._stages(CPU), decoder.scale
     options = {"group": None, "ratio": None, "dtype": torch.float32}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from quip.codebooks import Lattice, MinMaxGrid, RmsGrid, candidate_rhos
+from quip.codebooks import Lattice, MinMaxGrid, RmsGrid, SymmetricGrid, candidate_rhos
 from quip.kernels import native
 from quip.kernels.panel import cpu, fit_and_round_columns, reference, round_columns
 from quip.matrix import feedback, panel, polish, sweep
@@ -29,6 +29,8 @@ def problem(m, n, *, seed=0):
 def grid(kind, bits, dtype=torch.bfloat16):
     if kind == "rows":
         return MinMaxGrid(bits=bits, step_dtype=dtype)
+    if kind == "symmetric":
+        return SymmetricGrid(bits=bits, shares=(0.9, 1.0), step_dtype=dtype)
     rhos = candidate_rhos(bits) if kind == "rhos" else (0.5 * bits + 1,)
     return RmsGrid(bits=bits, rhos=rhos, step_dtype=dtype)
 
@@ -62,7 +64,7 @@ def assert_same(expected, got, tolerance=1e-4):
 
 @needs_compiler
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("kind", ["rms", "rows"])
+@pytest.mark.parametrize("kind", ["rms", "rows", "symmetric"])
 def test_the_kernel_rounds_as_torch_does_for_every_bit_width(kind, bits):
     W, _ = problem(65, 40, seed=1)
     book = grid(kind, bits).fit(W, torch.ones(40))
@@ -139,11 +141,12 @@ def test_only_books_that_round_as_the_kernel_does_offer_it():
         pass
 
     W, every = torch.ones(2, 3), panel.round_panel
-    for kind in ("rows", "rms", "rhos"):
+    for kind in ("rows", "symmetric", "rms", "rhos"):
         assert panel.panel_for(grid(kind, 2), W) is not every
         assert panel.panel_for(replace(grid(kind, 2), unbiased=True), W) is every
     assert panel.panel_for(grid("rhos", 2), W, refit=True) is not every
-    assert panel.panel_for(grid("rows", 2), W, refit=True) is every
+    for kind in ("rows", "symmetric"):
+        assert panel.panel_for(grid(kind, 2), W, refit=True) is every
     assert panel.panel_for(Other(bits=2), W) is every
     assert panel.panel_for(Lattice.published("E8P12"), W) is every
 

@@ -87,6 +87,8 @@ def unpack(row: np.ndarray, bits: int, count: int) -> np.ndarray:
 def grid(own: Mapping, m: int, n: int, book: Mapping) -> np.ndarray:
     bits, group = book["bits"], np.arange(n) // (book["group"] or n)
     codes, zero = np.stack([unpack(row, bits, n) for row in own["codes"]]), (2**bits - 1) / 2
+    if book["symmetric"] == "signed":
+        zero = 2 ** (bits - 1)
     if not book["symmetric"]:
         zero = unpack(own["zero"], bits, m * (group[-1] + 1)).reshape(m, -1)[:, group]
     return own["step"][:, group] * (codes - zero)

@@ -32,10 +32,11 @@ constexpr int WIDTHS[] = {8, 4, 2, 1};
 
 struct Matvec {  // as in cpu.py
     int64_t m, n, tokens, row_bytes, group;  // group: columns that share a step and a zero
+    int64_t zero_row;                        // from the zeros of a row to those of the next one
     const uint8_t *words;                    // [m, row_bytes]
     const float *x;                          // [tokens, n]
     const void *step;                        // [m, groups], or [groups] where there are no zeros
-    const uint8_t *zero;                     // [m, groups]; null: (2^bits - 1) / 2
+    const uint8_t *zero;                     // [m, groups] by strides; null: (2^bits - 1) / 2
     void *y;                                 // [tokens, m], out, in float32
     int32_t bits, step_bytes;                // step_bytes: 2 for bfloat16, 4 for float32
     Threads threads;
@@ -51,8 +52,8 @@ struct Matvec {  // as in cpu.py
     float scale(int64_t row, int64_t groups, int64_t g) const {
         return zero ? step_at(row * groups + g) : 1;
     }
-    float middle(int64_t row, int64_t groups, int64_t g) const {
-        return zero ? zero[row * groups + g] : ((1 << bits) - 1) / 2.0f;
+    float middle(int64_t row, int64_t g) const {
+        return zero ? zero[row * zero_row + g] : ((1 << bits) - 1) / 2.0f;
     }
 };
 
@@ -190,7 +191,7 @@ void multiply_rows(const Matvec &a, const float *x, float *y) {
             for (int i = 0; i < R && r + i < stop; i++)
                 for (int64_t t = 0; t < a.tokens; t++)
                     y[t * a.m + r + i] = a.scale(r + i, 1, 0) *
-                        (total(sums[i][t]) - a.middle(r + i, 1, 0) * x_sums[t]);
+                        (total(sums[i][t]) - a.middle(r + i, 0) * x_sums[t]);
         }
     };
     share(a.threads, a.m, divide_up(PIECE, a.n * a.tokens * R) * R, some);
@@ -221,7 +222,7 @@ void multiply_groups(const Matvec &a, const float *x, float *y) {
                                 load(x + t * a.n + k, end - k);
                     // The zero of a group goes from its own sum, an equal part from each lane: all
                     // zeros in one sum at the end would cancel digits.
-                    sums += step * (here - a.middle(r, groups, g) * x_sums[t * groups + g]);
+                    sums += step * (here - a.middle(r, g) * x_sums[t * groups + g]);
                 }
                 y[t * a.m + r] = total(sums);
             }
@@ -243,13 +244,13 @@ template <class Number> void decode_rows(const Matvec &a, Number *W) {
     const int64_t groups = divide_up(a.n, a.group);
     share(a.threads, a.m, divide_up(PIECE, a.n), [&](int64_t first, int64_t stop) {
         std::vector<uint8_t> codes(a.n + sizeof(Words));
-        std::vector<float> steps(a.n), zeros(a.n, a.middle(0, 0, 0));
+        std::vector<float> steps(a.n), zeros(a.n, a.middle(0, 0));
         for (int64_t k = 0; !a.zero && k < a.n; k++) steps[k] = a.step_at(k / a.group);
         for (int64_t r = first; r < stop; r++) {
             for (int64_t g = 0; a.zero && g < groups; g++) {
                 const int64_t start = g * a.group, width = std::min(a.group, a.n - start);
                 std::fill_n(steps.data() + start, width, a.scale(r, groups, g));
-                std::fill_n(zeros.data() + start, width, a.middle(r, groups, g));
+                std::fill_n(zeros.data() + start, width, a.middle(r, g));
             }
             unpack(a.words + r * a.row_bytes, a.bits, a.n, codes.data());
             const uint8_t *__restrict q = codes.data();

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from quip.kernels import threads
 from quip.kernels.cuda import pointer
+from quip.kernels.few_tokens import row_stride
 from quip.kernels.native import library
 from quip.kernels.operation import Form, learns
 
@@ -27,7 +28,7 @@ class _Matvec(ctypes.Structure):
     """The struct Matvec of cpu.cpp."""
 
     _fields_ = (
-        *[(name, c_int64) for name in ("m", "n", "tokens", "row_bytes", "group")],
+        *[(name, c_int64) for name in ("m", "n", "tokens", "row_bytes", "group", "zero_row")],
         *[(name, c_void_p) for name in ("words", "x", "step", "zero", "y")],
         *[(name, c_int32) for name in ("bits", "step_bytes")],
         *threads.FIELDS,
@@ -38,7 +39,7 @@ def multiply(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     *,
     bits: int,
     group: int | None,
@@ -55,7 +56,7 @@ def multiply_decoded(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     *,
     bits: int,
     group: int | None,
@@ -69,7 +70,7 @@ def multiply_decoded(
 def decode(
     words: Int32[Tensor, "m words"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     bits: int,
     group: int | None,
     n: int,
@@ -101,6 +102,7 @@ def _call(
         x.numel() // n,
         4 * width,
         min(group or n, n),  # a file may name any
+        row_stride(zero),
         words.data_ptr(),
         x.data_ptr(),
         step.data_ptr(),

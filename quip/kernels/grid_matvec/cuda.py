@@ -23,7 +23,7 @@ def multiply(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     *,
     bits: int,
     group: int | None,
@@ -47,7 +47,7 @@ def multiply(
 def decode(
     words: Int32[Tensor, "m words"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     *,
     n: int,
     bits: int,

@@ -1,8 +1,8 @@
 """Multiply vectors by a matrix of packed codes of integer grids: y = x W~^T.
 
 W~ is step (code - zero). Steps and zeros are shared by runs of `group` columns, by all of a row if
-that is None. A zero of None is (2^bits - 1) / 2, the middle of the codes, and a single row of steps
-serves all rows.
+that is None; a single row of zeros serves all rows. A zero of None is (2^bits - 1) / 2, the middle
+of the codes, and then a single row of steps serves all rows.
 """
 
 import torch
@@ -18,7 +18,7 @@ def multiply(
     x: Float[Tensor, "*batch n"],
     words: Int32[Tensor, "m words"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     *,
     bits: int,
     group: int | None,
@@ -32,7 +32,7 @@ def multiply(
 def decode(
     codes: Integer[Tensor, "m n"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     bits: int,
     group: int | None,
 ) -> Float[Tensor, "m n"]:
@@ -45,7 +45,7 @@ def decode(
 def decode_words(
     words: Int32[Tensor, "m words"],
     step: Float[Tensor, "m_or_1 groups"],
-    zero: Integer[Tensor, "m groups"] | None,
+    zero: Integer[Tensor, "r groups"] | None,
     *,
     n: int,
     bits: int,
