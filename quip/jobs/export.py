@@ -1,19 +1,22 @@
-"""A checkpoint for other tools: as a plain Hugging Face folder, or in the layout of QuIP#."""
+"""A checkpoint for other tools: a plain Hugging Face folder, the layout of QuIP#, a .gguf file."""
 
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 
-from quip.errors import NonFinite, QuipError, UsageError
-from quip.files import check_new, new_folder
+from quip.errors import NonFinite, QuipError, Unavailable, UsageError, how_to_install
+from quip.files import check_new, new_folder, replacing
+from quip.model.gguf.returned import check_returned
 from quip.model.load import LoadedModel, load_model
 from quip.packed.checkpoint import check_folder, to_dense
 from quip.packed.checks import is_finite
 from quip.packed.files import weight_bytes
+from quip.packed.gguf.write import write_gguf
 from quip.packed.published import GENERATION
 from quip.packed.quip_sharp.write import published_config, published_tensors
 from quip.packed.shards import SHARD
@@ -66,11 +69,55 @@ def export_quip_sharp(folder: str | Path, out: str | Path, *, overwrite: bool = 
         return weight_bytes(partial)
 
 
+def export_gguf(
+    folder: str | Path, out: str | Path, *, overwrite: bool = False
+) -> tuple[int, dict[str, int]]:
+    """Write the model and its tokenizer to a .gguf file, packed grids as blocks of that format.
+
+    What is not packed goes in the narrowest of float16, bfloat16 and float32 that holds it. Returns
+    the bytes of the file, and how many matrices are of each kind of blocks. What the file says is
+    read again before it appears, and compared with the checkpoint.
+
+    Raises UsageError for an `out` that cannot be and for matrices that no blocks hold exactly,
+    UnsupportedModel for models and tokenizers that GGUF has no words for, and Unavailable as
+    `export_dense` does, or without the package gguf.
+    """
+    folder, out = Path(folder), Path(out)
+    if find_spec("gguf") is None:
+        raise Unavailable(
+            f"GGUF files need the package gguf; install it with: {how_to_install('gguf')}"
+        )
+    _check_file(out, overwrite=overwrite)
+    loaded = _read(folder, dtype="auto")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    try:
+        with replacing(out) as partial:
+            kinds = write_gguf(model, tokenizer, partial, name=folder.resolve().name)
+            check_returned(partial, model.config, tokenizer)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    return out.stat().st_size, kinds
+
+
+def _check_file(out: Path, *, overwrite: bool) -> None:
+    """Raise UsageError for a file that cannot be made, or that is not to be lost."""
+    if out.suffix != ".gguf":
+        raise UsageError(f"OUT {out}: with --gguf it is a file; give a name that ends in .gguf")
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise UsageError(f"OUT {out}: it exists; name another file or add --overwrite")
+    if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
+        raise UsageError(f"OUT {out}: {out.parent} is no folder that can be written to")
+
+
 def _loaded(folder: Path, out: Path, *, dtype: str, overwrite: bool) -> LoadedModel:
     """The checkpoint, once it is known that `out` can be written."""
     check_new(out, "OUT", overwrite=overwrite)
     if folder.resolve().is_relative_to(out.resolve()):
         raise UsageError(f"OUT {out}: the checkpoint is in it, and would be lost; name another")
+    return _read(folder, dtype=dtype)
+
+
+def _read(folder: Path, *, dtype: str) -> LoadedModel:
     check_folder(folder)
     return load_model(os.path.join(".", folder), dtype=dtype)  # ./demo is a folder, demo is not
 

@@ -1,0 +1,1 @@
+"""Packed matrices of grids in .gguf files, for llama.cpp and its kin, every weight as it is."""
