@@ -43,6 +43,7 @@ from quip.transforms import (
     Draw,
     HadamardDraw,
     KroneckerDraw,
+    Order,
     OutputRescaleDraw,
     RescaleDraw,
     rescales_outputs,
@@ -186,6 +187,16 @@ def learned(dim: int, bits: int, tile_count: int = 1, **options: Any) -> Learned
     return Learned(scheme=scheme, iterations=2, tile_count=tile_count)
 
 
+class Shuffle:
+    """A draw of what comes with models alone: an order of the inputs."""
+
+    def check(self, m: int, n: int) -> None:
+        """Every size will do."""
+
+    def __call__(self, W: Tensor, H: Tensor, rng: torch.Generator) -> Order:
+        return Order(torch.randperm(W.shape[1], generator=rng))
+
+
 TRANSFORMS: dict[str, Sequence[Draw]] = {
     "nothing": [],
     "rescale": [RescaleDraw()],
@@ -199,6 +210,8 @@ TRANSFORMS: dict[str, Sequence[Draw]] = {
     "rescale outputs": [OutputRescaleDraw()],
     "rescale both, kronecker": [RescaleDraw(), OutputRescaleDraw(), KroneckerDraw()],
     "hadamard, outputs rescaled": [HadamardDraw(block=None, rescales_outputs=True)],
+    "order": [Shuffle()],
+    "order, rescale": [Shuffle(), RescaleDraw()],
 }
 
 LEARNED: dict[str, Codebook] = {

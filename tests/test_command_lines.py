@@ -19,8 +19,10 @@ LINE = re.compile(r"^(?:python -m quip\.run|quip run|quip) [^\n]+", re.MULTILINE
 MODELS = ("demo", "facebook/opt-125m", "meta-llama/Llama-2-7b-hf", "model.gguf")
 MODELS += ("mistralai/Mixtral-8x7B-v0.1",)
 TINY = dict.fromkeys(MODELS, "tiny") | dict.fromkeys(("pydoc", "c4"), "train.txt")
-# These need rows of 64 weights, or of 128: test_cli_quip_sharp.py and test_cli_exl3.py run them.
+# These need rows of 32, 64 or 128 weights, or another tokenizer: test_cli_quip_sharp.py,
+# test_cli_exl3.py and test_cli_exchange.py run them.
 WIDE = {"--quip-sharp", "import-quip-sharp", "import-exl3"}
+WIDE |= {"--gguf", "import-gptq", "import-compressed-tensors"}
 # Appended where the command has the flag: the last one counts.
 SMALL = {
     "--nsamples": "4",

@@ -11,7 +11,9 @@ from quip.cli import (
     finetune,
     generate,
     hessians,
+    import_compressed_tensors,
     import_exl3,
+    import_gptq,
     import_quip_sharp,
     inspect,
     proxy,
@@ -40,6 +42,8 @@ COMMANDS = {
     "export": export,
     "import-quip-sharp": import_quip_sharp,
     "import-exl3": import_exl3,
+    "import-gptq": import_gptq,
+    "import-compressed-tensors": import_compressed_tensors,
     "recipes": recipes,
 }
 

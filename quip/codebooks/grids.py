@@ -19,6 +19,7 @@ from quip.stored import Options
 Bits: TypeAlias = Annotated[int, Within(1, 8)]
 Symmetric: TypeAlias = bool | Literal["signed"]
 SIGNED = "signed"
+Steps: TypeAlias = Literal["bfloat16", "float16", "float32"]  # those that came with a model
 
 
 def middle(bits: int) -> int:
@@ -67,7 +68,9 @@ class Grids(Decoder):
         return grid_matvec.multiply(x, words, self.step, self.zeros, dtype=dtype, **self._kind)
 
     def options(self) -> Options:
-        return {**self._kind, "symmetric": SIGNED if self.signed else self.zero is None}
+        steps = str(self.step.dtype).removeprefix("torch.")
+        given = {} if steps == "bfloat16" else {"steps": steps}
+        return {**self._kind, "symmetric": SIGNED if self.signed else self.zero is None, **given}
 
     def tensors(self) -> dict[str, Tensor]:
         zero = {} if self.zero is None else {"zero": pack(self.zero.flatten(), self.bits)}
@@ -75,10 +78,17 @@ class Grids(Decoder):
 
     @classmethod
     def empty(
-        cls, m: int, n: int, *, bits: Bits, group: Columns | None, symmetric: Symmetric
+        cls,
+        m: int,
+        n: int,
+        *,
+        bits: Bits,
+        group: Columns | None,
+        symmetric: Symmetric,
+        steps: Steps = "bfloat16",
     ) -> dict[str, Tensor]:
         count, rows = Groups(n, group).count, 1 if symmetric is True else m
-        step = torch.empty(rows, count, dtype=torch.bfloat16, device="meta")
+        step = torch.empty(rows, count, dtype=getattr(torch, steps), device="meta")
         layout = {"codes": _packed(m, words(n, bits)), "step": step}
         return layout if symmetric else layout | {"zero": _packed(words(m * count, bits))}
 
@@ -92,6 +102,7 @@ class Grids(Decoder):
         bits: int,
         group: int | None,
         symmetric: Symmetric,
+        steps: Steps = "bfloat16",
     ) -> "Grids":
         step, groups = tensors["step"], Groups(n, group)
         if not bool(((step > 0) & step.isfinite()).all()):

@@ -92,11 +92,12 @@ def _check_options(cls: Any, options: Mapping[str, Any]) -> None:
     """Raise ValueError unless they are those that the class declares where it is made empty."""
     kinds = get_type_hints(cls.empty, include_extras=True)
     of_cls = signature(cls.empty).parameters.values()
-    declared = {x.name: kinds[x.name] for x in of_cls if x.kind is Parameter.KEYWORD_ONLY}
-    if options.keys() != declared.keys():
+    declared = {x.name: x.default for x in of_cls if x.kind is Parameter.KEYWORD_ONLY}
+    needed = {name for name, default in declared.items() if default is Parameter.empty}
+    if not needed <= options.keys() <= declared.keys():
         raise ValueError(f"its options are {shown([*options])}, not {[*declared]}")
-    for name, kind in declared.items():
-        check_shape(options[name], kind, name)
+    for name in declared.keys() & options.keys():
+        check_shape(options[name], kinds[name], name)
 
 
 def _options(part: Mapping[str, Any]) -> dict[str, Any]:

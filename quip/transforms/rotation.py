@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from quip.errors import QuipError
@@ -50,7 +50,7 @@ class Rotation:
         p, q = balanced_factors(n)
         left, right = (q, p) if blocked else (1, 1)
         factors = left * p * (p + 1) // 2 + right * q * (q + 1) // 2
-        return factors, (mix + shuffle) * words(n, _index_bits(n))
+        return factors, (mix + shuffle) * words(n, index_bits(n))
 
     def stored(self) -> tuple[Tensor, Tensor]:
         """What a file holds: factors [bfloat16] and permutations [int32 words], both flat.
@@ -58,7 +58,7 @@ class Rotation:
         First the left factors, then the right ones; first `mix`, then `shuffle`.
         """
         indices = [i for i in (self.mix, self.shuffle) if i is not None]
-        packed = [pack(i.cpu(), _index_bits(len(i))) for i in indices]
+        packed = [pack(i.cpu(), index_bits(len(i))) for i in indices]
         empty = torch.empty(0, dtype=torch.int32)
         return torch.cat([self.left.stored, self.right.stored]), torch.cat([empty, *packed])
 
@@ -70,8 +70,8 @@ class Rotation:
         factors, permutations = (x.cpu() for x in stored)
         p, q = balanced_factors(n)
         border = (q if blocked else 1) * p * (p + 1) // 2
-        packed = iter(permutations.split(words(n, _index_bits(n))))
-        indices = [_permutation(next(packed), n) if given else None for given in (mix, shuffle)]
+        packed = iter(permutations.split(words(n, index_bits(n))))
+        indices = [permutation(next(packed), n) if given else None for given in (mix, shuffle)]
         return cls(Haar.restored(factors[:border], p), Haar.restored(factors[border:], q), *indices)
 
     def rotate(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
@@ -197,12 +197,14 @@ def _columns(A: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("jik,bkj->bij", A, x)
 
 
-def _index_bits(n: int) -> int:
+def index_bits(n: int) -> int:
+    """The bits of an index of n numbers."""
     return max(1, (n - 1).bit_length())
 
 
-def _permutation(packed: Tensor, n: int) -> Tensor:
-    indices = unpack(packed, _index_bits(n), n).int()
+def permutation(packed: Int32[Tensor, " words"], n: int) -> Int32[Tensor, " n"]:
+    """The permutation of n numbers that was packed. Raises QuipError for indices that are none."""
+    indices = unpack(packed, index_bits(n), n).int()
     if not torch.equal(indices.sort().values, torch.arange(n, dtype=torch.int32)):
         raise QuipError(f"what should be a permutation of {n} numbers is none: the file is damaged")
     return indices

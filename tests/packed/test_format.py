@@ -13,11 +13,13 @@ from quip.errors import UsageError
 from quip.kernels.hadamard import rotate
 from quip.packed import shards
 from quip.packed.checkpoint import load
+from quip.packed.gptq.read import import_gptq
 from quip.packed.layout import Layout
 from quip.packed.linear import quantized_layers
 from tests.laws import GRIDS
 from tests.support import format_reader, tiny
 from tests.support.checkpoints import SHARP, mixed, quantized, save
+from tests.support.integers import write_gptq
 
 # W_hat is decoded in float32, with up to three roundings of 2^-24 a weight; rotations keep the norm
 # of what they leave, and rescaling keeps it nearly.
@@ -103,6 +105,12 @@ def test_a_plan_in_several_files_and_tuned_signs_are_decoded_from_the_text(tmp_p
     assert words["format"] == 2
     assert len([*folder.glob("*.safetensors")]) > 1
     check(folder)
+
+
+def test_what_came_from_elsewhere_is_decoded_from_the_text(tmp_path):
+    write_gptq(tmp_path / "theirs", bits=3, scattered=True)
+    import_gptq(tmp_path / "theirs", tmp_path / "ours")
+    check(tmp_path / "ours")
 
 
 def test_the_tables_of_lattices_are_those_of_the_text():

@@ -244,4 +244,10 @@ def powers_of_x(p: int, rule: np.ndarray) -> list[tuple[int, ...]]:
 
 
 BOOKS = {"grid": grid, "lattice": lattice, "learned": learned, "trellis": trellis}
-UNDO = {"rescale": rescale, "kronecker": kronecker, "hadamard": hadamard}
+
+
+def ordered(W: np.ndarray, own: Mapping, transform: Mapping) -> np.ndarray:
+    return W[:, np.argsort(permutation(W.shape[1], iter(own["order"])))]
+
+
+UNDO = {"rescale": rescale, "kronecker": kronecker, "hadamard": hadamard, "order": ordered}

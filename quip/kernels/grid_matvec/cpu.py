@@ -21,6 +21,7 @@ from quip.kernels.operation import Form, learns
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 NUMBERS = {torch.float32, torch.bfloat16}  # that cpu.cpp reads as steps and writes as weights
+STEPS = {*NUMBERS, torch.float16}  # which are widened first
 FEW = 8  # vectors: for more, the matrix product of a decoded matrix is faster
 
 
@@ -94,7 +95,8 @@ def _call(
 ) -> None:
     """A function of cpu.cpp, which writes to the last tensor; decoding reads no x."""
     (m, width), n = words.shape, x.shape[-1]
-    words, step = words.contiguous(), step.contiguous()
+    step = step.contiguous() if step.dtype in NUMBERS else step.float().contiguous()
+    words = words.contiguous()
     zero = None if zero is None else zero.contiguous()
     call = _Matvec(
         m,
@@ -130,7 +132,7 @@ def _serves_many(
 
 def _read(x: Tensor, words: Tensor, step: Tensor, zero: Tensor | None) -> bool:
     """Whether cpu.cpp reads such a matrix."""
-    if not (x.is_cpu and words.is_cpu and step.dtype in NUMBERS) or step.requires_grad:
+    if not (x.is_cpu and words.is_cpu and step.dtype in STEPS) or step.requires_grad:
         return False
     if zero is None:
         return step.shape[0] == 1

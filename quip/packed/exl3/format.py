@@ -10,14 +10,16 @@ which are the vectors of a Hadamard transform of ours in blocks of 128.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from quip.errors import Unavailable, UnsupportedModel
-from quip.packed.exl3.codes import BITS, ORDER, TILE
+from quip.kernels.bits import pack
+from quip.packed.exl3.codes import BITS, ORDER, TILE, balanced, unpack_codes, unpack_signs
 from quip.packed.files import DAMAGED, TensorEntry
-from quip.packed.published import FLOAT, Slot, foreign
+from quip.packed.importing import linear_at, names_of
+from quip.packed.published import FLOAT, Slot
 from quip.packed.spec import Spec
 
 METHOD = "exl3"
@@ -27,7 +29,6 @@ STATES = 16  # bits of a state
 BLOCK = 128
 CODES = ".trellis"
 VECTORS = {"suh": "signs_in", "svh": "signs_out"}  # float16; or as bits, without the h
-MATCHED = "name the folder of a model whose matrices transformers has one by one"
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,36 @@ class Matrix:
             found["bias"] = Slot((self.m,), FLOAT)
         return {f"{self.name}.{key}": slot for key, slot in found.items()}
 
+    def read(self, held: Mapping[str, TensorEntry]) -> tuple[Spec, dict[str, Tensor]]:
+        """What it is, and its tensors by the names of our checkpoints, but for its bias.
+
+        A power of two goes from suh, which holds the size of the weights, to the scale of the code.
+        """
+
+        def stored(key: str) -> Tensor:
+            return held[f"{self.name}.{key}"].read()
+
+        if self.code != UNMARKED:
+            check_marker(self.name, int(stored(self.code)), self.code)
+        vectors = {
+            ours: unpack_signs(stored(theirs[:-1])) if theirs in self.packed else stored(theirs)
+            for theirs, ours in VECTORS.items()
+        }
+        scale, vectors["signs_in"] = balanced(vectors["signs_in"])
+        codes = pack(unpack_codes(stored("trellis")), self.bits)
+        return self.spec, {"codes": codes, "scale": torch.tensor([scale]), **vectors}
+
 
 def matrices(model: nn.Module, held: Mapping[str, TensorEntry]) -> list[Matrix]:
     """The packed matrices of the files, each of which is an nn.Linear of the model.
 
     Raises UnsupportedModel for what the model has not, and for sizes and bits that cannot be read.
     """
-    names = sorted(key.removesuffix(CODES) for key in held if key.endswith(CODES))
-    if not names:
-        raise Unavailable(f"its files hold no packed matrix ({CODES[1:]}); {DAMAGED}")
-    return [_matrix(model, name, held) for name in names]
+    return [_matrix(model, name, held) for name in names_of(held, CODES)]
 
 
 def _matrix(model: nn.Module, name: str, held: Mapping[str, TensorEntry]) -> Matrix:
-    linear, words = _linear(model, name), held[f"{name}{CODES}"]
+    linear, words = linear_at(model, name), held[f"{name}{CODES}"]
     m, n = linear.out_features, linear.in_features
     for size, what in ((m, "outputs"), (n, "inputs")):
         if size % BLOCK:
@@ -120,20 +137,6 @@ def _matrix(model: nn.Module, name: str, held: Mapping[str, TensorEntry]) -> Mat
         packed=packed,
         bias=linear.bias is not None,
     )
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module: Any = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        what = "there is no such module" if module is None else f"it is a {type(module).__name__}"
-        raise UnsupportedModel(
-            f"{foreign(name)} is a matrix of its files, and in a {type(model).__name__} of "
-            f"transformers {what}; {MATCHED}"
-        )
-    return module
 
 
 def check_marker(name: str, value: int, code: str) -> None:

@@ -72,11 +72,11 @@ def blocks_of(layer: QuantizedLinear) -> Blocks:
     decoder: Any = layer.spec.restore(layer.stored(), layer.out_features, n)[0]
     codes, width = unpack(layer.codes, decoder.bits, n), decoder.groups.size or n
     step = decoder.step.float()
-    if decoder.zero is None:
+    if decoder.zeros is None:
         k, units, lows = 2 * codes.short() - (2**decoder.bits - 1), _halves(step / 2), None
     else:
-        k = codes.short() - decoder.zero.short().repeat_interleave(width, dim=1)[:, :n]
-        units, lows = _halves(step), exactly(-step * decoder.zero, torch.float16)
+        k = codes.short() - decoder.zeros.short().repeat_interleave(width, dim=1)[:, :n]
+        units, lows = _halves(step), exactly(-step * decoder.zeros, torch.float16)
 
     def spread(x: Tensor) -> Tensor:
         x = x.repeat_interleave(max(width, SIZE) // SIZE, dim=1)[:, : n // SIZE]

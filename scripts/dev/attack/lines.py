@@ -84,6 +84,8 @@ LINES = {
     "export": ["saved", "exported", "--dense"],
     "import-quip-sharp": ["saved", "imported"],
     "import-exl3": ["saved", "imported"],
+    "import-gptq": ["saved", "imported"],
+    "import-compressed-tensors": ["saved", "imported"],
     "recipes": [],
 }
 
