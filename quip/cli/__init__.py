@@ -16,6 +16,7 @@ from quip.cli import (
     import_gptq,
     import_quip_sharp,
     inspect,
+    plan,
     proxy,
     ranks,
     recipes,
@@ -28,6 +29,7 @@ from quip.cli.theory import claims, counterexample, equivalence
 
 COMMANDS = {
     "run": run,
+    "plan": plan,
     "hessians": hessians,
     "proxy": proxy,
     "summary": summary,

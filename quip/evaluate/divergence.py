@@ -80,7 +80,7 @@ def divergence(
             p = reference(input_ids=ids, use_cache=False).logits[:, :-1]
             q = model(input_ids=ids, use_cache=False).logits[:, :-1]
             _check_vocabularies(q.shape[-1], p.shape[-1])
-            kl[rows] = _kl(p, q).cpu()
+            kl[rows] = kl_of_positions(p, q).cpu()
             if not kl[rows].isfinite().all():
                 refuse(model, "KL divergence", input_ids=ids, use_cache=False)
             same[rows] = (p.argmax(-1) == q.argmax(-1)).cpu()
@@ -110,7 +110,7 @@ def _check_vocabularies(model: int, reference: int) -> None:
         )
 
 
-def _kl(
+def kl_of_positions(
     p_logits: Float[Tensor, "b s vocab"], q_logits: Float[Tensor, "b s vocab"]
 ) -> Float64[Tensor, "b s"]:
     """sum_v p(v) (log p(v) - log q(v)), in chunks of positions; the sums in float64."""

@@ -134,6 +134,24 @@ def test_layers_are_a_table_with_a_row_for_each_matrix_and_a_picture(tmp_path):
     assert (tmp_path / "layers.png").read_bytes().startswith(PNG)
 
 
+def test_the_picture_shows_bits_where_a_plan_makes_them_differ(tmp_path, monkeypatch):
+    titles = []
+
+    def seen(figure, *_: object, **options: object) -> None:
+        titles.append([axes.get_title() for axes in figure.axes])
+
+    monkeypatch.setattr("quip.jobs.report.plots.save_figure", seen)
+    beside = [record(0, "up"), record(0, "down", rows=12, bits=2.3)]  # more beside the codes
+    by_role = [record(0, "up"), record(0, "down", rows=12, bits=3.0)]
+    by_block = [record(0, "up"), record(1, "up", bits=2.75)]
+    for records in (beside, by_role, by_block):
+        plots.plot_losses(records, tmp_path)
+    alone, *mixed = titles
+    assert alone == ["Error of each quantized matrix"]
+    for both in mixed:
+        assert both[:2] == ["Error of each quantized matrix", "Bits per weight"]
+
+
 def test_without_matplotlib_there_is_no_picture_and_no_complaint(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "find_spec", lambda package: None)
     RunFolder(tmp_path).write_layers(RECORDS)

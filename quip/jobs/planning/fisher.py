@@ -1,0 +1,92 @@
+"""Damages from one pass forward and back: what each width is expected to cost, unrounded.
+
+With M = E[|g_t|^2 x_t x_t^T] of a matrix (quip/model/sensitivity), rounding it costs about
+
+    1/2 (1/m) tr(E M E^T)  ~  1/2 (1/m) D(b) |W~|^2 / n  sum_k d_k
+
+nats per token: after a rotation weights are as good as Gaussian, LDLQ leaves an error of D(b)
+times their variance in each column, and column k costs d_k, of M~ = (I + U) diag(d) (I + U)^T.
+D(b) is the squared error of Gaussian weights, which is measured.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quip.jobs.calibration import calibration_of
+from quip.jobs.planning.asked import Planning
+from quip.jobs.planning.choices import Group
+from quip.matrix.hessian import sharing
+from quip.matrix.prepare import Factorisations
+from quip.matrix.recipe import Recipe
+from quip.matrix.seeds import rng_for
+from quip.model.device import choose_device
+from quip.model.load import LoadedModel, load_model
+from quip.model.sensitivity.found import Sensitivity
+from quip.model.sensitivity.gather import measure_sensitivity
+from quip.model.sensitivity.measure import Passing
+from quip.model.states import batch_size_for
+from quip.model.walk import walk
+
+
+def fisher_damages(asked: Planning, groups: Sequence[Group]) -> list[list[float]]:
+    """The expected KL of each choice of each group, in nats per token."""
+    assert asked.dataset is not None
+    device = torch.device(choose_device(asked.device))
+    loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen, stream=asked.stream)
+    tokens = calibration_of(
+        loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
+    )
+    how = Passing(
+        kind="fisher",
+        seed=asked.seed,
+        device=device,
+        batch_size=batch_size_for(tokens.seqlen, loaded.model, device),
+        stream=loaded.stream,
+    )
+    felt = measure_sensitivity(loaded.model, tokens.ids, how)
+    assert felt is not None
+    recipes = {name: group.choices[0].recipe for group in groups for name in group.names}
+    costs = dict(_costs(loaded, tokens.ids, recipes, felt, how))
+    return [
+        [choice.mse * sum(costs[name] for name in group.names) for choice in group.choices]
+        for group in groups
+    ]
+
+
+def _costs(
+    loaded: LoadedModel,
+    tokens: Tensor,
+    recipes: Mapping[str, Recipe],
+    felt: Sensitivity,
+    how: Passing,
+) -> Iterator[tuple[str, float]]:
+    """Each matrix, and the nats that it costs per unit of squared error of Gaussian weights."""
+    blocks = walk(
+        loaded.model,
+        tokens,
+        device=how.device,
+        batch_size=how.batch_size,
+        stream=loaded.stream,
+    )
+    for block in blocks:
+        hessians, matrices = block.observe(), block.matrices()
+        for names in sharing(hessians):
+            H = hessians[names[0]].summed().take()
+            for name in names:
+                W = matrices[name].weight.detach()
+                squares = float(felt.sums[f"outputs {name}"].sum())  # tr M
+                cost = expected_cost(W, H, recipes[name], name=name, seed=how.seed)
+                yield name, squares / float(H.trace().clamp_min(1e-300)) * cost
+
+
+def expected_cost(
+    W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], recipe: Recipe, *, name: str, seed: int
+) -> float:
+    """1/2 (1/m) |W~|^2 / n  sum_k d_k: half the mean loss of a row that D = 1 would leave."""
+    sized = recipe.sized(*W.shape)
+    _, W_t, factored = Factorisations(H).of(W, sized, rng_for(seed, name), name)
+    m, n = W.shape
+    return 0.5 * float(W_t.double().square().sum()) / (m * n) * float(factored.h.double().sum())
