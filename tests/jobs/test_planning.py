@@ -13,9 +13,11 @@ from quip.jobs.forecast.shape import Input, empty_model, shape_of
 from quip.jobs.inspect import inspect_checkpoint
 from quip.jobs.plan import build_plan, read_plan
 from quip.jobs.planning.choices import Choice, flags_of, groups_of
+from quip.jobs.planning.fisher import expected_cost
 from quip.jobs.planning.measured import swapped_gains
 from quip.jobs.planning.rules import by_rules, total, uniform
 from quip.matrix.build import build_recipe
+from quip.matrix.quantize import quantize_matrix
 from quip.matrix.seeds import rng_for
 from quip.model.load import load_model
 from quip.packed.checkpoint import to_dense
@@ -145,6 +147,24 @@ def test_a_matrix_that_nothing_hears_gets_the_fewest_bits(quip, text, tmp_path):
     unheard = "model.layers.1.mlp.up_proj"
     assert recipes[unheard] == narrow
     assert any(recipes[name] != narrow for name in recipes if "up_proj" in name)
+
+
+@pytest.mark.parametrize("more", [{}, {"pre_rescale_out": True}, {"quant": "nearest"}])
+@pytest.mark.parametrize(
+    "family", [{"codebook": "E8P12"}, {"codebook": "trellis", "trellis_states": 8}]
+)
+def test_what_is_expected_of_a_width_is_what_rounding_costs(problem, rng, family, more):
+    choice = Choice.of(2, flags_of(family | more, 2))
+    W, H = problem(256, 192)
+    f = torch.rand(256, generator=rng, dtype=torch.float64).pow(4) * H.trace() + 1e-3
+    how = {"name": "w", "seed": 0}
+    quantized = quantize_matrix(W, H, choice.recipe, rng=rng_for(0, "w"), name="w", f=f)
+    E = quantized.dequantize().double() - W
+    cost = 0.5 * float((f * ((E @ H) * E).sum(1)).sum() / H.trace())
+    # Weights are Gaussian only about, and so are errors even over rows.
+    expected = choice.mse * expected_cost(W, H, f, choice.recipe, **how)
+    assert expected == pytest.approx(cost, rel=0.2)
+    assert expected_cost(W, 0 * H, f, choice.recipe, **how) == 0
 
 
 @pytest.fixture(scope="module")

@@ -69,8 +69,9 @@ class Choice:
         """Rounds one Gaussian matrix, with H = I."""
         recipe = build_recipe(**{FLAGS[name].name: value for name, value in flags.items()})
         W = torch.randn(*SAMPLE, generator=rng_for(0, "choices"))
+        f = W.square().sum(1)  # which rescales no output
         quantized = quantize_matrix(
-            W, torch.eye(SAMPLE[1]), recipe, rng=rng_for(0, "rounding"), name="a sample"
+            *(W, torch.eye(SAMPLE[1]), recipe), rng=rng_for(0, "rounding"), name="a sample", f=f
         )
         error = (quantized.dequantize() - W).double().square().sum() / W.double().square().sum()
         layer = QuantizedLinear.from_matrix(quantized, None)

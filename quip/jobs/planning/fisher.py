@@ -29,6 +29,7 @@ from quip.model.sensitivity.gather import measure_sensitivity
 from quip.model.sensitivity.measure import Passing
 from quip.model.states import batch_size_for
 from quip.model.walk import walk
+from quip.transforms import Chain, Hadamard, OutputRescale
 
 
 def fisher_damages(asked: Planning, groups: Sequence[Group]) -> list[list[float]]:
@@ -72,21 +73,43 @@ def _costs(
         stream=loaded.stream,
     )
     for block in blocks:
-        hessians, matrices = block.observe(), block.matrices()
+        (hessians,), matrices = block.observe_each([felt]), block.matrices()
         for names in sharing(hessians):
             H = hessians[names[0]].summed().take()
             for name in names:
                 W = matrices[name].weight.detach()
-                squares = float(felt.sums[f"outputs {name}"].sum())  # tr M
-                cost = expected_cost(W, H, recipes[name], name=name, seed=how.seed)
-                yield name, squares / float(H.trace().clamp_min(1e-300)) * cost
+                f = felt.sums[f"outputs {name}"].to(W.device)
+                yield name, expected_cost(W, H, f, recipes[name], name=name, seed=how.seed)
 
 
 def expected_cost(
-    W: Float[Tensor, "m n"], H: Float[Tensor, "n n"], recipe: Recipe, *, name: str, seed: int
+    W: Float[Tensor, "m n"],
+    H: Float[Tensor, "n n"],
+    f: Float[Tensor, " m"],
+    recipe: Recipe,
+    *,
+    name: str,
+    seed: int,
 ) -> float:
-    """1/2 (1/m) |W~|^2 / n  sum_k d_k: half the mean loss of a row that D = 1 would leave."""
-    sized = recipe.sized(*W.shape)
-    _, W_t, factored = Factorisations(H).of(W, sized, rng_for(seed, name), name)
-    m, n = W.shape
-    return 0.5 * float(W_t.double().square().sum()) / (m * n) * float(factored.h.double().sum())
+    """1/2 |W~|^2 / (m n) sum_k d_k  sum_i f_i r_i^2 / tr H, the nats that D = 1 would cost.
+
+    H is of any scale, for f_i = E[|x|^2 g_i^2] has that of M: tr M = sum_i f_i. r are the factors
+    by which the recipe rescales outputs, 1 for all others.
+    """
+    (m, n), trace = W.shape, float(H.trace())
+    if trace == 0:  # inputs that are always 0
+        return 0.0
+    T, W_t, factored = Factorisations(H).of(W, recipe.sized(m, n), rng_for(seed, name), name, f)
+    felt = float((f.double() * _factors(T, m).to(f.device) ** 2).sum()) / trace
+    return 0.5 * felt * float(W_t.double().square().sum() / (m * n) * factored.h.double().sum())
+
+
+def _factors(T: Chain, m: int) -> Float[Tensor, " m"]:
+    """What each output of the rotation is multiplied with, but for its sign."""
+    r = torch.ones(m, dtype=torch.float64)
+    for link in T.links:
+        if isinstance(link, OutputRescale):
+            r = r * link.r.double().cpu()
+        if isinstance(link, Hadamard):
+            r = r * link.signs_out.double().cpu()
+    return r
