@@ -83,7 +83,10 @@ class QuantizedLinear(nn.Module):
         return self._parts().multiply(x, self.codes)
 
     def traced(self, x: Float[Tensor, "*batch n"], index: int = 0) -> Float[Tensor, "*batch _m"]:
-        """What member `index` of a stack answers, in the dtype of x, as one operator of a graph."""
+        """What member `index` of a stack answers, in the dtype of x, as one operator of a graph.
+
+        With ops.ALL that is what all of them do, one after the other.
+        """
         self._check_width(x)
         stored = list(self.stored().values())
         return ops.product(x, stored, self._words, self.sizes, index)

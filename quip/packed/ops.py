@@ -24,6 +24,7 @@ from quip.packed.spec import Spec
 LAYERS: WeakValueDictionary[int, Any] = WeakValueDictionary()
 NUMBERS = count()
 ARGUMENTS = "Tensor[] stored, str spec, int[] sizes, int index"
+ALL = -1  # in place of the index of a member: every one, one after the other
 
 
 @torch.library.custom_op(
@@ -32,7 +33,7 @@ ARGUMENTS = "Tensor[] stored, str spec, int[] sizes, int index"
 def product(
     x: Tensor, stored: Sequence[Tensor], spec: str, sizes: Sequence[int], index: int
 ) -> Tensor:
-    """W_hat_i x in the dtype of x: member `index` of a stack of matrices of so many rows.
+    """W_hat_i x in the dtype of x: member `index` of a stack of matrices of so many rows, or ALL.
 
     `stored` are the tensors of the whole in the order of `Spec.empty`, then the scales of a stack;
     `spec` is the specification as JSON. A matrix that is no stack has one size. The members of a
@@ -40,10 +41,14 @@ def product(
     """
     parts, codes = _parts(stored, spec, sizes, x.shape[-1], x), stored[0]
 
-    def compute(x: Tensor) -> Sequence[Tensor]:
-        return parts.multiply(x, codes).to(x.dtype).split(list(sizes), dim=-1)
+    def compute(x: Tensor) -> Tensor:
+        return parts.multiply(x, codes).to(x.dtype)
 
-    y = parts.answers.ask(x, index, compute) if len(sizes) > 1 else compute(x)[0]
+    def compute_each(x: Tensor) -> Sequence[Tensor]:
+        return compute(x).split(list(sizes), dim=-1)
+
+    alone = index == ALL or len(sizes) == 1
+    y = compute(x) if alone else parts.answers.ask(x, index, compute_each)
     return y.contiguous()
 
 
@@ -51,7 +56,7 @@ def product(
 def _shaped(
     x: Tensor, stored: Sequence[Tensor], spec: str, sizes: Sequence[int], index: int
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], sizes[index])
+    return x.new_empty(*x.shape[:-1], sum(sizes) if index == ALL else sizes[index])
 
 
 @torch.library.custom_op(
@@ -68,7 +73,7 @@ def product_backward(
     W = parts.dense(stored[0], n, wide)
     if parts.scales is not None:
         W *= parts.scales[:, None]
-    return g @ W.split(list(sizes))[index].to(g.dtype)
+    return g @ (W if index == ALL else W.split(list(sizes))[index]).to(g.dtype)
 
 
 @product_backward.register_fake
