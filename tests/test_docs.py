@@ -54,6 +54,8 @@ FOREIGN |= {"--output-dir", "--use-vq", "--nearest"}  # of scripts/gptvq/llama.p
 FOREIGN |= {"--shrink", "--blocks"}  # of scripts/simulate_scale.py
 FOREIGN |= {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank"}  # of torchrun
 FOREIGN |= {"--master-addr", "--master-port"}
+FOREIGN |= {"--extra-index-url", "--enforce-eager"}  # of pip, and of vLLM
+FOREIGN |= {"--tensor-parallel-size", "--pipeline-parallel-size"}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

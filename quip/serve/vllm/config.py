@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import (
@@ -18,7 +19,7 @@ from quip.packed.files import DAMAGED
 from quip.packed.hub import EXPERT, METHOD, QuipConfig
 from quip.packed.layout import Layout
 from quip.serve.vllm.linear import QuipLinear
-from quip.serve.vllm.products import REMEDY, products
+from quip.serve.vllm.products import REMEDY, members, products
 
 
 class QuipQuantization(QuantizationConfig):
@@ -26,7 +27,7 @@ class QuipQuantization(QuantizationConfig):
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self.layout = layout
+        self.layout, self.met = layout, set[str]()  # the names of matrices that have a layer
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QuipQuantization":
@@ -58,8 +59,22 @@ class QuipQuantization(QuantizationConfig):
             raise UnsupportedModel(f"{prefix} is packed, and vLLM reads heads dense; {REMEDY}")
         if not isinstance(layer, LinearBase):
             return None
+        self.met |= {prefix, *members(prefix, self.packed_modules_mapping)}
         found = products(self.layout, prefix, self.packed_modules_mapping)
-        return QuipLinear(prefix, found) if found else UnquantizedLinearMethod()
+        if not found:
+            return UnquantizedLinearMethod()
+        return QuipLinear(prefix, found, self.check_all_met)
+
+    def check_all_met(self) -> None:
+        """Raise UnsupportedModel for a matrix that no layer asked for, once all are made.
+
+        Under another name its layer would be dense, and vLLM may leave that at random.
+        """
+        left = {*self.layout.names} - self.met
+        if left and get_pp_group().world_size == 1:  # else other processes have them
+            raise UnsupportedModel(
+                f"{min(left)}: no layer of vLLM goes by this name, in which it is packed; {REMEDY}"
+            )
 
     def get_name(self) -> Any:
         return METHOD

@@ -27,8 +27,9 @@ Take = Callable[..., None]
 class QuipLinear(LinearMethodBase):
     """W_hat x + b by the packed matrices of a layer: by one product where they are one stack."""
 
-    def __init__(self, name: str, found: list[Product]) -> None:
-        self.name, self.products = name, found
+    def __init__(self, name: str, found: list[Product], check: Callable[[], None]) -> None:
+        """`check` is called once all layers of the model are made."""
+        self.name, self.products, self.check = name, found, check
 
     def create_weights(
         self,
@@ -56,6 +57,7 @@ class QuipLinear(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Close the slots. Raises Unavailable where a tensor never came, or tensors make none."""
+        self.check()
         for slot in [name for name, x in layer._parameters.items() if hasattr(x, "of_quip")]:
             delattr(layer, slot)
         if hasattr(layer, "stack"):
