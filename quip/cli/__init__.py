@@ -21,6 +21,7 @@ from quip.cli import (
     ranks,
     recipes,
     run,
+    serve,
     summary,
     table,
 )
@@ -40,6 +41,7 @@ COMMANDS = {
     "finetune": finetune,
     "evaluate": evaluate,
     "generate": generate,
+    "serve": serve,
     "inspect": inspect,
     "export": export,
     "import-quip-sharp": import_quip_sharp,

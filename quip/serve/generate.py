@@ -8,16 +8,17 @@ interrupt ends it between two layers, and it draws from the generator that it is
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from quip.errors import NonFinite, UsageError, one_line
+from quip.errors import NonFinite, UsageError
 from quip.packed.checkpoint import positions
 from quip.packed.step import fixed_step
+from quip.serve.prompts import read_prompt
 from quip.serve.sampling import Sampling
 from quip.serve.text import IncrementalDecoder
 
@@ -49,31 +50,71 @@ def generate(
         for piece in generate(model, tokenizer, "The following"):
             print(piece, end="", flush=True)
     """
+    plain = isinstance(prompt, str)
+    ids = read_prompt(tokenizer, prompt)
+    return write(
+        model,
+        tokenizer,
+        ids,
+        # A text goes on with the space that its first token may begin with; an answer starts anew.
+        before=ids if plain else [],
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        rng=rng,
+        remedy="shorten it" if plain else "say less, or begin a new conversation",
+    )
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """What is shown each step of a text; an exception that it raises ends the text."""
+
+    whole: bool  # whether the first step shows the logits of the prompt's tokens as well
+
+    def __call__(self, logits: Float[Tensor, "s vocab"], token: int) -> None:
+        """The last row of `logits` is what the model predicts, and `token` what was chosen."""
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[int],
+    *,
+    before: Sequence[int] = (),
+    max_new_tokens: int = 256,
+    sampling: Sampling = GREEDY,
+    rng: torch.Generator | None = None,
+    watch: Watch | None = None,
+    remedy: str = "shorten it",
+) -> "Answer":
+    """The text with which the model goes on after tokens, as `generate` has it after a text.
+
+    The text begins as it would after the tokens `before`. Raises what `generate` raises.
+    """
     if max_new_tokens < 1:
         raise UsageError(f"max_new_tokens {max_new_tokens}: at least 1 is needed")
     if sampling.draws and rng is None:
         raise UsageError("drawing at random needs rng, a torch.Generator on the CPU")
-    plain = isinstance(prompt, str)
-    ids = _tokens(tokenizer, prompt)
-    remedy = "shorten it" if plain else "say less, or begin a new conversation"
-    room = _room(model, len(ids), remedy)
-    stops = _stop_tokens(model, tokenizer)
+    room = room_after(model, len(ids), remedy)
+    stops = stop_tokens(model, tokenizer)
     writer: Any = model  # that it can generate, its type does not say
+    whole = watch is not None and watch.whole and writer._supports_logits_to_keep()
     steps: Iterator[int] = writer.generate(
         torch.tensor([ids], device=model.device),
         attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=model.device),
         custom_generate=_steps,
         rng=rng if sampling.draws else None,
+        watch=watch,
         max_new_tokens=max_new_tokens if room is None else min(room, max_new_tokens),
         eos_token_id=sorted(stops) or None,
         pad_token_id=0,  # one text is never padded; without it, a warning
         use_cache=True,
         num_beams=1,
         num_return_sequences=1,
-        **_drawing(sampling),
+        **({"logits_to_keep": 0} if whole else {}),
+        **sampling.keywords,
     )
-    # A text goes on with the space that its first token may begin with; an answer starts anew.
-    decoder = IncrementalDecoder(tokenizer, ids if plain else [])
+    decoder = IncrementalDecoder(tokenizer, before)
     cut: End = "positions" if room is not None and room < max_new_tokens else "max_new_tokens"
     return Answer(steps, decoder, prompt_tokens=len(ids), stops=stops, cut=cut)
 
@@ -139,6 +180,7 @@ def _steps(
     stopping_criteria: Callable[..., Tensor],
     generation_config: Any,
     rng: torch.Generator | None,
+    watch: Watch | None = None,
     **model_kwargs: Any,
 ) -> Iterator[int]:
     """New tokens, one by one: the loop inside generate(), after its `_sample`, for one text."""
@@ -154,9 +196,9 @@ def _steps(
             with torch.no_grad():  # generate()'s own ended as it returned; the caller's goes on
                 out = model(**inputs, return_dict=True)
             model_kwargs = model._update_model_kwargs_for_generation(out, model_kwargs)
-            logits = out.logits[:, -1].float()
+            seen, logits = out.logits[0], out.logits[:, -1].float()
         else:
-            logits = step(input_ids[:, -1:])
+            seen = logits = step(input_ids[:, -1:])
         if not logits.amax().isfinite():  # NaN is the largest; some models rule tokens out by -inf
             raise NonFinite(
                 f"{type(model).__name__} computes NaN or infinity in {model.dtype}; "
@@ -164,6 +206,8 @@ def _steps(
             )
         token = _choose(logits_processor(input_ids, logits), rng).to(input_ids.device)
         input_ids = torch.cat([input_ids, token], dim=1)
+        if watch is not None:
+            watch(seen, int(token))
         yield int(token)
         if stopping_criteria(input_ids, None).all():
             return
@@ -181,33 +225,10 @@ def _choose(scores: Float[Tensor, "1 vocab"], rng: torch.Generator | None) -> In
     return torch.multinomial(scores.softmax(-1).cpu(), 1, generator=rng)
 
 
-def _tokens(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, str]]
-) -> list[int]:
-    if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-    else:
-        try:
-            text = tokenizer.apply_chat_template(
-                list(map(dict, prompt)), add_generation_prompt=True, tokenize=False
-            )
-        except Exception as error:  # a template may raise anything, also on purpose
-            roles = ", ".join(message["role"] for message in prompt)
-            raise UsageError(
-                f"the chat template refuses messages of the roles {roles}: {one_line(error)}; "
-                "leave out a system message, or give the prompt as plain text"
-            ) from error
-        # The template has written all special tokens that it wants.
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not ids:
-        raise UsageError("the prompt is empty: its tokenizer makes no token of it; say more")
-    return ids
-
-
-def _room(model: PreTrainedModel, prompt_tokens: int, remedy: str) -> int | None:
+def room_after(model: PreTrainedModel, prompt_tokens: int, remedy: str) -> int | None:
     """How many tokens can follow: the last of the model's positions still predicts one.
 
-    None where positions are not limited, as with ALiBi.
+    None where positions are not limited, as with ALiBi. Raises UsageError where none is left.
     """
     limit = positions(model.config)
     if limit is not None and prompt_tokens > limit:
@@ -217,25 +238,9 @@ def _room(model: PreTrainedModel, prompt_tokens: int, remedy: str) -> int | None
     return None if limit is None else limit - prompt_tokens + 1
 
 
-def _stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that end a text: the ends of the generation_config, and the tokenizer's."""
     generation = model.generation_config
     ends = generation.eos_token_id if generation is not None else None
     ends = ends if isinstance(ends, list) else [ends]
     return frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)
-
-
-def _drawing(sampling: Sampling) -> dict[str, object]:
-    """What generate() is asked for; none of it is left to the model's generation_config."""
-    if not sampling.draws:
-        return {"do_sample": False}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k or 0,
-        "top_p": 1.0 if sampling.top_p is None else sampling.top_p,
-        # Off, all of them.
-        "min_p": 0.0,
-        "typical_p": 1.0,
-        "epsilon_cutoff": 0.0,
-        "eta_cutoff": 0.0,
-    }

@@ -41,3 +41,20 @@ class Sampling:
     def draws(self) -> bool:
         """Whether chance has a part in it."""
         return self.temperature > 0
+
+    @property
+    def keywords(self) -> dict[str, object]:
+        """What generate() is asked for; none of it is left to the model's generation_config."""
+        if not self.draws:
+            return {"do_sample": False}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": self.top_k or 0,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            # Off, all of them.
+            "min_p": 0.0,
+            "typical_p": 1.0,
+            "epsilon_cutoff": 0.0,
+            "eta_cutoff": 0.0,
+        }
