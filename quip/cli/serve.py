@@ -24,6 +24,7 @@ quip serve runs/demo-2bit --lora terse=adapters/terse
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 TEMPLATE_BYTES = 1 << 18
 KEY_BYTES = 4096
+MOST_PORT = 65535
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +91,8 @@ def call(args: Arguments) -> None:
     """Check what can be checked, load the model, and answer until a signal says to end."""
     from quip.serve.server import build_app, check_installed, listen, run
 
+    if not 0 <= args.port <= MOST_PORT:
+        raise UsageError(f"--port {args.port}: from 0 to {MOST_PORT}")
     key, folders = _key(args), _adapters(args)
     check_installed()
     template = args.chat_template and read_text(args.chat_template, limit=TEMPLATE_BYTES)

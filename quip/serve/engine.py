@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -54,8 +54,11 @@ class Ended:
     new_tokens: int
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What writes texts."""
+
+    waiting: int  # texts that are not complete
 
     def check(self, ask: Ask) -> None:
         """Raise Refused for what this engine cannot do."""

@@ -6,12 +6,14 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from typing import Any
 
 from quip.serve.answers import Usage
 from quip.serve.refused import Refused
 
 BYTES = 4 << 20  # of a request
+THROWN_AWAY = 64 << 20  # bytes: who still sends does not read why it is refused
 SECONDS = 30.0  # in which its bytes are to be here
 GONE = 499  # the status in the log where nobody waited for the answer
 
@@ -43,7 +45,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), GONE
+        start, status, body = time.perf_counter(), GONE, None
         usage = scope.setdefault("state", {})["usage"] = Usage()
 
         async def note(message: Any) -> None:
@@ -54,10 +56,13 @@ class Gate:
 
         try:
             self._check(scope)
-            body = await _read(scope, receive)
+            body = await _read(receive)
             if not await _attended(self._app, scope, body, receive, note):
                 status = GONE
         except Refused as refused:
+            if body is None and refused.status not in (408, 413):  # it may still be on its way
+                with suppress(Refused):
+                    await _read(receive)
             await _refuse(refused, note)
         finally:
             seconds = time.perf_counter() - start
@@ -90,25 +95,24 @@ class Gate:
         if scope["method"] == "POST" and kind != b"application/json":
             # Which a page of another site cannot send without asking first.
             raise Refused("the content type is not application/json; send JSON", status=415)
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > BYTES:
-            raise _too_large(f"{int(length[:20])}")
 
 
-async def _read(scope: Scope, receive: Receive) -> bytes:
+async def _read(receive: Receive) -> bytes:
     """The body of a request. Raises Refused for one that is too large, or that does not come."""
-    found = bytearray()
+    found, size, more = bytearray(), 0, True
     try:
         async with asyncio.timeout(SECONDS):
-            more = True
-            while more:
+            while more and size <= THROWN_AWAY:
                 message = await receive()
-                found += message.get("body", b"")
-                if len(found) > BYTES:
-                    raise _too_large(f"more than {BYTES}")
+                part = message.get("body", b"")
+                size += len(part)
+                if size <= BYTES:
+                    found += part
                 more = message.get("more_body", False)  # and not, where the client has gone
     except TimeoutError as error:
         raise Refused(f"the request did not come within {SECONDS:g} s", status=408) from error
+    if size > BYTES:
+        raise Refused(f"the request has more than {BYTES} bytes; send less at once", status=413)
     return bytes(found)
 
 
@@ -156,10 +160,6 @@ async def _refuse(refused: Refused, send: Send) -> None:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
-
-
-def _too_large(size: str) -> Refused:
-    return Refused(f"the request has {size} bytes, above {BYTES}; send less at once", status=413)
 
 
 def _digest(key: bytes) -> bytes:

@@ -161,11 +161,18 @@ def _common(words: Common) -> dict[str, Any]:
     options = words.get("stream_options") or {}
     return {
         "model": words.get("model"),
-        **{name: words.get(name) for name in ("temperature", "top_p", "top_k", "seed")},
+        "temperature": _real(words.get("temperature")),
+        "top_p": _real(words.get("top_p")),
+        "top_k": words.get("top_k"),
+        "seed": words.get("seed"),
         "stops": (stop,) if isinstance(stop, str) else tuple(stop),
         "stream": bool(words.get("stream")),
         "include_usage": bool(options.get("include_usage")),
     }
+
+
+def _real(number: float | int | None) -> float | None:
+    return None if number is None else float(number)  # JSON's 1 is whole
 
 
 def _plain(content: str | list[Part]) -> str:

@@ -51,7 +51,6 @@ def add_routes(app: FastAPI, served: Served, engine: Engine) -> None:
 
     app.add_exception_handler(Refused, _refuse)
     app.add_exception_handler(HTTPException, _refuse)
-    app.add_exception_handler(Exception, _refuse)
 
 
 async def _refuse(request: Request, error: Exception) -> Any:
@@ -81,6 +80,15 @@ def _card(served: Served) -> Callable[[str], Json]:
 
 
 async def _answer(
+    served: Served, engine: Engine, request: Request, read: Callable[[bytes], Asked]
+) -> Any:
+    try:
+        return await _written(served, engine, request, read)
+    except Exception as error:
+        return await _refuse(request, error)
+
+
+async def _written(
     served: Served, engine: Engine, request: Request, read: Callable[[bytes], Asked]
 ) -> Any:
     asked = read(await request.body())

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class Stops:
-    """Pieces of a text pass until one of the `words` stands in it; what follows is lost.
+    """Pieces of a text pass until one of the `words` is complete; it and what follows are lost.
 
     What may be the beginning of a word is held back until it is known.
     """
@@ -19,10 +19,10 @@ class Stops:
         if self.found:
             return ""
         text = self._held + piece
-        places = [place for word in self._words if (place := text.find(word)) >= 0]
-        if places:
+        ends = [(at + len(word), at) for word in self._words if (at := text.find(word)) >= 0]
+        if ends:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(ends)[1]]  # the first to be complete, however a text comes in pieces
         keep = max((_overlap(text, word) for word in self._words), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
