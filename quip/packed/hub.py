@@ -102,9 +102,8 @@ class QuipQuantizer(HfQuantizer):
         self.quantization_config = copy(self.quantization_config)  # the caller may hold this one
         self.quantization_config.layout = layout
 
-    def update_weight_conversions(
-        self, weight_conversions: Any, model: nn.Module | None = None
-    ) -> Any:  # earlier versions of transformers ask without the model
+    # Earlier versions of transformers ask without the model.
+    def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         """None where the files go by the names of the modules, as ours do; older ones may not."""
         return weight_conversions if self._renames else []
 

@@ -68,7 +68,7 @@ def build_app(
     theirs = Unstarted(
         continuous_batching=continuous_batching, log_level="error", non_blocking=True
     )
-    app = theirs.server.config.app
+    app: Any = theirs.server.config.app
     if continuous_batching:
         from quip.serve.batch import Batched
 
