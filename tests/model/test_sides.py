@@ -34,12 +34,16 @@ def test_sides_are_of_the_gradients_of_each_window(name):
     for matrix, side in found.items():
         W = model.get_submodule(matrix).weight
         G = torch.stack([gradient(model, W, window) for window in ids])
-        torch.testing.assert_close(side.held.double(), G[-HELD:], rtol=1e-3, atol=1e-5)
         expected = (G[:-HELD] @ G[:-HELD].mT).mean(0) / W.shape[1]
         torch.testing.assert_close(side.H_O, expected, rtol=1e-3, atol=1e-5)
+        tokens_of = side.g.view(HELD, -1, len(W)).double(), side.x.view(HELD, -1, W.shape[1])
+        felt = tokens_of[0].mT @ tokens_of[1].double()  # G again, of the tokens that are kept
+        torch.testing.assert_close(felt, G[-HELD:], rtol=1e-3, atol=1e-5)
         E = torch.randn(W.shape, generator=torch.Generator().manual_seed(1), dtype=W.dtype)
-        damage = (G[-HELD:] * E).sum((1, 2)).square().mean() / 2
-        assert float(side.damage(E)) == pytest.approx(float(damage), rel=1e-2)
+        each = [
+            float(g @ E @ x) ** 2 for g, x in zip(side.g.double(), side.x.double(), strict=True)
+        ]
+        assert float(side.damage(E)) == pytest.approx(sum(each) / len(each) / 2, rel=1e-4)
 
 
 def gradient(model: nn.Module, W: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
@@ -57,10 +61,11 @@ def test_how_many_windows_pass_together_does_not_matter():
 
 def test_rows_and_scales_of_a_side():
     rng = torch.Generator().manual_seed(0)
-    held, scales = torch.randn(2, 6, 4, generator=rng), torch.rand(6, generator=rng) + 0.5
+    x, g = torch.randn(9, 4, generator=rng), torch.randn(9, 6, generator=rng)
+    scales = torch.rand(6, generator=rng) + 0.5
     E, H_O = torch.randn(6, 4, generator=rng), torch.diag(torch.arange(6).double())
     rows = {"a": slice(0, 2), "b": slice(2, 5), "c": slice(5, 6)}
-    side = Side(rows=rows, H_O=H_O, held=held)
+    side = Side(rows=rows, H_O=H_O, x=x, g=g)
     part = side.of(["c", "a"])
     assert part.rows == {"c": slice(0, 1), "a": slice(1, 3)}
     assert part.H_O.diagonal().tolist() == [5, 0, 1]
