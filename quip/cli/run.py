@@ -22,7 +22,15 @@ from quip.cli.flags import (
 from quip.cli.machine import machine_flags, memory_flags, team_flags
 from quip.cli.parse import Arguments, as_given, refuse_both, refuse_small
 from quip.cli.streams import say
-from quip.cli.tuning import refuse_target, refuse_tuning, target_flag, tuning_flags, tuning_of
+from quip.cli.tuning import (
+    refuse_target,
+    refuse_tuning,
+    refuse_two_sided,
+    target_flag,
+    tuning_flags,
+    tuning_of,
+    two_sided_flag,
+)
 from quip.cli.values import place
 from quip.errors import UsageError
 from quip.jobs.requests import request
@@ -47,7 +55,9 @@ def build(parser: argparse.ArgumentParser) -> None:
     model_and_dataset(parser).required = False
     recipe_flags(parser)
     tuning_flags(parser.add_argument_group("fine-tuning"))
-    target_flag(parser.add_argument_group("errors of the blocks before"))
+    beside = parser.add_argument_group("what rounding looks at beside the inputs of a matrix")
+    target_flag(beside)
+    two_sided_flag(beside)
     _data_flags(parser.add_argument_group("data and evaluation"))
     task_flags(parser.add_argument_group("zero-shot tasks"))
     _machine_flags(parser.add_argument_group("machine and output"))
@@ -130,6 +140,7 @@ def call(args: Arguments) -> None:
     check_recipe(args)
     refuse_tuning(args, quantizes=not _is_unquantized(args))
     refuse_target(args, quantizes=not _is_unquantized(args))
+    refuse_two_sided(args, quantizes=not _is_unquantized(args))
     evaluations = evaluations_of(args, quantizes=not _is_unquantized(args))
     refuse_tasks(args)
     refuse_json(args)
@@ -225,6 +236,7 @@ def _words(args: Arguments) -> str:
     if _is_unquantized(args):
         return f"as saved in {args.load}" if args.load else "as it is"
     tuned = ", fine-tuned" if args.ft_epochs else ""
+    tuned += ", two-sided" if args.two_sided else ""
     tuned += f", targets shrunk by {args.target_shrink}" if args.target_shrink else ""
     planned = [f"a plan of {len(args.plan)} patterns"] if args.plan else []
     line = [recipe_words(args)] if has_recipe(args) else []

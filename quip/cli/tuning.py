@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from quip.cli.parse import Arguments
 from quip.cli.values import share_or_auto
 from quip.errors import UsageError
-from quip.jobs.requests import NO_TARGET_IN_TUNING, NO_TARGET_OF_A_STORE
+from quip.jobs.requests import NO_SIDES_OF_A_STORE, NO_TARGET_IN_TUNING, NO_TARGET_OF_A_STORE
 
 if TYPE_CHECKING:
     from quip.model.tune import BlockTuning
@@ -61,6 +61,32 @@ def target_flag(group: argparse._ArgumentGroup) -> None:
         "before it have lost: A from 0 to 1, or `auto`, by a tenth of the windows, which are held "
         "out (default 0: towards W)",
     )
+
+
+def two_sided_flag(group: argparse._ArgumentGroup) -> None:
+    """--two_sided: errors weigh by what the loss feels of outputs, too."""
+    group.add_argument(
+        "--two_sided",
+        action="store_true",
+        help="round each matrix by the gradients at its outputs too (YAQA's sketch B), rows after "
+        "rows, from one pass forward and back before the walk; kept where a quarter of the "
+        "windows, which is held out, loses less by it",
+    )
+
+
+def refuse_two_sided(args: Arguments, *, quantizes: bool) -> None:
+    """Raise UsageError for --two_sided where there is nothing for it to work with."""
+    if not args.two_sided:
+        return
+    if not quantizes:
+        raise UsageError("--two_sided needs weights to quantize: give --wbits or --codebook")
+    if args.hessians is not None:
+        raise UsageError(NO_SIDES_OF_A_STORE)
+    if args.codebook == "vq":
+        raise UsageError(
+            "--two_sided with --codebook vq, which rounds all rows of a matrix together: leave out "
+            "one"
+        )
 
 
 def refuse_target(args: Arguments, *, quantizes: bool) -> None:

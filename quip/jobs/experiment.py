@@ -9,6 +9,7 @@ from quip.data.hessians import HessianStore
 from quip.errors import UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.jobs.requests import (
+    NO_SIDES_OF_A_STORE,
     NO_TARGET_IN_TUNING,
     NO_TARGET_OF_A_STORE,
     Calibration,
@@ -33,6 +34,7 @@ class Experiment(Calibration, Machine, Place):
     recipe: Recipe | Plan | None  # of all matrices, or of each; None: the model as it is
     tuning: BlockTuning | None = None  # of each block, while it is quantized
     target_shrink: Shrinking = None  # how much targets make up for errors of the blocks before
+    two_sided: bool = False  # whether matrices are rounded by what the loss feels of outputs, too
     hessians: Path | None = None  # a store of them, instead of calibration
     load: str | None = None  # a checkpoint of the model, evaluated in its place
     method: str = "unquantized"  # the recipe in a person's words
@@ -55,6 +57,8 @@ def settled(e: Experiment) -> Experiment:
         raise UsageError(NO_TARGET_IN_TUNING.format(shrink=e.target_shrink))
     if e.hessians is None:
         return e
+    if e.two_sided:
+        raise UsageError(NO_SIDES_OF_A_STORE)
     if e.target_shrink:
         raise UsageError(NO_TARGET_OF_A_STORE.format(shrink=e.target_shrink))
     if e.tuning:
@@ -76,6 +80,7 @@ def entries_of(e: Experiment, loaded: LoadedModel, device: str) -> dict[str, Any
         **described(e.recipe),
         "tuning": e.tuning and asdict(e.tuning),
         **({"target_shrink": e.target_shrink} if e.target_shrink else {}),
+        **({"two_sided": True} if e.two_sided else {}),
         "seed": e.seed,
         "device": device_name(device),
         "dtype": loaded.dtype_name,

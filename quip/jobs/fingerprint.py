@@ -30,6 +30,7 @@ def fingerprint_of(
     device: torch.device,
     exact: bool = True,
     target_shrink: Shrinking = None,
+    two_sided: bool = False,
 ) -> dict[str, Any]:
     """All that the codes of a run depend on, fit for JSON; what is short comes first.
 
@@ -40,6 +41,7 @@ def fingerprint_of(
         **described(how),
         "tuning": tuning and asdict(tuning),
         **({"target_shrink": target_shrink} if target_shrink else {}),
+        **({"two_sided": True} if two_sided else {}),
         "seed": asked.seed,
         **({"all_experts": True} if asked.all_experts else {}),
         **({"token_weights": asked.token_weights} if asked.token_weights != NO_WEIGHTS else {}),

@@ -9,6 +9,10 @@ from typing import Any, TypeVar, cast
 
 Request = TypeVar("Request")
 NO_WEIGHTS = "none"
+NO_SIDES_OF_A_STORE = (
+    "--two_sided with --hessians: it needs gradients, and a store has only second moments of "
+    "inputs; give DATASET instead, or leave out --two_sided"
+)
 NO_TARGET_OF_A_STORE = (
     "--target_shrink {shrink} with --hessians: targets compare what the model and the original "
     "pass on, of which a store has nothing; give DATASET instead, or leave out --target_shrink"

@@ -19,7 +19,7 @@ from quip.jobs.report.report import Report
 from quip.jobs.report.saved import save_with_notes, write_notes
 from quip.jobs.requests import NO_WEIGHTS
 from quip.jobs.saving import check_save
-from quip.jobs.sensitivity import felt_for, forget_felt, is_asked_for
+from quip.jobs.sensitivity import forget_felt, with_felt
 from quip.jobs.streaming import check_all_weights, ledger_for, no_longer_than_this
 from quip.jobs.tasks import fetched, measure_tasks
 from quip.matrix.recipe import Recipe
@@ -163,6 +163,7 @@ def _ledger(
         device=torch.device(device),
         exact=not e.fast_reduce,
         target_shrink=e.target_shrink,
+        two_sided=e.two_sided,
     )
     blocks = folder.path / RunFolder.BLOCKS if folder else None
     ledger = ledger_for(loaded, fingerprint, source, blocks, beside=e.save)
@@ -214,18 +215,7 @@ def _quantize(
         found = quantize_from_store(loaded.model, source, run)
     else:
         batch_size = batch_size_for(source.seqlen, loaded.model, report.device)
-        run = replace(run, batch_size=batch_size)
-        if is_asked_for(e, recipe):
-            with watch("sensitivity"):
-                felt = felt_for(
-                    *(e, loaded, source),
-                    device=torch.device(report.device),
-                    batch_size=batch_size,
-                    team=team,
-                    ledger=ledger,
-                    activations=run.activations,
-                )
-            run = replace(run, felt=felt)
+        run = with_felt(e, loaded, source, replace(run, batch_size=batch_size))
         found = quantize_matrix_by_matrix(loaded.model, source.ids, run)
     try:
         records.extend(found)

@@ -1,11 +1,13 @@
 """The pass that a job makes before it changes a model, or what an earlier one has found."""
 
 import logging
+from dataclasses import replace
 
 import torch
 
 from quip.data import TokenSet
 from quip.data.hessian_files import FELT
+from quip.jobs.experiment import Experiment
 from quip.jobs.requests import NO_WEIGHTS, Calibration
 from quip.matrix.recipe import Recipe
 from quip.model.activations import Activations
@@ -13,10 +15,12 @@ from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel
 from quip.model.matrices import find_blocks
 from quip.model.plan import Plan
+from quip.model.run import Run
 from quip.model.sensitivity.files import kept_felt, write_felt
 from quip.model.sensitivity.found import Sensitivity
 from quip.model.sensitivity.gather import measure_sensitivity
 from quip.model.sensitivity.measure import Passing
+from quip.model.sides import Sides, check_two_sided
 from quip.model.team import Team
 from quip.transforms import rescales_outputs
 
@@ -63,6 +67,35 @@ def felt_for(
     return found
 
 
+def with_felt(e: Experiment, loaded: LoadedModel, tokens: TokenSet, run: Run) -> Run:
+    """The run, with what the loss feels of the model where that is asked for."""
+    if e.recipe and is_asked_for(e, e.recipe):
+        with run.watch("sensitivity"):
+            felt = felt_for(
+                *(e, loaded, tokens),
+                device=torch.device(run.device),
+                batch_size=run.batch_size,
+                team=run.team,
+                ledger=run.ledger,
+                activations=run.activations,
+            )
+        run = replace(run, felt=felt)
+    if e.recipe and e.two_sided:
+        for recipe in Plan.of(e.recipe).each():
+            check_two_sided(recipe)
+        how = Passing(
+            kind="fisher",
+            seed=e.seed,
+            device=torch.device(run.device),
+            batch_size=run.batch_size,
+            stream=loaded.stream,
+            activations=run.activations,
+        )
+        with run.watch("sensitivity"):
+            run = replace(run, sides=Sides.measured(loaded.model, tokens.ids, how))
+    return run
+
+
 def forget_felt(ledger: Ledger | None) -> None:
     """After the last block nobody needs what was felt."""
     if ledger is not None:
@@ -76,8 +109,7 @@ def is_asked_for(asked: Calibration, how: Recipe | Plan | None) -> bool:
 
 def rescales(how: Recipe | Plan | None) -> bool:
     """Whether some recipe rescales outputs, by what the loss feels of them."""
-    plan = Plan.of(how) if how else Plan()
-    recipes = [rule.recipe for rule in plan.rules] + ([plan.default] if plan.default else [])
+    recipes = Plan.of(how).each() if how else []
     return any(rescales_outputs(recipe.transforms) for recipe in recipes)
 
 

@@ -32,6 +32,10 @@ class Plan:
         """The plan itself, or that of one recipe for all."""
         return how if isinstance(how, Plan) else cls(default=how)
 
+    def each(self) -> list[Recipe]:
+        """The recipes of all rules, and the one of what they leave."""
+        return [rule.recipe for rule in self.rules] + ([self.default] if self.default else [])
+
     def recipes(self, names: Iterable[str]) -> dict[str, Recipe]:
         """The recipe of each of a model's matrices, by full dotted name.
 
