@@ -1,0 +1,194 @@
+"""A whole walk towards W*: nearer to the original, and the same codes however it is walked."""
+
+import hashlib
+from dataclasses import replace
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from quip.errors import UsageError
+from quip.jobs.experiment import Experiment, settled
+from quip.jobs.run import run_experiment
+from quip.matrix.build import build_recipe
+from quip.matrix.recipe import Recipe
+from quip.model import aim
+from quip.model.ledger import Ledger
+from quip.model.matrices import find_blocks
+from quip.model.quantize import quantize_matrix_by_matrix, quantize_model
+from quip.model.run import Run
+from quip.model.team import ALONE, Team
+from quip.model.tune.blocks import BlockTuning
+from quip.model.twin import Twin
+from quip.packed.digests import bytes_of
+from tests.support.mixtures import mixture
+from tests.support.processes import in_team
+from tests.support.runs import save_model, write_text
+from tests.support.tiny import tiny, tokens
+
+RECIPE = build_recipe(quant="ldlq", wbits=2, incoh_processing=True)
+LATTICE = build_recipe(codebook="E8P12")  # whose siblings are stacked
+BATCH = 2
+
+
+def digest(model: nn.Module) -> str:
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(bytes_of(tensor))
+    return found.hexdigest()
+
+
+def walked(shrink: Any, *, recipe: Recipe = LATTICE, name: str = "llama", **how: Any) -> list[Any]:
+    """The digest of the model, and its records without seconds."""
+    model = tiny(name)
+    run = Run(recipe=recipe, seed=0, device="cpu", batch_size=BATCH, target_shrink=shrink, **how)
+    records = [*quantize_matrix_by_matrix(model, tokens(), run)]
+    return [digest(model), [replace(record, seconds=0.0) for record in records]]
+
+
+@cache
+def alone(shrink: Any, recipe: Recipe = LATTICE) -> list[Any]:
+    return walked(shrink, recipe=recipe)
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, LATTICE], ids=["each", "stacks"])
+def test_a_share_of_0_is_a_walk_without_any(recipe):
+    assert walked(0.0, recipe=recipe) == alone(None, recipe)
+
+
+@torch.no_grad()
+def test_blocks_pass_on_less_error_the_more_is_made_up_for():
+    """On the calibration windows, which are many for a model of so few inputs."""
+    windows = tokens(40)
+
+    def hidden(shrink: float | None) -> torch.Tensor:
+        model = tiny("llama")
+        if shrink is not None:
+            quantize_model(
+                *(model, windows, RECIPE), device="cpu", seed=0, batch_size=20, target_shrink=shrink
+            )
+        kept: list[torch.Tensor] = []
+        find_blocks(model)[1][-1].register_forward_hook(lambda _, args, y: kept.append(y))
+        model(input_ids=windows)
+        return kept[0]
+
+    expected = hidden(None)
+    errors = [float((hidden(a) - expected).square().mean()) for a in (0.0, 0.5, 1.0)]
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[2] < errors[1]
+
+
+@pytest.mark.parametrize(("recipe", "shrink"), [(RECIPE, 0.5), (LATTICE, 0.5), (LATTICE, "auto")])
+def test_records_say_both_losses_and_the_share(recipe, shrink):
+    _, records = alone(shrink, recipe)
+    for record in records:
+        assert 0 <= record.target_share <= 1
+        assert shrink == "auto" or record.target_share == shrink
+    first, others = records[:3], records[3:]  # q, k and v of the first block see what is right
+    assert all(record.target_loss == record.proxy_loss for record in first)
+    if shrink != "auto":
+        assert all(record.target_loss != record.proxy_loss for record in others)
+    assert all(record.target_loss is None for record in alone(None, recipe)[1])
+
+
+def test_auto_chooses_by_windows_that_are_held_out_evenly_in_any_team():
+    assert aim.Shrink.of("auto", 40, 4, ALONE).held == {9, 19, 29, 39}
+    assert aim.Shrink.of("auto", 7, 2, ALONE).held == {2, 5}  # two at least
+    shares = [aim.Shrink.of("auto", 40, 4, Team(rank, 3)).held for rank in range(3)]
+    windows = torch.arange(40)
+    own = [Team(rank, 3).share(windows, 4).tolist() for rank in range(3)]
+    found = {own[rank][i] for rank, held in enumerate(shares) for i in held}
+    assert found == {9, 19, 29, 39}
+    with pytest.raises(UsageError, match=r"^--target_shrink auto with 3 windows: 2 of at least 4"):
+        aim.Shrink.of("auto", 3, 1, ALONE)
+
+
+def test_two_processes_make_the_codes_of_one():
+    for found in in_team(2, lambda team: walked("auto", team=team)):
+        assert found == alone("auto")
+
+
+class Broken(Exception):
+    """Ends a walk."""
+
+
+def test_a_run_taken_up_ends_bitwise_as_one_that_was_not_broken_off(tmp_path, monkeypatch):
+    real, turns = Twin.observe_lacking, count()
+
+    def until_the_third_block(*args, **how):
+        if next(turns) == 9:  # each block has four groups
+            raise Broken
+        return real(*args, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Twin, "observe_lacking", until_the_third_block)
+        with pytest.raises(Broken):
+            walked("auto", ledger=opened(tmp_path))
+    kept = load_file(tmp_path / "blocks" / "hidden.safetensors")["hidden"]
+    assert kept.shape[:2] == (7, 2)  # windows of both models
+    assert walked("auto", ledger=opened(tmp_path)) == alone("auto")
+
+
+def opened(folder: Path) -> Ledger:
+    found = Ledger(folder / "blocks", {"of": "this run"})
+    found.open()
+    return found
+
+
+def test_experts_are_rounded_towards_their_weights():
+    model = mixture("qwen2-moe")
+    records = quantize_model(
+        *(model, tokens(), RECIPE), device="cpu", seed=0, batch_size=BATCH, target_shrink=0.5
+    )
+    for record in records:
+        assert (record.target_share is None) == (".experts." in record.name)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory) -> Experiment:
+    place = tmp_path_factory.mktemp("asked")
+    e = Experiment(
+        model=save_model(place / "model", "llama"),
+        dataset=write_text(place / "text.txt"),
+        recipe=LATTICE,
+        target_shrink="auto",
+        nsamples=5,
+        seqlen=16,
+        stream="off",
+        out=place / "out",
+    )
+    run_experiment(e)
+    return e
+
+
+def test_it_is_the_same_streamed_with_hidden_states_in_a_file(asked, tmp_path):
+    run_experiment(replace(asked, stream="on", activation_memory=1e-6, out=tmp_path / "out"))
+    blocks = [sorted((out / "blocks").glob("block-*")) for out in (asked.out, tmp_path / "out")]
+    assert len(blocks[0]) == 4
+    for one, other in zip(*blocks, strict=True):
+        assert weights_of(one) == weights_of(other)
+
+
+def weights_of(path: Path) -> dict[str, bytes]:
+    return {name: bytes(bytes_of(x)) for name, x in load_file(path).items()}
+
+
+def test_a_run_with_another_share_is_not_taken_up(asked):
+    with pytest.raises(UsageError, match="target_shrink"):
+        run_experiment(replace(asked, target_shrink=0.5, resume=True))
+
+
+def test_what_targets_do_not_go_with_is_refused(asked):
+    tuning = BlockTuning(epochs=1)
+    with pytest.raises(UsageError, match="--target_shrink auto with --ft_epochs"):
+        settled(replace(asked, tuning=tuning))
+    with pytest.raises(UsageError, match="--target_shrink auto with --hessians"):
+        settled(replace(asked, dataset=None, hessians=Path("store")))
+    with pytest.raises(UsageError, match=r"^target_shrink 0\.5 makes up"):
+        Run(recipe=RECIPE, seed=0, device="cpu", tuning=tuning, target_shrink=0.5)
