@@ -44,14 +44,16 @@ def quantize_model(
     batch_size: int = 1,
     tuning: BlockTuning | None = None,
     target_shrink: Shrinking = None,
+    felt: Sensitivity | None = None,
 ) -> list[MatrixRecord]:
     """Quantize every matrix of the model's blocks in place, by the recipe or as the plan says.
 
     First block to last: each block sees the calibration tokens as the quantized blocks before it
     pass them on; the second moments of a block come from one pass before any of its own matrices is
     touched. With `tuning`, blocks are tuned on the way, and with `target_shrink` matrices make up
-    for errors of their inputs, as `Run` says. Raises UsageError, before
-    anything runs, where a recipe cannot do a matrix or the plan does not fit the model's names.
+    for errors of their inputs, as `Run` says. Tokens weigh what was `felt` (`measure_sensitivity`).
+    Raises UsageError, before anything runs, where a recipe cannot do a matrix or the plan does not
+    fit the model's names.
     """
     unfuse(model)
     run = Run(
@@ -61,6 +63,8 @@ def quantize_model(
         batch_size=batch_size,
         tuning=tuning,
         target_shrink=target_shrink,
+        felt=felt,
+        weighs=felt is not None,
     )
     return list(quantize_matrix_by_matrix(model, tokens, run))
 

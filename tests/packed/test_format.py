@@ -58,6 +58,8 @@ KINDS = [
     ("odd", {"wbits": 7, "groupsize": 10, **PLAIN}),
     ("products", {"wbits": 4, "pre_rescale": True, "rotation": "hadamard", **PLAIN}),
     ("products", {"wbits": 6, "rotation": "hadamard", "hadamard_block": 4, **PLAIN}),
+    ("odd", {"wbits": 3, "incoh_processing": True, "pre_rescale_out": True}),
+    ("llama", {**SHARP, "pre_rescale_out": True}),
     *(("llama", {"codebook": name}) for name in LATTICES),
     ("llama", {"codebook": "E8P12RVQ3B", "range_": "tensor", "no_fuse": True}),
     ("llama", {"codebook": "E8P12RVQ4B", "range_": "16", "pre_rescale": True}),

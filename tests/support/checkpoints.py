@@ -25,6 +25,8 @@ from quip.matrix.recipe import Recipe
 from quip.model.load import load_model
 from quip.model.quantize import quantize_model
 from quip.model.records import MatrixRecord
+from quip.model.sensitivity.gather import measure_sensitivity
+from quip.model.sensitivity.measure import Passing
 from quip.packed.checkpoint import load, save_checkpoint
 from tests.support.runs import save_model
 from tests.support.tiny import EAGER_ONLY, tiny, tokens
@@ -70,7 +72,11 @@ def quantized(
     model.config.num_hidden_layers = blocks
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:blocks]
-    quantize_model(model, tokens(), build_recipe(**flags), device="cpu", seed=0)
+    felt = None
+    if flags.get("pre_rescale_out"):
+        how = Passing(kind="fisher", seed=0, device=torch.device("cpu"))
+        felt = measure_sensitivity(model, tokens(), how)
+    quantize_model(model, tokens(), build_recipe(**flags), device="cpu", seed=0, felt=felt)
     return model.requires_grad_(False)
 
 

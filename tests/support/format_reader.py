@@ -132,6 +132,10 @@ def rescale(W: np.ndarray, own: Mapping, options: Mapping) -> np.ndarray:
     return W / own["rescale"]
 
 
+def rescale_out(W: np.ndarray, own: Mapping, options: Mapping) -> np.ndarray:
+    return W * own["rescale_out"][:, None]
+
+
 def kronecker(W: np.ndarray, own: Mapping, options: Mapping) -> np.ndarray:
     (m, n), permute = W.shape, options["permute"]
     numbers, words = iter(own["factors"]), iter(own.get("permutations", ()))
@@ -250,4 +254,5 @@ def ordered(W: np.ndarray, own: Mapping, transform: Mapping) -> np.ndarray:
     return W[:, np.argsort(permutation(W.shape[1], iter(own["order"])))]
 
 
-UNDO = {"rescale": rescale, "kronecker": kronecker, "hadamard": hadamard, "order": ordered}
+UNDO = {"rescale": rescale, "rescale_out": rescale_out, "order": ordered}
+UNDO |= {"kronecker": kronecker, "hadamard": hadamard}
