@@ -15,6 +15,7 @@ from quip.model.fingerprints import differences
 from quip.model.load import LoadedModel
 from quip.model.matrices import places
 from quip.model.plan import Plan
+from quip.packed.experts import Experts
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,12 @@ def calibration_of(
     return calibration_tokens(
         dataset, loaded.tokenizer, nsamples=nsamples, seqlen=seqlen, seed=seed
     )
+
+
+def check_experts(loaded: LoadedModel, asked: Calibration) -> None:
+    """Raise UsageError where all tokens are asked for, of each expert, and there are no experts."""
+    if asked.all_experts and not any(isinstance(x, Experts) for x in loaded.model.modules()):
+        raise UsageError(f"--all_experts: {loaded.name} has no experts; leave it out")
 
 
 def store_for(folder: Path, loaded: LoadedModel) -> HessianStore:

@@ -21,7 +21,7 @@ from quip.data import TokenSet, check_dataset
 from quip.data.hessian_files import FELT, file_of
 from quip.data.hessians import StoreWriter
 from quip.jobs.alike import check_inputs, check_request
-from quip.jobs.calibration import calibration_of
+from quip.jobs.calibration import calibration_of, check_experts
 from quip.jobs.fingerprint import fingerprint_of
 from quip.jobs.kept import Kept
 from quip.jobs.report.folder import RunFolder
@@ -91,6 +91,7 @@ def _collect(asked: Collection, team: Team) -> Collected:
     check_request(team, asked, str(device))
     loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen, stream=asked.stream)
     matrices = check_quantizable(loaded.model, loaded.name).quantized
+    check_experts(loaded, asked)
     check_all_weights(loaded)
     for name in matrices:  # of which any may give a file its name
         file_of(asked.save, name)

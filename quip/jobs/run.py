@@ -10,7 +10,7 @@ from quip.data import check_dataset
 from quip.data.hessians import HessianStore
 from quip.errors import QuipError, UsageError
 from quip.jobs.alike import check_inputs, check_request
-from quip.jobs.calibration import calibration_of, check_weights_of, store_for
+from quip.jobs.calibration import calibration_of, check_experts, check_weights_of, store_for
 from quip.jobs.evaluate import check_measures, evaluation_entries, measure_perplexities, token_sets
 from quip.jobs.experiment import Experiment, entries_of, settled
 from quip.jobs.fingerprint import Source, fingerprint_of
@@ -141,6 +141,7 @@ def _source(e: Experiment, loaded: LoadedModel) -> Source:
         store = store_for(e.hessians, loaded)
         check_weights_of(store, e, e.recipe)
         return store
+    check_experts(loaded, e)
     return calibration_of(loaded, str(e.dataset), nsamples=e.nsamples, seqlen=e.seqlen, seed=e.seed)
 
 

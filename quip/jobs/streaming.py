@@ -3,9 +3,10 @@
 import logging
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from quip.data.hessians import HessianStore
 from quip.errors import UsageError
 from quip.jobs.fingerprint import Source
+from quip.jobs.report.lock import FolderLock
 from quip.model.ledger import Ledger
 from quip.model.load import LoadedModel
 from quip.model.matrices import check_weights, find_blocks
@@ -21,6 +23,8 @@ from quip.model.stream import Stream
 log = logging.getLogger(__name__)
 BITS = 1  # of a quantized weight at least, with whatever else is stored of its matrix
 GB = 1e9
+TEMPORARY = ".quip-blocks-"  # how folders of finished blocks begin that nobody named
+FRESH = 60.0  # seconds, for which a lock may not be held yet by the process that made it
 
 
 def check_all_weights(loaded: LoadedModel) -> None:
@@ -35,15 +39,35 @@ def check_all_weights(loaded: LoadedModel) -> None:
 
 
 class TemporaryLedger(Ledger):
-    """A ledger in a folder of its own, which is removed at the latest when the process ends."""
+    """A ledger in a folder of its own, which is removed at the latest when the process ends.
+
+    Of a process that was killed it stays, until the next one makes a folder in the same place.
+    """
 
     def __init__(
         self, place: Path | None, fingerprint: Mapping[str, Any], stream: Stream | None
     ) -> None:
         """The folder is made in `place`; None: where temporary files are."""
-        made = tempfile.mkdtemp(prefix=".quip-blocks-", dir=place)
+        remove_abandoned(place or Path(tempfile.gettempdir()))
+        made = tempfile.mkdtemp(prefix=TEMPORARY, dir=place)
+        lock = FolderLock(Path(made))
+        lock.take()
         super().__init__(Path(made) / "blocks", fingerprint, stream)
-        self.remove = weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        self.remove = weakref.finalize(self, _remove, Path(made), lock)
+
+
+def remove_abandoned(place: Path) -> None:
+    """Remove the folders of temporary ledgers in this place whose processes are gone."""
+    for folder in place.glob(f"{TEMPORARY}*"):
+        lock = FolderLock(folder)
+        with suppress(OSError):  # it is gone, or another user's
+            if time.time() - lock.path.lstat().st_mtime > FRESH and lock.take():
+                _remove(folder, lock)
+
+
+def _remove(folder: Path, lock: FolderLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
 
 
 @contextmanager
@@ -81,11 +105,17 @@ def ledger_for(
         "run cannot be taken up; name a folder with --out to keep them",
         *(loaded.name, ledger.folder.parent),
     )
-    check_disk(loaded, source, ledger.folder)
+    remedy = "name a folder on another disk" if beside else "set TMPDIR to one on another disk"
+    check_disk(loaded, source, ledger.folder, remedy)
     return ledger
 
 
-def check_disk(loaded: LoadedModel, source: Source, folder: Path) -> None:
+def check_disk(
+    loaded: LoadedModel,
+    source: Source,
+    folder: Path,
+    remedy: str = "name a folder on another disk",
+) -> None:
     """Raise UsageError where a disk has no room for what a run will at least write there.
 
     That is one bit a weight of the blocks and, of a run that calibrates, the hidden states twice:
@@ -99,7 +129,7 @@ def check_disk(loaded: LoadedModel, source: Source, folder: Path) -> None:
     if needed > (free := shutil.disk_usage(_existing(folder)).free):
         raise UsageError(
             f"{folder}: the run writes at least {needed / GB:.1f} GB there, and {free / GB:.1f} GB "
-            "are free; make room, name a folder on another disk, or give fewer --nsamples"
+            f"are free; make room, {remedy}, or give fewer --nsamples"
         )
 
 

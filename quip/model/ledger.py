@@ -51,7 +51,7 @@ from quip.model.matrices import find_blocks
 from quip.model.records import MatrixRecord, parse_records
 from quip.model.stream import Stream, put_state
 from quip.model.tune import TuningRecord
-from quip.packed.digests import DIGESTS, SEAL, digest_of
+from quip.packed.digests import DIGESTS, SEAL, digests_of
 from quip.packed.files import naming_damage, opened
 from quip.packed.hub import narrow_state
 from quip.packed.layout import Layout
@@ -110,15 +110,16 @@ class Ledger:
             f"{block.name}.{name}": tensor.cpu().contiguous()
             for name, tensor in narrow_state(block.module).items()
         }
+        digests = digests_of(tensors)
         words = {
             "format": "pt",
-            DIGESTS: json.dumps({name: digest_of(tensors[name]) for name in sorted(tensors)}),
+            DIGESTS: json.dumps(digests, sort_keys=True),
             "name": block.name,
             "layout": json.dumps(Layout.of(block.module).to_json()),
             "records": json.dumps([asdict(record) for record in records]),
             "tuned": json.dumps([asdict(record) for record in tuned]),
         }
-        write_sealed(self._block(block.index), tensors, words)
+        write_sealed(self._block(block.index), tensors, words, digests)
         self._hand_over(block.index, block.name)
 
     def serve(self, model: nn.Module) -> None:

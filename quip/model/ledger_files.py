@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quip.errors import shown
 from quip.files import replacing
-from quip.packed.digests import SEAL, seal_of
+from quip.packed.digests import SEAL, digests_of, seal_of
 from quip.packed.files import opened, tensors_of
 from quip.packed.layout import Layout
 from quip.reading import parse_json, read_json
@@ -39,9 +39,16 @@ def block_entered(words: Any) -> int:
     return parse_json(words["block"], Annotated[int, Within(0)])
 
 
-def write_sealed(path: Path, tensors: dict[str, Tensor], words: Mapping[str, str]) -> None:
+def write_sealed(
+    path: Path,
+    tensors: dict[str, Tensor],
+    words: Mapping[str, str],
+    digests: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors and words; `digests` are those of the tensors, where they are known."""
+    seal = seal_of(digests_of(tensors) if digests is None else digests, words)
     with replacing(path) as partial:
-        save_file(tensors, partial, metadata={**words, SEAL: seal_of(tensors, words)})
+        save_file(tensors, partial, metadata={**words, SEAL: seal})
 
 
 def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -49,7 +56,7 @@ def read_sealed(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with opened(path, *damaged(path)) as file:
         words = file.metadata() or {}
         tensors = tensors_of(file)
-        if words.get(SEAL, seal := seal_of(tensors, words)) != seal:
+        if words.get(SEAL, seal := seal_of(digests_of(tensors), words)) != seal:
             raise ValueError("it is not what was written: the digests differ")
         return tensors, words
 

@@ -25,6 +25,7 @@ from quip.model.progress import Progress
 from quip.model.promised import check_all
 from quip.model.records import MatrixRecord
 from quip.model.run import Run, Shrinking
+from quip.model.sensitivity.found import Sensitivity
 from quip.model.sensitivity.gather import share
 from quip.model.sides import Side
 from quip.model.tune.blocks import BlockTuner, BlockTuning

@@ -117,10 +117,15 @@ def check_digests(files: Sequence[Path]) -> None:
             )
 
 
-def seal_of(tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> str:
+def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The digest of each tensor by name."""
+    return {name: digest_of(tensor) for name, tensor in tensors.items()}
+
+
+def seal_of(digests: Mapping[str, str], words: Mapping[str, str]) -> str:
     """One digest of tensors, their names, and the words of a header but the seal itself."""
     known = {
-        "tensors": {name: digest_of(tensor) for name, tensor in tensors.items()},
+        "tensors": dict(digests),
         "words": {key: word for key, word in words.items() if key != SEAL},
     }
     return xxhash.xxh3_128(json.dumps(known, sort_keys=True).encode()).hexdigest()

@@ -19,9 +19,12 @@ from quip.jobs import streaming
 from quip.jobs.experiment import Experiment
 from quip.jobs.hessians import Collection, collect_hessians
 from quip.jobs.inspect import inspect_checkpoint
+from quip.jobs.report.lock import LOCK
+from quip.jobs.requests import request
 from quip.jobs.run import run_experiment
 from quip.matrix.build import build_recipe
 from quip.model import ledger_files
+from quip.model.ledger import Ledger
 from quip.model.load import load_model
 from quip.model.tune import BlockTuning
 from quip.packed import shards
@@ -175,6 +178,7 @@ def test_a_temporary_folder_goes_whole_also_where_a_signal_comes_meanwhile(tmp_p
     before = signal.signal(signal.SIGUSR1, ended)
     ledger = streaming.TemporaryLedger(tmp_path, {}, None)
     monkeypatch.setattr(streaming.shutil, "rmtree", interrupted)
+    ledger.remove.detach()
     ledger.remove = weakref.finalize(ledger, interrupted, ledger.folder.parent)
     with pytest.raises(Killed), streaming.no_longer_than_this(ledger):
         pass
@@ -183,6 +187,29 @@ def test_a_temporary_folder_goes_whole_also_where_a_signal_comes_meanwhile(tmp_p
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()
     assert [*tmp_path.iterdir()] == []
+
+
+def test_folders_of_processes_that_were_killed_go_when_the_next_one_starts(tmp_path):
+    def old(ledger: Ledger) -> Path:
+        folder = ledger.folder.parent
+        os.utime(folder / LOCK, (0, 0))
+        return folder
+
+    running = streaming.TemporaryLedger(tmp_path, {}, None)
+    kept = old(running)
+    killed = tmp_path / ".quip-blocks-killed"
+    (killed / "blocks").mkdir(parents=True)
+    (killed / LOCK).touch()  # just made: by a process that has yet to lock it
+    others = tmp_path / ".quip-blocks-others"
+    others.mkdir()
+    first = streaming.TemporaryLedger(tmp_path, {}, None)
+    assert {*tmp_path.iterdir()} == {kept, killed, others, first.folder.parent}
+    os.utime(killed / LOCK, (0, 0))
+    streaming.remove_abandoned(tmp_path)
+    assert {*tmp_path.iterdir()} == {kept, others, first.folder.parent}
+    running.remove()
+    first.remove()
+    assert [*tmp_path.iterdir()] == [others]
 
 
 def test_what_is_saved_was_verified(asked, tmp_path, monkeypatch):
@@ -251,6 +278,19 @@ def test_a_disk_without_room_is_refused_with_numbers(asked, tmp_path, monkeypatc
     with pytest.raises(UsageError, match=r"writes at least 0\.0 GB there, and 0\.0 GB are free"):
         run_experiment(streamed(asked, tmp_path))
     assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(streaming.tempfile, "gettempdir", lambda: str(tmp_path))
+    nowhere = replace(streamed(asked, tmp_path), out=None, save=None)
+    with pytest.raises(UsageError, match="set TMPDIR to one on another disk, or give fewer"):
+        run_experiment(nowhere)
+
+
+def test_of_experts_that_are_not_there_nobody_speaks(asked, tmp_path):
+    said = rf"--all_experts: {asked.model} has no experts; leave it out"
+    with pytest.raises(UsageError, match=said):
+        run_experiment(replace(streamed(asked, tmp_path), all_experts=True))
+    with pytest.raises(UsageError, match=said):
+        collect_hessians(request(Collection, asked, save=tmp_path / "store", all_experts=True))
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_a_disk_that_fills_up_ends_in_one_line_and_the_run_is_taken_up(

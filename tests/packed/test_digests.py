@@ -19,6 +19,7 @@ from quip.packed.digests import (
     SEAL,
     check_digests,
     digest_of,
+    digests_of,
     seal_of,
     sign,
     unverified,
@@ -214,14 +215,15 @@ def test_what_transformers_saves_of_a_loaded_model_has_no_stale_digests(folder, 
 
 def test_a_seal_is_of_names_tensors_and_words():
     words = {"block": "3", "records": "[]"}
-    seal = seal_of(TENSORS, words)
-    assert seal == seal_of(dict(reversed(TENSORS.items())), {**words, SEAL: seal})
+    digests = digests_of(TENSORS)
+    seal = seal_of(digests, words)
+    assert seal == seal_of(dict(reversed(digests.items())), {**words, SEAL: seal})
     changed = [
-        seal_of({**TENSORS, "count": torch.tensor(4)}, words),
-        seal_of({**TENSORS, "more": torch.tensor(4)}, words),
-        seal_of({f"{name}.": x for name, x in TENSORS.items()}, words),
-        seal_of(TENSORS, {**words, "block": "4"}),
-        seal_of(TENSORS, {**words, "more": ""}),
-        seal_of(TENSORS, {}),
+        seal_of(digests_of({**TENSORS, "count": torch.tensor(4)}), words),
+        seal_of(digests_of({**TENSORS, "more": torch.tensor(4)}), words),
+        seal_of({f"{name}.": x for name, x in digests.items()}, words),
+        seal_of(digests, {**words, "block": "4"}),
+        seal_of(digests, {**words, "more": ""}),
+        seal_of(digests, {}),
     ]
     assert len({seal, *changed}) == 7

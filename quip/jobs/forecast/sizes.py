@@ -20,8 +20,9 @@ TEXT = 300_000_000  # bytes of text, its tokens, and what draws plots
 # with it, and where H is read once more after the sweep; and rows of H that are worked on at once.
 COPIES = (1.0, 1.0, 2.4)
 STRIPS = 512
-# Bytes a weight, of the copies that one matrix is worked on in: as it is, and after transforms.
-OF_WEIGHTS, OF_TRANSFORMED = 16, 40
+# Bytes a weight, of the copies that one matrix is worked on in: as it is, and after transforms; and
+# of what its loss is computed from, when H is needed no more but for others of the same input.
+OF_WEIGHTS, OF_TRANSFORMED, OF_LOSS = 10, 40, 16
 LOGITS = 2  # copies of a window's logits
 
 
@@ -196,6 +197,8 @@ class Working:
 
 def _of_matrix(one: Input, terms: Terms) -> int:
     """Bytes that the dearest matrix of an input is worked on in."""
-    n = one.columns
+    n, weights = one.columns, one.columns * max(one.rows)
+    copies = int(terms.copies * 8 * n * n)
     strips = 8 * STRIPS * n if terms.copies else 0
-    return int(terms.copies * 8 * n * n) + strips + terms.of_weights * n * max(one.rows)
+    loss = OF_LOSS * weights + (copies if len(one.rows) > 1 else 0)
+    return max(copies + strips + terms.of_weights * weights, loss)
