@@ -1,4 +1,4 @@
-"""`quip export DIR OUT --dense | --quip-sharp | --gguf`: a checkpoint for other tools."""
+"""`quip export DIR OUT --dense | --gguf | ...`: a checkpoint for other tools."""
 
 import argparse
 from pathlib import Path
@@ -11,10 +11,12 @@ EXAMPLES = """
 quip export runs/demo-2bit runs/demo-dense --dense
 quip run meta-llama/Llama-2-7b-hf c4 --codebook E8P12 --range tensor --save runs/llama-e8p
 quip export runs/llama-e8p runs/llama-published --quip-sharp
-quip run meta-llama/Llama-2-7b-hf c4 --quant gptq --wbits 4 --groupsize 32 --save runs/llama-4bit
-quip export runs/llama-4bit runs/llama-4bit.gguf --gguf
+quip run meta-llama/Llama-2-7b-hf c4 --quant gptq --wbits 4 --groupsize 128 --sym --save runs/sym
+quip export runs/sym runs/llama-vllm --compressed-tensors
+quip run meta-llama/Llama-2-7b-hf c4 --quant gptq --wbits 4 --groupsize 32 --sym --save runs/sym32
+quip export runs/sym32 runs/llama-4bit.gguf --gguf
 """
-FORMATS = ("dense", "quip_sharp", "gguf")
+FORMATS = ("dense", "quip_sharp", "compressed_tensors", "gptq", "gguf")
 
 
 def build(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,25 @@ def build(parser: argparse.ArgumentParser) -> None:
         "quantized with --codebook E8P12 (or E8P12RVQ3B, E8P12RVQ4B) --range tensor",
     )
     add(
+        "--compressed-tensors",
+        action="store_true",
+        help="format pack-quantized of compressed-tensors, packed as it is, for vLLM, SGLang and "
+        "transformers: a model quantized with --sym and without rotation (--quant gptq --wbits 4 "
+        "--groupsize 128 --sym)",
+    )
+    add(
+        "--asymmetric",
+        action="store_true",
+        help="with --compressed-tensors: let matrices have zeros (quantized without --sym), which "
+        "vLLM reads and transformers refuses",
+    )
+    add(
+        "--gptq",
+        action="store_true",
+        help="the layout of GPTQ, packed as it is, for engines that read no other: a model "
+        "quantized to 4 or 8 bits with --sym and without rotation",
+    )
+    add(
         "--gguf",
         action="store_true",
         help="a .gguf file for llama.cpp, packed as it is: a Llama, Mistral, Qwen2 or Qwen3 of "
@@ -61,27 +82,45 @@ def call(args: argparse.Namespace) -> None:
     formats = [name for name in FORMATS if getattr(args, name)]
     if not formats:
         raise UsageError(
-            "export needs a format: add --dense for a plain Hugging Face one, --quip-sharp for "
-            "the published layout of QuIP#, or --gguf for llama.cpp"
+            "export needs a format: add --dense for a plain Hugging Face one, --quip-sharp for the "
+            "published layout of QuIP#, --compressed-tensors or --gptq for other engines, or "
+            "--gguf for llama.cpp"
         )
     if len(formats) > 1:
-        named = " and ".join(f"--{name.replace('_', '-')}" for name in formats)
-        raise UsageError(f"{named} are two formats: leave one out")
+        raise UsageError(f"{' and '.join(map(_flag, formats))} are two formats: leave one out")
     if args.quip_sharp and args.dtype not in ("auto", "float16"):
         raise UsageError(f"--dtype {args.dtype} with --quip-sharp: that layout is in float16")
     if args.gguf and args.dtype != "auto":
         raise UsageError(f"--dtype {args.dtype} with --gguf: each tensor there has its own type")
+    if (args.compressed_tensors or args.gptq) and args.dtype != "auto":
+        raise UsageError(
+            f"--dtype {args.dtype} is for --dense: {_flag(formats[0])} keeps what the "
+            "checkpoint computes in"
+        )
+    if args.asymmetric and not args.compressed_tensors:
+        raise UsageError("--asymmetric is for --compressed-tensors: add that, or leave it out")
 
-    from quip.jobs.export import export_dense, export_gguf, export_quip_sharp
+    from quip.jobs import export
     from quip.jobs.report.text import size_words
 
+    where, options = (args.folder, args.out), {"overwrite": args.overwrite}
     if args.dense:
-        size = export_dense(args.folder, args.out, dtype=args.dtype, overwrite=args.overwrite)
+        size = export.export_dense(*where, dtype=args.dtype, **options)
         what = "a plain folder that loads without quip"
     elif args.quip_sharp:
-        size = export_quip_sharp(args.folder, args.out, overwrite=args.overwrite)
+        size = export.export_quip_sharp(*where, **options)
         what = "in the published layout of QuIP#"
-    else:
-        size, kinds = export_gguf(args.folder, args.out, overwrite=args.overwrite)
+    elif args.gguf:
+        size, kinds = export.export_gguf(*where, **options)
         what = ", ".join(f"{count} matrices of {kind}" for kind, count in kinds.items())
+    elif args.compressed_tensors:
+        size = export.export_compressed_tensors(*where, asymmetric=args.asymmetric, **options)
+        what = "in format pack-quantized of compressed-tensors"
+    else:
+        size = export.export_gptq(*where, **options)
+        what = "in the layout of GPTQ"
     say(f"{args.out}: {size_words(size)}, {what}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,22 +1,26 @@
-"""A checkpoint for other tools: a plain Hugging Face folder, the layout of QuIP#, a .gguf file."""
+"""A checkpoint for other tools: a plain Hugging Face folder, or what another program reads."""
 
 import json
 import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import save_torch_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from quip.errors import NonFinite, QuipError, Unavailable, UsageError, how_to_install
 from quip.files import check_new, new_folder, replacing
 from quip.model.gguf.returned import check_returned
 from quip.model.load import LoadedModel, load_model
-from quip.packed.checkpoint import check_folder, to_dense
+from quip.packed.checkpoint import check_folder, to_dense, unmarked
 from quip.packed.checks import is_finite
+from quip.packed.compressed_tensors.write import compressed_tensors
 from quip.packed.files import weight_bytes
 from quip.packed.gguf.write import write_gguf
+from quip.packed.gptq.format import WORDS
+from quip.packed.gptq.write import gptq_tensors
 from quip.packed.published import GENERATION
 from quip.packed.quip_sharp.write import published_config, published_tensors
 from quip.packed.shards import SHARD
@@ -107,6 +111,59 @@ def _check_file(out: Path, *, overwrite: bool) -> None:
         raise UsageError(f"OUT {out}: it exists; name another file or add --overwrite")
     if not (out.parent.is_dir() and os.access(out.parent, os.W_OK)):
         raise UsageError(f"OUT {out}: {out.parent} is no folder that can be written to")
+
+
+def export_compressed_tensors(
+    folder: str | Path, out: str | Path, *, asymmetric: bool = False, overwrite: bool = False
+) -> int:
+    """Write the model in format pack-quantized of compressed-tensors, with its tokenizer.
+
+    Packed grids go out as they are, every weight equal; `asymmetric` lets grids with zeros go too.
+    Returns the bytes of the files with weights; `out` is as in `export_dense`.
+
+    Raises UsageError for an `out` that cannot be and for matrices that the format cannot hold, and
+    Unavailable as `export_dense` does.
+    """
+    folder, out = Path(folder), Path(out)
+    loaded = _loaded(folder, out, dtype="auto", overwrite=overwrite)
+    try:
+        tensors, words = compressed_tensors(loaded.model, asymmetric=asymmetric)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    with new_folder(out, overwrite=overwrite) as partial:
+        _save(loaded, tensors, words, partial)
+        return weight_bytes(partial)
+
+
+def export_gptq(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
+    """Write the model in the layout of GPTQ, checkpoint format gptq, with its tokenizer.
+
+    Packed grids go out as they are, every weight equal. Returns the bytes of the files with
+    weights; `out` is as in `export_dense`.
+
+    Raises UsageError for an `out` that cannot be and for matrices that the layout cannot hold, and
+    Unavailable as `export_dense` does.
+    """
+    folder, out = Path(folder), Path(out)
+    loaded = _loaded(folder, out, dtype="auto", overwrite=overwrite)
+    try:
+        tensors, words = gptq_tensors(loaded.model)
+    except QuipError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    with new_folder(out, overwrite=overwrite) as partial:
+        _save(loaded, tensors, words, partial)
+        (partial / WORDS).write_text(json.dumps(words, indent=2) + "\n")
+        return weight_bytes(partial)
+
+
+def _save(
+    loaded: LoadedModel, tensors: dict[str, Tensor], words: dict[str, Any], folder: Path
+) -> None:
+    """The files of a model with these tensors, and these words as its quantization_config."""
+    model = unmarked(loaded.model)
+    model.config.quantization_config = words
+    model.save_pretrained(folder, state_dict=tensors, max_shard_size=SHARD)
+    loaded.tokenizer.save_pretrained(folder)
 
 
 def _loaded(folder: Path, out: Path, *, dtype: str, overwrite: bool) -> LoadedModel:

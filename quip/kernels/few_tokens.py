@@ -68,7 +68,7 @@ class Matrix:
     factors: Float[Tensor, " groups"] | None = None  # shared by all rows
     factor_columns: int = 0  # that share a factor
     step: Float[Tensor, "m_or_1 groups"] | None = None
-    zero: UInt8[Tensor, "m_or_1 groups"] | None = None
+    zero: UInt8[Tensor, "r groups"] | None = None
     group: int | None = None  # columns that share a step and a zero; None: all of a row
     tables: Int32[Tensor, "tables 256"] | None = None
     middle: float = 0.0  # the zero where there is none

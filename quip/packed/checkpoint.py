@@ -26,7 +26,7 @@ from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError, on
 from quip.files import complete, keep_aside, new_folder
 from quip.packed.checks import check_counts, check_finite
 from quip.packed.digests import unverified
-from quip.packed.exchange import dense
+from quip.packed.exchange import dense, name_by_kind
 from quip.packed.files import DAMAGED, INDEX, weight_files
 from quip.packed.gaps import lacking, refuse_gaps
 from quip.packed.hub import METHOD, QuipConfig, check_files
@@ -225,6 +225,12 @@ def check_replaced(folder: Path) -> None:
 def to_dense(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model as transformers has it, with dense matrices for packed ones, without a trace."""
     dense(model, dtype or model.dtype)
+    return unmarked(model)
+
+
+def unmarked(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without what says that quip packed it, to be saved under the names of its kind."""
+    name_by_kind(model)
     for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)

@@ -74,10 +74,14 @@ def dense(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for name, layer in quantized_layers(model).items():
         replace(model, name, _dense(layer, layer.dequantize(), dtype))
     fuse(model)
-    # Ours are loaded without renaming; a plain model is saved under the names of its kind.
+    name_by_kind(model)
+    return model
+
+
+def name_by_kind(model: nn.Module) -> None:
+    """Let a model be saved under the names of its kind. Ours are loaded without renaming."""
     if not getattr(model, "_weight_conversions", True):
         del model._weight_conversions
-    return model
 
 
 def _dense(layer: QuantizedLinear | StackedLinear, W: Tensor, dtype: torch.dtype) -> nn.Module:
