@@ -2,7 +2,7 @@
 
 Bit i of a row is bit i % 32 of its word i // 32, and code k of b bits begins at bit k b. A code may
 lie in two words, and 32 codes of any b take exactly b of them. compressed-tensors packs each row of
-a matrix so; GPTQ each column, which is the same of the transposed matrix, transposed.
+a matrix so; GPTQ has the same words, transposed.
 """
 
 import math

@@ -311,7 +311,7 @@ def test_grids_are_decoded_to_the_bits_of_the_reference(bits, dtype):
     kinds = ((None, False), (64, False), (7, False), (1, True), (None, True), (64, "signed"))
     for group, symmetric in kinds:
         decoder, codes = grids(19, 608, bits, group, symmetric)
-        args = pack(codes, bits), decoder.step, decoder.zeross
+        args = pack(codes, bits), decoder.step, decoder.zeros
         options = {"n": 608, "bits": bits, "group": group, "dtype": dtype}
         expected = grid_matvec.reference.decode_words(*args, **options)
         assert torch.equal(grid_form.decode(*args, **options), expected)

@@ -4,9 +4,9 @@ With unsigned codes q and zeros z of b bits, and g_idx the group of each input,
 
     W_hat[i, j] = scales[g_idx[j], i] (q[i, j] - z[g_idx[j], i]).
 
-Every tensor lies transposed. `qweight` has each row of codes as one stream of bits along its
-columns, and `qzeros` the zeros of a group as one (quip.packed.streams); in checkpoint format gptq,
-of version 1, what stands there is z - 1 modulo 2^b.
+Every tensor lies transposed. A column of `qweight` is a row of codes as one stream of bits, and a
+row of `qzeros` the zeros of a group (quip.packed.streams); in checkpoint format gptq, of version 1,
+what stands there is z - 1 modulo 2^b.
 """
 
 from dataclasses import dataclass

@@ -73,7 +73,7 @@ def _tensors(matrix: Plain, scheme: Scheme, scale: Tensor) -> dict[str, Tensor]:
     zero = 2 ** (bits - 1) - FORMATS[VERSION]
     zeros = torch.full((scheme.groups(n), m), zero)
     return {
-        CODES: pack_stream(matrix.codes().T, bits).T.contiguous(),
+        CODES: pack_stream(matrix.codes(), bits).T.contiguous(),
         ZEROS: pack_stream(zeros, bits),
         SCALES: scale.T.contiguous(),
         GROUPS: torch.arange(n, dtype=torch.int32) // (scheme.group or n),
