@@ -64,7 +64,7 @@ def build(parser: argparse.ArgumentParser) -> None:
         "--gguf",
         action="store_true",
         help="a .gguf file for llama.cpp, packed as it is: a Llama, Mistral, Qwen2 or Qwen3 of "
-        "integer grids in groups of 32, 64 ... inputs (--quant gptq --groupsize 32)",
+        "integer grids in groups of 32, 64 ... inputs (--quant gptq --groupsize 32 --sym)",
     )
     add(
         "--dtype",

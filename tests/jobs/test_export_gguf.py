@@ -37,7 +37,7 @@ def tensors_of(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_file_gives_the_weights_and_logits_of_the_checkpoint(tmp_path, name, tied):
-    kinds = {"symmetric": True} if name == "qwen2" else {}
+    kinds = {"symmetric": True} if name == "qwen2" else {"signed": True}
     bits = 3 if name == "mistral" else 4
     folder = save_grids(tmp_path / "saved", name, bits, 64, tie_word_embeddings=tied, **kinds)
     size, made = export_gguf(folder, tmp_path / "out.gguf")

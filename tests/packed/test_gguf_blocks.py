@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quip.codebooks.base import Groups
-from quip.codebooks.grid import Grids
+from quip.codebooks.grids import Grids
 from quip.errors import UsageError
 from quip.packed.gguf.blocks import blocks_of
 from quip.packed.linear import QuantizedLinear
@@ -62,12 +62,13 @@ def check(layer: QuantizedLinear, kind: str) -> None:
     ("bits", "kinds", "kind"),
     [
         (4, {"middle": True}, "Q4_0"),
+        (4, {"signed": True}, "Q4_0"),
         (3, {"middle": True}, "Q4_0"),
         (2, {}, "Q4_0"),
         (3, {}, "Q4_0"),  # codes less their zero are from -7 to 7
         (4, {}, "Q5_0"),
         (5, {}, "Q8_0"),
-        (8, {"middle": True}, "Q8_0"),
+        (8, {"signed": True}, "Q8_0"),
         (2, {"symmetric": True}, "Q4_0"),  # odd numbers of half steps
         (3, {"symmetric": True}, "Q4_0"),
         (4, {"symmetric": True}, "Q5_0"),

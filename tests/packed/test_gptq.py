@@ -39,8 +39,7 @@ def check_same(folder: Path, dense: PreTrainedModel, count: int = 7) -> PreTrain
     return model
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize(("bits", "version"), [(2, 1), (3, 1), (4, 1), (8, 1), (3, 2), (4, 2)])
 def test_weights_stay_bit_for_bit(tmp_path, bits, version):
     dense = write_gptq(tmp_path / "theirs", bits=bits, version=version)
     model = check_same(tmp_path / "theirs", dense)
@@ -54,8 +53,9 @@ def test_weights_stay_bit_for_bit(tmp_path, bits, version):
     }
 
 
-@pytest.mark.parametrize("group", [None, 32, 64, 40])  # of 40, the last one is short
-@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(  # of 40, the last one is short
+    ("group", "sym"), [(None, True), (None, False), (64, True), (40, True), (40, False)]
+)
 def test_groups_of_any_size_are_read(tmp_path, group, sym):
     dense = write_gptq(tmp_path / "theirs", group=group, sym=sym)
     model = check_same(tmp_path / "theirs", dense)

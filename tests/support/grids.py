@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quip.codebooks.base import Groups
-from quip.codebooks.grid import Grids
+from quip.codebooks.grids import Grids
 from quip.packed.checkpoint import save_checkpoint
 from quip.packed.linear import QuantizedLinear
 from quip.packed.matrix import QuantizedMatrix
@@ -37,11 +37,12 @@ def random_grids(
     *,
     middle: bool = False,
     symmetric: bool = False,
+    signed: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Grids]:
     """Codes [m, n] and their grids: zeros at random or all in the `middle`, 2^(bits - 1).
 
-    `symmetric` are half-integer grids, with one row of steps.
+    `symmetric` are half-integer grids, with one row of steps; `signed` ones store no zeros.
     """
     groups = Groups(n, group)
     step = (0.02 * (0.5 + torch.rand(1 if symmetric else m, groups.count, generator=rng))).to(dtype)
@@ -49,7 +50,8 @@ def random_grids(
     if middle:
         zero = torch.full_like(zero, 2 ** (bits - 1))
     codes = torch.randint(2**bits, (m, n), generator=rng, dtype=torch.uint8)
-    return codes, Grids(bits=bits, step=step, zero=None if symmetric else zero, groups=groups)
+    stored = None if symmetric or signed else zero
+    return codes, Grids(bits=bits, step=step, zero=stored, groups=groups, signed=signed)
 
 
 def grid_model(
@@ -60,7 +62,7 @@ def grid_model(
     `words` go to `random_grids`, and what that does not take to the config.
     """
     rng = torch.Generator().manual_seed(0)
-    kinds = {key: words.pop(key) for key in ("symmetric", "dtype") if key in words}
+    kinds = {key: words.pop(key) for key in ("symmetric", "signed", "dtype") if key in words}
     model = hf.AutoModelForCausalLM.from_config(CONFIGS[name](**{**WIDE, **words})).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -29,7 +29,7 @@ KINDS = {  # smallest first, with the k that they have
     "Q5_0": range(-16, 16),
     "Q8_0": range(-128, 128),
 }
-REMEDY = "export it with --dense, or quantize with --quant gptq --groupsize 32"
+REMEDY = "export it with --dense, or quantize with --quant gptq --groupsize 32 --sym"
 
 
 @dataclass(frozen=True)
