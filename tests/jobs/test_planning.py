@@ -135,6 +135,21 @@ def test_a_run_of_the_plan_stores_what_the_plan_says(quip, model, text, tmp_path
     assert 1 < len(kinds) <= 3
 
 
+def test_a_streamed_model_is_planned_alike(quip, model, text, tmp_path):
+    asked = ("--bits", 6, "--codebook", "int", "--incoh_processing", "--nsamples", 4)
+    plans = []
+    for stream in ("on", "off"):
+        plan = tmp_path / f"{stream}.yaml"
+        line = ("plan", model, text, *asked, "--seqlen", 16, "--whole_stacks", "--out", plan)
+        assert quip(*line, "--stream", stream)[0] == 0
+        plans.append(plan.read_text())
+    assert plans[0] == plans[1]
+    recipes = build_plan(read_plan(plan)).recipes(_names())
+    for block in range(4):
+        names = [f"model.layers.{block}.self_attn.{x}_proj" for x in "qkv"]
+        assert len({recipes[name].codebook for name in names}) == 1
+
+
 def test_a_matrix_that_nothing_hears_gets_the_fewest_bits(quip, text, tmp_path):
     folder = tmp_path / "deaf"
     model = save_model(folder, "llama", positions=64, model__layers__1__mlp__down_proj__weight=0.0)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from quip.jobs.calibration import calibration_of
 from quip.jobs.planning.asked import Planning
@@ -24,6 +25,7 @@ from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
 from quip.model.device import choose_device
 from quip.model.load import LoadedModel, load_model
+from quip.model.matrices import find_blocks
 from quip.model.sensitivity.found import Sensitivity
 from quip.model.sensitivity.gather import measure_sensitivity
 from quip.model.sensitivity.measure import Passing
@@ -72,7 +74,9 @@ def _costs(
         batch_size=how.batch_size,
         stream=loaded.stream,
     )
-    for block in blocks:
+    # disable=None: a bar on a terminal only.
+    bar = tqdm(blocks, total=len(find_blocks(loaded.model)[1]), unit="block", disable=None)
+    for block in bar:
         (hessians,), matrices = block.observe_each([felt]), block.matrices()
         for names in sharing(hessians):
             H = hessians[names[0]].summed().take()
