@@ -18,7 +18,7 @@ from quip.serve.served import Served
 from quip.serve.stops import Stops
 from quip.serve.text import IncrementalDecoder
 
-TOGETHER = 16  # texts of full length that the cache has room for; more shorter ones
+TOGETHER, LONG = 16, 1024  # texts of so many tokens have room in the cache on a CPU
 PAGE = 64  # tokens of a page of the cache
 AT_ONCE = 512  # tokens of a step
 ONLY = "start the server without --continuous_batching"
@@ -30,12 +30,13 @@ class Batched:
     def __init__(self, served: Served, state: Any) -> None:
         self._tokenizer, self._all = served.tokenizer, served.words
         self._ends = sorted(stop_tokens(served.model, served.tokenizer))
-        pages = -(-served.limit // PAGE)
+        limit = served.limit
+        room = max(limit, TOGETHER * min(limit, LONG))
         # /health asks this manager whether its worker lives.
         self._manager = state.get_manager(served.name, use_cb=True)
         self._manager._cb_config = ContinuousBatchingConfig(
             page_size=PAGE,
-            num_blocks=TOGETHER * pages,
+            num_blocks=None if served.model.device.type == "cuda" else -(-room // PAGE),
             max_batch_tokens=AT_ONCE,
             per_request_processors=True,
         )
@@ -45,7 +46,7 @@ class Batched:
             temperature=0.5,
             top_k=1,
             top_p=0.5,
-            max_new_tokens=served.limit,
+            max_new_tokens=limit,
             eos_token_id=self._ends or None,
             pad_token_id=0,
             use_cache=False,

@@ -21,6 +21,7 @@ from bench_rounding import commit, cpu_name
 from blocks import ROOT, fill
 from gpu_tables import of_gpu
 from scale_tables import of_forecast, of_forecasts, of_simulations
+from serving_tables import of_serving, of_soak_server
 
 from quip.jobs.report.folder import as_json
 from quip.jobs.report.text import table
@@ -338,6 +339,8 @@ RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "kills": of_kills,
     "fuzz": of_fuzz,
     "soak": of_soak,
+    "soak_server": of_soak_server,
+    "serving": of_serving,
     "gpu": of_gpu,
     "forecasts": of_forecasts,
     "forecast": of_forecast,
