@@ -13,7 +13,8 @@ from quip.reading import parse_json
 from quip.serve.refused import Refused
 from quip.shapes import Within
 
-PROMPTS = 256  # of a request
+VALUES = 6e5  # of a request's JSON: tokens of as many prompts as a request may hold
+PROMPTS = 256
 STOPS = 16
 TOP = 20  # alternatives of a token
 
@@ -140,7 +141,7 @@ def read_chat(body: bytes) -> Asked:
 
 def _read(body: bytes, shape: Any) -> Any:
     try:
-        words = parse_json(body.decode(), shape)
+        words = parse_json(body.decode(), shape, values=VALUES)
     except ValueError as error:  # what is no UTF-8 is one, too
         raise Refused(f"the request is no valid JSON of its kind: {error}") from error
     for name in words.keys() - shape.__annotations__.keys() - _known(shape) - {*UNREAD}:

@@ -92,7 +92,7 @@ async def _written(
     served: Served, engine: Engine, request: Request, read: Callable[[bytes], Asked]
 ) -> Any:
     asked = read(await request.body())
-    asks = served.asks(asked)
+    asks = await asyncio.to_thread(served.asks, asked)  # which may have a book to tokenize
     for ask in asks:
         engine.check(ask)
     usage = request.state.usage
