@@ -108,6 +108,7 @@ def call(args: Arguments) -> None:
             host=args.host,
             say=complain,
         )
+        found.listen()  # who asks from here on waits, if only for a moment
         _announce(args, served, found.getsockname()[1], key)
         run(app, engine, found)
 
