@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import quip
 from quip.errors import QuipError
@@ -17,28 +16,17 @@ from tests.support.engines import CHECKPOINTS, save_wide
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
-from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
-from vllm.model_executor.model_loader import get_model_loader
-from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
-from vllm.plugins import load_general_plugins
-from vllm.utils.torch_utils import set_default_torch_dtype
 
 from quip.serve.vllm import register
 from quip.serve.vllm.config import QuipQuantization
-from quip.serve.vllm.linear import QuipLinear
+from tests.support.vllm_models import expected, join, packed_layers, read
 
 
 @pytest.fixture(scope="module", autouse=True)
-def plugins(tmp_path_factory):
-    """vLLM with what it finds, and one process."""
-    load_general_plugins()
-    meeting = tmp_path_factory.mktemp("meeting") / "file"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        ensure_model_parallel_initialized(1, 1, backend="gloo")
+def process(tmp_path_factory):
+    """The only one."""
+    join(tmp_path_factory.mktemp("meeting") / "file")
 
 
 @pytest.fixture(scope="module")
@@ -52,34 +40,6 @@ def folder(tmp_path_factory):
         return made[kind]
 
     return make
-
-
-def read(folder, dtype: str = "float32") -> nn.Module:
-    """vLLM's model of a folder, as a worker makes it."""
-    config = EngineArgs(model=str(folder), dtype=dtype, enforce_eager=True).create_engine_config()
-    with set_current_vllm_config(config):
-        with set_default_torch_dtype(config.model_config.dtype):
-            model = initialize_model(vllm_config=config)
-            get_model_loader(config.load_config).load_weights(model, config.model_config)
-        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
-    return model
-
-
-def packed_layers(model: nn.Module) -> dict[str, nn.Module]:
-    layers = model.named_modules()
-    return {
-        name: layer
-        for name, layer in layers
-        if isinstance(getattr(layer, "quant_method", None), QuipLinear)
-    }
-
-
-def expected(ours: nn.Module, name: str, merged: dict[str, list[str]], x: Tensor) -> Tensor:
-    """What quip's model answers for a layer of vLLM."""
-    parent, _, last = name.rpartition(".")
-    inside = ours.get_submodule(parent)
-    names = [last] if hasattr(inside, last) else merged[last]
-    return torch.cat([getattr(inside, each)(x) for each in names], dim=-1)
 
 
 def test_vllm_finds_the_plugin_and_may_call_it_again():
@@ -98,7 +58,7 @@ def test_every_layer_is_bitwise_that_of_quip(kind, folder):
         assert {key for key, _ in layer.named_parameters()} <= {"bias"}
         x = torch.randn(3, layer.input_size)
         with torch.inference_mode():
-            assert torch.equal(layer(x)[0], expected(ours, name, merged, x)), name
+            assert torch.equal(layer(x)[0], torch.cat(expected(ours, name, merged, x), -1)), name
 
 
 def test_a_stack_is_one_product_and_a_matrix_of_another_kind_one_more(folder):
@@ -117,7 +77,8 @@ def test_halves_are_computed_as_quip_does(dtype, folder):
         with torch.inference_mode():
             y = layer(x)[0]
             assert y.dtype == x.dtype
-            assert torch.equal(y, expected(ours, name, model.packed_modules_mapping, x)), name
+            whole = torch.cat(expected(ours, name, model.packed_modules_mapping, x), -1)
+            assert torch.equal(y, whole), name
 
 
 GRID = {"kind": "grid", "bits": 2, "group": 1, "symmetric": True}

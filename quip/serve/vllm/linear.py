@@ -15,10 +15,13 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from quip.errors import QuipError, Unavailable, UnsupportedModel
 from quip.packed import ops
+from quip.packed.cut import Cut
 from quip.packed.files import DAMAGED
 from quip.packed.linear import QuantizedLinear
+from quip.packed.spec import Spec
 from quip.packed.stack import Stack
 from quip.serve.vllm.products import Product, in_order, rows
+from quip.serve.vllm.shares import cut_of, shares
 
 PLACES: dict[str | int | None, int] = {None: 0, "q": 0, "k": 1, "v": 2}
 Take = Callable[..., None]
@@ -41,33 +44,46 @@ class QuipLinear(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Give the layer empty matrices, and slots for what the files hold of them."""
-        if (input_size_per_partition, sum(output_partition_sizes)) != (input_size, output_size):
+        """Give the layer empty matrices, and slots for what the files hold of them.
+
+        Raises UnsupportedModel where several devices would share out what cannot be cut apart.
+        """
+        parts = shares(layer, output_partition_sizes, output_size)
+        sizes = rows(self.name, [part.whole for part in parts], self.products)
+        packed, self.cuts = [], list[Cut | None]()
+        for product in self.products:
+            packed.append(_empty(product, input_size, [sizes[i] for i in product.places]))
+            inside = [parts[i] for i in product.places] if len(sizes) == len(parts) else parts
+            self.cuts.append(cut_of(layer, inside, input_size_per_partition, input_size))
+            self._check_cut(self.cuts[-1], product.spec)
+        layer.packed = nn.ModuleList(packed)
+        layer.order = in_order(self.products, output_partition_sizes)
+        _open_slots(layer, self.name, self.products, on_host=any(self.cuts))
+
+    def _check_cut(self, cut: Cut | None, spec: Spec) -> None:
+        try:
+            if cut is not None:
+                cut.check(spec)
+        except UnsupportedModel as error:
             raise UnsupportedModel(
-                f"{self.name}: a packed matrix is not cut for several devices; give "
-                "--tensor-parallel-size 1"
-            )
-        sizes = rows(self.name, output_partition_sizes, self.products)
-        layer.packed = nn.ModuleList(
-            _empty(product, input_size, [sizes[i] for i in product.places])
-            for product in self.products
-        )
-        layer.order = in_order(self.products, sizes)
-        _open_slots(layer, self.name, self.products)
+                f"{self.name}: {error}, or give --tensor-parallel-size 1"
+            ) from error
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Close the slots. Raises Unavailable where a tensor never came, or tensors make none."""
         self.check()
+        device = layer.weight.device
         for slot in [name for name, x in layer._parameters.items() if hasattr(x, "of_quip")]:
             delattr(layer, slot)
         if hasattr(layer, "stack"):
             del layer.stack
-        for matrix in layer.packed:
+        for i, (matrix, cut) in enumerate(zip(layer.packed, self.cuts, strict=True)):
             if missing := [name for name, x in matrix.stored().items() if x.is_meta]:
                 raise Unavailable(
                     f"{self.name}: its files hold no {missing[0]} of a matrix; {DAMAGED}"
                 )
             try:
+                layer.packed[i] = matrix = matrix if cut is None else cut.of(matrix, device)
                 matrix.check()
             except QuipError as error:
                 raise Unavailable(f"{self.name}: {error}; {DAMAGED}") from error
@@ -87,8 +103,11 @@ def _empty(product: Product, n: int, sizes: list[int]) -> QuantizedLinear:
     return QuantizedLinear(n, sizes[0], bias=False, spec=product.spec, device="meta")
 
 
-def _open_slots(layer: Any, name: str, found: list[Product]) -> None:
-    """Slots of the layer for the tensors of single matrices, and of `stack` for those of stacks."""
+def _open_slots(layer: Any, name: str, found: list[Product], *, on_host: bool) -> None:
+    """Slots of the layer for the tensors of single matrices, and of `stack` for those of stacks.
+
+    What is to be cut is read `on_host`: on a device there may be room for its part alone.
+    """
     for module, stacked in ((layer, False), (nn.Module(), True)):
         here = {
             product.places[0]: matrix
@@ -97,7 +116,7 @@ def _open_slots(layer: Any, name: str, found: list[Product]) -> None:
         }
         for matrix in here.values():
             for key, tensor in matrix.stored().items():
-                _open(module, key, tensor.dtype, partial(_take, name, here, key))
+                _open(module, key, tensor.dtype, partial(_take, name, here, key, on_host))
         if stacked and here:
             layer.stack = module
     # The guard of a file: no reader needs it.
@@ -114,6 +133,7 @@ def _take(
     name: str,
     here: dict[int, QuantizedLinear],
     key: str,
+    on_host: bool,
     slot: nn.Parameter,
     tensor: Tensor,
     part: str | int | None = None,
@@ -127,7 +147,8 @@ def _take(
         raise Unavailable(
             f"{name}.{key}: config.json asks for {wanted}, and the files hold {there}; {DAMAGED}"
         )
-    setattr(matrix, key, tensor.to(slot.device, copy=True))  # a file's may lie in its pages
+    device = torch.device("cpu") if on_host else slot.device
+    setattr(matrix, key, tensor.to(device, copy=True))  # a file's may lie in its pages
 
 
 def _refuse_weight(name: str, slot: nn.Parameter, tensor: Tensor, part: Any = None) -> None:
