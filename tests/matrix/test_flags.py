@@ -181,7 +181,9 @@ def test_flags_become_words_of_a_line_and_back():
 
 def test_the_name_of_the_integer_grids_is_typed_in_one_file():
     files = Path(quip.__file__).parent.rglob("*.py")
-    assert [path.name for path in files if f'"{INTEGERS}"' in path.read_text()] == ["names.py"]
+    others = "compressed_tensors"  # calls its integers so, too
+    typed = [path for path in files if f'"{INTEGERS}"' in path.read_text()]
+    assert [path.name for path in typed if path.parent.name != others] == ["names.py"]
 
 
 # What needs no torch does not wait for it

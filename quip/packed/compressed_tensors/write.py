@@ -64,7 +64,8 @@ def _scale(matrix: Plain, dtype: torch.dtype) -> Tensor:
     if scale is None:
         raise UsageError(
             f"{matrix.name}: {dtype}, in which the model computes and {WHERE} has scales, does "
-            f"not hold its steps exactly; load and save the model in bfloat16, or {AGAIN}"
+            "not hold its steps exactly; quantize with --dtype bfloat16, or export it with --gptq "
+            "or --dense"
         )
     return scale
 
