@@ -22,6 +22,7 @@ from quip.packed.published import exactly
 from quip.packed.stack import Stack
 
 AGAIN = "quantize the model again with --quant gptq --wbits 4 --groupsize 128 --sym"
+COMMON = (128, 64, 32)  # columns of a group that engines have kernels for, the usual one first
 REMEDY = f"{AGAIN}, or export it with --dense"
 
 
@@ -90,17 +91,25 @@ def plain_matrices(model: PreTrainedModel, where: str) -> list[Plain]:
     for name, layer in sorted(quantized_layers(model).items()):
         if why := "of a mixture of experts" if mixture else _other(layer):
             raise UsageError(f"{name} is {why}, for which {where} has no place; {REMEDY}")
-        m, n = layer.out_features, layer.in_features
-        grids, _ = layer.spec.restore(layer.stored(), m, n)
+        grids, _ = layer.spec.restore(layer.stored(), layer.out_features, layer.in_features)
         assert isinstance(grids, Grids)
-        plain = Plain(name, layer, grids)
-        if plain.group and n % plain.group:
-            raise UsageError(
-                f"{name} has groups of {plain.group} columns, of which its {n} are no multiple; "
-                f"{where} has whole groups; {REMEDY}"
-            )
-        found.append(plain)
+        found.append(Plain(name, layer, grids))
+    _check_groups(found, where)
     return found
+
+
+def _check_groups(found: list[Plain], where: str) -> None:
+    """Raise UsageError where the last group of columns of a matrix is short."""
+    widths = {matrix.layer.in_features for matrix in found}
+    for matrix in found:
+        n = matrix.layer.in_features
+        if matrix.group and n % matrix.group:
+            whole = (f"with --groupsize {g}" for g in COMMON if not any(n % g for n in widths))
+            raise UsageError(
+                f"{matrix.name} has groups of {matrix.group} columns, of which its {n} are no "
+                f"multiple, as {where} needs them; quantize the model again "
+                f"{next(whole, 'without --groupsize')}, or export it with --dense"
+            )
 
 
 def _other(layer: QuantizedLinear) -> str | None:

@@ -214,7 +214,6 @@ REFUSED = {
     "rescaled": ({**SYM, "pre_rescale": True}, r"transformed \(rescale\)"),
     "lattice": ({"codebook": "E8P12"}, r"transformed \(hadamard\)"),
     "plain lattice": ({"codebook": "E8P12", "rotation": "none", "no_fuse": True}, "lattice codes"),
-    "short group": ({**SYM, "groupsize": 24}, "groups of 24 columns, of which its 64 are no"),
 }
 WRITERS = pytest.mark.parametrize("write", [compressed_tensors, gptq_tensors])
 
@@ -226,6 +225,17 @@ def test_what_has_no_place_is_refused_by_name_with_the_remedy(flags, reason, wri
         write(made(flags))
     assert str(caught.value).endswith(f"; {AGAIN}, or export it with --dense")
     assert "\n" not in str(caught.value)
+
+
+@WRITERS
+@pytest.mark.parametrize(
+    ("hidden", "remedy"), [(64, "with --groupsize 32"), (48, "without --groupsize")]
+)
+def test_groups_that_end_short_have_no_place(monkeypatch, write, hidden, remedy):
+    config = hf.LlamaConfig(**{**WIDE, "hidden_size": hidden})
+    monkeypatch.setitem(tiny.CONFIGS, "wide", lambda: config)
+    with pytest.raises(UsageError, match=rf"of 40 columns, of which its 96 .* {remedy}, or"):
+        write(made({**SYM, "groupsize": 40}))
 
 
 @WRITERS
