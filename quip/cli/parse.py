@@ -4,7 +4,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,7 +174,7 @@ def parse(parser: Parser, line: list[str]) -> Arguments:
             args = parser.parse_args([*_words(found), *line])
         except UsageError as error:
             raise UsageError(f"--config {path}: {error}") from error
-    words = [*_of_recipe(getattr(args, "recipe", None)), *_words(found), *line]
+    words = [*_of_recipe(getattr(args, "recipe", None), vars(args)), *_words(found), *line]
     unset = Arguments(**dict.fromkeys(vars(args), UNSET))
     said = parser.parse_args(words, unset)
     args = parser.parse_args(words, Arguments())
@@ -182,12 +182,14 @@ def parse(parser: Parser, line: list[str]) -> Arguments:
     return args
 
 
-def _of_recipe(name: str | None) -> list[str]:
+def _of_recipe(name: str | None, known: Collection[str]) -> list[str]:
+    """What the recipe stands for on a line of a command that has these flags."""
     if name is None:
         return []
     if name not in RECIPES:
         raise UsageError(f"--recipe {shown(name)}: not one of {', '.join(RECIPES)}")
-    return as_line(RECIPES[name].flags)
+    named = RECIPES[name]
+    return as_line(named.flags | {flag: x for flag, x in named.run.items() if flag in known})
 
 
 def _of_file(path: Path, parser: Parser, known: set[str]) -> dict[str, bool | str]:

@@ -26,7 +26,7 @@ def call(args: argparse.Namespace) -> None:
     }
     known = {**RECIPES, **methods}
     if args.json:
-        rows = {name: {"title": r.title, "flags": r.flags} for name, r in known.items()}
+        rows = {name: {"title": r.title, "flags": r.every} for name, r in known.items()}
         say(json.dumps(rows, indent=2))
         return
     width = max(map(len, known))
@@ -35,4 +35,4 @@ def call(args: argparse.Namespace) -> None:
         say(title)
         for name, row in listed.items():
             say(f"  {name:{width}}  {row.title}")
-            say(f"  {'':{width}}  {' '.join(as_line(row.flags))}")
+            say(f"  {'':{width}}  {' '.join(as_line(row.every))}")

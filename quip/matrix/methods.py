@@ -52,10 +52,16 @@ EXTRAS = (ROTATIONS["blocked"], ROTATIONS["kronecker"], UNPERMUTED)  # by --pre_
 
 @dataclass(frozen=True, kw_only=True)
 class Named:
-    """A recipe by name: the flags that it stands for."""
+    """A recipe by name: the flags that it stands for, and those of a run that go with them."""
 
     title: str
     flags: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def every(self) -> dict[str, Any]:
+        """All flags of `quip run` that it stands for."""
+        return self.flags | self.run
 
 
 # Dimensions and bits per value of the rows of GPTVQ's Tables 2 and 9.
@@ -101,5 +107,19 @@ RECIPES = {
             },
         )
         for bits, states, fast in ((2, 12, ""), (3, 12, ""), (4, 12, ""), (2, 10, "-fast"))
+    },
+    **{
+        f"best-{bits}bit": Named(
+            title=f"what measures best: a trellis code, and what the loss feels, {bits} bits",
+            flags={
+                "wbits": bits,
+                "quant": "ldlq",
+                "codebook": "trellis",
+                "trellis_states": 12,
+                "pre_rescale_out": True,
+            },
+            run={"token_weights": "fisher", "target_shrink": "auto"},
+        )
+        for bits in (2, 3, 4)
     },
 }

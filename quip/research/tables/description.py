@@ -17,7 +17,13 @@ from quip.matrix.flags import FLAGS
 from quip.matrix.methods import RECIPES
 from quip.matrix.recipe import Recipe
 from quip.reading import read_yaml
-from quip.research.tables.tuning import FINETUNE, block_tuning, model_tuning, recipe_flags
+from quip.research.tables.tuning import (
+    FINETUNE,
+    block_tuning,
+    model_tuning,
+    recipe_flags,
+    run_options,
+)
 from quip.research.tables.words import Description, Label
 from quip.shapes import check_shape
 
@@ -213,7 +219,7 @@ def _of_recipe(name: str) -> Mapping[str, Any]:
     """The flags of a named recipe, so that a cell is kept by what is run."""
     if name not in RECIPES:
         raise UsageError(f"recipe {shown(name)}: not one of {', '.join(RECIPES)}")
-    return RECIPES[name].flags
+    return RECIPES[name].every
 
 
 def _check(table: Table) -> None:
@@ -230,4 +236,4 @@ def _check(table: Table) -> None:
             recipe = recipe_of(recipe_flags(flags))
             if not recipe and (table.kind == "saved" or FINETUNE in flags):
                 raise UsageError(f"row {shown(row.label)}: 16 bits make no checkpoint")
-            block_tuning(flags), model_tuning(flags)
+            block_tuning(flags), model_tuning(flags), run_options(flags)

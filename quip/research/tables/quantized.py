@@ -12,7 +12,7 @@ from quip.jobs.requests import request
 from quip.jobs.run import run_experiment
 from quip.research.tables.cells import Cell
 from quip.research.tables.description import recipe_of
-from quip.research.tables.tuning import block_tuning, model_tuning, recipe_flags
+from quip.research.tables.tuning import block_tuning, model_tuning, recipe_flags, run_options
 
 WORK = "work"  # in the folder of a cell, what is not kept
 
@@ -108,6 +108,7 @@ def _quantize(cell: Cell, *, save: bool) -> None:
             model=cell.model,
             recipe=recipe_of(recipe_flags(cell.flags)),
             tuning=block_tuning(cell.flags),
+            **run_options(cell.flags),
             method=" ".join(f"{k}={v}" for k, v in cell.flags.items()),
             eval_datasets=s.evaluate,
             tasks=s.zero_shot(),
