@@ -122,23 +122,26 @@ class OneByOne:
         self._pool.shutdown(cancel_futures=True)
 
     def _work(self, ask: Ask, post: Callable[[Any], None], stopped: threading.Event) -> None:
-        over = lambda: stopped.is_set() or self._closed.is_set()  # noqa: E731
+        def check() -> None:
+            if stopped.is_set() or self._closed.is_set():
+                raise _Stopped
+
         try:
-            if not over():
-                with self._adapters.active(ask.adapter) if self._adapters else nullcontext():
-                    self._write(ask, post, over)
+            check()
+            with self._adapters.active(ask.adapter) if self._adapters else nullcontext():
+                self._write(ask, post, check)
         except _Stopped:
             post(Ended("stop", 0))
         except Exception as error:  # of whoever asked, who is told
             post(error)
 
-    def _write(self, ask: Ask, post: Callable[[Any], None], over: Callable[[], bool]) -> None:
+    def _write(self, ask: Ask, post: Callable[[Any], None], check: Callable[[], None]) -> None:
         if ask.echo is not None:
             post(Piece(ask.echo))
         if ask.max_new_tokens == 0 and ask.top is None:
             post(Ended("length", 0))
             return
-        steps = _Steps(ask, self._tokenizer, over)
+        steps = _Steps(ask, self._tokenizer, check)
         rng = torch.Generator()
         rng.seed() if ask.seed is None else rng.manual_seed(ask.seed)
         answer = write(
@@ -169,16 +172,15 @@ class _Steps:
     """What is seen of each step: its probabilities, and whether anybody waits for it."""
 
     def __init__(
-        self, ask: Ask, tokenizer: PreTrainedTokenizerBase, over: Callable[[], bool]
+        self, ask: Ask, tokenizer: PreTrainedTokenizerBase, check: Callable[[], None]
     ) -> None:
-        self._ask, self._tokenizer, self._over = ask, tokenizer, over
+        self._ask, self._tokenizer, self._check = ask, tokenizer, check
         self.whole = ask.echo is not None and ask.top is not None
         self._prompt = self.whole  # still to be scored
         self.found: list[Scored] = []
 
     def __call__(self, logits: Float[Tensor, "s vocab"], token: int) -> None:
-        if self._over():
-            raise _Stopped
+        self._check()
         if self._ask.top is None:
             return
         if self._prompt:

@@ -144,17 +144,13 @@ def _read(body: bytes, shape: Any) -> Any:
         words = parse_json(body.decode(), shape, values=VALUES)
     except ValueError as error:  # what is no UTF-8 is one, too
         raise Refused(f"the request is no valid JSON of its kind: {error}") from error
-    for name in words.keys() - shape.__annotations__.keys() - _known(shape) - {*UNREAD}:
+    for name in words.keys() - shape.__required_keys__ - shape.__optional_keys__ - {*UNREAD}:
         value = words[name]
         if value is not None and value not in NOTHING.get(name, ()):
             raise Refused(
                 f"{shown(name)} {json.dumps(value)[:50]} is not served here; leave it out"
             )
     return words
-
-
-def _known(shape: Any) -> frozenset[str]:
-    return shape.__required_keys__ | shape.__optional_keys__
 
 
 def _common(words: Common) -> dict[str, Any]:

@@ -104,6 +104,17 @@ def ask(port: int, body: dict, key: str | None) -> socket.socket:
 def test_a_signal_ends_it_once_what_was_asked_is_answered(
     quip, packed, tmp_path, monkeypatch, number
 ):
+    from quip.serve.stops import Stops
+
+    begun, told = threading.Event(), threading.Event()
+    feed = Stops.feed
+
+    def feed_slowly(self: Stops, piece: str) -> str:
+        begun.set()
+        assert told.wait(60)
+        return feed(self, piece)
+
+    monkeypatch.setattr(Stops, "feed", feed_slowly)
     monkeypatch.setenv("QUIP_API_KEY", "from-the-environment")
     said: list[str] = []
     monkeypatch.setattr("quip.cli.serve.say", said.append)
@@ -116,8 +127,10 @@ def test_a_signal_ends_it_once_what_was_asked_is_answered(
         with ask(port, words, "wrong") as raw:
             answers.append(raw.recv(1 << 16))
         with ask(port, words, "from-the-environment") as raw:
-            answer = raw.recv(1 << 16)  # it has begun
+            assert begun.wait(60)
             os.kill(os.getpid(), number)
+            told.set()
+            answer = b""
             while more := raw.recv(1 << 16):
                 answer += more
         answers.append(answer)
