@@ -120,6 +120,17 @@ def test_the_operators_keep_what_torch_asks_of_one():
     torch.library.opcheck(ops.product, arguments)
     g = torch.randn(2, 3, sizes[-1], dtype=torch.bfloat16)
     torch.library.opcheck(ops.product_backward, (g, *arguments[1:], packed.in_features))
+    torch.library.opcheck(ops.product, (*arguments[:-1], ops.ALL))
+
+
+def test_all_members_of_a_stack_at_once_are_those_one_by_one():
+    packed, x = layer(SHARP), torch.randn(3, 32, requires_grad=True)
+    whole = packed.traced(x, ops.ALL)
+    each = [packed.traced(x, i) for i in range(len(packed.sizes))]
+    assert torch.equal(whole, torch.cat(each, dim=-1))
+    g = torch.randn_like(whole)
+    expected = torch.autograd.grad(torch.cat(each, dim=-1), x, g)[0]
+    assert_near(torch.autograd.grad(whole, x, g)[0], expected, NOISE)
 
 
 def test_compiled_code_sees_a_buffer_that_was_changed():

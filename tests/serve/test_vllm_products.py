@@ -1,14 +1,17 @@
 """Which packed matrices a layer of vLLM is made of: without vLLM."""
 
 import tomllib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from quip.errors import UnsupportedModel
+from quip.packed.cut import Cut
 from quip.packed.layout import Layout
 from quip.packed.spec import Spec
 from quip.serve.vllm.products import Product, in_order, products, rows
+from quip.serve.vllm.shares import Share, cut_of, shares
 from tests.support.checkpoints import ROOT, fresh
 
 GRID = Spec({"kind": "grid", "bits": 2, "group": 1, "symmetric": True}, ())
@@ -66,6 +69,20 @@ def test_one_matrix_for_a_merged_layer_is_taken_where_its_rows_are_known_to_lie_
 def test_what_vllm_computes_otherwise_is_refused_by_name_with_a_way_out(layout, message):
     with pytest.raises(UnsupportedModel, match=rf"^a\.qkv_proj: .*{message}.*quip serve"):
         products(layout, "a.qkv_proj", MERGED)
+
+
+def test_each_of_two_processes_has_its_rows_of_every_part_and_shared_heads_whole():
+    layer = SimpleNamespace(tp_rank=1, tp_size=2, num_kv_head_replicas=2)  # one head of k and v
+    parts = shares(layer, [64, 32, 32], 256)
+    assert parts == [
+        Share(128, slice(64, 128)),
+        Share(32, slice(0, 32)),
+        Share(32, slice(0, 32)),
+    ]
+    rows_of_all = Cut(rows=(slice(64, 128), slice(128, 160), slice(160, 192)))
+    assert cut_of(layer, parts, 128, 128) == rows_of_all
+    assert cut_of(layer, parts[1:], 128, 128) is None
+    assert cut_of(layer, shares(layer, [128], 128), 96, 192) == Cut(columns=slice(96, 192))
 
 
 def test_import_quip_and_the_entry_point_leave_vllm_alone():

@@ -83,10 +83,11 @@ class QuipLinear(LinearMethodBase):
                     f"{self.name}: its files hold no {missing[0]} of a matrix; {DAMAGED}"
                 )
             try:
-                layer.packed[i] = matrix = matrix if cut is None else cut.of(matrix, device)
+                matrix = matrix.to(device) if cut is None else cut.of(matrix, device)
                 matrix.check()
             except QuipError as error:
                 raise Unavailable(f"{self.name}: {error}; {DAMAGED}") from error
+            layer.packed[i] = matrix
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         answers = [matrix.traced(x, ops.ALL) for matrix in layer.packed]
@@ -139,7 +140,7 @@ def _take(
     part: str | int | None = None,
 ) -> None:
     """Put a tensor of a file where it belongs. Raises Unavailable where it does not fit."""
-    matrix = here.get(part if isinstance(part, int) else PLACES[part])
+    matrix = here.get(part if isinstance(part, int) else PLACES.get(part, -1))
     room = matrix.stored().get(key) if matrix else None
     there = f"{tensor.dtype} {list(tensor.shape)}"
     wanted = "nothing" if room is None else f"{room.dtype} {list(room.shape)}"
