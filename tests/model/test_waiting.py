@@ -50,7 +50,7 @@ TABLES_MADE_ONCE = {
 }
 ONCE_A_MATRIX = {
     "codebooks/centroids.py": {"restore"},
-    "codebooks/grid.py": {"restore"},
+    "codebooks/grids.py": {"restore"},
     "codebooks/lattice.py": {"restore"},
     "codebooks/scaling.py": {"restore"},
     "codebooks/trellises.py": {"restore"},

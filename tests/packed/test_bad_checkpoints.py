@@ -124,7 +124,7 @@ FORMAT_1 = dict.fromkeys(("codebook", "transforms", "modules"))  # taken out
         ({"transforms": [{**RESCALE, "block": 8}]}, "(its options are ['block'], not [])"),
         ({"codebook": {**GRID, "bits": True}}, "(bits is True, not a whole number)"),
         ({"codebook": {**GRID, "bits": 9}}, "(bits is 9, not from 1 to 8)"),
-        ({"codebook": {**GRID, "symmetric": 1}}, "(symmetric is 1, not true or false)"),
+        ({"codebook": {**GRID, "symmetric": 1}}, "(symmetric is 1, not true or false or one of"),
         ({"codebook": {**GRID, "group": 1.0}}, "(group is 1.0, not a whole number"),
         (
             {"codebook": {"kind": "lattice", "name": "E8P12RVQ3B", "ratio": 10**20, "group": 8}},
