@@ -2,6 +2,7 @@
 
 import math
 import struct
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ REMEDY = "export it with --dense, for the converter of llama.cpp"
 SILENT = (
     *("architectures", "dtype", "model_type", "transformers_version", "quantization_config"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range"),
-    *("attention_dropout", "pretraining_tp", "max_window_layers", "_name_or_path"),
+    *("attention_dropout", "pretraining_tp", "max_window_layers", "chunk_size_feed_forward"),
+    *("id2label", "label2id", "problem_type", "return_dict", "output_hidden_states"),
 )
 SAMPLE = """The quick brown fox, aged 12 years and 345 days, doesn't
 \tjump; it's   RESTING...  12,345.67 \u00e9t\u00e9 na\u00efve \u4f60\u597d \U0001f600!?
@@ -35,8 +37,10 @@ def check_returned(
     """Raise UnsupportedModel, with what differs, unless the file says the same of both."""
     read = read_gguf_config(path.name, path)
     found = read.to_dict()
-    for key, value in config.to_dict().items():
-        other = found.get(key)
+    said, known = config.to_dict(), {field.name for field in fields(config)}
+    # What else a config.json says its class has no use for, and no GGUF file a word.
+    for key in sorted(known & said.keys()):
+        value, other = said[key], found.get(key)
         if key == "rope_parameters":
             same = _turns_alike(config, read)
         else:
