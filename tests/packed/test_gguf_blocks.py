@@ -96,8 +96,23 @@ def test_steps_are_never_rounded(dtype, rng):
     check(layer_of(codes, decoder), "Q4_0")
     decoder.step[2, 1] = 2.0**-24 * 1.5  # between two of float16
     decoder.step[0, 0] = 2.0**-40
-    with pytest.raises(UsageError, match="does not hold 2 of its 30 exactly"):
+    with pytest.raises(UsageError, match="does not hold those of 2 of its 30 blocks exactly"):
         blocks_of(layer_of(codes, decoder))
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_groups_of_zeros_have_any_step(bits, rng):
+    """Grids give them the smallest step of bfloat16, which float16 does not have."""
+    codes, decoder = random_grids(M, N, bits, 32, rng)
+    decoder.zero[:] //= 2
+    codes[:, :64] = decoder.zero[:, :2].repeat_interleave(32, dim=1)
+    decoder.step[:, :2] = torch.finfo(torch.bfloat16).tiny
+    codes[:, 64:] //= 2
+    blocks = blocks_of(layer_of(codes, decoder))
+    found = [slowly(blocks.kind, row.numpy().tobytes()) for row in blocks.bytes()]
+    W = layer_of(codes, decoder).dequantize()
+    assert torch.equal(torch.tensor(found, dtype=torch.float64), W.double())
+    assert not W[:, :64].any()
 
 
 def test_weights_beyond_a_byte_are_counted(rng):

@@ -71,23 +71,26 @@ def blocks_of(layer: QuantizedLinear) -> Blocks:
     n = layer.in_features
     decoder: Any = layer.spec.restore(layer.stored(), layer.out_features, n)[0]
     codes, width = unpack(layer.codes, decoder.bits, n), decoder.groups.size or n
-    step = decoder.step.float()
-    if decoder.zeros is None:
-        k, units, lows = 2 * codes.short() - (2**decoder.bits - 1), _halves(step / 2), None
-    else:
-        k = codes.short() - decoder.zeros.short().repeat_interleave(width, dim=1)[:, :n]
-        units, lows = _halves(step), exactly(-step * decoder.zeros, torch.float16)
 
     def spread(x: Tensor) -> Tensor:
         x = x.repeat_interleave(max(width, SIZE) // SIZE, dim=1)[:, : n // SIZE]
         return x.expand(layer.out_features, n // SIZE)
 
+    zeros, step, lows = decoder.zeros, spread(decoder.step.float()), None
+    if zeros is None:
+        k, step = 2 * codes.short() - (2**decoder.bits - 1), step / 2
+    else:
+        k = codes.short() - zeros.short().repeat_interleave(width, dim=1)[:, :n]
+    # Blocks of zeros have the smallest step there is: any will do.
+    units = _halves(torch.where(k.view(len(k), -1, SIZE).any(2), step, 1.0))
+    if zeros is not None:
+        lows = exactly(-units.float() * spread(zeros), torch.float16)
     for kind, held in KINDS.items():
         if kind == "Q4_1" and lows is not None and decoder.bits <= 4:
-            return Blocks(kind, codes, spread(units), spread(lows))
+            return Blocks(kind, codes, units, lows)
         if int(k.min()) in held and int(k.max()) in held:
             offset = 0 if kind == "Q8_0" else -held.start
-            return Blocks(kind, k + offset, spread(units), None)
+            return Blocks(kind, k + offset, units, None)
     outside = int((k.abs() > 127).sum())
     raise UsageError(
         f"{outside} of its {k.numel()} weights are more than 127 steps from 0, the most that GGUF "
@@ -123,9 +126,9 @@ def _halves(step: Tensor) -> Tensor:
     if halves is None:
         changed = int((step.half().float() != step).sum())
         raise UsageError(
-            f"float16, in which GGUF has steps, does not hold {changed} of its {step.numel()} "
-            f"exactly (from {float(step.min()):.3g} to {float(step.max()):.3g}); export it with "
-            "--dense"
+            f"float16, in which GGUF has steps, does not hold those of {changed} of its "
+            f"{step.numel()} blocks exactly (from {float(step.min()):.3g} to "
+            f"{float(step.max()):.3g}); export it with --dense"
         )
     return halves
 
