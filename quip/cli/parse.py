@@ -29,6 +29,7 @@ READ: dict[Any, Callable[[str], Any]] = {
     Path: values.path,
     values.seed: values.seed,
     values.place: values.place,
+    values.share_or_auto: values.share_or_auto,
 }
 LARGEST = {"nsamples": 1_000_000, "samples": 100_000}  # what would take years, or all memory
 

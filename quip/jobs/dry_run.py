@@ -36,6 +36,7 @@ from quip.model.device import choose_device, device_name, free_host_bytes
 from quip.model.load import DTYPES, read_config
 from quip.model.load_streamed import SHARE
 from quip.model.plan import Plan
+from quip.model.run import Shrinking
 from quip.model.states import batch_size_for
 from quip.model.tune import BlockTuning
 
@@ -52,6 +53,7 @@ class Question(Text, Machine):
     model: str
     recipe: Recipe | Plan | None = None
     tuning: BlockTuning | None = None
+    target_shrink: Shrinking = None
     hessians: Path | None = None  # a store, instead of calibration
     eval_datasets: tuple[str, ...] = ()
     eval_nsamples: int | None = None
@@ -145,6 +147,7 @@ def _terms(
         copies=copies_of(recipes),
         of_weights=of_weights(recipes),
         epochs=asked.tuning.epochs if asked.tuning else 0,
+        streams=2 if asked.target_shrink else 1,
     )
 
 

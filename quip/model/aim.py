@@ -36,11 +36,13 @@ class Shrink:
     ) -> "Shrink | None":
         """What --target_shrink says of a walk over so many windows; None: targets are the weights.
 
-        Raises UsageError where there are too few to hold some out.
+        Raises UsageError for other shares, and where there are too few windows to hold some out.
         """
         if not shrink:
             return None
-        if isinstance(shrink, float):
+        if isinstance(shrink, int | float):
+            if not 0 <= shrink <= 1:
+                raise UsageError(f"target_shrink {shrink}: a number from 0 to 1 is needed, or auto")
             return cls(shrink)
         if count < 2 * LEAST:
             raise UsageError(

@@ -138,6 +138,14 @@ def test_what_memory_is_free_decides_what_is_held(asked, monkeypatch):
     assert held(0, activation_memory=1.0)["quantize"] == short["quantize"] + hidden
 
 
+def test_hidden_states_of_the_original_are_counted_where_targets_need_them(asked, tmp_path):
+    asked = replace(asked, out=tmp_path)
+    one, both = foretell(asked), foretell(replace(asked, target_shrink="auto"))
+    assert both["disk_bytes"]["hidden"] == 2 * one["disk_bytes"]["hidden"]
+    seconds = [found["ways"][0]["seconds"] for found in (one, both)]
+    assert seconds[1]["observe"] > 2 * seconds[0]["observe"]
+
+
 def test_a_store_takes_what_is_foretold(asked, tmp_path):
     asked = replace(asked, recipe=None, collects=True, save=tmp_path / "store", nsamples=8)
     found, (dataset, *_) = foretell(asked), asked.eval_datasets

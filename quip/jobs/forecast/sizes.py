@@ -69,10 +69,15 @@ class Terms:
     copies: float = 0.0  # of H, while a matrix is quantized
     of_weights: int = OF_WEIGHTS  # bytes a weight meanwhile
     epochs: int = 0  # of tuning block by block
+    streams: int = 1  # of hidden states: 2 with those of the original model
 
     @property
     def tokens(self) -> int:
         return self.windows * self.seqlen
+
+    def hidden(self, width: int) -> int:
+        """Bytes of hidden states."""
+        return self.streams * self.tokens * width * self.wide
 
 
 def copies_of(recipes: Iterable[Recipe]) -> float:
@@ -110,7 +115,7 @@ def disk_bytes(shape: Shape, terms: Terms, packed: int, tensors: int) -> dict[st
     if terms.ledger:
         inside = (rest - shape.outside) * terms.kept
         found["ledger"] = packed + inside + header + RECORD * len(shape.matrices)
-        found["hidden"] = terms.tokens * shape.width * terms.wide
+        found["hidden"] = terms.hidden(shape.width)
     return found
 
 
@@ -136,7 +141,7 @@ def host_bytes(
     blocks = block * (2 if SPARE * block <= free else 1)
     whole = shape.numbers * terms.wide
     weights = base + (outside + blocks if streamed else whole)
-    hidden = terms.tokens * shape.width * terms.wide // ranks
+    hidden = terms.hidden(shape.width) // ranks
     walking = weights + (hidden if hidden <= limit else 0)
     work = Working.of(shape, terms, alone=ranks == 1)
     on_host = Working(0, 0, 0) if cuda else work

@@ -11,6 +11,7 @@ from quip.matrix.recipe import Recipe
 
 MEANS = 12  # passes over n^2 numbers, until the sums of an input are the H that quantizing takes
 LARGE = 2**30  # bytes of hidden states, above which they take a tenth of the time to write
+PAIRED = 4  # times the work where the groups of a block are observed one by one, in two models
 ELEMENTWISE = 12  # passes over a token's numbers in a block: norms, rotations, activations, sums
 DRAWN = 1.0  # seconds until there is a plot
 PREDICTED = 6  # passes over the logits of a token
@@ -47,9 +48,11 @@ class Costs:
         found = {
             "load": self._load(streamed),
             "observe": through + observing(columns, tokens) / rates.observe,
-            "replay": (through + batches * decoded) * (1 - 1 / shape.blocks) + read,
+            "replay": (terms.streams * through + batches * decoded) * (1 - 1 / shape.blocks) + read,
             "quantize": self._quantize(ranks),
         }
+        if terms.streams > 1:
+            found["observe"] *= PAIRED
         if terms.epochs:
             operations = tuning(shape.active, tokens, terms.epochs)
             found["tune"] = operations * len(shape.inputs) / shape.blocks / rates.product
@@ -99,7 +102,7 @@ class Costs:
 
     def _keep(self, rest: Number) -> float:
         """Blocks, and hidden states after each, which may take a tenth of the rest if LARGE."""
-        hidden = self.terms.tokens * self.shape.width * self.terms.wide
+        hidden = self.terms.hidden(self.shape.width)
         seconds = hidden * (self.shape.blocks - 1) / self.rates.write
         if hidden > LARGE:
             seconds = min(seconds, rest / 10)
