@@ -29,7 +29,8 @@ from quip.jobs.forecast.sizes import (
 )
 from quip.jobs.forecast.stages import Costs, rounding_of
 from quip.jobs.forecast.weights import Weights, weights_of
-from quip.jobs.requests import Machine, Text
+from quip.jobs.requests import NO_WEIGHTS, Machine, Text
+from quip.jobs.sensitivity import is_asked_for
 from quip.matrix.recipe import Recipe
 from quip.model.activations import Activations
 from quip.model.device import choose_device, device_name, free_host_bytes
@@ -61,6 +62,7 @@ class Question(Text, Machine):
     save: Path | None = None
     out: Path | None = None
     activation_memory: float | None = None  # GB of hidden states; None: a quarter of what is free
+    token_weights: str = NO_WEIGHTS
     collects: bool = False  # whether `save` is to be a store of Hessians
 
 
@@ -148,6 +150,8 @@ def _terms(
         of_weights=of_weights(recipes),
         epochs=asked.tuning.epochs if asked.tuning else 0,
         streams=2 if asked.target_shrink else 1,
+        feels=calibrates and is_asked_for(asked.token_weights, asked.recipe),
+        weighs=calibrates and asked.token_weights != NO_WEIGHTS,
     )
 
 

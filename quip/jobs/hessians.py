@@ -157,7 +157,7 @@ def _walk(
     place = kept.ledger.folder if kept.ledger else None
     activations = Activations.within(asked.activation_memory, place)
     felt = None
-    if is_asked_for(asked, asked.recipe):
+    if is_asked_for(asked.token_weights, asked.recipe):
         felt = felt_for(
             *(asked, loaded, tokens),
             device=device,

@@ -69,7 +69,7 @@ def felt_for(
 
 def with_felt(e: Experiment, loaded: LoadedModel, tokens: TokenSet, run: Run) -> Run:
     """The run, with what the loss feels of the model where that is asked for."""
-    if e.recipe and is_asked_for(e, e.recipe):
+    if e.recipe and is_asked_for(e.token_weights, e.recipe):
         with run.watch("sensitivity"):
             felt = felt_for(
                 *(e, loaded, tokens),
@@ -102,9 +102,9 @@ def forget_felt(ledger: Ledger | None) -> None:
         (ledger.folder / FELT).unlink(missing_ok=True)
 
 
-def is_asked_for(asked: Calibration, how: Recipe | Plan | None) -> bool:
+def is_asked_for(token_weights: str, how: Recipe | Plan | None) -> bool:
     """Whether tokens are to have weights, or outputs factors."""
-    return asked.token_weights != NO_WEIGHTS or rescales(how)
+    return token_weights != NO_WEIGHTS or rescales(how)
 
 
 def rescales(how: Recipe | Plan | None) -> bool:

@@ -133,11 +133,11 @@ def balanced(
     f_i = E[|x|^2 g_i^2] is what the loss feels of output i. Once a rotation has spread errors
     evenly over the rows of diag(1/r) W, the loss rises by (sum_i f_i r_i^2) (sum_i |W_i|^2 / r_i^2)
     times a constant, of which these r are the minimum. A hundredth of the mean is added to both, so
-    that no row is left out, and f = |W_i|^2 gives r = 1.
+    that no row is left out, and f = |W_i|^2 gives r = 1; so does f = 0, of which nothing is known.
     """
     sizes = W.double().square().sum(1)
     ratio = _raised(sizes) / _raised(f.to(sizes))
-    r = ratio.pow(0.25)
+    r = torch.where(f.any().to(ratio.device), ratio, 1.0).pow(0.25)
     return (r / r.mean()).clamp_min(2.0**-10).to(dtype).to(W.dtype)
 
 

@@ -163,6 +163,21 @@ def test_what_a_recipe_cannot_do_is_refused_by_name(asked):
         foretell(replace(asked, recipe=tiles))
 
 
+def test_weights_of_tokens_take_a_pass_and_second_moments_twice(asked):
+    plain, weighed, rescaled = (
+        foretell(replace(asked, **changes))["ways"][0]["seconds"]
+        for changes in (
+            {},
+            {"token_weights": "fisher"},
+            {"recipe": build_recipe(codebook="E8P12", pre_rescale_out=True)},
+        )
+    )
+    assert "sensitivity" not in plain
+    assert weighed["sensitivity"] > 0
+    assert rescaled["sensitivity"] > 0
+    assert weighed["observe"] > 0
+
+
 def test_what_calibrates_nothing_takes_no_time_of_it(asked, tmp_path):
     (way,) = foretell(replace(asked, recipe=None, stream="off"))["ways"][:1]
     seconds = way["seconds"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from quip.errors import NonFinite
 from quip.model.activations import Activations
 from quip.model.matrices import covered
 from quip.model.sensitivity.found import Sensitivity
@@ -177,3 +178,21 @@ def test_the_pass_leaves_the_model_as_it_was():
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_has_no_gradient_is_not_felt():
+    """As an indexer, which only chooses what attention sees."""
+    model = tiny("llama")
+    q_proj = model.model.layers[0].self_attn.q_proj
+    q_proj.forward = torch.no_grad()(q_proj.forward)
+    found = measured(model)
+    felt = found.outputs([f"model.layers.0.self_attn.{x}_proj" for x in "qkv"])
+    assert [bool(f.any()) for f in felt.values()] == [False, True, True]
+    assert not found.squares(["model.layers.0.self_attn.q_proj"]).popitem()[1].any()
+
+
+def test_gradients_that_are_not_finite_are_named():
+    model = tiny("llama")
+    model.lm_head.weight.data[3] = torch.inf
+    with pytest.raises(NonFinite, match=r"layers\.0\.self_attn\.q_proj: NaN .* --token_weights"):
+        measured(model)

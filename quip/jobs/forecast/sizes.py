@@ -70,6 +70,8 @@ class Terms:
     of_weights: int = OF_WEIGHTS  # bytes a weight meanwhile
     epochs: int = 0  # of tuning block by block
     streams: int = 1  # of hidden states: 2 with those of the original model
+    feels: bool = False  # whether a pass goes forward and back before the walk
+    weighs: bool = False  # whether tokens weigh what is felt: second moments are summed twice
 
     @property
     def tokens(self) -> int:
@@ -186,13 +188,13 @@ class Working:
         kept = terms.tokens * shape.width * terms.wide if experts else 0
         # Of an expert sums and those of all of them; they are summed up one after the other.
         own = kept + 16 * max((one.columns for one in experts), default=0) ** 2
-        sums = 8 * sum(one.columns**2 for one in dense)
+        sums = 8 * (1 + terms.weighs) * sum(one.columns**2 for one in dense)
         found, packed, waiting = 0, 0, sums // 2  # in float32
         for one in block:
-            moments = waiting if alone else sums + 4 * shape.widest**2
+            moments = waiting if alone else sums + 4 * (1 + terms.weighs) * shape.widest**2
             found = max(found, moments + own + _of_matrix(one, terms) - packed)
             packed += one.weights * terms.wide
-            waiting -= 4 * one.columns**2 if one.share == 1 else 0
+            waiting -= 4 * (1 + terms.weighs) * one.columns**2 if one.share == 1 else 0
         return cls(
             activations=tokens * widths * 4,
             hessians=sums + own,

@@ -47,7 +47,8 @@ class Costs:
         batches = tokens / (terms.batch * terms.seqlen)
         found = {
             "load": self._load(streamed),
-            "observe": through + observing(columns, tokens) / rates.observe,
+            **({"sensitivity": self._feel(tokens, through, read)} if terms.feels else {}),
+            "observe": through + (1 + terms.weighs) * observing(columns, tokens) / rates.observe,
             "replay": (terms.streams * through + batches * decoded) * (1 - 1 / shape.blocks) + read,
             "quantize": self._quantize(ranks),
         }
@@ -78,6 +79,15 @@ class Costs:
         numbers = sum(one.share * (one.columns + sum(one.rows)) for one in shape.inputs)
         moved = ELEMENTWISE * tokens * numbers * self.terms.wide / 4
         return products_ / self.rates.product + moved / self.rates.copy
+
+    def _feel(self, tokens: Number, through: Number, read: Number) -> float:
+        """Blocks run twice, then back, which takes as long as a run; the head runs once, and back.
+
+        Its products on the way back are as many, for no weight has a gradient.
+        """
+        head = 2 * forward(self.shape.head, tokens) / self.rates.product
+        logits = PREDICTED * 8 * tokens * self.shape.vocabulary / self.rates.copy
+        return 3 * through + head + logits + 2 * read
 
     def _quantize(self, ranks: int) -> float:
         """The inputs of a block are dealt to ranks, the dearest first; each waits for the last."""

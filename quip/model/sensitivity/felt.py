@@ -74,7 +74,8 @@ class Felt:
         if first == name:
             x = x.detach().reshape(-1, x.shape[-1])
             self._sizes[name] = x.to(_wide(x)).square().sum(-1).double()
-        y.register_hook(partial(self._feel, name, self._sizes[first]))
+        if y.requires_grad:  # the loss feels nothing of what only chooses, such as an indexer
+            y.register_hook(partial(self._feel, name, self._sizes[first]))
 
     def _feel(self, name: str, sizes: Float64[Tensor, " rows"], g: Tensor) -> None:
         g = g.detach().reshape(-1, g.shape[-1])
