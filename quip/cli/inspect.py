@@ -89,6 +89,14 @@ def _heading(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _tables(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Embedding and head, where they are packed, apart from the matrices of blocks."""
+    if "bits_per_weight_of_tables" not in found:
+        return []
+    tables, blocks = (found[f"bits_per_weight_of_{of}"] for of in ("tables", "blocks"))
+    return [("of these", f"{tables:.3f} in embedding and head, {blocks:.3f} in the blocks")]
+
+
 def _sizes(found: Mapping[str, Any]) -> str:
     size = {key: size_words(found[f"{key}_bytes"]) for key in ("file", "header", "memory", "dense")}
     rows = [
@@ -102,6 +110,7 @@ def _sizes(found: Mapping[str, Any]) -> str:
             f"{found['bits_per_weight']:.3f} in these matrices, "
             f"{found['bits_per_weight_of_all']:.3f} over all weights",
         ),
+        *_tables(found),
         ("on disk", f"{size['file']}, of which headers {size['header']}"),
         ("in memory", f"{size['memory']} to compute in {found['dtype']}"),
         ("dense", f"{size['dense']} in 16 bits"),

@@ -23,13 +23,11 @@ from quip.cli.machine import machine_flags, memory_flags, team_flags
 from quip.cli.parse import Arguments, as_given, refuse_both, refuse_small
 from quip.cli.streams import say
 from quip.cli.tuning import (
-    refuse_target,
+    beside_flags,
+    refuse_beside,
     refuse_tuning,
-    refuse_two_sided,
-    target_flag,
     tuning_flags,
     tuning_of,
-    two_sided_flag,
 )
 from quip.cli.values import place
 from quip.errors import UsageError
@@ -54,10 +52,16 @@ def build(parser: argparse.ArgumentParser) -> None:
     # Without nargs="?", which would take nothing where a flag stands before DATASET.
     model_and_dataset(parser).required = False
     recipe_flags(parser)
+    parser.add_argument(
+        "--head_bits",
+        type=int,
+        choices=range(4, 9),
+        metavar="N",
+        help="quantize embedding and head as well, to 4 ... 8 bits, on grids of 64 columns of a "
+        "row; tied ones stay one",
+    )
     tuning_flags(parser.add_argument_group("fine-tuning"))
-    beside = parser.add_argument_group("what rounding looks at beside the inputs of a matrix")
-    target_flag(beside)
-    two_sided_flag(beside)
+    beside_flags(parser.add_argument_group("what rounding looks at beside the inputs of a matrix"))
     _data_flags(parser.add_argument_group("data and evaluation"))
     task_flags(parser.add_argument_group("zero-shot tasks"))
     _machine_flags(parser.add_argument_group("machine and output"))
@@ -139,8 +143,7 @@ def call(args: Arguments) -> None:
     _refuse_source(args)
     check_recipe(args)
     refuse_tuning(args, quantizes=not _is_unquantized(args))
-    refuse_target(args, quantizes=not _is_unquantized(args))
-    refuse_two_sided(args, quantizes=not _is_unquantized(args))
+    refuse_beside(args, quantizes=not _is_unquantized(args))
     evaluations = evaluations_of(args, quantizes=not _is_unquantized(args))
     refuse_tasks(args)
     refuse_json(args)
@@ -217,12 +220,7 @@ def _refuse_values(args: Arguments) -> None:
         raise UsageError("--resume takes up the run in --out: name the folder with --out DIR")
     refuse_both(args)
     if _is_unquantized(args):
-        if args.token_weights != "none":
-            raise UsageError(
-                f"--token_weights {args.token_weights} weighs tokens for weights that are "
-                "quantized: give --wbits or --codebook"
-            )
-        for flag in ("save", "resume"):
+        for flag in ("save", "resume", "head_bits"):
             if getattr(args, flag):
                 raise UsageError(f"--{flag} needs weights to quantize: give --wbits 2 to 8")
     elif args.load:

@@ -51,8 +51,8 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def target_flag(group: argparse._ArgumentGroup) -> None:
-    """--target_shrink: what else makes up for errors of the blocks before."""
+def beside_flags(group: argparse._ArgumentGroup) -> None:
+    """What rounding looks at beside the inputs of a matrix: --target_shrink and --two_sided."""
     group.add_argument(
         "--target_shrink",
         type=share_or_auto,
@@ -61,10 +61,6 @@ def target_flag(group: argparse._ArgumentGroup) -> None:
         "before it have lost: A from 0 to 1, or `auto`, by a tenth of the windows, which are held "
         "out (default 0: towards W)",
     )
-
-
-def two_sided_flag(group: argparse._ArgumentGroup) -> None:
-    """--two_sided: errors weigh by what the loss feels of outputs, too."""
     group.add_argument(
         "--two_sided",
         action="store_true",
@@ -74,34 +70,28 @@ def two_sided_flag(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def refuse_two_sided(args: Arguments, *, quantizes: bool) -> None:
-    """Raise UsageError for --two_sided where there is nothing for it to work with."""
-    if not args.two_sided:
-        return
-    if not quantizes:
-        raise UsageError("--two_sided needs weights to quantize: give --wbits or --codebook")
-    if args.hessians is not None:
+def refuse_beside(args: Arguments, *, quantizes: bool) -> None:
+    """Raise UsageError for such flags where there is nothing for them to work with."""
+    shrink = args.target_shrink
+    weights = f"--token_weights {args.token_weights}"
+    asked = {
+        f"--target_shrink {shrink}": shrink,
+        "--two_sided": args.two_sided,
+        weights: args.token_weights != "none",
+    }
+    for flag in (flag for flag, given in asked.items() if given and not quantizes):
+        raise UsageError(f"{flag} needs weights to quantize: give --wbits or --codebook")
+    if shrink and args.hessians is not None:
+        raise UsageError(NO_TARGET_OF_A_STORE.format(shrink=shrink))
+    if shrink and args.ft_epochs:
+        raise UsageError(NO_TARGET_IN_TUNING.format(shrink=shrink))
+    if args.two_sided and args.hessians is not None:
         raise UsageError(NO_SIDES_OF_A_STORE)
-    if args.codebook == "vq":
+    if args.two_sided and args.codebook == "vq":
         raise UsageError(
             "--two_sided with --codebook vq, which rounds all rows of a matrix together: leave out "
             "one"
         )
-
-
-def refuse_target(args: Arguments, *, quantizes: bool) -> None:
-    """Raise UsageError for --target_shrink where there is nothing for it to work with."""
-    shrink = args.target_shrink
-    if not shrink:
-        return
-    if not quantizes:
-        raise UsageError(
-            f"--target_shrink {shrink} needs weights to quantize: give --wbits or --codebook"
-        )
-    if args.hessians is not None:
-        raise UsageError(NO_TARGET_OF_A_STORE.format(shrink=shrink))
-    if args.ft_epochs:
-        raise UsageError(NO_TARGET_IN_TUNING.format(shrink=shrink))
 
 
 def tuning_of(args: Arguments) -> "BlockTuning | None":

@@ -1,12 +1,12 @@
 """What decodes a matrix of integer grids: the steps and zeros of all its groups, and their file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float, Int32, Integer, UInt8
+from jaxtyping import Float, Int, Int32, Integer, UInt8
 from torch import Tensor
 
 from quip.codebooks.base import Columns, Decoder, Groups
@@ -66,6 +66,11 @@ class Grids(Decoder):
         self, words: Int32[Tensor, "m words"], x: Float[Tensor, "*batch n"], dtype: torch.dtype
     ) -> Float[Tensor, "*batch m"]:
         return grid_matvec.multiply(x, words, self.step, self.zeros, dtype=dtype, **self._kind)
+
+    def of_rows(self, rows: Int[Tensor, " rows"]) -> "Grids":
+        """The grids of these rows of the matrix alone."""
+        step = self.step if len(self.step) == 1 else self.step[rows]
+        return replace(self, step=step, zero=None if self.zero is None else self.zero[rows])
 
     def options(self) -> Options:
         steps = str(self.step.dtype).removeprefix("torch.")

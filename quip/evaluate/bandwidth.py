@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from quip.evaluate.memory import tensor_bytes
+from quip.packed.embedding import QuantizedEmbedding, tied_heads
 
 SIZES = {"cpu": 2**27, "cuda": 2**30}  # bytes that are copied: more than caches hold
 COPIES = 3
@@ -40,7 +41,8 @@ def bytes_read(model: nn.Module) -> int:
 
     Left out are tables of which a token looks up one row, unless they are the head as well.
     """
-    layers = (m for m in model.modules() if not isinstance(m, nn.Embedding))
+    tables = (nn.Embedding,) if tied_heads(model) else (nn.Embedding, QuantizedEmbedding)
+    layers = (m for m in model.modules() if not isinstance(m, tables))
     tensors = (x for m in layers for x in (*m.parameters(False), *m.buffers(False)))
     return tensor_bytes(tensors)
 

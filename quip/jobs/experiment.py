@@ -38,6 +38,7 @@ class Experiment(Calibration, Machine, Place):
     hessians: Path | None = None  # a store of them, instead of calibration
     load: str | None = None  # a checkpoint of the model, evaluated in its place
     method: str = "unquantized"  # the recipe in a person's words
+    head_bits: int | None = None  # of embedding and head; None: they stay as they are
     eval_datasets: tuple[str, ...] = ()
     eval_nsamples: int | None = None
     tasks: ZeroShot | None = None

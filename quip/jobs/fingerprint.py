@@ -1,6 +1,8 @@
 """What the codes of a run depend on."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -13,10 +15,10 @@ from quip.matrix.recipe import Recipe
 from quip.model.load import LoadedModel
 from quip.model.plan import Plan, described
 from quip.model.records import versions
-from quip.model.run import Shrinking
 from quip.model.tune import BlockTuning
 from quip.packed.digests import digest_of_state
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Source: TypeAlias = TokenSet | HessianStore  # what tells of the inputs of matrices
 
 
@@ -29,19 +31,18 @@ def fingerprint_of(
     asked: Calibration,
     device: torch.device,
     exact: bool = True,
-    target_shrink: Shrinking = None,
-    two_sided: bool = False,
+    beside: Mapping[str, Any] = NOTHING,
 ) -> dict[str, Any]:
     """All that the codes of a run depend on, fit for JSON; what is short comes first.
 
+    `beside` are other options of the run by name, of which those that are not set are left out.
     They do not depend on the number of processes where second moments are summed `exact`ly.
     """
     found = versions()
     return {
         **described(how),
         "tuning": tuning and asdict(tuning),
-        **({"target_shrink": target_shrink} if target_shrink else {}),
-        **({"two_sided": True} if two_sided else {}),
+        **{name: value for name, value in beside.items() if value},
         "seed": asked.seed,
         **({"all_experts": True} if asked.all_experts else {}),
         **({"token_weights": asked.token_weights} if asked.token_weights != NO_WEIGHTS else {}),

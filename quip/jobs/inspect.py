@@ -68,6 +68,7 @@ def inspect_checkpoint(folder: str | Path, *, verify_tensors: bool = False) -> d
         "quantized_weights": quantized,
         "weights": weights,
         "bits_per_weight": 8 * stored / quantized,
+        **_tables(layers, layout),
         "bits_per_weight_of_all": 8 * sum(kinds.values()) / weights,
         "files": len(files),
         "file_bytes": file_bytes,
@@ -133,6 +134,21 @@ def _specifications(layout: Layout, layers: Mapping[str, QuantizedLinear]) -> di
             }
         )
     return {"specs": rows}
+
+
+def _tables(layers: Mapping[str, QuantizedLinear], layout: Layout) -> dict[str, Any]:
+    """Embedding and head apart from the matrices of blocks, where they are packed."""
+    own = set(layout.embeddings)
+    apart = [layer for name, layer in layers.items() if name in own or "." not in name]
+    within = [layer for layer in layers.values() if layer not in apart]
+    if not (own and within):
+        return {}
+    return {"bits_per_weight_of_tables": _bits(apart), "bits_per_weight_of_blocks": _bits(within)}
+
+
+def _bits(layers: Sequence[QuantizedLinear]) -> float:
+    stored = sum(tensor.nbytes for layer in layers for tensor in layer.stored().values())
+    return 8 * stored / sum(layer.out_features * layer.in_features for layer in layers)
 
 
 def _bytes_by_kind(

@@ -34,6 +34,7 @@ from quip.model.records import MatrixRecord, Stopwatch
 from quip.model.run import Run
 from quip.model.sensitivity.files import read_felt
 from quip.model.states import batch_size_for
+from quip.model.tables import check_tables, pack_tables, table_totals
 from quip.model.team import Team, joined
 
 
@@ -62,6 +63,8 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
         loaded = load_model(e.load or e.model, dtype=e.dtype, seqlen=e.seqlen, stream=e.stream)
         kept = _kept(e.recipe, loaded) if e.recipe else ()
         check_all_weights(loaded)
+        if e.head_bits:
+            check_tables(loaded.model)
     with watch("data"):
         source = _source(e, loaded) if e.recipe else None
         windows = token_sets(e.eval_datasets, loaded, seqlen=e.seqlen, nsamples=e.eval_nsamples)
@@ -93,6 +96,10 @@ def _run(experiment: Experiment, team: Team) -> dict[str, Any]:
             del original
         if e.recipe and source:
             records = _quantize(e, e.recipe, source, loaded, report, watch, ledger, team)
+            if e.head_bits:
+                with watch("quantize"):
+                    tables = pack_tables(loaded.model, e.head_bits, device=report.device)
+                report.save("quantized", tables=table_totals(tables, report.entries["totals"]))
             if e.save:
                 with watch("save"):
                     save_with_notes(
@@ -157,14 +164,11 @@ def _ledger(
         return None
     how = (e.recipe, e.tuning)
     fingerprint = fingerprint_of(
-        loaded,
-        source,
-        *how,
+        *(loaded, source, *how),
         asked=e,
         device=torch.device(device),
         exact=not e.fast_reduce,
-        target_shrink=e.target_shrink,
-        two_sided=e.two_sided,
+        beside={name: getattr(e, name) for name in ("target_shrink", "two_sided", "head_bits")},
     )
     blocks = folder.path / RunFolder.BLOCKS if folder else None
     ledger = ledger_for(loaded, fingerprint, source, blocks, beside=e.save)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quip.errors import Unavailable, UsageError, shown
+from quip.packed.embedding import QuantizedEmbedding
 
 
 def check_rows(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -17,7 +18,8 @@ def check_rows(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
     models are published so. They are refused when they come.
     """
     embedding: Any = model.get_input_embeddings()
-    rows = int(embedding.weight.shape[0])
+    packed = isinstance(embedding, QuantizedEmbedding)
+    rows = embedding.out_features if packed else int(embedding.weight.shape[0])
     added = {str(token) for token in tokenizer.get_added_vocab()} - set(tokenizer("").tokens())
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
     if lost := beyond.keys() - added:

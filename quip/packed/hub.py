@@ -55,7 +55,7 @@ class QuipConfig(QuantizationConfigMixin):
             remedy = "upgrade quip" if newer else "its config.json is damaged; " + DAMAGED
             raise QuipError(
                 f"a checkpoint of format {shown(form)}, and this version of quip reads formats "
-                f"{' and '.join(map(str, FORMATS))}: {remedy}"
+                f"{', '.join(map(str, FORMATS))}: {remedy}"
             )
         self.layout = Layout.from_json(words)
         self.quant_method: Any = METHOD

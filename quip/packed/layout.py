@@ -8,7 +8,16 @@ from typing import Annotated, Any, NotRequired, TypedDict, cast
 from torch import nn
 
 from quip.errors import QuipError, shown
-from quip.packed.exchange import empty_like, matrix_at, replace, stack_like
+from quip.packed.embedding import QuantizedEmbedding, tied_heads
+from quip.packed.exchange import (
+    embedding_at,
+    embedding_like,
+    empty_like,
+    head_like,
+    matrix_at,
+    replace,
+    stack_like,
+)
 from quip.packed.experts import unfuse
 from quip.packed.files import DAMAGED
 from quip.packed.linear import quantized_layers
@@ -16,7 +25,8 @@ from quip.packed.spec import Spec
 from quip.packed.stack import Stack, stacks
 from quip.shapes import Within, check_shape
 
-FORMATS = (1, 2)  # of a file: 1 holds matrices of one specification, 2 of several
+# Of a file: 1 holds matrices of one specification, 2 of several, 3 embeddings among them.
+FORMATS = (1, 2, 3)
 SPECS = 1000  # of a file: no plan has more, and they are compared with one another
 
 
@@ -35,23 +45,34 @@ class Several(TypedDict):
     specs: Annotated[list[Words], Within(0, SPECS)]
 
 
+class WithEmbeddings(Several):
+    """A file of format 3."""
+
+    embeddings: list[str]  # which of the modules are looked up in
+    tied: dict[str, str]  # heads, and the embeddings whose weights are theirs
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which modules of a model are packed, and as what; a stack is the names of its members."""
 
     modules: Mapping[str, Spec]  # quantized alone
     stacks: Mapping[tuple[str, ...], Spec] = field(default_factory=dict)
+    embeddings: tuple[str, ...] = ()  # those of the modules that are looked up in
+    tied: Mapping[str, str] = field(default_factory=dict)  # heads, and the embedding of each
 
     @classmethod
     def of(cls, model: nn.Module) -> "Layout":
         """The layout of a model's quantized matrices."""
-        layers = sorted(quantized_layers(model).items())
+        held = quantized_layers(model)
+        layers = sorted(held.items())
         alone = {name: layer.spec for name, layer in layers if not isinstance(layer, Stack)}
         together = {}
         for members in sorted(stacks(model), key=list):
             first, *_ = members.values()
             together[tuple(members)] = first.whole.spec
-        return cls(alone, together)
+        looked_up = tuple(name for name in alone if isinstance(held[name], QuantizedEmbedding))
+        return cls(alone, together, looked_up, tied_heads(model))
 
     @classmethod
     def from_json(cls, words: Mapping[str, Any]) -> "Layout":
@@ -77,16 +98,27 @@ class Layout:
                         f"its config.json names the matrix {shown(name)} twice; {DAMAGED}"
                     )
                 seen.add(name)
-        return cls(modules, stacked)
+        looked_up, tied = tuple(words.get("embeddings", ())), dict(words.get("tied", {}))
+        if lost := (set(looked_up) - modules.keys()) | (set(tied.values()) - set(looked_up)):
+            raise QuipError(
+                f"its config.json says that {shown(min(lost))} is an embedding, and not what its "
+                f"tensors mean; {DAMAGED}"
+            )
+        return cls(modules, stacked, looked_up, tied)
 
     def to_json(self) -> dict[str, Any]:
         """The words of its one specification, with names; or of several, as a list `specs`."""
         parts = [self._words(spec) for spec in self.specs]
-        return parts[0] if self.format == 1 else {"specs": parts}
+        if self.format == 1:
+            return parts[0]
+        more = {"embeddings": list(self.embeddings), "tied": dict(self.tied)}
+        return {"specs": parts} | (more if self.format == 3 else {})
 
     @property
     def format(self) -> int:
         """The format that a file of these words needs; older versions of quip read 1 only."""
+        if self.embeddings:
+            return 3
         return 1 if len(self.specs) == 1 else 2
 
     @property
@@ -127,6 +159,12 @@ class Layout:
                 tuple(own_name(model, name, here) for name in names): spec
                 for names, spec in self.stacks.items()
             },
+            tuple(own_name(model, name, here) for name in self.embeddings),
+            {
+                own_name(model, head, here): own_name(model, name, here)
+                for head, name in self.tied.items()
+                if head in here or not alone
+            },
         )
 
     def _words(self, spec: Spec) -> dict[str, Any]:
@@ -142,7 +180,12 @@ class Layout:
         """
         unfuse(model)
         for name, spec in self.modules.items():
-            replace(model, name, empty_like(matrix_at(model, name), spec))
+            if name in self.embeddings:
+                replace(model, name, embedding_like(embedding_at(model, name), spec))
+            else:
+                replace(model, name, empty_like(matrix_at(model, name), spec))
+        for head, name in self.tied.items():
+            replace(model, head, head_like(matrix_at(model, head), model.get_submodule(name)))
         for names, spec in self.stacks.items():
             old = {name: matrix_at(model, name) for name in names}
             for name, new in stack_like(old, spec).items():
@@ -151,8 +194,10 @@ class Layout:
 
 def _parts(words: Mapping[str, Any]) -> list[Words]:
     """The specifications, each with the names of its matrices; in format 1 there is one."""
-    several = words.get("format", 2 if "specs" in words else 1) == 2
-    shape, other = (Several, Words) if several else (Words, Several)
+    form = words.get("format", 2 if "specs" in words else 1)
+    several = form != 1
+    shape: Any = WithEmbeddings if form == 3 else Several if several else Words
+    other: Any = Words if several else Several
     try:
         check_shape(words, shape)
         for word in other.__annotations__:

@@ -82,11 +82,11 @@ FORMAT_1 = dict.fromkeys(("codebook", "transforms", "modules"))  # taken out
     ("words", "reason"),
     [
         (
-            {"format": 3},
-            "a checkpoint of format 3, and this version of quip reads formats 1 and 2: upgrad",
+            {"format": 4},
+            "a checkpoint of format 4, and this version of quip reads formats 1, 2, 3: upgrad",
         ),
         ({"format": None}, "a checkpoint of format None, and this version of quip reads formats 1"),
-        ({"format": "x"}, "reads formats 1 and 2: its config.json is damaged; download or save it"),
+        ({"format": "x"}, "reads formats 1, 2, 3: its config.json is damaged; download or save it"),
         ({"format": 2}, "its config.json is damaged (specs is missing); download or save it again"),
         ({"format": 2, "specs": {}}, "its config.json is damaged (specs is {}, not a list)"),
         ({"format": 2, "specs": []}, "is damaged (codebook is a word of another format)"),

@@ -313,11 +313,11 @@ def test_the_config_says_what_is_packed_and_how(models):
 
 @pytest.mark.parametrize(
     ("form", "remedy"),
-    [(3, "upgrade quip"), (0, "damaged"), (None, "damaged"), ("1", "damaged")],
+    [(4, "upgrade quip"), (0, "damaged"), (None, "damaged"), ("1", "damaged")],
 )
 def test_other_formats_are_refused(form, remedy, models):
     words = {**QuipConfig.of(models["llama"]).to_dict(), "format": form}
-    with pytest.raises(QuipError, match=f"a checkpoint of format {form!r}, .* formats 1 and 2: "):
+    with pytest.raises(QuipError, match=f"a checkpoint of format {form!r}, .* formats 1, 2, 3: "):
         QuipConfig(**words)
     with pytest.raises(QuipError, match=remedy):
         QuipConfig(**words)

@@ -17,6 +17,11 @@ def table(report: Mapping[str, Any]) -> str:
             lines[-1] += f" of weighted tokens, {plain:.3g} of all alike"
         if experts := totals.get("experts"):
             lines.append(f"experts saw {experts_words(experts)}")
+    if tables := report.get("tables"):
+        lines.append(
+            f"embedding and head at {tables['bits_per_weight']:.3f} bits per weight, "
+            f"{tables['bits_per_weight_with_matrices']:.3f} together with the matrices"
+        )
     if saved := report.get("checkpoint"):
         size, dense = size_words(saved["bytes"]), size_words(saved["dense_bytes"])
         lines.append(f"saved in {size}, against {dense} in 16 bits")

@@ -32,6 +32,7 @@ from quip.model.team import ALONE, Team
 from quip.model.tune.descent import Tuning, descend, is_noise
 from quip.model.tune.kl import CHUNK, kl_terms
 from quip.model.tune.tunable import MasterWeights
+from quip.packed.embedding import TiedHead
 from quip.packed.linear import QuantizedLinear, quantized_layers
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def _check(
 def _head(model: PreTrainedModel) -> nn.Parameter | None:
     """The weights of lm_head; None if they are packed, or those of the embedding, and stay."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if isinstance(head, QuantizedLinear):
+    if isinstance(head, QuantizedLinear | TiedHead):
         log.info("lm_head is packed: what is around its codes is tuned, as of every packed matrix")
         return None
     if head is None or head.weight is getattr(embedding, "weight", None):
