@@ -14,6 +14,7 @@ from quip.cli import main
 from quip.errors import QuipError, UnsupportedModel
 from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.jobs.inspect import inspect_checkpoint
+from quip.jobs.report.text import table, tables_words
 from quip.model.tables import pack_tables
 from quip.packed.checkpoint import load, to_dense
 from quip.packed.embedding import QuantizedEmbedding, TiedHead
@@ -48,15 +49,15 @@ def parts(model) -> tuple[nn.Module, nn.Module]:
 def test_rows_are_those_of_the_matrix_in_the_dtype_of_the_model():
     model = tiny("opt")
     pack_tables(model, 6, device="cpu")
-    table, head = parts(model)
+    rows, head = parts(model)
     ids = torch.tensor([[3, 0, 63], [7, 7, 1]])
-    assert torch.equal(table(ids), table.dequantize()[ids])
+    assert torch.equal(rows(ids), rows.dequantize()[ids])
     x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(head(x), x @ table.dequantize().T, atol=1e-5)
+    assert torch.allclose(head(x), x @ rows.dequantize().T, atol=1e-5)
     model.to(torch.bfloat16)
-    assert table(ids).dtype == model.dtype == torch.bfloat16
-    assert table.step.dtype == torch.bfloat16
-    assert torch.equal(table(ids), table.dequantize()[ids].bfloat16())
+    assert rows(ids).dtype == model.dtype == torch.bfloat16
+    assert rows.step.dtype == torch.bfloat16
+    assert torch.equal(rows(ids), rows.dequantize()[ids].bfloat16())
     twin = copy.deepcopy(model)
     assert parts(twin)[1].embedding is parts(twin)[0]
 
@@ -78,8 +79,8 @@ def test_more_bits_are_closer(bits):
 def test_a_checkpoint_loads_as_it_was_saved(saved):
     name, folder, _ = saved
     model = load(folder / "saved")
-    table, head = parts(model)
-    assert type(table) is QuantizedEmbedding
+    rows, head = parts(model)
+    assert type(rows) is QuantizedEmbedding
     assert type(head) is (TiedHead if TIED[name] else QuantizedLinear)
     config = json.loads((folder / "saved" / "config.json").read_text())
     assert config["quantization_config"]["format"] == 3
@@ -100,8 +101,8 @@ def test_dense_it_is_the_plain_model_again(saved, tmp_path):
     model = load(folder / "saved")
     expected = logits(model)
     dense = to_dense(model)
-    table, head = parts(dense)
-    assert (head.weight is table.weight) == TIED[name]
+    rows, head = parts(dense)
+    assert (head.weight is rows.weight) == TIED[name]
     assert torch.allclose(logits(dense), expected, atol=2e-4 * float(expected.abs().max()))
     dense.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -115,6 +116,9 @@ def test_the_report_counts_them_apart_and_together(saved):
     tables, blocks = report["tables"], report["totals"]
     assert len(tables["tables"]) == (1 if TIED[name] else 2)
     assert tables["weights"] == len(tables["tables"]) * 64 * 32
+    words = tables_words(tables)
+    assert words in table(report)
+    assert words in (folder / "saved" / "README.md").read_text()
     found = inspect_checkpoint(folder / "saved")
     assert found["bits_per_weight_of_tables"] == pytest.approx(tables["bits_per_weight"])
     assert found["bits_per_weight_of_blocks"] == pytest.approx(blocks["bits_per_weight"])

@@ -22,7 +22,7 @@ from quip.jobs.planning.words import plan_text
 from quip.model.allocation import Option, allocate
 from quip.model.load import read_config
 
-ROUNDS = 4  # in which a plan takes up what stacks save
+ROUNDS = 8  # in which a plan takes up what stacks save
 log = logging.getLogger(__name__)
 
 
@@ -126,12 +126,13 @@ def _within(
     Groups are counted alone, and matrices of one input and recipe share what a stack stores once.
     """
     room, chosen = budget, choose(budget)
+    more = budget - stored(chosen)
     for _ in range(ROUNDS):
-        room += budget - stored(chosen)
-        trial = choose(room)
-        if trial == chosen or stored(trial) > budget:
-            break
-        chosen = trial
+        trial = choose(room + more)
+        if (left := budget - stored(trial)) < 0:
+            more //= 2
+        else:
+            room, chosen, more = room + more, trial, left
     return chosen
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from quip.errors import how_to_install
-from quip.jobs.report.text import experts_words, size_words
+from quip.jobs.report.text import experts_words, size_words, tables_words
 
 # Where a run worked and what it wrote, none of which the result depends on. Paths among them
 # are of one machine, and a card is made to be passed on.
@@ -129,19 +129,19 @@ def _sizes(report: Mapping[str, Any]) -> str:
         ]
         if "experts" in totals:
             rows.append(("tokens that experts saw", experts_words(totals["experts"])))
+    if tables := report.get("tables"):
+        rows.append(("bits per weight of embedding and head", tables_words(tables)))
     if checkpoint:
         rows += [
             ("size on disk", size_words(checkpoint["bytes"])),
             ("size of the same weights in 16 bits", size_words(checkpoint["dense_bytes"])),
         ]
-    if not rows:
-        return ""
     notes = (
         "Bits per weight count all that is stored for a matrix: codes, ranges, rescaling and "
         "rotations. Proxy loss is the share of a matrix's output energy, on calibration data, that "
         "rounding turned into error."
     )
-    return f"## Size\n\n{_table(('', ''), rows)}\n\n{notes}"
+    return f"## Size\n\n{_table(('', ''), rows)}\n\n{notes}" if rows else ""
 
 
 def _perplexities(report: Mapping[str, Any]) -> str:

@@ -18,10 +18,7 @@ def table(report: Mapping[str, Any]) -> str:
         if experts := totals.get("experts"):
             lines.append(f"experts saw {experts_words(experts)}")
     if tables := report.get("tables"):
-        lines.append(
-            f"embedding and head at {tables['bits_per_weight']:.3f} bits per weight, "
-            f"{tables['bits_per_weight_with_matrices']:.3f} together with the matrices"
-        )
+        lines.append(f"bits per weight of embedding and head: {tables_words(tables)}")
     if saved := report.get("checkpoint"):
         size, dense = size_words(saved["bytes"]), size_words(saved["dense_bytes"])
         lines.append(f"saved in {size}, against {dense} in 16 bits")
@@ -86,6 +83,12 @@ def windows_words(report: Mapping[str, Any], name: str) -> str:
     whole = report.get("windows", {}).get(name, {}).get("of")
     part = "" if whole in (None, stamp["windows"]) else f" of {whole}"
     return f"{stamp['windows']}{part} windows x {stamp['seqlen']} tokens"
+
+
+def tables_words(found: Mapping[str, Any]) -> str:
+    """The bits of embedding and head: 6.344, and 4.047 together with the matrices."""
+    alone, both = (float(found[f"bits_per_weight{of}"]) for of in ("", "_with_matrices"))
+    return f"{alone:.3f}, and {both:.3f} together with the matrices"
 
 
 def experts_words(found: Mapping[str, Any]) -> str:

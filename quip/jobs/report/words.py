@@ -46,6 +46,13 @@ class Totals(TypedDict):
     experts: NotRequired[Experts]
 
 
+class Tables(TypedDict):
+    """What `--head_bits` made of embedding and head."""
+
+    bits_per_weight: Number
+    bits_per_weight_with_matrices: Number
+
+
 class RunWords(TypedDict, total=False):
     """The report of a run, an evaluation, a bench or a cell of a table, at any stage."""
 
@@ -64,6 +71,7 @@ class RunWords(TypedDict, total=False):
     tasks: Scores | None
     tasks_asked: dict[str, list[str]]
     totals: Totals | None
+    tables: Tables | None
     finetune: FineTuned | None
     seconds: dict[str, float]
     peak_memory: dict[str, float]
