@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from quip.data.hessians import HessianStore
 from quip.jobs.experiment import Experiment
 from quip.jobs.hessians import Collection, collect_hessians
+from quip.jobs.plan import read_plan
 from quip.jobs.report import folder as report_folder
 from quip.jobs.report import saved
 from quip.jobs.run import run_experiment
@@ -205,6 +206,22 @@ def test_the_command_says_how_many_tokens_experts_saw(work, quip, tmp_path):
     rows = json.loads((tmp_path / "saved" / "run.json").read_text())["matrices"]
     bits = {".experts." in row["name"]: int(row["bits_per_weight"]) for row in rows}
     assert bits[True] < bits[False]
+
+
+def test_experts_of_a_block_are_planned_as_one(work, quip, tmp_path):
+    experiment, _ = work.finished("olmoe")
+    plan, asked = tmp_path / "plan.yaml", ("--nsamples", 4, "--seqlen", 16, "--bits", 5.6)
+    line = ["plan", experiment.model, work.text, *asked, "--codebook", "int", "--incoh_processing"]
+    status, _, err = quip(*line, "--out", plan)
+    assert status == 0, err
+    recipes = read_plan(plan)
+    assert "*" in recipes
+    named = [pattern for pattern in recipes if ".experts." in pattern]
+    assert named
+    assert all(".experts.*." in pattern for pattern in named)
+    run = ("--nsamples", 4, "--seqlen", 16, "--eval_datasets", "none", "--plan", plan)
+    status, _, err = quip("run", experiment.model, work.text, *run)
+    assert status == 0, err
 
 
 def test_all_experts_speaks_of_calibration(quip, tmp_path):
