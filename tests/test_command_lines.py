@@ -30,6 +30,7 @@ SMALL = {
     "--eval_nsamples": "2",
     "--eval_datasets": "test.txt",
     "--limit": "2",
+    "--agreement": "2",
     "--device": "cpu",
     "--n": "16",
     "--samples": "2",
@@ -37,6 +38,7 @@ SMALL = {
 FEW = {
     "counterexample": {"--n": "16,32"},
     "generate": {"--max_new_tokens": "8"},
+    "plan": {"--bits": "4"},  # small matrices take more beside their codes
     "proxy": {"--quant": "ldlq", "--layers": "layers.0.*.q_proj"},
     "table": {"--rows": "QuIP", "--columns": "2 bits", "--dataset": "train.txt"},
     "theory": {"--only": "theorem1", "--rows": "1000"},
@@ -79,8 +81,9 @@ def test_every_command_line_runs(quip, name, tmp_path, monkeypatch):
         small = SMALL | FEW.get(command, {})
         if "--hessians" in words:  # that calibrates nothing
             small = {flag: value for flag, value in small.items() if flag != "--nsamples"}
-        if "--tasks" not in words:
-            small = {flag: value for flag, value in small.items() if flag != "--limit"}
+        for flag, of in (("--limit", "--tasks"), ("--agreement", "--reference")):
+            if of not in words:
+                small = {name: value for name, value in small.items() if name != flag}
         extra = [word for flag, value in small.items() if flag in known for word in (flag, value)]
         status, _, err = quip(command, *words, *extra)
         assert status == 0, (command, words, err[-1:])

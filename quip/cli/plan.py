@@ -23,8 +23,7 @@ USAGE = "quip plan MODEL [DATASET] --bits B --out FILE [FLAGS]"
 EXAMPLES = """
 quip plan demo pydoc --bits 2.5 --out plan.yaml
 quip run demo pydoc --plan plan.yaml --save runs/demo-mixed
-quip plan demo --bits 3.2 --codebook int --incoh_processing --by rules --out plan.yaml
-quip plan demo pydoc --bits 2.5 --by measured --checkpoints runs/2bit,runs/3bit --out plan.yaml
+quip plan demo --bits 3.2 --codebook int --by rules --out rules.yaml
 """
 
 
