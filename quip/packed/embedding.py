@@ -1,11 +1,10 @@
 """Embeddings that stay packed: the rows of the tokens that come are decoded. And tied heads."""
 
-from typing import Any
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from quip.packed import ops
 from quip.packed.linear import QuantizedLinear, empty_bias
 from quip.packed.spec import Spec
 
@@ -31,10 +30,11 @@ class QuantizedEmbedding(QuantizedLinear):
         self.like = nn.Parameter(like, requires_grad=False)
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch n"]:
-        rows = ids.flatten()
-        decoder: Any = self._parts().decoder
-        found = decoder.of_rows(rows).dense(self.codes[rows], self.in_features, torch.float32)
-        return found.to(self.like.dtype).view(*ids.shape, self.in_features)
+        if torch.compiler.is_compiling():
+            stored = list(self.stored().values())
+            return ops.rows(ids, stored, self._words, self.in_features, self.like)
+        found = self._parts().rows(ids, self.codes, self.in_features)
+        return found.to(self.like.dtype)
 
 
 class TiedHead(nn.Module):
@@ -61,7 +61,8 @@ class TiedHead(nn.Module):
         return self._shared[0]
 
     def forward(self, x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch m"]:
-        y = self.embedding.product(x).to(x.dtype)
+        table = self.embedding
+        y = table.traced(x) if torch.compiler.is_compiling() else table.product(x).to(x.dtype)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 

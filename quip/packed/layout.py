@@ -104,6 +104,12 @@ class Layout:
                 f"its config.json says that {shown(min(lost))} is an embedding, and not what its "
                 f"tensors mean; {DAMAGED}"
             )
+        for name in looked_up:
+            if (kind := modules[name].codebook["kind"]) != "grid" or modules[name].transforms:
+                raise QuipError(
+                    f"its config.json says that the embedding {shown(name)} is of the codebook "
+                    f"{kind} or rotated, and rows are decoded of plain grids alone; {DAMAGED}"
+                )
         return cls(modules, stacked, looked_up, tied)
 
     def to_json(self) -> dict[str, Any]:
@@ -196,7 +202,9 @@ def _parts(words: Mapping[str, Any]) -> list[Words]:
     """The specifications, each with the names of its matrices; in format 1 there is one."""
     form = words.get("format", 2 if "specs" in words else 1)
     several = form != 1
-    shape: Any = WithEmbeddings if form == 3 else Several if several else Words
+    shape: Any = Several if several else Words
+    if form == 3 or words.keys() & {"embeddings", "tied"}:
+        shape = WithEmbeddings
     other: Any = Words if several else Several
     try:
         check_shape(words, shape)

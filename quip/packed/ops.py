@@ -83,6 +83,22 @@ def _shaped_backward(
     return g.new_empty(*g.shape[:-1], n)
 
 
+@torch.library.custom_op(
+    "quip::rows",
+    mutates_args=(),
+    schema="(Tensor ids, Tensor[] stored, str spec, int n, Tensor like) -> Tensor",
+)
+def rows(ids: Tensor, stored: Sequence[Tensor], spec: str, n: int, like: Tensor) -> Tensor:
+    """These rows of a packed embedding, of n numbers each, in the dtype of `like`."""
+    parts = _parts(stored, spec, [len(stored[0])], n, like)
+    return parts.rows(ids, stored[0], n).to(like.dtype)
+
+
+@rows.register_fake
+def _shaped_rows(ids: Tensor, stored: Sequence[Tensor], spec: str, n: int, like: Tensor) -> Tensor:
+    return like.new_empty(*ids.shape, n)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, stored, *ctx.rest = inputs
     ctx.n = x.shape[-1]

@@ -6,14 +6,15 @@ they are; they never refer to the packed codes.
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from quip.codebooks.grid import Grids
 from quip.packed.spec import Spec
 from quip.transforms.vectors import Vectors
 
@@ -83,6 +84,14 @@ class Parts:
         # A kernel for few tokens takes more exact inputs; else they are rounded now, in one pass.
         x_t = self.vectors.input(x, wide if tokens <= FEW else dtype)
         return self.vectors.output(self.decoder.multiply(codes, x_t, dtype), x.dtype)
+
+    def rows(
+        self, ids: Int[Tensor, "*batch"], codes: Int32[Tensor, "m words"], n: int
+    ) -> Float[Tensor, "*batch n"]:
+        """Rows of W_hat, of a matrix without transforms, in float32."""
+        picked, decoder = ids.flatten(), cast(Grids, self.decoder)
+        found = decoder.of_rows(picked).dense(codes[picked], n, torch.float32)
+        return found.view(*ids.shape, n)
 
     def dense(
         self, codes: Int32[Tensor, "m words"], n: int, dtype: torch.dtype

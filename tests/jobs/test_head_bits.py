@@ -164,8 +164,21 @@ def test_a_config_that_names_another_embedding_is_damaged(saved, tmp_path):
     _, folder, _ = saved
     bad = shutil.copytree(folder / "saved", tmp_path / "bad")
     words = json.loads((bad / "config.json").read_text())
-    for embeddings in (["lm_head.x"], [3], "a"):
-        words["quantization_config"]["embeddings"] = embeddings
+    config = words["quantization_config"]
+    rotated = next(part["modules"][0] for part in config["specs"] if part["transforms"])
+    for embeddings, reason in (
+        (["lm_head.x"], "'lm_head.x' is an embedding, and not what its tensors mean"),
+        ([rotated], f"the embedding '{rotated}' is of the codebook grid or rotated"),
+        ([3], r"embeddings\[0\] is 3"),
+        ("a", "embeddings is 'a', not a list"),
+        (5, "embeddings is 5, not a list"),
+    ):
+        config["embeddings"] = embeddings
+        config["tied"] = {}
         (bad / "config.json").write_text(json.dumps(words))
-        with pytest.raises(QuipError, match=r"damaged|download or save"):
+        with pytest.raises(QuipError, match=reason):
             load(bad)
+    config |= {"embeddings": 5, "format": 1}
+    (bad / "config.json").write_text(json.dumps(words))
+    with pytest.raises(QuipError, match="damaged"):
+        load(bad)

@@ -11,13 +11,14 @@ from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, S
 from quip.matrix.build import build_recipe
 from quip.model.load import load_model
 from quip.model.quantize import quantize_model
+from quip.model.tables import pack_tables
 from quip.packed import ops
 from quip.packed.linear import QuantizedLinear, quantized_layers
 from quip.packed.parts import MADE, Parts
 from tests.laws import assert_near
 from tests.support.checkpoints import INCOHERENT, SHARP, VECTORS, quantized
 from tests.support.mixtures import mixture, packed
-from tests.support.tiny import logits, tokens
+from tests.support.tiny import logits, tiny, tokens
 
 RECIPES = {
     "Kronecker rotations": INCOHERENT,
@@ -51,6 +52,13 @@ def products(monkeypatch) -> list[tuple[int, ...]]:
 
 def compiled(model: nn.Module, backend: str = "eager") -> nn.Module:
     return torch.compile(model, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])  # tied, and not
+def test_a_packed_embedding_and_head_are_in_the_graph(name):
+    model = tiny(name)
+    pack_tables(model, 6, device="cpu")
+    assert_near(logits(compiled(model)), logits(model), NOISE)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
