@@ -89,7 +89,7 @@ def _shaped_backward(
     schema="(Tensor ids, Tensor[] stored, str spec, int n, Tensor like) -> Tensor",
 )
 def rows(ids: Tensor, stored: Sequence[Tensor], spec: str, n: int, like: Tensor) -> Tensor:
-    """These rows of a packed embedding, of n numbers each, in the dtype of `like`."""
+    """Rows of a packed embedding by their numbers, n columns each, in the dtype of `like`."""
     parts = _parts(stored, spec, [len(stored[0])], n, like)
     return parts.rows(ids, stored[0], n).to(like.dtype)
 

@@ -88,7 +88,7 @@ class Parts:
     def rows(
         self, ids: Int[Tensor, "*batch"], codes: Int32[Tensor, "m words"], n: int
     ) -> Float[Tensor, "*batch n"]:
-        """Rows of W_hat, of a matrix without transforms, in float32."""
+        """Rows of W_hat by their numbers, of a matrix without transforms, in float32."""
         picked, decoder = ids.flatten(), cast(Grids, self.decoder)
         found = decoder.of_rows(picked).dense(codes[picked], n, torch.float32)
         return found.view(*ids.shape, n)
