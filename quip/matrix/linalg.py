@@ -8,7 +8,7 @@ from quip.errors import NotPositiveDefinite
 
 STRIP = 256  # rows or columns that are worked on at once, in the memory of their matrix
 BATCH = 2**19  # numbers in the blocks that a strip is multiplied by
-TILE = 1024, 512  # rows of X, columns of H in float64 at once, while X H is computed
+TILE = 512, 512  # rows of X, columns of H in float64 at once, while X H is computed
 
 
 def cholesky(H: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:

@@ -27,7 +27,7 @@ from quip.model.device import (
 )
 from quip.model.stream import Stream, put_state
 
-SPARE = 12  # blocks that fit into free memory, where the next is read beforehand
+SPARE = 8  # blocks that fit into free memory, where the next is read beforehand
 log = logging.getLogger(__name__)
 
 
@@ -42,8 +42,7 @@ def visits(
 
     Between the host and a CUDA device the ways overlap with the work: meanwhile the block before
     and the one after may be on the device too, and those that are to come must stay as they are.
-    With a stream, home is the disk: the next block is read while the present one is worked on,
-    where memory is ample.
+    With a stream, home is the disk, and the next block may be read beforehand (`reads_ahead`).
     """
     if stream is not None:
         yield from _streamed(blocks, device, stream)
@@ -54,6 +53,14 @@ def visits(
     for block in blocks:
         with resident(block, device, home=home):
             yield block
+
+
+def reads_ahead(device: torch.device, size: int, free: int) -> bool:
+    """Whether the next block, of so many bytes, is read while the present one is worked on.
+
+    A CPU has the work and the reading to do one way or the other, and the work needs the memory.
+    """
+    return device.type != "cpu" and SPARE * size <= free
 
 
 def _streamed(
@@ -68,8 +75,8 @@ def _streamed(
             try:
                 put_state(block, coming.result() if coming else stream.read(stream.index(block)))
                 size = sum(x.nbytes for x in block.parameters())
-                ample = SPARE * size <= free_host_bytes()
-                following = blocks[number + 1 : number + 2] if ample else ()
+                ahead = reads_ahead(device, size, free_host_bytes())
+                following = blocks[number + 1 : number + 2] if ahead else ()
                 # The old future goes, with the tensors that it holds.
                 coming = crew.submit(stream.read, stream.index(following[0])) if following else None
                 with enough_memory(f"a block of the model on {device}", remedy):

@@ -81,9 +81,16 @@ def test_experts_that_files_hold_one_by_one_are_those_of_the_whole_model(tmp_pat
     assert identity_of(whole) == identity_of(streamed)
 
 
-@pytest.mark.parametrize("free", [0, sys.maxsize])
-def test_at_most_two_blocks_are_in_memory_and_one_where_it_is_short(tmp_path, monkeypatch, free):
-    monkeypatch.setattr(ferry, "free_host_bytes", lambda: free)
+def test_the_next_block_is_read_beforehand_for_a_device_where_memory_is_ample():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert ferry.reads_ahead(cuda, 10, 80)
+    assert not ferry.reads_ahead(cuda, 10, 79)
+    assert not ferry.reads_ahead(cpu, 10, sys.maxsize)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_one_block_is_in_memory_or_two_where_the_next_is_read(tmp_path, monkeypatch, ahead):
+    monkeypatch.setattr(ferry, "reads_ahead", lambda *_: ahead)
     loaded = load_model(save_model(tmp_path / "model", "llama"), stream="on")
     _, blocks = find_blocks(loaded.model)
     reads, read = [], loaded.stream.read
@@ -91,7 +98,7 @@ def test_at_most_two_blocks_are_in_memory_and_one_where_it_is_short(tmp_path, mo
     for block in blocks_at_rest(loaded.model, device="cpu", stream=loaded.stream):
         there = [not next(one.parameters()).is_meta for one in blocks]
         assert there == [index == block.index for index in range(len(blocks))]
-        assert max(reads) <= block.index + bool(free)
+        assert max(reads) <= block.index + ahead
     assert reads == [0, 1, 2, 3]
     assert all(next(one.parameters()).is_meta for one in blocks)
 

@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+
 from quip.jobs.forecast.shape import Input, Shape
 from quip.matrix.feedback import none
 from quip.matrix.prepare import asks_for_h
 from quip.matrix.recipe import Recipe
-from quip.model.ferry import SPARE
+from quip.model.ferry import reads_ahead
 from quip.model.plan import by_recipe
 from quip.packed.linear import QuantizedLinear
 from quip.packed.spec import Spec
@@ -135,12 +137,13 @@ def host_bytes(
 ) -> dict[str, int]:
     """Bytes of one process in each stage, `base` of them before there is a model.
 
-    Where more than enough are `free`, a streamed block is read while the one before is worked on;
-    hidden states of more than `limit` are in a file.
+    So many are `free`, by which a device may have its next block read beforehand; hidden states of
+    more than `limit` are in a file.
     """
     base += TEXT
     outside, block = shape.outside * terms.wide, shape.block_numbers * terms.wide
-    blocks = block * (2 if SPARE * block <= free else 1)
+    device = torch.device("cuda" if cuda else "cpu")
+    blocks = block * (2 if reads_ahead(device, block, free) else 1)
     whole = shape.numbers * terms.wide
     weights = base + (outside + blocks if streamed else whole)
     hidden = terms.hidden(shape.width) // ranks
@@ -179,7 +182,7 @@ class Working:
 
     @classmethod
     def of(cls, shape: Shape, terms: Terms, *, alone: bool) -> "Working":
-        """In a team sums stay what they are until it is known what all processes have seen."""
+        """In a team sums stay what they are until they are dealt to those that need them."""
         block = shape.in_blocks[0]
         dense = [one for one in block if one.share == 1]
         experts = [one for one in block if one.share < 1]
@@ -189,10 +192,10 @@ class Working:
         # Of an expert sums and those of all of them; they are summed up one after the other.
         own = kept + 16 * max((one.columns for one in experts), default=0) ** 2
         sums = 8 * (1 + terms.weighs) * sum(one.columns**2 for one in dense)
-        found, packed, waiting = 0, 0, sums // 2  # in float32
+        found = 0 if alone else sums + own + 4 * (1 + terms.weighs) * shape.widest**2
+        packed, waiting = 0, sums // 2  # in float32
         for one in block:
-            moments = waiting if alone else sums + 4 * (1 + terms.weighs) * shape.widest**2
-            found = max(found, moments + own + _of_matrix(one, terms) - packed)
+            found = max(found, waiting + own + _of_matrix(one, terms) - packed)
             packed += one.weights * terms.wide
             waiting -= 4 * (1 + terms.weighs) * one.columns**2 if one.share == 1 else 0
         return cls(
