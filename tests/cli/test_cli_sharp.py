@@ -89,11 +89,10 @@ def test_tuning_is_off_unless_asked_for(asked):
         ("--ft_epochs 2", "--ft_epochs needs weights to quantize"),
         ("--ft_epochs -1 --wbits 2", "epochs -1"),
         ("--ft_epochs 1 --ft_held_out 1.5 --wbits 2", "held_out 1.5"),
-        ("--target_shrink 2 --wbits 2", "2 is no share: a number from 0 to 1 is needed, or auto"),
+        ("--target_shrink 2 --wbits 2", "'2' is no share: a number from 0 to 1 is needed, or auto"),
         ("--target_shrink half --wbits 2", "invalid number or auto value: 'half'"),
         ("--target_shrink auto", "--target_shrink auto needs weights to quantize"),
         ("--target_shrink 0.5 --ft_epochs 1 --wbits 2", "--target_shrink 0.5 with --ft_epochs"),
-        ("--target_shrink auto --nsamples 3 --wbits 2", "--target_shrink auto with 3 windows"),
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, line, reason):
