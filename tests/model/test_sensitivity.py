@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quip.errors import NonFinite
+from quip.errors import NonFinite, UsageError
 from quip.model.activations import Activations
 from quip.model.matrices import covered
 from quip.model.sensitivity.found import Sensitivity
@@ -196,3 +196,8 @@ def test_gradients_that_are_not_finite_are_named():
     model.lm_head.weight.data[3] = torch.inf
     with pytest.raises(NonFinite, match=r"layers\.0\.self_attn\.q_proj: NaN .* --token_weights"):
         measured(model)
+
+
+def test_labels_of_no_kind_are_refused():
+    with pytest.raises(UsageError, match=r"--token_weights 'fischer': say fisher or labels"):
+        measured(tiny("opt"), kind="fischer")

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from quip.errors import UsageError
+from quip.errors import UsageError, shown
 from quip.model.activations import Activations
 from quip.model.block import Block
 from quip.model.calls import Call, forwards
@@ -25,7 +25,7 @@ from quip.model.ferry import visits
 from quip.model.matrices import coverage, find_blocks
 from quip.model.passed import placed_but_for
 from quip.model.sensitivity.felt import Felt
-from quip.model.sensitivity.labels import gradient_at_logits, rng_of_window
+from quip.model.sensitivity.labels import KINDS, gradient_at_logits, rng_of_window
 from quip.model.states import IN_MEMORY, REMEDY, States
 from quip.model.stream import Stream
 from quip.model.team import ALONE, Team
@@ -42,6 +42,12 @@ class Passing:
     team: Team = ALONE
     stream: Stream | None = None
     activations: Activations = IN_MEMORY
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise UsageError(
+                f"--token_weights {shown(self.kind)}: say {' or '.join(KINDS)}, or leave it out"
+            )
 
 
 @torch.no_grad()
