@@ -96,9 +96,7 @@ def call(args: Arguments) -> None:
     key, folders = _key(args), _adapters(args)
     check_installed()
     template = args.chat_template and read_text(args.chat_template, limit=TEMPLATE_BYTES)
-    _check_checkpoint(args.model)
-    found = listen(args.host, args.port)
-    with found:
+    with listen(args.host, args.port) as found:
         served, adapters = _load(args, folders, template)
         app, engine = build_app(
             served,
@@ -113,35 +111,25 @@ def call(args: Arguments) -> None:
         run(app, engine, found)
 
 
-def _check_checkpoint(model: str) -> None:
-    """Raise for a folder that says it is a checkpoint of quip and is none, before all else."""
-    from quip.model.load import place_of, read_config
-    from quip.packed.checkpoint import check_folder
-    from quip.packed.hub import METHOD
-
-    words: Any = getattr(read_config(model), "quantization_config", None) or {}
-    if isinstance(words, dict) and words.get("quant_method") == METHOD:
-        where, _ = place_of(model)
-        if os.path.isdir(where):
-            check_folder(where)
-
-
 def _load(args: Arguments, folders: dict[str, Path], template: str | None) -> tuple["Served", Any]:
     from quip.model.device import choose_device
     from quip.model.load import load_model
-    from quip.serve.adapters import load_adapters
+    from quip.serve.adapters import check_adapter, load_adapters
     from quip.serve.served import Served
 
     device = choose_device(args.device)
+    where = Path(args.model).expanduser()
+    name = where.resolve().name if os.path.exists(where) else args.model
+    if name in folders:
+        raise UsageError(f"--lora {name}: the model itself has that name; choose another")
+    for adapter, folder in folders.items():
+        check_adapter(adapter, folder)
     loaded = load_model(args.model, dtype=args.dtype)
     if template is not None:
         loaded.tokenizer.chat_template = template
     model: Any = loaded.model  # to() hides behind a wrapper without a type
     model = model.to(device)
     adapters = load_adapters(model, folders) if folders else None
-    name = Path(args.model).name if os.path.exists(args.model) else args.model
-    if name in folders:
-        raise UsageError(f"--lora {name}: the model itself has that name; choose another")
     return Served(name, model, loaded.tokenizer, tuple(folders)), adapters
 
 

@@ -56,7 +56,7 @@ def check_adapter(name: str, folder: Path) -> None:
 def load_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> Adapters:
     """Put adapters beside the matrices of a model, packed or dense; the codes stay as they are.
 
-    Raises QuipError for a folder that holds none, or one that was made for another model.
+    Folders are those that `check_adapter` takes. Raises QuipError for one of another model.
     """
     from peft import LoraConfig, PeftModelForCausalLM
 
@@ -64,7 +64,6 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, Path]) -> Adapte
 
     tuned: Any = None
     for name, folder in folders.items():
-        check_adapter(name, folder)
         try:
             config = register(LoraConfig.from_pretrained(str(folder)))
             config.inference_mode = True

@@ -42,6 +42,7 @@ def shut(monkeypatch):
         (["--lora", "terse"], "--lora 'terse': NAME=DIR is expected"),
         (["--lora", "a=b", "--lora", "a=c"], "--lora a: the name is given twice"),
         (["--lora", "a=b", "--continuous_batching"], "--lora: adapters take turns"),
+        (["--lora", "demo=a"], "--lora demo: the model itself has that name; choose another"),
         (["--port", "x"], "argument --port"),
         (["--port", "65536"], "--port 65536: from 0 to 65535"),
         (["--port", "-1"], "--port -1: from 0 to 65535"),
@@ -80,10 +81,7 @@ def test_what_is_missing_is_named(quip, shut, packed, tmp_path, monkeypatch):
         status, _, err = quip("serve", packed, "--port", port)
     assert (status, len(err)) == (1, 1)
     assert f"--port {port} cannot be served (Address already in use); choose others" in err[0]
-    found = __import__("importlib.util").util.find_spec
-    monkeypatch.setattr(
-        "quip.serve.server.find_spec", lambda name: None if name == "fastapi" else found(name)
-    )
+    monkeypatch.setattr("quip.serve.server.find_spec", lambda name: None)
     status, _, err = quip("serve", packed)
     assert (status, len(err)) == (1, 1)
     assert "quip serve needs the package fastapi; install it with: pip install" in err[0]

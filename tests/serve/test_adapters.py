@@ -113,8 +113,13 @@ def test_what_is_no_adapter_is_refused_in_one_line(folder, tmp_path, change, mes
         (tmp_path / name).unlink()
         if content is not None:
             (tmp_path / name).write_bytes(content)
-    with pytest.raises(QuipError) as caught:
+
+    def load() -> None:
+        check_adapter("x", tmp_path)
         load_adapters(quip.load(folder), {"x": tmp_path})
+
+    with pytest.raises(QuipError) as caught:
+        load()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
