@@ -44,10 +44,11 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="LABEL=FOLDER")
     parser.add_argument("--tokens", type=int, default=24, help="new ones of each request")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     models = {DENSE: args.model} | dict(given.split("=", 1) for given in args.checkpoints)
-    rows = [row for mode in MODES for row in bench(models, mode, args.tokens, args.rounds)]
+    rows = [row for mode in args.modes for row in bench(models, mode, args.tokens, args.rounds)]
     record = {
         "kind": "serving",
         "model": Path(args.model).stem,

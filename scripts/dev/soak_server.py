@@ -27,7 +27,7 @@ CLIENTS = 8
 ROUND = 50  # requests between two looks at the process
 WARM = 4  # rounds until allocators have what they need
 SLACK = 20 << 20  # bytes by which the last may be above the first after that
-PROMPT = {"prompt": "The following function", "max_tokens": 16, "temperature": 0}
+PROMPT = {"prompt": "The following function", "max_tokens": 8, "temperature": 0}
 
 
 def main() -> int:
@@ -85,13 +85,13 @@ def answer(server: Server) -> str:
 
 def whole(server: Server, seed: float) -> str:
     """Read a whole answer of some length."""
-    status, _ = server.ask(words(seed) | {"max_tokens": 1 + int(40 * seed)})
+    status, _ = server.ask(words(seed) | {"max_tokens": 1 + int(16 * seed)})
     return f"whole {status}"
 
 
 def streamed(server: Server, seed: float) -> str:
     """Read a stream to its end."""
-    body = words(seed) | {"max_tokens": 1 + int(40 * seed), "stream": True}
+    body = words(seed) | {"max_tokens": 1 + int(16 * seed), "stream": True}
     status, text = server.ask(body)
     return f"streamed {status}" if text.endswith("data: [DONE]\n\n") else "cut"
 
