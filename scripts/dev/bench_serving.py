@@ -9,6 +9,7 @@ all of them alike; the best of the rounds counts. Memory is the most that a serv
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -44,14 +46,21 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+", metavar="LABEL=FOLDER")
     parser.add_argument("--tokens", type=int, default=24, help="new ones of each request")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", help="what all of them compute in")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     models = {DENSE: args.model} | dict(given.split("=", 1) for given in args.checkpoints)
-    rows = [row for mode in args.modes for row in bench(models, mode, args.tokens, args.rounds)]
+    rows = [
+        Row(mode=mode, **words)
+        for mode in args.modes
+        for words in bench(models, (*MODES[mode], "--dtype", args.dtype), args.tokens, args.rounds)
+    ]
     record = {
         "kind": "serving",
         "model": Path(args.model).stem,
+        "dtype": args.dtype,
+        "load": os.getloadavg()[1],
         "prompt": PROMPT,
         "new_tokens": args.tokens,
         "rounds": args.rounds,
@@ -69,12 +78,13 @@ def main() -> None:
     print(json.dumps(record["rows"], indent=1))
 
 
-def bench(models: dict[str, str], mode: str, tokens: int, rounds: int) -> Iterator[Row]:
-    """Every model in a server of this mode."""
+def bench(
+    models: dict[str, str], flags: tuple[str, ...], tokens: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Every model in a server with these flags: what a row says of it."""
     with ExitStack() as stack:
         servers = {
-            label: stack.enter_context(serving(model, *MODES[mode]))
-            for label, model in models.items()
+            label: stack.enter_context(serving(model, *flags)) for label, model in models.items()
         }
         for server in servers.values():
             rate(server, 1, tokens)
@@ -86,7 +96,7 @@ def bench(models: dict[str, str], mode: str, tokens: int, rounds: int) -> Iterat
                     best[label][str(clients)] = max(best[label][str(clients)], found)
         for label, server in servers.items():
             peak = server.status("VmHWM") * 1024
-            yield Row(model=label, mode=mode, tokens_per_second=best[label], peak_bytes=peak)
+            yield {"model": label, "tokens_per_second": best[label], "peak_bytes": peak}
 
 
 def rate(server: Server, clients: int, tokens: int) -> float:

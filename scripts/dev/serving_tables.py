@@ -18,10 +18,11 @@ def of_serving(record: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['model']} | {row['mode']} | {rates} | {row['peak_bytes'] / 1e6:.0f} MB |"
         )
+    threads = f"{record['threads']} thread" + "s" * (record["threads"] != 1)
     return "\n".join(lines) + (
         f"\n\nNew tokens a second of all clients, {record['new_tokens']} of each; the best of "
-        f"{record['rounds']} rounds ({record['cpu']}, {record['threads']} threads, commit "
-        f"{record['commit']}).\n"
+        f"{record['rounds']} rounds, in turns ({record['dtype']}, {record['cpu']}, {threads}, beside "
+        f"other work, a load of {record['load']:.0f}; commit {record['commit']}).\n"
     )
 
 
