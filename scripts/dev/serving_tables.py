@@ -21,8 +21,8 @@ def of_serving(record: Mapping[str, Any]) -> str:
     threads = f"{record['threads']} thread" + "s" * (record["threads"] != 1)
     return "\n".join(lines) + (
         f"\n\nNew tokens a second of all clients, {record['new_tokens']} of each; the best of "
-        f"{record['rounds']} rounds, in turns ({record['dtype']}, {record['cpu']}, {threads}, beside "
-        f"other work, a load of {record['load']:.0f}; commit {record['commit']}).\n"
+        f"{record['rounds']} rounds, in turns ({record['dtype']}, {record['cpu']}, {threads}, "
+        f"beside other work: a load of {record['load']:.0f}; commit {record['commit']}).\n"
     )
 
 
@@ -40,14 +40,15 @@ def of_soak_server(record: Mapping[str, Any]) -> str:
                 f"| {name} | {record['round'] * (number + 1):,} requests | "
                 f"{row['bytes'] / 1e6:.0f} MB | {row['descriptors']} | {row['threads']} |"
             )
-    left = {name: _left(part["ended"]) for name, part in record["parts"].items()}
-    told = ", ".join(f"{count} of {total:,} left {name}" for name, (count, total) in left.items())
+    told = " and ".join(
+        f"{_left(part['ended']):,} ({name})" for name, part in record["parts"].items()
+    )
     return "\n".join(lines) + (
-        f"\n\n{record['clients']} clients, {told} ({record['cpu']}, commit {record['commit']}).\n"
+        f"\n\n{record['clients']} clients, who left {told} requests ({record['cpu']}, commit "
+        f"{record['commit']}).\n"
     )
 
 
-def _left(ended: Mapping[str, int]) -> tuple[int, int]:
-    """How many requests were left by their client, of how many."""
-    left = sum(count for kind, count in ended.items() if kind.endswith(" left"))
-    return left, sum(ended.values())
+def _left(ended: Mapping[str, int]) -> int:
+    """How many requests were left by their client."""
+    return sum(count for kind, count in ended.items() if kind.endswith(" left"))
