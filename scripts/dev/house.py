@@ -6,7 +6,8 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-WIDTH = 96  # of a line that a page shows whole
+WIDTH = 98  # of a line that a page shows whole
+LISTED_ELSEWHERE = ("cli",)  # rooms whose files docs/commands.md has, a command each
 
 
 def tree() -> str:
@@ -15,7 +16,8 @@ def tree() -> str:
     for room in floors():
         folder = ROOT / "quip" / room
         lines += _hung(f"  {room}/", phrase(folder / "__init__.py"))
-        lines += _hung("", " ".join(_contents(folder)))
+        if room not in LISTED_ELSEWHERE:
+            lines += _hung("", " ".join(_contents(folder)), indent=4)
     return "```\n" + "\n".join(lines) + "\n```\n"
 
 
