@@ -30,12 +30,15 @@ from vllm import LLM, SamplingParams
 folders, eager = sys.argv[1].split(), sys.argv[2] == "eager"
 prompt, more = map(json.loads, sys.argv[3:])
 greedy = SamplingParams(temperature=0, max_tokens=more, ignore_eos=True)
-said = []
-for folder in folders:
+
+
+def say(folder):  # an engine ends with its call, for there is one at a time
     llm = LLM(folder, dtype="float32", enforce_eager=eager, max_model_len=64, max_num_seqs=4)
     [answer] = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)
-    said.append(list(answer.outputs[0].token_ids))
-print(json.dumps(said))
+    return list(answer.outputs[0].token_ids)
+
+
+print(json.dumps([say(folder) for folder in folders]))
 """
 
 
