@@ -39,6 +39,7 @@ from quip.model.load_streamed import SHARE
 from quip.model.plan import Plan
 from quip.model.run import Shrinking
 from quip.model.states import batch_size_for
+from quip.model.tables import table_bits
 from quip.model.tune import BlockTuning
 
 RANKS = (1, 2, 4, 8)
@@ -55,6 +56,7 @@ class Question(Text, Machine):
     recipe: Recipe | Plan | None = None
     tuning: BlockTuning | None = None
     target_shrink: Shrinking = None
+    head_bits: int | None = None
     hessians: Path | None = None  # a store, instead of calibration
     eval_datasets: tuple[str, ...] = ()
     eval_nsamples: int | None = None
@@ -179,6 +181,9 @@ def _units(terms: Terms) -> int:
 
 def _disk(asked: Question, shape: Shape, terms: Terms, packed: int, tensors: int) -> dict[str, int]:
     found = disk_bytes(shape, terms, packed, tensors)
+    if asked.head_bits and "checkpoint" in found:
+        tables = shape.head * min(2, shape.outside // shape.head)  # tied ones are one
+        found["checkpoint"] -= int(tables * (terms.kept - table_bits(asked.head_bits) / 8))
     if asked.collects:
         sizes = [one.columns for one in shape.inputs]
         found["store"] = sum(4 * n * (n + 1) // 2 + 8 * n for n in sizes)

@@ -83,6 +83,11 @@ def pack_tables(
     return records
 
 
+def table_bits(bits: int) -> float:
+    """Bits per weight that are stored of an embedding or a head: codes, step and zero."""
+    return bits + (16 + bits) / GROUP
+
+
 def table_totals(records: Sequence[TableRecord], matrices: Mapping[str, Any]) -> dict[str, Any]:
     """What the report says of them: alone, and together with the matrices of the blocks."""
     weights = sum(one.rows * one.columns for one in records)

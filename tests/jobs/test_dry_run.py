@@ -18,6 +18,8 @@ from quip.jobs.requests import request
 from quip.jobs.run import Experiment, run_experiment
 from quip.matrix.build import build_recipe
 from quip.model import activations
+from quip.model.load import load_model
+from quip.model.tables import pack_tables
 from quip.packed.files import header
 from tests.support.runs import save_model, write_text
 
@@ -230,3 +232,14 @@ def test_a_line_is_told_instead_of_run(asked, here, quip, tmp_path):
     )
     assert (status, (tmp_path / "out").exists()) == (0, False)
     assert "store" in out
+
+
+def test_embedding_and_head_are_counted_as_they_will_be_packed(asked, tmp_path):
+    asked = replace(asked, model="demo", eval_datasets=(), save=tmp_path / "saved")
+    plain, packed = (
+        foretell(replace(asked, head_bits=bits))["disk_bytes"]["checkpoint"] for bits in (None, 6)
+    )
+    model = load_model("demo").model
+    (record,) = pack_tables(model, 6, device="cpu")
+    weights = record.rows * record.columns
+    assert plain - packed == int(weights * (2 - record.bits_per_weight / 8))
