@@ -18,10 +18,11 @@ def of_serving(record: Mapping[str, Any]) -> str:
         lines.append(
             f"| {row['model']} | {row['mode']} | {rates} | {row['peak_bytes'] / 1e6:.0f} MB |"
         )
+    rounds = f"the best of {record['rounds']} rounds" if record["rounds"] > 1 else "one round"
     threads = f"{record['threads']} thread" + "s" * (record["threads"] != 1)
     return "\n".join(lines) + (
-        f"\n\nNew tokens a second of all clients, {record['new_tokens']} of each; the best of "
-        f"{record['rounds']} rounds, in turns ({record['dtype']}, {record['cpu']}, {threads}, "
+        f"\n\nNew tokens a second of all clients, {record['new_tokens']} of each; {rounds}, "
+        f"in turns ({record['dtype']}, {record['cpu']}, {threads}, "
         f"beside other work: a load of {record['load']:.0f}; commit {record['commit']}).\n"
     )
 

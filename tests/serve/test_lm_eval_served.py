@@ -49,7 +49,6 @@ def tasks(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_scores_and_texts_of_the_server_are_those_of_the_model(door, demo, tasks, monkeypatch):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
