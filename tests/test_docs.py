@@ -100,7 +100,7 @@ def test_what_is_rendered_is_up_to_date(script):
 def test_every_record_says_of_which_kind_it_is_and_no_path_of_a_machine():
     kinds = {"table", "run", "rounding", "search", "em", "vq", "kills", "gpu", "fuzz", "soak"}
     kinds |= {"decoding", "hadamard_block", "trellis_mse", "trellis_speed"}
-    kinds |= {"forecast", "forecasts", "simulations", "trellis_decoding"}
+    kinds |= {"forecast", "forecasts", "simulations", "trellis_decoding", "serving", "soak_server"}
     for path in (ROOT / "results").glob("*.json"):
         assert json.loads(path.read_text())["kind"] in kinds, path.name
         assert not re.search(r'"/\w', path.read_text()), path.name
