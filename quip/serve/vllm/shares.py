@@ -9,7 +9,7 @@ from quip.packed.cut import Cut
 
 @dataclass(frozen=True)
 class Share:
-    """Of a part of a layer: how many rows the file has, and which of them this process has."""
+    """How many rows of a part of a layer the file has, and which of them this process has."""
 
     whole: int
     own: slice
