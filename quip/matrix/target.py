@@ -37,7 +37,7 @@ class Lack:
     count: int
 
     def without(self, part: "Lack") -> "Lack":
-        """That of the tokens which are not in a part of them, of which there must be some."""
+        """What is lacking on all tokens but a part of them, of which some must be left."""
         count = self.count - part.count
 
         def rest(whole: Tensor, of_part: Tensor) -> Tensor:

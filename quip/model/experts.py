@@ -69,7 +69,7 @@ class Routed:
         self._units.append((hidden.to(self._home, copy=True), index.to(self._home, copy=True)))
 
     def weighing(self, weights: Sent | None) -> "Routed":
-        """The same tokens, with these weights."""
+        """Experts and what they were handed, with such weights of tokens."""
         found = Routed(self.name, self.experts, home=self._home, team=self._team, weights=weights)
         found._units, found._device = self._units, self._device
         return found

@@ -25,7 +25,7 @@ class Windows:
     plain: Float[Tensor, "windows tokens n"] | None = None  # x, where that is weighed
 
     def weighed(self, roots: Float[Tensor, "windows tokens"] | None) -> "Windows":
-        """The same, with each token multiplied by the root of its weight; None: of 1."""
+        """Windows whose tokens are multiplied by the roots of their weights; None: of 1."""
         if roots is None:
             return replace(self, plain=self.x)
         own = roots[..., None].to(self.x.device)

@@ -105,7 +105,6 @@ class QuipQuantizer(HfQuantizer):
     # Earlier versions of transformers ask without the model.
     def update_weight_conversions(self, weight_conversions: Any, model: Any = None) -> Any:
         """None where the files go by the names of the modules, as ours do; older ones may not."""
-        # Earlier versions of transformers ask without the model.
         return weight_conversions if self._renames else []
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

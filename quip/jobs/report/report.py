@@ -74,7 +74,7 @@ def summary(records: Sequence[MatrixRecord]) -> dict[str, Any]:
 
 
 def _weighed(records: Sequence[MatrixRecord]) -> dict[str, float]:
-    """Of tokens that have weights: the loss without them, and the damage of all matrices."""
+    """Where tokens have weights, the mean loss without them, and the damage of all matrices."""
     if not records:
         return {}
     return {
