@@ -162,8 +162,10 @@ def _quantize_by(
 def _quantize_block(block: Block, work: Work) -> Iterator[MatrixRecord]:
     run, watch, tuner = work.run, work.run.watch, None
     weights = [work.felt, None] if run.weighs else [None]
-    with watch("sensitivity"):
-        sides = run.sides.of(block) if run.sides else {}
+    sides: dict[str, Side] = {}
+    if run.sides:
+        with watch("sensitivity"):
+            sides = run.sides.of(block)
     seen = turns(block, work.shrink, weights, all_experts=run.all_experts)
     for hessians, *plain in watch.each("observe", seen):
         tell_of_few(block.name, hessians)

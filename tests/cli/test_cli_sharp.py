@@ -21,10 +21,10 @@ def test_recipes_and_methods_are_listed_with_their_flags(capsys):
     for name, recipe in RECIPES.items():
         assert name in out
         assert recipe.title in out
-        assert " ".join(as_line(recipe.flags)) in out
+        assert " ".join(as_line(recipe.every)) in out
     assert cli.main(["recipes", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    recipes = {n: {"title": r.title, "flags": r.flags} for n, r in RECIPES.items()}
+    recipes = {n: {"title": r.title, "flags": r.every} for n, r in RECIPES.items()}
     methods = {n: {"title": m.title, "flags": {"quant": n}} for n, m in METHODS.items()}
     assert found == recipes | methods
     assert all(m.title in out for m in METHODS.values())

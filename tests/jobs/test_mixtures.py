@@ -116,11 +116,11 @@ def test_a_run_killed_among_experts_ends_bitwise_as_one_that_was_not(
     again = replace(experiment, out=tmp_path / "run", save=tmp_path / "saved", resume=True)
     real, records = siblings._record, []
 
-    def sometimes(*args):
+    def sometimes(*args, **known):
         records.append(args[0])
         if len(records) > 18:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args)
+        return real(*args, **known)
 
     child = os.fork()
     if child == 0:

@@ -10,8 +10,8 @@ import pytest
 from quip.data.hessian_files import FELT
 from quip.data.hessians import HessianStore
 from quip.errors import UsageError
-from quip.jobs import run as run_job
 from quip.jobs import sensitivity
+from quip.jobs import sensitivity as pass_job
 from quip.jobs.experiment import Experiment
 from quip.jobs.hessians import Collection, collect_hessians
 from quip.jobs.run import run_experiment
@@ -176,7 +176,7 @@ def test_outputs_are_rescaled_without_weights_of_tokens_too(asked, tmp_path, mon
     assert report["seconds"]["sensitivity"] > 0
     assert all(row["plain_loss"] is row["damage"] is None for row in report["matrices"])
     with monkeypatch.context() as patch:
-        patch.setattr(run_job, "felt_for", no_pass)
+        patch.setattr(pass_job, "felt_for", no_pass)
         plain = run_experiment(replace(e, recipe=PLAIN, out=None))
     assert "sensitivity" not in plain["seconds"]
     assert "mean_plain_loss" not in plain["totals"]
