@@ -14,6 +14,7 @@ of H_I (tests/reference_two_sided.py), it gives the same codes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float, Integer
@@ -124,5 +125,5 @@ def _feedback(H_O: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def _spans(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    ends = torch.tensor(sizes).cumsum(0).tolist()
+    ends = accumulate(sizes)
     return [(end - size, end) for end, size in zip(ends, sizes, strict=True)]

@@ -202,7 +202,8 @@ def test_named_recipes_are_the_papers_rows():
     quips = {f"{method}-{bits}bit" for method in ("quip", "quip-sharp") for bits in (2, 3, 4)}
     vectors = {f"gptvq-{dim}d-{bits}" for dim, bits in GPTVQ}
     walks = {"trellis-2bit-fast", *(f"trellis-{bits}bit" for bits in (2, 3, 4))}
-    assert set(RECIPES) == quips | vectors | walks
+    best = {f"best-{bits}bit" for bits in (2, 3, 4)}
+    assert set(RECIPES) == quips | vectors | walks | best
     quip, sharp = (build_recipe(**RECIPES[f"{name}-2bit"].flags) for name in ("quip", "quip-sharp"))
     assert quip.transforms == (RescaleDraw(), KroneckerDraw())
     assert sharp.transforms == (HadamardDraw(block=None),)
