@@ -23,6 +23,7 @@ TINY = dict.fromkeys(MODELS, "tiny") | dict.fromkeys(("pydoc", "c4"), "train.txt
 # test_cli_exl3.py and test_cli_exchange.py run them.
 WIDE = {"--quip-sharp", "import-quip-sharp", "import-exl3"}
 WIDE |= {"--gguf", "import-gptq", "import-compressed-tensors"}
+WIDE |= {"serve"}  # which ends when it is told to: test_cli_serve.py
 # Appended where the command has the flag: the last one counts.
 SMALL = {
     "--nsamples": "4",
