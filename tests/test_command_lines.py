@@ -24,6 +24,7 @@ TINY = dict.fromkeys(MODELS, "tiny") | dict.fromkeys(("pydoc", "c4"), "train.txt
 WIDE = {"--quip-sharp", "import-quip-sharp", "import-exl3"}
 WIDE |= {"--gguf", "import-gptq", "import-compressed-tensors"}
 WIDE |= {"serve"}  # which ends when it is told to: test_cli_serve.py
+WIDE |= {"--all_experts"}  # of a mixture of experts: test_mixtures.py
 # Appended where the command has the flag: the last one counts.
 SMALL = {
     "--nsamples": "4",
