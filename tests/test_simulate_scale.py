@@ -18,6 +18,7 @@ def script() -> dict:
     return runpy.run_path(str(SCRIPT))
 
 
+@pytest.mark.slow
 def test_a_simulation_says_what_the_run_took_and_leaves_nothing(script, tmp_path, capfd):
     line = ("--wbits", "2", "--quant", "nearest", "--nsamples", "2", "--seqlen", "16")
     script["main"](["llama-2-70b", str(tmp_path), *NARROW, *line, "--json"])

@@ -84,6 +84,7 @@ def test_a_tuning_that_was_stopped_takes_the_checkpoint_that_is_there(own, ran, 
     assert ran == ["codebook=E8P12"]  # what was tuned had been evaluated before
 
 
+@pytest.mark.slow
 def test_a_saved_checkpoint_gives_the_same_in_a_new_process_and_takes_what_was_reported(own):
     _, models, settings, root = own
     table = select(read_table("checkpoints"), rows=("LDLQ + IncP, 2 bits",))
