@@ -110,7 +110,7 @@ RECIPES = {
     },
     **{
         f"best-{bits}bit": Named(
-            title=f"what measures best: a trellis code, and what the loss feels, {bits} bits",
+            title=f"a trellis code by all that the loss feels, and targets, {bits} bits",
             flags={
                 "wbits": bits,
                 "quant": "ldlq",
