@@ -43,8 +43,7 @@ def felt_for(
     It is taken from the folder of the ledger, or kept there. None where all blocks are finished,
     and at the other processes. Raises as `measure_sensitivity`.
     """
-    blocks = range(len(find_blocks(loaded.model)[1]))
-    if team.tell(ledger is not None and all(map(ledger.has, blocks))):
+    if _is_finished(loaded, ledger, team):
         return None
     path = ledger.folder / FELT if ledger is not None and team.leads else None
     found = kept_felt(path) if path else None
@@ -80,7 +79,7 @@ def with_felt(e: Experiment, loaded: LoadedModel, tokens: TokenSet, run: Run) ->
                 activations=run.activations,
             )
         run = replace(run, felt=felt)
-    if e.recipe and e.two_sided:
+    if e.recipe and e.two_sided and not _is_finished(loaded, run.ledger, run.team):
         for recipe in Plan.of(e.recipe).each():
             check_two_sided(recipe)
         how = Passing(
@@ -111,6 +110,12 @@ def rescales(how: Recipe | Plan | None) -> bool:
     """Whether some recipe rescales outputs, by what the loss feels of them."""
     recipes = Plan.of(how).each() if how else []
     return any(rescales_outputs(recipe.transforms) for recipe in recipes)
+
+
+def _is_finished(loaded: LoadedModel, ledger: Ledger | None, team: Team) -> bool:
+    """Whether an earlier run has done all blocks, as the first process knows."""
+    blocks = range(len(find_blocks(loaded.model)[1]))
+    return bool(team.tell(ledger is not None and all(map(ledger.has, blocks))))
 
 
 def _tell(found: Sensitivity) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from quip.kernels.hessian import add_rounded
@@ -136,6 +136,11 @@ class Paired(Hessian):
         self.finish()
         assert self._finished is not None
         return Lack(H=self._finished, C=C, count=self.count)
+
+    def take(self) -> Float32[Tensor, "n n"]:
+        found = super().take()
+        self.forget()
+        return found
 
     def reduce(self, add: Callable[[Tensor], None]) -> None:
         super().reduce(add)

@@ -88,9 +88,8 @@ class Factorisations:
         self, W: Tensor, recipe: Recipe, rng: torch.Generator, name: str, f: Tensor | None
     ) -> tuple[Basis | None, Factored]:
         """After a failure with ten times the damping, and at least 0.001."""
-        damp, reason = recipe.damp, ""
-        state = rng.get_state()
-        for attempt in range(1 + ESCALATIONS):
+        reason, state = "", rng.get_state()
+        for attempt, damp in enumerate(dampings(recipe.damp)):
             rng.set_state(state)
             H = damped(self._H, damp)
             T, W_t, H = Chain.draw(recipe.transforms, W, H, rng, f=f, in_place=True)
@@ -98,9 +97,9 @@ class Factorisations:
             try:  # the last failure can say why
                 return basis, factored(H, recipe, damp, in_place=attempt < ESCALATIONS)
             except NotPositiveDefinite as error:
-                tried, reason, damp = damp, str(error), max(10 * damp, 1e-3)
+                reason = str(error)
         raise NotPositiveDefinite(
-            f"{name}: {reason} after damping by {tried:g} of the mean diagonal; "
+            f"{name}: {reason} after damping by {damp:g} of the mean diagonal; "
             "add calibration tokens (--nsamples) or damp more (--percdamp)"
         )
 
@@ -127,6 +126,14 @@ def factored(
 def asks_for_h(recipe: Recipe) -> bool:
     """Whether H is read after the sweep."""
     return bool(recipe.polish or recipe.trials)
+
+
+def dampings(damp: float) -> list[float]:
+    """What H is damped by, one after the other as factorisations fail: each ten times the last."""
+    found = [damp]
+    for _ in range(ESCALATIONS):
+        found.append(max(10 * found[-1], 1e-3))
+    return found
 
 
 def damped(H: Float[Tensor, "n n"], damp: float) -> Float[Tensor, "n n"]:

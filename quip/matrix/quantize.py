@@ -111,12 +111,16 @@ def _quantize(
     H_O: Tensor | None = None,
 ) -> QuantizedMatrix:
     T, W_t, f = factorisations.of(W, recipe, rng, name, felt)
+    sided: Sided | None = None
     if H_O is not None:
         H_O = damped(T.outputs(H_O), recipe.damp)
+        sided = Sided.of(recipe.codebook, H_O)  # whose tiles are those of all trials
     W_t = W_t[:, f.order].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
+    if sided:  # once, and not for each group that the codebook is fitted to
+        sided = replace(sided, K=sided.K.to(W_t))
     best: tuple[float, QuantizedMatrix] | None = None
     for book in recipe.trials or (recipe.codebook,):
-        rounding = book if H_O is None else Sided.of(book, H_O)
+        rounding = replace(sided, book=book) if sided else book
         codes, decoder = _round(W_t, f, rounding.seeded(rng), recipe)
         found = QuantizedMatrix(codes=codes, decoder=decoder, transform=T, damp=f.damp, book=book)
         loss = _loss(W_t, f, found, H_O) if recipe.trials else 0.0

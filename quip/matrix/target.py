@@ -17,6 +17,7 @@ were held out, where its outputs lack e - alpha (W* - W) x, the best alpha is th
 """
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from quip.errors import NotPositiveDefinite
 from quip.matrix.linalg import cholesky
-from quip.matrix.prepare import ESCALATIONS, damped
+from quip.matrix.prepare import damped, dampings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +89,8 @@ def best_share(
 
 def _factor(H: Tensor, damp: float) -> Tensor:
     """The lower Cholesky factor of the damped H; after a failure of one damped ten times more."""
-    for _ in range(ESCALATIONS):
-        try:
-            return cholesky(damped(H, damp))
-        except NotPositiveDefinite:
-            damp = max(10 * damp, 1e-3)
-    return cholesky(damped(H, damp))
+    *first, last = dampings(damp)
+    for tried in first:
+        with suppress(NotPositiveDefinite):
+            return cholesky(damped(H, tried))
+    return cholesky(damped(H, last))

@@ -72,7 +72,7 @@ class Sided(Codebook):
         return replace(self, book=self.book.at(column))
 
     def fit(self, X: Float[Tensor, "m g"], h: Float[Tensor, " g"]) -> "Sided":
-        return replace(self, book=self.book.fit(X, h))
+        return replace(self, book=self.book.fit(X, h), K=self.K.to(X))
 
     def seeded(self, rng: torch.Generator) -> "Sided":
         return replace(self, book=self.book.seeded(rng))
@@ -82,7 +82,7 @@ class Sided(Codebook):
 
     def round(self, x: Float[Tensor, "m d"], h: Float[Tensor, " d"]) -> Integer[Tensor, " m"]:
         """The codes of the blocks of rows, first to last, each with the errors of those before."""
-        K, eta, codes, lo = self.K.to(x), torch.empty_like(x), [], 0
+        K, eta, codes, lo = self.K, torch.empty_like(x), [], 0
         for size in self.sizes:
             at = slice(lo, lo + size)
             z = torch.addmm(x[at], K[:lo, at].T, eta[:lo]) if lo else x[at]

@@ -1,6 +1,12 @@
 """Which matrices of a block are fed by the same tensor."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
 from torch import Tensor
+
+from quip.model.matrices import Matrix
 
 
 class Inputs:
@@ -26,3 +32,17 @@ class Inputs:
     def end_batch(self) -> None:
         """Let go of the inputs of a batch."""
         self._held.clear()
+
+
+@contextmanager
+def watched(matrices: Mapping[str, Matrix], see: Callable[..., None]) -> Iterator[None]:
+    """Inside, `see` is told of each forward pass of these matrices, by their name."""
+    hooks = [
+        matrix.module.register_forward_hook(partial(see, name), with_kwargs=True)
+        for name, matrix in matrices.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -32,6 +32,9 @@ class Moments:
         sums: Mapping[str, Hessian],
         plain: Mapping[str, Hessian] | None,
         felt: Sensitivity | None,
+        *,
+        aim: "Aim | None",
+        side: Side | None,
     ) -> "Moments":
         """What is known of the input of these matrices, of which so many tokens were seen.
 
@@ -43,6 +46,8 @@ class Moments:
             plain=None if plain is None else plain[names[0]].take(),
             squares=felt.squares(names) if felt and plain else {},
             outputs=felt.outputs(names) if felt else {},
+            side=side,
+            aim=aim,
         )
 
 

@@ -1,7 +1,6 @@
 """quantize_model: walk the blocks, quantize each matrix, and write down what it cost."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -193,9 +192,8 @@ def _quantize_observed(
 
         def moments(names: Group, sums: Any = sums, alike: Any = alike) -> Moments:
             count, own = hessians[names[0]].count, alike[0] if alike else None
-            aim = aim_of(sums[names[0]], work.shrink)
-            found = Moments.of(names, count, sums, own, work.felt)
-            return replace(found, aim=aim, side=sides.get(names[0]))
+            aim, side = aim_of(sums[names[0]], work.shrink), sides.get(names[0])
+            return Moments.of(names, count, sums, own, work.felt, aim=aim, side=side)
 
         found = deal.quantize(moments, work.recipes, run.seed)
         yield from watch.each("quantize", found)

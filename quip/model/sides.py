@@ -9,8 +9,7 @@ x_t)^2, token by token. Squares of their sums over a window, one number for each
 of eight windows of SmolLM2-135M they put the same error two or three times too high or too low.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from quip.errors import UsageError
 from quip.matrix.recipe import Recipe
 from quip.model.block_module import BlockModule
-from quip.model.inputs import Inputs
+from quip.model.inputs import Inputs, watched
 from quip.model.matrices import Matrix
 from quip.model.sensitivity.crossings import Crossing, crossings
 from quip.model.sensitivity.labels import SCALE
@@ -170,7 +169,7 @@ def _back(
         y.register_hook(partial(feel, name))
 
     leaf = unit.entering.to(block.device, copy=True).requires_grad_()
-    with _watched(matrices, see):
+    with watched(matrices, see):
         output = unit.call.run(block.module, leaf.clone(), unit.call.on(block.device, {}))
     y = output[0] if isinstance(output, tuple) else output
     torch.autograd.grad(y, leaf, unit.gradient.to(block.device))
@@ -180,17 +179,3 @@ def _back(
 def _slices(sizes: Mapping[str, int]) -> dict[str, slice]:
     ends = accumulate(sizes.values())
     return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
-
-
-@contextmanager
-def _watched(matrices: Mapping[str, Matrix], see: Callable[..., None]) -> Iterator[None]:
-    """Inside, `see` is told of each forward pass of these matrices, by their name."""
-    hooks = [
-        matrix.module.register_forward_hook(partial(see, name), with_kwargs=True)
-        for name, matrix in matrices.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -42,7 +42,7 @@ class _Kept(Pass):
     def back(
         self, block: Block, states: States, entering: Float[Tensor, "count seqlen width"]
     ) -> None:
-        gradient = self._how.activations.room(entering.shape, entering.dtype)
+        gradient = self.how.activations.room(entering.shape, entering.dtype)
         gradient.copy_(states.hidden)
         super().back(block, states, entering)
         units = entering.split(states.batch_size), gradient.split(states.batch_size)

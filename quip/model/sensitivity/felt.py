@@ -9,7 +9,7 @@ from jaxtyping import Float64
 from torch import Tensor, nn
 
 from quip.model.block_module import BlockModule
-from quip.model.inputs import Inputs
+from quip.model.inputs import Inputs, watched
 from quip.model.sensitivity.labels import SCALE
 from quip.packed.experts import Experts
 
@@ -51,17 +51,14 @@ class Felt:
     def watching(self, block: BlockModule) -> Iterator[None]:
         """Inside, the forward passes of the block, and the ways back through it, are watched."""
         hooks = [
-            matrix.module.register_forward_hook(partial(self._see, name), with_kwargs=True)
-            for name, matrix in block.matrices().items()
-        ]
-        hooks += [
             block.module.get_submodule(
                 name.removeprefix(f"{block.name}.")
             ).register_forward_pre_hook(partial(self._see_sent, name), with_kwargs=True)
             for name in self._parts
         ]
         try:
-            yield
+            with watched(block.matrices(), self._see):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

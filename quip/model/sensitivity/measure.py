@@ -57,36 +57,36 @@ def felt_by(model: nn.Module, tokens: Int[Tensor, "count seqlen"], how: Passing)
     The model stays as it is. Raises UsageError where memory is short or the model is in training
     mode, and UnsupportedModel as `walk` does.
     """
-    found = Pass(model, how)
+    found = _Feeling(model, how)
     own = how.team.share(tokens, how.batch_size)
     found.run(own, how.team.share(torch.arange(len(tokens)), how.batch_size).tolist())
     return [found.felt[index] for index in range(len(found.blocks))]
 
 
 class Pass:
-    """Chunks of windows, one after the other, and what has been felt so far in each block."""
+    """Chunks of windows, one after the other, forward through all blocks and back."""
 
     def __init__(self, model: nn.Module, how: Passing) -> None:
         coverage(model)
         if model.training:
             raise UsageError("the model is in training mode, where dropout is random; call eval()")
-        self._model, self._how = model, how
+        self._model, self.how = model, how
         self._prefix, blocks = find_blocks(model)
         self._home = next(model.parameters()).device
-        self.blocks, self.felt = blocks, dict[int, Felt]()
+        self.blocks = blocks
 
     def run(self, tokens: Int[Tensor, "count seqlen"], numbers: Sequence[int]) -> None:
         """Let these windows, of these numbers in all of them, pass forward and back."""
-        size = _windows_at_once(self._model, tokens.shape[1], self._how)
+        size = _windows_at_once(self._model, tokens.shape[1], self.how)
         total = 2 * len(self.blocks) * -(-len(tokens) // size)
         # disable=None: a bar on a terminal only.
         bar = tqdm(total=total, desc="sensitivity", unit="block", dynamic_ncols=True, disable=None)
-        with bar, enough_memory(f"a backward pass on {self._how.device}", REMEDY):
+        with bar, enough_memory(f"a backward pass on {self.how.device}", REMEDY):
             for lo in range(0, len(tokens), size):
                 self._add(tokens[lo : lo + size], numbers[lo : lo + size], bar)
 
     def _add(self, tokens: Int[Tensor, "count seqlen"], numbers: Sequence[int], bar: tqdm) -> None:
-        how = self._how
+        how = self.how
         states = States(
             *(self._model, tokens.to(self._home)),
             device=how.device,
@@ -108,7 +108,7 @@ class Pass:
 
     def _visit(self, states: States, order: Sequence[int]) -> Iterator[Block]:
         """The blocks of these numbers, each on the device while it is worked on."""
-        how, modules = self._how, [self.blocks[index] for index in order]
+        how, modules = self.how, [self.blocks[index] for index in order]
         with closing(visits(modules, how.device, home=self._home, stream=how.stream)) as there:
             for index, module in zip(order, there, strict=True):
                 yield Block(index, f"{self._prefix}.{index}", module, states)
@@ -117,7 +117,7 @@ class Pass:
         self, states: States, tokens: Int[Tensor, "count seqlen"], numbers: Sequence[int]
     ) -> None:
         """Put the gradient where the hidden states are that leave the last block."""
-        how, last, leaving = self._how, len(self.blocks) - 1, list[Tensor]()
+        how, last, leaving = self.how, len(self.blocks) - 1, list[Tensor]()
 
         def stand_in(index: int, /, *args: Any, **kwargs: Any) -> Any:
             hidden = leaving[0] if index == last else Call.of(args, kwargs)[0]
@@ -140,18 +140,39 @@ class Pass:
         self, block: Block, states: States, entering: Float[Tensor, "count seqlen width"]
     ) -> None:
         """Put the gradient where what enters the block is in place of that where it leaves."""
-        device, moved = self._how.device, dict[int, Tensor]()
-        if block.index not in self.felt:
-            self.felt[block.index] = Felt(block, apart=self._how.team.size > 1)
-        felt = self.felt[block.index]
+        for _ in self._units_back(block, states, entering):
+            pass
+
+    def _units_back(
+        self, block: Block, states: States, entering: Float[Tensor, "count seqlen width"]
+    ) -> Iterator[Float[Tensor, "windows seqlen width"]]:
+        """What entered, of each unit whose gradient has just passed back through the block."""
+        device, moved = self.how.device, dict[int, Tensor]()
         units = entering.split(states.batch_size), states.batches(), states.calls(block.index)
+        for x, gradient, call in zip(*units, strict=True):
+            moved, leaf = call.on(device, moved), _leaf(x, device)
+            with torch.enable_grad():
+                output = call.run(block.module, leaf.clone(), moved)  # may add in place
+            y = output[0] if isinstance(output, tuple) else output
+            gradient.copy_(torch.autograd.grad(y, leaf, gradient.to(device))[0])
+            yield x
+
+
+class _Feeling(Pass):
+    """A pass that notes on the way back what is felt in each block."""
+
+    def __init__(self, model: nn.Module, how: Passing) -> None:
+        super().__init__(model, how)
+        self.felt: dict[int, Felt] = {}
+
+    def back(
+        self, block: Block, states: States, entering: Float[Tensor, "count seqlen width"]
+    ) -> None:
+        if block.index not in self.felt:
+            self.felt[block.index] = Felt(block, apart=self.how.team.size > 1)
+        felt = self.felt[block.index]
         with felt.watching(block):
-            for x, gradient, call in zip(*units, strict=True):
-                moved, leaf = call.on(device, moved), _leaf(x, device)
-                with torch.enable_grad():
-                    output = call.run(block.module, leaf.clone(), moved)  # may add in place
-                y = output[0] if isinstance(output, tuple) else output
-                gradient.copy_(torch.autograd.grad(y, leaf, gradient.to(device))[0])
+            for x in self._units_back(block, states, entering):
                 felt.end_unit((len(x), x.shape[1]))
 
 
