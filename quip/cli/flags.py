@@ -123,15 +123,15 @@ def model_and_dataset(parser: argparse.ArgumentParser) -> argparse.Action:
     )
 
 
-def calibration_flags(group: argparse._ArgumentGroup) -> None:
-    """How much text, the seed, and what experts see of it."""
+def window_flags(group: argparse._ArgumentGroup, *, windows: str, count: int, seeded: str) -> None:
+    """How many windows of how many tokens, and the seed of what is drawn."""
     add = group.add_argument
     add(
         "--nsamples",
         type=int,
-        default=NSAMPLES,
+        default=count,
         metavar="N",
-        help=f"calibration windows (default {NSAMPLES})",
+        help=f"{windows} (default {count})",
     )
     add(
         "--seqlen",
@@ -139,7 +139,14 @@ def calibration_flags(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="tokens in a window (default: what the model can take, at most 2048)",
     )
-    add("--seed", type=seed, default=0, metavar="N", help="of sampling and rotations (default 0)")
+    add("--seed", type=seed, default=0, metavar="N", help=f"of {seeded} (default 0)")
+
+
+def calibration_flags(group: argparse._ArgumentGroup) -> None:
+    """How much text, the seed, and what experts see of it."""
+    seeded = "sampling and rotations"
+    window_flags(group, windows="calibration windows", count=NSAMPLES, seeded=seeded)
+    add = group.add_argument
     add(
         "--all_experts",
         action="store_true",

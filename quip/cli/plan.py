@@ -4,12 +4,11 @@ import argparse
 import shlex
 from pathlib import Path
 
-from quip.cli.flags import model_and_dataset, recipe_flags
+from quip.cli.flags import model_and_dataset, recipe_flags, window_flags
 from quip.cli.machine import device_flags, stream_flag
 from quip.cli.output import aligned, names
 from quip.cli.parse import Arguments, refuse_small
 from quip.cli.streams import say
-from quip.cli.values import seed
 from quip.codebooks.names import Bits
 from quip.errors import UsageError, shown
 from quip.jobs.requests import request
@@ -68,29 +67,16 @@ def build(parser: argparse.ArgumentParser) -> None:
     add("--overwrite", action="store_true", help="let --out be a file that exists")
     recipe_flags(parser)
     parser.set_defaults(codebook="trellis")
-    _data_flags(parser.add_argument_group("data"))
+    window_flags(
+        parser.add_argument_group("data"),
+        windows="windows of DATASET that are looked at",
+        count=NSAMPLES,
+        seeded="sampling and labels",
+    )
     group = parser.add_argument_group("machine")
     stream_flag(group)
     device_flags(group)
     parser.set_defaults(call=call)
-
-
-def _data_flags(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add(
-        "--nsamples",
-        type=int,
-        default=NSAMPLES,
-        metavar="N",
-        help=f"windows of DATASET that are looked at (default {NSAMPLES})",
-    )
-    add(
-        "--seqlen",
-        type=int,
-        metavar="N",
-        help="tokens in a window (default: what the model can take, at most 2048)",
-    )
-    add("--seed", type=seed, default=0, metavar="N", help="of sampling and labels (default 0)")
 
 
 def call(args: Arguments) -> None:

@@ -1,6 +1,5 @@
 """A whole walk towards W*: nearer to the original, and the same codes however it is walked."""
 
-import hashlib
 from dataclasses import replace
 from functools import cache
 from itertools import count
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from quip.errors import UsageError
 from quip.jobs.experiment import Experiment, settled
@@ -29,19 +27,11 @@ from quip.packed.digests import bytes_of
 from tests.support.mixtures import mixture
 from tests.support.processes import in_team
 from tests.support.runs import save_model, write_text
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import digest, tiny, tokens
 
 RECIPE = build_recipe(quant="ldlq", wbits=2, incoh_processing=True)
 LATTICE = build_recipe(codebook="E8P12")  # whose siblings are stacked
 BATCH = 2
-
-
-def digest(model: nn.Module) -> str:
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        found.update(bytes_of(tensor))
-    return found.hexdigest()
 
 
 def walked(shrink: Any, *, recipe: Recipe = LATTICE, name: str = "llama", **how: Any) -> list[Any]:

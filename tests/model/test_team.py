@@ -1,6 +1,5 @@
 """Several processes: what they quantize together is bitwise what one does, for any number."""
 
-import hashlib
 import os
 from dataclasses import asdict
 from functools import cache
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quip.data.hessians import HessianStore
 from quip.errors import NonFinite, UsageError
@@ -23,11 +22,10 @@ from quip.model.ledger import Ledger
 from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
 from quip.model.run import Run
 from quip.model.team import ALONE, Team
-from quip.packed.digests import bytes_of
 from tests.support.checkpoints import VECTORS
 from tests.support.processes import in_processes, in_team
 from tests.support.runs import save_model, write_text
-from tests.support.tiny import tiny, tokens
+from tests.support.tiny import digest, tiny, tokens
 
 BATCH = 2  # windows of a unit; of seven windows the last unit has one
 CASES: dict[str, tuple[str, Recipe]] = {
@@ -37,15 +35,6 @@ CASES: dict[str, tuple[str, Recipe]] = {
     "learned centroids": ("opt", build_recipe(**VECTORS["2D"])),
 }
 Found = tuple[str, list[dict[str, Any]]]
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 of all tensors of a model, and of their names."""
-    found = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        found.update(name.encode())
-        found.update(bytes_of(tensor))
-    return found.hexdigest()
 
 
 def without_seconds(records: list[Any]) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from quip.packed.checkpoint import load
 from quip.packed.exl3.codes import balanced, unpack_codes, unpack_signs
 from quip.packed.exl3.read import import_exl3
 from quip.packed.linear import quantized_layers
-from tests.support.exl3 import MIXED, change, packed, place, reword, text_of, words_of, write_exl3
+from tests.support.damage import change
+from tests.support.exl3 import MIXED, packed, place, reword, text_of, words_of, write_exl3
 from tests.support.tiny import tokens
 
 pytestmark = pytest.mark.usefixtures("command")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from quip.codebooks import Trellises
 from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
 from quip.packed.exl3.read import import_exl3
-from tests.support.exl3 import change, random_matrix, reword, write_exl3
+from tests.support.damage import change
+from tests.support.exl3 import random_matrix, reword, write_exl3
 
 pytestmark = pytest.mark.usefixtures("command")
 

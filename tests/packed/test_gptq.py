@@ -14,7 +14,8 @@ from quip.jobs.inspect import inspect_checkpoint
 from quip.packed.checkpoint import load
 from quip.packed.gptq.read import import_gptq
 from quip.packed.linear import quantized_layers
-from tests.support.integers import change, write_gptq
+from tests.support.damage import change
+from tests.support.integers import write_gptq
 from tests.support.tiny import tokens
 
 pytestmark = pytest.mark.usefixtures("command")

@@ -12,7 +12,8 @@ from quip.errors import QuipError, Unavailable, UnsupportedModel, UsageError
 from quip.packed.checkpoint import load
 from quip.packed.compressed_tensors.read import import_compressed_tensors
 from quip.packed.gptq.read import import_gptq
-from tests.support.integers import change, reword, write_ct, write_gptq
+from tests.support.damage import change
+from tests.support.integers import reword, write_ct, write_gptq
 
 pytestmark = pytest.mark.usefixtures("command")
 

@@ -1,7 +1,11 @@
 """What disks, cables and memory do to files: bits that flip, pages of zeros, halves."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 PAGE = 512  # bytes that are lost at once; the files of tests are small
 
@@ -20,6 +24,14 @@ def clear(path: Path) -> None:
     path.write_bytes(body[:start] + bytes(PAGE) + body[start + PAGE :])
     assert path.stat().st_size == len(body)
     assert path.read_bytes() != body
+
+
+def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
+    """Edit the tensors of model.safetensors."""
+    path = folder / "model.safetensors"
+    found = {name: x.clone() for name, x in load_file(path).items()}
+    edit(found)
+    save_file(found, path, metadata={"format": "pt"})
 
 
 def halve(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -194,14 +194,6 @@ def write_exl3(
     save_file(files, folder / "model.safetensors", metadata={"format": "pt"})
     save_tokenizer(folder)
     return model
-
-
-def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Edit the tensors of model.safetensors."""
-    path = folder / "model.safetensors"
-    found = {name: x.clone() for name, x in load_file(path).items()}
-    edit(found)
-    save_file(found, path, metadata={"format": "pt"})
 
 
 def reword(folder: Path, **words: Any) -> None:

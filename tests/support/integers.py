@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers as hf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -237,14 +237,6 @@ def write_ct(
         **(quantization or {}),
     }
     return write_folder(folder, name, tensors_of, about, **kinds)
-
-
-def change(folder: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
-    """Edit the tensors of model.safetensors."""
-    path = folder / "model.safetensors"
-    found = {name: x.clone() for name, x in load_file(path).items()}
-    edit(found)
-    save_file(found, path, metadata={"format": "pt"})
 
 
 def reword(folder: Path, **words: Any) -> None:

@@ -1,11 +1,14 @@
 """Small random models of many architectures, for tests of whatever takes a whole model."""
 
+import hashlib
 from collections.abc import Callable
 
 import torch
 import transformers as hf
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from quip.packed.digests import bytes_of
 
 VOCAB, SEQLEN = 64, 12
 
@@ -78,3 +81,12 @@ def tokens(count: int = 7) -> Tensor:
 def logits(model: nn.Module, windows: int = 2) -> Tensor:
     """The logits of the model on so many windows of tokens."""
     return model(input_ids=tokens(windows)).logits
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 of all tensors of a model, and of their names."""
+    found = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(bytes_of(tensor))
+    return found.hexdigest()

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quip.errors import Unavailable, UnsupportedModel, shown
+from quip.packed.checkpoint import Config
 from quip.packed.compressed_tensors.format import (
     FORMAT,
     INTEGER,
@@ -73,12 +74,6 @@ class Words(TypedDict):
     kv_cache_scheme: NotRequired[None]
     transform_config: NotRequired[dict[str, Any] | None]
     sparsity_config: NotRequired[dict[str, Any] | None]
-
-
-class Config(TypedDict):
-    """What has to be known of a config.json before transformers reads it."""
-
-    quantization_config: NotRequired[dict[str, Any] | None]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quip.errors import Unavailable, UnsupportedModel, shown
+from quip.packed.checkpoint import Config
 from quip.packed.files import DAMAGED, TensorEntry
 from quip.packed.gptq.format import (
     CODES,
@@ -56,12 +57,6 @@ class Words(TypedDict):
     format: NotRequired[str | None]
     pack_dtype: NotRequired[str | None]
     dynamic: NotRequired[Annotated[dict[str, Override], Within(0, 1000)] | None]
-
-
-class Config(TypedDict):
-    """What has to be known of a config.json before transformers reads it."""
-
-    quantization_config: NotRequired[dict[str, Any] | None]
 
 
 def import_gptq(
