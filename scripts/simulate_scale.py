@@ -7,9 +7,12 @@ on them in a process of its own, and removes them. It prints the most anonymous 
 process (the pages of mapped files are the system's to drop), the bytes that it read from and wrote
 to the disk, and the seconds of each stage; and what these come to for all blocks of the original.
 With --shrink N widths are an N-th, and for the original have to be extrapolated by their powers.
+With --beside_memory the same line runs once more on the model in memory, and what both saved is
+compared tensor by tensor.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
@@ -55,6 +59,16 @@ SIZES: dict[str, tuple[type[PretrainedConfig], dict[str, int]]] = {
             "num_hidden_layers": 24,
         },
     ),
+    "llama-4096": (  # as much in 24 blocks of the hub's commonest width; no matrix is much wider
+        LlamaConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 4736,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 32,
+            "num_hidden_layers": 24,
+        },
+    ),
     "mixtral-8x7b": (
         MixtralConfig,
         {
@@ -82,7 +96,14 @@ class Watched:
 
 
 def simulate(
-    name: str, folder: Path, *, blocks: int, shrink: int, vocabulary: int, line: list[str]
+    name: str,
+    folder: Path,
+    *,
+    blocks: int,
+    shrink: int,
+    vocabulary: int,
+    beside_memory: bool,
+    line: list[str],
 ) -> dict[str, Any]:
     """Build the model, run on it, and say what that took. What was written is removed."""
     kind, sizes = SIZES[name]
@@ -98,13 +119,38 @@ def simulate(
     place = Path(tempfile.mkdtemp(prefix="simulated-", dir=folder))
     try:
         written = write_model(place / "model", config)
-        words = ["run", str(place / "model"), "pydoc", "--stream", "on", "--dtype", "bfloat16"]
-        words += ["--out", str(place / "out"), "--save", str(place / "saved"), *line]
-        watched = watch([sys.executable, "-m", "quip", *words])
-        report = json.loads((place / "out" / "run.json").read_text())
+        streamed = run(place, "on", line)
+        report = json.loads((place / "on" / "run.json").read_text())
+        found = outcome(name, config, sizes["num_hidden_layers"], written, streamed, report)
+        if beside_memory:
+            held = run(place, "off", line)
+            found["in_memory"] = {
+                "anonymous_bytes": held.anonymous,
+                "wall_seconds": held.seconds,
+                "seconds": json.loads((place / "off" / "run.json").read_text())["seconds"],
+                "equal": digest(place / "saved-on") == digest(place / "saved-off"),
+            }
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    return outcome(name, config, sizes["num_hidden_layers"], written, watched, report)
+    return found
+
+
+def run(place: Path, stream: str, line: list[str]) -> Watched:
+    """`quip run` on the model of a folder, streamed or not, into folders beside it."""
+    words = ["run", str(place / "model"), "pydoc", "--stream", stream, "--dtype", "bfloat16"]
+    words += ["--out", str(place / stream), "--save", str(place / f"saved-{stream}"), *line]
+    return watch([sys.executable, "-m", "quip", *words])
+
+
+def digest(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each tensor of a checkpoint, by its name, whatever file holds it."""
+    found = dict[str, str]()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+                data = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
+                found[name] = hashlib.sha256(data).hexdigest()
+    return found
 
 
 def outcome(
@@ -225,6 +271,7 @@ def words(found: dict[str, Any]) -> str:
     config, blocks = found["config"], found["config"]["num_hidden_layers"]
     stages = ", ".join(f"{k} {time_words(s)}" for k, s in found["seconds"].items())
     beside = size_words(found["anonymous_bytes"] - found["runtime_bytes"])
+    held = found.get("in_memory")
     return "\n".join(
         [
             f"{found['model']}, width {config['hidden_size']}, {blocks} of {found['all_blocks']} "
@@ -237,7 +284,18 @@ def words(found: dict[str, Any]) -> str:
             f"all {found['all_blocks']} blocks, extrapolated: "
             f"{size_words(found['extrapolated_bytes'])}, "
             f"{time_words(found['extrapolated_seconds'])}",
+            *([in_memory_words(held)] if held else []),
         ]
+    )
+
+
+def in_memory_words(held: dict[str, Any]) -> str:
+    """The same run on the model in memory, for a person."""
+    stages = ", ".join(f"{k} {time_words(s)}" for k, s in held["seconds"].items())
+    return (
+        f"in memory: {size_words(held['anonymous_bytes'])} at most, "
+        f"{time_words(held['wall_seconds'])} ({stages}); "
+        f"what it saved is {'equal bit for bit' if held['equal'] else 'NOT equal'}"
     )
 
 
@@ -250,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--blocks", type=int, default=2)
     add("--shrink", type=int, default=1, metavar="N", help="widths are an N-th")
     add("--vocabulary", type=int, default=32000)
+    add("--beside_memory", action="store_true", help="and the same of the model in memory")
     add("--json", action="store_true", help="everything that was measured, for programs")
     args, line = parser.parse_known_args(argv)
     line = line or ["--wbits", "2", "--quant", "nearest", "--nsamples", "16", "--seqlen", "128"]
@@ -259,6 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         blocks=args.blocks,
         shrink=args.shrink,
         vocabulary=args.vocabulary,
+        beside_memory=args.beside_memory,
         line=[*line, "--eval_datasets", "none"],
     )
     print(json.dumps(found, indent=2) if args.json else words(found))

@@ -52,12 +52,25 @@ def _tuning_flags(group: argparse._ArgumentGroup) -> None:
         help="the same for learned centroids, scales and tables of trellis codes, as a share of "
         "their RMS (default 5e-3)",
     )
+    add(
+        "--schedule",
+        choices=["constant", "cosine"],
+        help="of all rates; cosine: they fall to 0 over all epochs (default constant)",
+    )
     add("--batch_size", type=int, metavar="N", help="windows a step (default 2)")
+    add(
+        "--every",
+        type=int,
+        metavar="N",
+        help="compare KL divergences after every N windows that it is tuned on, as where one epoch "
+        "of many is all there is (default: after an epoch)",
+    )
     add(
         "--patience",
         type=int,
         metavar="N",
-        help="end after N epochs without improvement (default 3)",
+        help="end after N comparisons in which the held-out KL divergence fell by no more than the "
+        "standard error of its fall (default 3)",
     )
     add(
         "--held_out",

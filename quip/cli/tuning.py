@@ -6,13 +6,16 @@ from typing import TYPE_CHECKING
 from quip.cli.parse import Arguments
 from quip.cli.values import share_or_auto
 from quip.errors import UsageError
-from quip.jobs.requests import NO_SIDES_OF_A_STORE, NO_TARGET_IN_TUNING, NO_TARGET_OF_A_STORE
+from quip.jobs.requests import NO_SIDES_OF_A_STORE, NO_TARGET_OF_A_STORE
 
 if TYPE_CHECKING:
     from quip.model.tune import BlockTuning
 
 # What tuning takes.
-TUNING = ("epochs", "lr", "signs_lr", "centroids_lr", "batch_size", "patience", "held_out")
+TUNING = (
+    *("epochs", "lr", "signs_lr", "centroids_lr", "schedule"),
+    *("batch_size", "every", "patience", "held_out"),
+)
 
 
 def tuning_flags(group: argparse._ArgumentGroup) -> None:
@@ -38,10 +41,22 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
     )
     add("--ft_batch_size", type=int, metavar="N", help="windows in a step (default 8)")
     add(
+        "--ft_schedule",
+        choices=["constant", "cosine"],
+        help="of all rates; cosine: they fall to 0 over all passes (default constant)",
+    )
+    add(
+        "--ft_every",
+        type=int,
+        metavar="N",
+        help="compare losses after every N windows that it is tuned on (default: after a pass)",
+    )
+    add(
         "--ft_patience",
         type=int,
         metavar="N",
-        help="stop after N passes without a smaller held-out loss (default 3)",
+        help="stop after N comparisons in which the held-out loss fell by no more than the "
+        "standard error of its fall (default 3)",
     )
     add(
         "--ft_held_out",
@@ -83,8 +98,6 @@ def refuse_beside(args: Arguments, *, quantizes: bool) -> None:
         raise UsageError(f"{flag} needs weights to quantize: give --wbits or --codebook")
     if shrink and args.hessians is not None:
         raise UsageError(NO_TARGET_OF_A_STORE.format(shrink=shrink))
-    if shrink and args.ft_epochs:
-        raise UsageError(NO_TARGET_IN_TUNING.format(shrink=shrink))
     if args.two_sided and args.hessians is not None:
         raise UsageError(NO_SIDES_OF_A_STORE)
     if args.two_sided and args.codebook == "vq":

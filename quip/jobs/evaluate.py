@@ -41,6 +41,7 @@ class Evaluation(Machine, Place):
     seqlen: int | None = None  # None: as in that run, or the model's positions, at most 2048
     tasks: ZeroShot | None = None
     batch_size: int = 8  # of tasks
+    perplexity: bool = True  # whether that is measured, of the reference too
     reference: str | None = None  # the original, which predictions are compared with
     agreement: int | None = None  # prompts of each data set that both models go on with
     speed: bool = False
@@ -93,9 +94,10 @@ def _run(evaluation: Evaluation, team: Team) -> dict[str, Any]:
     report.save("started")
     with report.kept():
         tasks = fetched(e.tasks if team.leads else None, loaded, watch)
-        if reference:
+        if reference and e.perplexity:
             measure_perplexities("original_perplexity", tokens, reference, report, watch, team=team)
-        measure_perplexities("perplexity", tokens, loaded, report, watch, team=team)
+        if e.perplexity:
+            measure_perplexities("perplexity", tokens, loaded, report, watch, team=team)
         if reference:
             _measure_divergence(tokens, loaded, reference, report, watch, team)
         if reference and e.agreement:

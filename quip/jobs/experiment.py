@@ -10,7 +10,6 @@ from quip.errors import UsageError
 from quip.evaluate.zeroshot import ZeroShot
 from quip.jobs.requests import (
     NO_SIDES_OF_A_STORE,
-    NO_TARGET_IN_TUNING,
     NO_TARGET_OF_A_STORE,
     Calibration,
     Machine,
@@ -54,8 +53,6 @@ def settled(e: Experiment) -> Experiment:
     """The experiment with the data set of its store. Raises UsageError unless it has one source."""
     if (e.dataset is None) == (e.hessians is None):
         raise UsageError("give a data set to calibrate on or a store (--hessians), and not both")
-    if e.target_shrink and e.tuning:
-        raise UsageError(NO_TARGET_IN_TUNING.format(shrink=e.target_shrink))
     if e.hessians is None:
         return e
     if e.two_sided:

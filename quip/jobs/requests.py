@@ -17,10 +17,6 @@ NO_TARGET_OF_A_STORE = (
     "--target_shrink {shrink} with --hessians: targets compare what the model and the original "
     "pass on, of which a store has nothing; give DATASET instead, or leave out --target_shrink"
 )
-NO_TARGET_IN_TUNING = (
-    "--target_shrink {shrink} with --ft_epochs: blocks are tuned towards what they make of wrong "
-    "inputs, and targets make up for these; leave out one"
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,11 @@ class Shrink:
     alpha: float | None = None  # None: the best for each matrix, on the windows held out
     held: frozenset[int] | None = None  # of this process, by its own numbers
 
+    @property
+    def share(self) -> float:
+        """The same of outputs that a block is tuned towards, where windows held out judge it."""
+        return 1.0 if self.alpha is None else self.alpha
+
     @classmethod
     def of(
         cls, shrink: float | str | None, count: int, batch_size: int, team: Team

@@ -172,10 +172,10 @@ class Block(BlockModule):
         self._states.settle()
 
     @torch.no_grad()
-    def outputs(self) -> Float[Tensor, "count seqlen width"]:
-        """block(hidden), where the hidden states live."""
+    def outputs(self, run: Runner | None = None) -> Float[Tensor, "count seqlen width"]:
+        """block(hidden), where the hidden states live, or what else `run` makes of them."""
         found, start = self._states.room_beside(), 0
-        for entering, leaving in self._run_all(self.run):
+        for entering, leaving in self._run_all(run or self.run):
             found[start : start + len(entering)] = leaving
             start += len(entering)
         return found

@@ -5,12 +5,9 @@ Files that are damaged, or not what their name says, make the loaders underneath
 one line about the file here, with the original as its cause.
 """
 
-import os
 import re
 import sys
 from dataclasses import dataclass
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +21,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quip.data.reach import reach_hub
-from quip.errors import Unavailable, UnsupportedModel, UsageError, how_to_install, short, shown
+from quip.errors import Unavailable, UnsupportedModel, UsageError, shown
 from quip.model.gguf.config import read_gguf_config
 from quip.model.gguf.header import read_header
+from quip.model.gguf.once import parsed_once
 from quip.model.gguf.tokenizer import complete_tokenizer
 from quip.model.load_streamed import folder_to_stream, load_streamed
+from quip.model.located import Source, locate
 from quip.model.stream import Stream
 from quip.model.vocabulary import check_rows
 from quip.packed.checkpoint import positions, read_model, read_tokenizer
 from quip.packed.checks import check_counts
 from quip.packed.experts import unfuse
 from quip.packed.hub import METHOD
-from quip.reading import check_regular
 
 DTYPES = {
     "auto": torch.float32,
@@ -62,19 +59,6 @@ class LoadedModel:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What from_pretrained is asked for."""
-
-    where: str  # a hub id or a folder
-    gguf: str | None = None  # a file of that folder
-
-    @property
-    def keywords(self) -> dict[str, Any]:
-        # Without the explicit False, transformers asks on the terminal.
-        return {"gguf_file": self.gguf, "trust_remote_code": False}
-
-
 def load_model(
     name: str, *, dtype: str = "auto", seqlen: int | None = None, stream: str = "off"
 ) -> LoadedModel:
@@ -93,7 +77,12 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {shown(dtype)}; choose from {', '.join(DTYPES)}")
-    source = _locate(name)
+    source = locate(name)
+    with parsed_once(source.gguf):
+        return _load(name, source, dtype, seqlen, stream)
+
+
+def _load(name: str, source: Source, dtype: str, seqlen: int | None, stream: str) -> LoadedModel:
     config = _config(name, source)
     _check_causal(name, config)
     max_length = positions(config) or sys.maxsize
@@ -111,13 +100,7 @@ def load_model(
 
 def read_config(name: str) -> PretrainedConfig:
     """The config alone, of a model named as `load_model` takes it."""
-    return _config(name, _locate(name))
-
-
-def place_of(name: str) -> tuple[str, str | None]:
-    """Where a model's weights are: a folder, or a hub id; and which .gguf file of the folder."""
-    source = _locate(name)
-    return source.where, source.gguf
+    return _config(name, locate(name))
 
 
 def check_seqlen(name: str, max_length: int, seqlen: int) -> None:
@@ -131,37 +114,7 @@ def check_seqlen(name: str, max_length: int, seqlen: int) -> None:
         )
 
 
-def _locate(name: str) -> _Source:
-    path = Path(str(files("quip.model") / "demo")) if name == "demo" else Path(name).expanduser()
-    check_regular(path)
-    if os.path.isdir(path):  # which takes any name, where Path.is_dir raises for a long one
-        if not (path / "config.json").is_file():
-            raise Unavailable(
-                f"{name}: no config.json in the folder {path}; "
-                "give a folder written by save_pretrained, or a .gguf file"
-            )
-        return _Source(str(path))
-    is_file = os.path.isfile(path)
-    if path.suffix == ".gguf" and is_file:
-        missing = [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-        if missing:
-            raise Unavailable(
-                f"{name}: GGUF files need the package {missing[0]}; "
-                f"install it with: {how_to_install('gguf')}"
-            )
-        return _Source(str(path.parent), path.name)
-    if is_file:
-        raise Unavailable(f"{name} is a file other than .gguf; give the folder it is in")
-    if path.suffix == ".gguf" or not re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name):
-        raise Unavailable(
-            f"{short(name)}: no such file or folder, and not of the form of a hub id; "
-            "give a folder, a .gguf file, an id such as facebook/opt-125m, or `demo`"
-        )
-    reach_hub(name)
-    return _Source(name)
-
-
-def _config(name: str, source: _Source) -> PretrainedConfig:
+def _config(name: str, source: Source) -> PretrainedConfig:
     if source.gguf is not None:
         return read_gguf_config(name, Path(source.where) / source.gguf)
     try:
@@ -213,7 +166,7 @@ def _quantized_by(config: PretrainedConfig) -> str | None:
     return words.get("quant_method", "method unknown") if isinstance(words, dict) else "unknown"
 
 
-def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
+def _tokenizer(name: str, source: Source) -> PreTrainedTokenizerBase:
     remedy = "add the tokenizer's files (tokenizer.json) to the model's"
     try:
         tokenizer = read_tokenizer(source.where, gguf_file=source.gguf)
@@ -228,7 +181,7 @@ def _tokenizer(name: str, source: _Source) -> PreTrainedTokenizerBase:
 
 
 def _weights(
-    name: str, source: _Source, config: PretrainedConfig, dtype: torch.dtype, mode: str
+    name: str, source: Source, config: PretrainedConfig, dtype: torch.dtype, mode: str
 ) -> tuple[PreTrainedModel, Stream | None]:
     def damage(error: Exception) -> str:
         return f"its weights cannot be read: {_reason(error)}; download it again, or save it anew"

@@ -168,11 +168,17 @@ def _quantize_block(block: Block, work: Work) -> Iterator[MatrixRecord]:
     seen = turns(block, work.shrink, weights, all_experts=run.all_experts)
     for hessians, *plain in watch.each("observe", seen):
         tell_of_few(block.name, hessians)
-        if run.tuning:  # once the block is known to take batches of this size
+        if run.tuning and not tuner:
+            share = work.shrink.share if work.shrink else 1.0
             with watch("tune"):
-                tuner = BlockTuner(block, run.tuning, seed=run.seed, team=run.team)
+                tuner = BlockTuner(block, run.tuning, seed=run.seed, share=share, team=run.team)
         run.observed(block.index, hessians)
         yield from _quantize_observed(block, hessians, plain, sides, tuner, work)
+
+
+def _has_more(block: Block, work: Work) -> bool:
+    """Whether a matrix of the block is still to be quantized."""
+    return any(name in work.recipes for name in block.matrices())
 
 
 def _quantize_observed(
@@ -203,7 +209,7 @@ def _quantize_observed(
         for name in chain.from_iterable(together):
             for each in (hessians, *plain):
                 del each[name]  # which take more memory than the block
-        if tuner and not waits and (after or learns(block.module)):
+        if tuner and not waits and (_has_more(block, work) or learns(block.module)):
             with watch("tune"):
                 run.tuned.append(tuner.tune(together[-1]))
             work.bar.set_postfix_str(f"tuned, loss {run.tuned[-1].loss_after:.2e}")

@@ -6,7 +6,6 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from quip.errors import UsageError
 from quip.matrix.hessian import Observed
 from quip.matrix.recipe import Recipe
 from quip.model.activations import Activations
@@ -32,8 +31,8 @@ class Run:
     a block is tuned after each group of matrices but the last, and after that where its centroids
     can be moved; what that comes to is added to `tuned`. `observed` is shown the Hessians of each
     block before it is touched. With `target_shrink` a matrix is rounded towards what makes up for
-    so much of the errors that the matrices before cause (quip.matrix.target). Raises UsageError for
-    both, as tuning is towards what a block makes of its present inputs.
+    so much of the errors that the matrices before cause (quip.matrix.target), and a block is tuned
+    towards what the original makes of its own inputs.
     """
 
     recipe: Recipe | Plan  # of all matrices, or of each
@@ -53,10 +52,3 @@ class Run:
     watch: Stopwatch = field(default_factory=Stopwatch)
     tuned: list[TuningRecord] = field(default_factory=list)
     observed: Callable[[int, Mapping[str, Observed]], None] = lambda _block, _hessians: None
-
-    def __post_init__(self) -> None:
-        if self.tuning and self.target_shrink:
-            raise UsageError(
-                f"target_shrink {self.target_shrink} makes up for what blocks would be tuned "
-                "towards; leave out that or tuning"
-            )

@@ -5,7 +5,7 @@
 
 The groups of its matrices are observed one after the other, each when those before it have been
 quantized: o_proj can then make up for what q, k and v have lost, and down_proj for all of them.
-Both blocks have the same parameters until those of one are replaced.
+Both blocks have the same parameters until those of one are replaced, or tuned.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -14,6 +14,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from quip.errors import UnsupportedModel
@@ -76,6 +77,18 @@ class Twin(Block):
         """hidden = block(hidden), and the same of the original beside."""
         self._replay(self._run_original)
         super().replay()
+
+    @torch.no_grad()
+    def part(self, share: float) -> Float[Tensor, "count seqlen width"]:
+        """What the block is to give once its parameters are tuned: its outputs, and from them this
+        share of the way to those of the original, which has parameters of its own from now on.
+        """
+        self._original = deepcopy(self._original)
+        wanted = self.outputs(self._run_original)
+        if share < 1:
+            for then, now in zip(wanted, self.outputs(), strict=True):
+                then.copy_(torch.lerp(now.float(), then.float(), share))
+        return wanted
 
     def _run_original(self, batches: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         whole = self._states.original.split(self.batch_size)

@@ -92,7 +92,6 @@ def test_tuning_is_off_unless_asked_for(asked):
         ("--target_shrink 2 --wbits 2", "'2' is no share: a number from 0 to 1 is needed, or auto"),
         ("--target_shrink half --wbits 2", "invalid number or auto value: 'half'"),
         ("--target_shrink auto", "--target_shrink auto needs weights to quantize"),
-        ("--target_shrink 0.5 --ft_epochs 1 --wbits 2", "--target_shrink 0.5 with --ft_epochs"),
     ],
 )
 def test_what_cannot_be_is_one_line(capsys, line, reason):

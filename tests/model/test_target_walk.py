@@ -175,10 +175,72 @@ def test_a_run_with_another_share_is_not_taken_up(asked):
 
 
 def test_what_targets_do_not_go_with_is_refused(asked):
-    tuning = BlockTuning(epochs=1)
-    with pytest.raises(UsageError, match="--target_shrink auto with --ft_epochs"):
-        settled(replace(asked, tuning=tuning))
     with pytest.raises(UsageError, match="--target_shrink auto with --hessians"):
         settled(replace(asked, dataset=None, hessians=Path("store")))
-    with pytest.raises(UsageError, match=r"^target_shrink 0\.5 makes up"):
-        Run(recipe=RECIPE, seed=0, device="cpu", tuning=tuning, target_shrink=0.5)
+
+
+TUNING = BlockTuning(epochs=2, lr=1e-3, signs_lr=3e-3, batch_size=2, held_out=0.3)
+
+
+@torch.no_grad()
+def test_tuned_blocks_are_nearer_to_what_the_original_makes_of_its_own_inputs():
+    windows, lost = tokens(40), {}
+
+    def hidden(model: torch.nn.Module) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        find_blocks(model)[1][-1].register_forward_hook(lambda _, args, y: kept.append(y))
+        model(input_ids=windows)
+        return kept[0]
+
+    expected = hidden(tiny("llama"))
+    for tuning in (None, TUNING):
+        model = tiny("llama")
+        quantize_model(
+            *(model, windows, LATTICE),
+            device="cpu",
+            seed=0,
+            batch_size=20,
+            tuning=tuning,
+            target_shrink="auto",
+        )
+        lost[tuning] = float((hidden(model) - expected).square().mean())
+    assert lost[TUNING] < 0.9 * lost[None]
+
+
+@pytest.mark.parametrize("shrink", [0.5, "auto"])
+def test_the_original_stays_as_it_is_while_its_twin_is_tuned(monkeypatch, shrink):
+    """What the walk passes on of the original are its own hidden states, bit for bit."""
+    model, passed = tiny("llama"), []
+    real = Twin.replay
+
+    def replay(self):
+        real(self)
+        passed.append(self._states.original.clone())
+
+    monkeypatch.setattr(Twin, "replay", replay)
+    run = Run(
+        recipe=LATTICE, seed=0, device="cpu", batch_size=BATCH, target_shrink=shrink, tuning=TUNING
+    )
+    [*quantize_matrix_by_matrix(model, tokens(), run)]
+    tuned, passed[:] = list(passed), []
+    [*quantize_matrix_by_matrix(tiny("llama"), tokens(), replace(run, tuning=None))]
+    assert len(tuned) == len(passed) > 1
+    assert all(torch.equal(a, b) for a, b in zip(tuned, passed, strict=True))
+
+
+def test_a_tuned_run_of_two_processes_and_one_taken_up_are_the_same(tmp_path, monkeypatch):
+    expected = walked("auto", tuning=TUNING)
+    for found in in_team(2, lambda team: walked("auto", tuning=TUNING, team=team)):
+        assert found == expected
+    real, turns = Twin.observe_lacking, count()
+
+    def until_the_third_block(*args, **how):
+        if next(turns) == 9:
+            raise Broken
+        return real(*args, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Twin, "observe_lacking", until_the_third_block)
+        with pytest.raises(Broken):
+            walked("auto", tuning=TUNING, ledger=opened(tmp_path))
+    assert walked("auto", tuning=TUNING, ledger=opened(tmp_path)) == expected

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from quip.model.load import place_of
+from quip.model.located import locate
 from quip.packed.files import INDEX, SINGLE, header, weight_files
 
 NARROW = {"F16": 2, "BF16": 2}  # bytes of a number that a checkpoint keeps in 16 bits
@@ -26,9 +26,10 @@ def weights_of(name: str, numbers: int) -> Weights:
 
     What is not on this machine is taken to be of 16 bits. Raises as `weight_files` and `header` do.
     """
-    where, gguf = place_of(name)
-    if gguf is not None:
-        path = Path(where) / gguf
+    source = locate(name)
+    where = source.where
+    if source.gguf is not None:
+        path = Path(where) / source.gguf
         return Weights(path, path.stat().st_size, 4, streams=False)
     folder = Path(where) if Path(where).is_dir() else _cached(where)
     if folder is None:

@@ -69,6 +69,8 @@ class RunWords(TypedDict, total=False):
     perplexity: dict[str, Number] | None
     original_perplexity: dict[str, Number] | None
     tasks: Scores | None
+    divergence: Scores | None
+    agreement: Scores | None
     tasks_asked: dict[str, list[str]]
     totals: Totals | None
     tables: Tables | None
@@ -120,3 +122,5 @@ class MeasuredWords(TypedDict, total=False):
     files: dict[str, Any]
     perplexity: dict[str, Number]
     tasks: Scores
+    divergence: Scores
+    agreement: Scores

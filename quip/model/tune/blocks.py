@@ -6,7 +6,8 @@ quantized, the norms and biases, and the matrices still to come are tuned so tha
     |block(X) - original block(X)|^2 / |original block(X)|^2
 
 becomes small, where X is what the quantized blocks before pass on. QuIP# takes the X of the
-original model, so that blocks can be tuned side by side. Here a block sees what it will see.
+original model, so that blocks can be tuned side by side. Here a block sees what it will see; and
+in a paired walk (quip.model.twin) it is tuned towards what the original makes of its own inputs.
 """
 
 import logging
@@ -22,9 +23,11 @@ from quip.matrix.seeds import rng_for
 from quip.model.block import Block
 from quip.model.team import ALONE, Team
 from quip.model.tune.dealt import by_number
-from quip.model.tune.descent import Tuning, descend, is_noise
+from quip.model.tune.descent import descend, is_noise
 from quip.model.tune.tunable import MasterWeights
+from quip.model.tune.tuning import Tuning
 from quip.model.turns import in_turn
+from quip.model.twin import Twin
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +67,28 @@ class TuningRecord:
 
 
 class BlockTuner:
-    """Tunes a block towards the outputs that it had when this was made."""
+    """Tunes a block towards the outputs that it had when this was made, or those of its twin."""
 
-    def __init__(self, block: Block, tuning: BlockTuning, *, seed: int, team: Team = ALONE) -> None:
-        """In a team the block has the batches of this process, and those of all are tuned on."""
+    def __init__(
+        self,
+        block: Block,
+        tuning: BlockTuning,
+        *,
+        seed: int,
+        share: float = 1.0,
+        team: Team = ALONE,
+    ) -> None:
+        """In a team the block has the batches of this process, and those of all are tuned on.
+
+        A block of a paired walk is tuned towards this share of the way to the original's outputs.
+        """
         self.block, self.tuning, self.seed, self.team = block, tuning, seed, team
-        self._targets = block.outputs().split(block.batch_size)
+        self._wanted = block.part(share) if isinstance(block, Twin) else block.outputs()
+        self._split()
+
+    def _split(self) -> None:
+        """Targets for the batches that the block takes by now."""
+        team, self._targets = self.team, self._wanted.split(self.block.batch_size)
         means = torch.stack([x.float().square().mean() for x in self._targets]).tolist()
         own = [(mean, len(x)) for mean, x in zip(means, self._targets, strict=True)]
         batches = in_turn(own, team)
@@ -80,6 +99,7 @@ class BlockTuner:
     def tune(self, after: Sequence[str]) -> TuningRecord:
         """Tune the block as it is now, once these of its matrices have been quantized."""
         start, name = time.perf_counter(), f"{self.block.name}, tuned after {after[-1]}"
+        self._split()
         module = self.block.module
         # Norms, biases and the matrices to come: a block that can be walked has no others.
         masters = MasterWeights(module, module.parameters(), dtype=self.block.hidden.dtype)

@@ -1,11 +1,12 @@
 """Adam with early stopping: the state that is best on what it was not trained on is kept.
 
-States are compared as they would be stored, so that no rounding comes after the choice.
+States are compared as they would be stored, so that no rounding comes after the choice. It ends
+once the held-out loss has not fallen for a while by more than the standard error of its fall.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice
 from statistics import stdev
 from typing import Any
@@ -13,55 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quip.errors import UsageError
 from quip.model.team import ALONE, Team
 from quip.model.tune.dealt import Gradients, Owners, by_place, turns
 from quip.model.tune.tunable import MasterWeights
+from quip.model.tune.tuning import Tuning
 
 # The mean loss of each of these batches, by number, and without gradients that of each window.
 Losses = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tuning:
-    """How to tune. Raises UsageError for numbers that mean nothing."""
-
-    epochs: int
-    lr: float  # of weights, norms and biases
-    signs_lr: float  # of sign vectors
-    centroids_lr: float  # of what codebooks learn, as a share of the RMS of each matrix's own
-    batch_size: int  # windows a step, at least
-    patience: int  # epochs without improvement after which it ends
-    held_out: float  # share of the windows, the last ones, that states are compared on
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if field.type is int and value < 1:
-                raise UsageError(f"fine-tuning: {name} {value}: at least 1 is needed")
-            if name.endswith("lr") and not 0 <= value < math.inf:
-                raise UsageError(f"fine-tuning: {name} {value}: a rate is finite, 0 or more")
-        if not 0 < self.held_out < 1:
-            raise UsageError(
-                f"fine-tuning: held_out {self.held_out}: a share between 0 and 1 is needed, both "
-                "excluded"
-            )
-
-    def held(self, count: int) -> int:
-        """How many of `count` windows are held out: at least one, and one is left."""
-        if count < 2:
-            raise UsageError(
-                f"fine-tuning needs 2 windows or more, one of them held out; there is {count}: "
-                "raise --nsamples"
-            )
-        return min(max(1, round(self.held_out * count)), count - 1)
-
-    def split(self, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
-        """The numbers of the batches to train on, and of those that lie in the windows held out."""
-        count = sum(sizes)
-        first, starts = count - self.held(count), [sum(sizes[:i]) for i in range(len(sizes))]
-        train = [i for i, start in enumerate(starts) if start < first]
-        return train, list(range(len(train), len(sizes)))
 
 
 @dataclass(frozen=True)
@@ -123,22 +82,43 @@ def descend(
     rates = _rates(masters, tuning)
     if not rates or not math.isfinite(before):
         return Descent(before, before, 0, None)
-    optimizer, best_epoch, epoch = torch.optim.Adam(rates), 0, 0
-    while epoch < tuning.epochs and epoch - best_epoch < tuning.patience:
-        epoch += 1
-        order = [train[i] for i in torch.randperm(len(train), generator=rng).tolist()]
-        for step in _steps(order, sizes, tuning.batch_size):
-            _descend_once(optimizer, work, step)
+    optimizer = torch.optim.Adam(rates)
+    usual = [group["lr"] for group in optimizer.param_groups]
+    windows = sum(sizes[i] for i in train)
+    every, epoch, done, compared = tuning.every or windows, 0, 0, 0
+    last, waits = (before, first), 0  # of the last that was better than noise; comparisons since
+    for epoch, step in _stream(train, sizes, tuning, rng):
+        for group, rate in zip(optimizer.param_groups, usual, strict=True):
+            group["lr"] = rate * tuning.share(done / (windows * tuning.epochs))
+        _descend_once(optimizer, work, step)
+        done += sum(sizes[i] for i in step)
+        if done - compared < every and done < windows * tuning.epochs:
+            continue
+        compared = done
         with masters.as_stored() as state:
             loss, found = _held_out(work, held)
         if tell:
             tell(epoch, loss)
         if loss < best:
-            best, best_epoch, kept = loss, epoch, found
+            best, kept = loss, found
             masters.keep(state)
-        if not math.isfinite(loss):  # from where no step leads back
+        if is_better(last[0], loss, _std_error(last[1], found)):
+            last, waits = (loss, found), 0
+        else:
+            waits += 1
+        if waits == tuning.patience or not math.isfinite(loss):  # from where no step leads back
             break
     return Descent(before, best, epoch, _std_error(first, kept))
+
+
+def _stream(
+    train: Sequence[int], sizes: Sequence[int], tuning: Tuning, rng: torch.Generator
+) -> Iterator[tuple[int, list[int]]]:
+    """The number of the epoch and the batches of each step, in a new order each time."""
+    for epoch in range(1, tuning.epochs + 1):
+        order = [train[i] for i in torch.randperm(len(train), generator=rng).tolist()]
+        for step in _steps(order, sizes, tuning.batch_size):
+            yield epoch, step
 
 
 def _rates(masters: MasterWeights, tuning: Tuning) -> list[dict[str, Any]]:
@@ -209,6 +189,11 @@ def _std_error(before: Sequence[float], after: Sequence[float]) -> float | None:
     if len(before) < 2:
         return None
     return stdev(x - y for x, y in zip(before, after, strict=True)) / math.sqrt(len(before))
+
+
+def is_better(before: float, after: float, std_error: float | None) -> bool:
+    """Whether a loss fell by more than the standard error of its fall, as far as that is known."""
+    return before - after > (std_error or 0)
 
 
 def is_noise(before: float, after: float, std_error: float | None) -> bool:

@@ -29,9 +29,10 @@ from quip.model.finite import finite_predictions
 from quip.model.matrices import find_blocks
 from quip.model.passed import Passed
 from quip.model.team import ALONE, Team
-from quip.model.tune.descent import Tuning, descend, is_noise
+from quip.model.tune.descent import descend, is_noise
 from quip.model.tune.kl import CHUNK, kl_terms
 from quip.model.tune.tunable import MasterWeights
+from quip.model.tune.tuning import Tuning
 from quip.packed.embedding import TiedHead
 from quip.packed.linear import QuantizedLinear, quantized_layers
 
@@ -225,8 +226,10 @@ class _Progress:
     """A bar of windows on a terminal, and a line for each epoch."""
 
     def __init__(self, tuning: ModelTuning, count: int, held: int, team: Team) -> None:
+        trained = tuning.epochs * (count - held)
+        comparisons = 1 + math.ceil(trained / (tuning.every or count - held))
         self.bar = tqdm(
-            total=(tuning.epochs * count + held) // team.size,  # of this process
+            total=(trained + comparisons * held) // team.size,  # of this process
             desc="fine-tuning",
             unit="window",
             dynamic_ncols=True,

@@ -27,8 +27,9 @@ from quip.research.tables.description import Line, Measure, Table
 from quip.research.tables.tuning import FINETUNE
 
 MEASURED = "measured.json"  # beside run.json, which is that of the last run alone
-GROWING = ("perplexity", "tasks")  # what several runs of a cell add to
-EVALUATED = ("mean_perplexity", *GROWING)  # first words of the paths of such measures
+GROWING = ("perplexity", "tasks", "divergence", "agreement")  # what several runs of a cell add to
+COMPARED = "compared"  # with the original: means over the texts of divergence and agreement
+EVALUATED = ("mean_perplexity", COMPARED, *GROWING)  # first words of the paths of such measures
 MEASURING = ("evaluate", "tasks", "speed")  # stages that make nothing of a model
 
 
@@ -93,6 +94,12 @@ class Cell:
         return self.source.folder / "checkpoint"
 
     @property
+    def compares(self) -> bool:
+        """Whether what it makes is compared with the original, which is equal to itself."""
+        asked = any(measure.path[0] == COMPARED for measure in self.measures)
+        return asked and self.flags.get("wbits") != 16
+
+    @property
     def files(self) -> dict[str, Any]:
         """The local texts that it is measured on, as they are."""
         return {name: known for name in self.settings.evaluate if (known := identity(name)[1:])}
@@ -102,11 +109,16 @@ class Cell:
         run, found, versions = self._read()
         if run.get("status") != "complete":  # totals may be those of a part
             run = {key: run[key] for key in ("status",) if key in run}
+        files = self.files
         known = {
             name: float(found["perplexity"][name])
             for name in self.settings.evaluate
-            if name in found["perplexity"] and versions.get(name, []) == self.files.get(name, [])
+            if name in found["perplexity"] and versions.get(name, []) == files.get(name, [])
         }
+        compared = [
+            {**found["divergence"].get(name, {}), **found["agreement"].get(name, {})}
+            for name in known
+        ]
         whole = len(known) == len(self.settings.evaluate) > 0
         mean = fmean(known.values()) if whole else None
         right = [found["tasks"].get(task, {}).get("acc") for task in self.settings.tasks]
@@ -116,6 +128,7 @@ class Cell:
             **found,
             "perplexity": known,
             "mean_perplexity": mean,
+            COMPARED: _means(compared) if whole else {},
             "mean_accuracy": fmean(right) if right and None not in right else None,
             "minutes": sum(made) / 60 if made else None,  # of making it, not of measuring it
         }
@@ -133,10 +146,15 @@ class Cell:
         with replacing(self.folder / "run.json") as partial:
             partial.write_text(as_json(report))
 
-    def keep(self) -> None:
-        """Add what the last run measured to what runs of the same codes did before."""
+    def keep(self, compared: Mapping[str, Any] | None = None) -> None:
+        """Add what the last run measured to what runs of the same codes did before.
+
+        `compared` is what it came to beside the original, the report of an evaluation.
+        """
         run, found, files = self._read()
         files |= self.files
+        for key in GROWING:
+            found[key] |= (compared or {}).get(key) or {}
         with replacing(self.folder / MEASURED) as partial:
             partial.write_text(
                 as_json({"fingerprint": run.get("fingerprint"), "files": files, **found})
@@ -156,8 +174,16 @@ class Cell:
         return tuple(
             measure
             for measure in self.measures
-            if measure.of(report) is None and not has_none(measure, report)
+            if measure.of(report) is None
+            and not has_none(measure, report)
+            and (measure.path[0] != COMPARED or self.compares)
         )
+
+
+def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean over texts of each number that all of them have."""
+    names = [name for name in found[0] if all(name in one for one in found)]
+    return {name: fmean(float(one[name]) for one in found) for name in names}
 
 
 def has_none(measure: Measure, report: Mapping[str, Any]) -> bool:

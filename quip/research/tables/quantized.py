@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from quip.jobs.agreement import PROMPT
 from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.jobs.experiment import Experiment
 from quip.jobs.finetune import FineTuning, finetune_checkpoint
@@ -15,6 +17,7 @@ from quip.research.tables.description import recipe_of
 from quip.research.tables.tuning import block_tuning, model_tuning, recipe_flags, run_options
 
 WORK = "work"  # in the folder of a cell, what is not kept
+PROMPTS = 64  # of each text, whose greedy texts are compared with the original's, at most
 
 
 def run_quantization(cell: Cell, cells: Sequence[Cell]) -> None:
@@ -22,8 +25,10 @@ def run_quantization(cell: Cell, cells: Sequence[Cell]) -> None:
 
     Finished blocks are kept while it goes on.
     """
-    wanted = any(other.checkpoint == cell.checkpoint for other in cells if other.kind != "run")
-    _quantize(cell, save=wanted)
+    _quantize(
+        cell,
+        save=any(other.checkpoint == cell.checkpoint for other in cells if other.kind != "run"),
+    )
 
 
 def checkpoint_of(cell: Cell) -> Path:
@@ -81,7 +86,7 @@ def run_tuning(cell: Cell, cells: Sequence[Cell]) -> None:
             "seconds": {**report["seconds"], "tune": found.seconds},
         }
     )
-    cell.keep()
+    cell.keep(_beside_the_original(cell, tuned))
 
 
 def run_speed(cell: Cell, cells: Sequence[Cell]) -> None:
@@ -112,11 +117,32 @@ def _quantize(cell: Cell, *, save: bool) -> None:
             method=" ".join(f"{k}={v}" for k, v in cell.flags.items()),
             eval_datasets=s.evaluate,
             tasks=s.zero_shot(),
-            save=cell.checkpoint if save else None,
+            save=cell.checkpoint if save or cell.compares else None,
             out=cell.folder,
             resume=True,
             overwrite=True,
             flags=cell.flags,
         )
     )
-    cell.keep()
+    cell.keep(_beside_the_original(cell, cell.checkpoint))
+
+
+def _beside_the_original(cell: Cell, checkpoint: Path) -> dict[str, Any] | None:
+    """How far its predictions moved, and how long it writes the same; None: nobody asks."""
+    if not cell.compares:
+        return None
+    s = cell.settings
+    texts = read_report(cell.folder)["evaluation"].values()
+    prompts = min(text["windows"] * max(1, text["seqlen"] // PROMPT) for text in texts)
+    return run_evaluation(
+        Evaluation(
+            model=str(checkpoint),
+            reference=cell.model,
+            perplexity=False,
+            agreement=min(PROMPTS, prompts),
+            datasets=s.evaluate,
+            nsamples=s.eval_nsamples,
+            seqlen=s.seqlen,
+            device=s.device,
+        )
+    )
