@@ -63,6 +63,13 @@ def build(parser: argparse.ArgumentParser) -> None:
         help="matrices that read one input (q, k and v; up and gate) get one width, so that "
         "lattices still stack them",
     )
+    add(
+        "--head_bits",
+        type=int,
+        choices=range(4, 9),
+        metavar="N",
+        help="a row of embedding and head in the plan, of 4 ... 8 bits; --bits counts them apart",
+    )
     add("--out", type=Path, required=True, metavar="FILE", help="the plan, for `quip run --plan`")
     add("--overwrite", action="store_true", help="let --out be a file that exists")
     recipe_flags(parser)
@@ -100,9 +107,11 @@ def call(args: Arguments) -> None:
         if found.damage is None
         else f"; expected KL {found.damage:.4g} nats per token, against {found.uniform_damage:.4g}"
     )
+    together = f"; with embedding and head {found.with_head:.4f}" if found.with_head else ""
     say(
         f"{aligned(rows)}\n{args.out}: {found.bits_per_weight:.4f} bits per weight, within "
-        f"{args.bits:g} (one width for all: {found.uniform:.4f}){expected}; {found.seconds:.1f} s"
+        f"{args.bits:g} (one width for all: {found.uniform:.4f}){together}{expected}; "
+        f"{found.seconds:.1f} s"
     )
 
 
@@ -146,7 +155,10 @@ def _widths(text: str) -> tuple[Bits, ...]:
 
 def _line(args: Arguments, flags: dict[str, object]) -> str:
     """What makes this plan again."""
-    own = ("bits", "choices", "by", "checkpoints", "nsamples", "seqlen", "seed", "whole_stacks")
+    own = (
+        *("bits", "choices", "by", "checkpoints", "whole_stacks", "head_bits"),
+        *("nsamples", "seqlen", "seed"),
+    )
     said = {name: getattr(args, name) for name in own if name in args.given}
     words = [args.model, *([args.dataset] if args.dataset else []), *as_line({**said, **flags})]
     return shlex.join(["quip", "plan", *words])

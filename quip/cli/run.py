@@ -176,11 +176,15 @@ def _plan(args: Arguments, recipe: "Recipe | None") -> "Recipe | Plan | None":
     if args.plan is None:
         return recipe
 
-    from quip.jobs.plan import build_plan, read_plan
+    from quip.jobs.plan import build_plan, part_head, read_plan
 
     path, args.plan = args.plan, read_plan(args.plan)  # a report holds what the file says
     try:
-        return build_plan(args.plan, default=recipe)
+        rows, bits = part_head(args.plan)
+        if bits and args.head_bits not in (None, bits):
+            raise UsageError(f"it says head_bits {bits}, and the line --head_bits {args.head_bits}")
+        args.head_bits = bits or args.head_bits
+        return build_plan(rows, default=recipe)
     except UsageError as error:
         raise UsageError(f"--plan {path}: {error}") from error
 

@@ -183,7 +183,9 @@ def _disk(asked: Question, shape: Shape, terms: Terms, packed: int, tensors: int
     found = disk_bytes(shape, terms, packed, tensors)
     if asked.head_bits and "checkpoint" in found:
         tables = shape.head * min(2, shape.outside // shape.head)  # tied ones are one
-        found["checkpoint"] -= int(tables * (terms.kept - table_bits(asked.head_bits) / 8))
+        found["checkpoint"] -= int(
+            tables * (terms.kept - table_bits(asked.head_bits, shape.width) / 8)
+        )
     if asked.collects:
         sizes = [one.columns for one in shape.inputs]
         found["store"] = sum(4 * n * (n + 1) // 2 + 8 * n for n in sizes)

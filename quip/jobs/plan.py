@@ -3,8 +3,11 @@
     "*.v_proj": {wbits: 4, incoh_processing: true}
     "model.layers.0.*": {recipe: quip-3bit}
 
+    head_bits: 6
+
 The first pattern that matches a matrix counts. Flags are those of `quip run`, and each recipe is
-complete: what it does not name is as by default, whatever the line says of all other matrices.
+complete: what it does not name is as by default, whatever the line says of all other matrices. The
+row of embedding and head is no pattern, as their recipes differ in nothing but bits.
 """
 
 from collections.abc import Mapping
@@ -19,6 +22,9 @@ from quip.matrix.recipe import Recipe
 from quip.model.plan import Plan, Rule
 from quip.reading import read_yaml
 
+HEAD = "head_bits"  # the row of embedding and head
+HEAD_BITS = range(4, 9)
+
 
 def read_plan(path: Path) -> dict[Any, Any]:
     """What a file says: pattern -> flags. Raises UsageError for one that is no such mapping."""
@@ -26,6 +32,17 @@ def read_plan(path: Path) -> dict[Any, Any]:
     if not (isinstance(words, dict) and words):
         raise UsageError(f"--plan {path}: a mapping of patterns of matrix names to flags is needed")
     return words
+
+
+def part_head(words: Mapping[Any, Any]) -> tuple[dict[Any, Any], int | None]:
+    """What a plan says of the matrices of blocks, and the bits of embedding and head.
+
+    Raises UsageError for bits that they cannot have. None: they stay as they are.
+    """
+    bits = words.get(HEAD)
+    if HEAD in words and (type(bits) is not int or bits not in HEAD_BITS):
+        raise UsageError(f"{HEAD} {shown(bits)}: a number of bits from 4 to 8 is needed")
+    return {pattern: flags for pattern, flags in words.items() if pattern != HEAD}, bits
 
 
 def build_plan(words: Mapping[Any, Any], *, default: Recipe | None = None) -> Plan:

@@ -83,9 +83,15 @@ def pack_tables(
     return records
 
 
-def table_bits(bits: int) -> float:
-    """Bits per weight that are stored of an embedding or a head: codes, step and zero."""
-    return bits + (16 + bits) / GROUP
+def table_weights(model: PreTrainedModel) -> int:
+    """Weights of embedding and head, those of tied ones counted once."""
+    tables: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return sum(weight.numel() for weight in {id(one.weight): one.weight for one in tables}.values())
+
+
+def table_bits(bits: int, columns: int) -> float:
+    """Bits per weight that are stored of an embedding or a head: codes, steps and zeros."""
+    return bits + (16 + bits) * -(-columns // GROUP) / columns
 
 
 def table_totals(records: Sequence[TableRecord], matrices: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,6 +135,28 @@ def test_a_run_of_the_plan_stores_what_the_plan_says(quip, model, text, tmp_path
     assert 1 < len(kinds) <= 3
 
 
+def test_embedding_and_head_have_a_row_of_their_own(quip, model, text, tmp_path):
+    plan, saved = tmp_path / "plan.yaml", tmp_path / "saved"
+    asked = ("--bits", 4, "--codebook", "int", "--by", "rules", "--head_bits", 5)
+    status, out, _ = quip("plan", model, "--out", plan, *asked)
+    assert status == 0
+    together = float(out.split("with embedding and head ")[1].split()[0].rstrip(";"))
+    assert "head_bits: 5" in plan.read_text().splitlines()
+    run = ("--plan", plan, "--nsamples", 4, "--seqlen", 16, "--eval_datasets", "none")
+    status, *_ = quip("run", model, text, *run, "--save", saved, "--device", "cpu")
+    assert status == 0
+    report = json.loads((saved / "run.json").read_text())
+    assert report["tables"]["bits_per_weight_with_matrices"] == pytest.approx(together, abs=1e-3)
+    assert report["flags"]["plan"]["head_bits"] == 5
+    status, _, err = quip("run", model, text, *run, "--head_bits", 6)
+    assert status == 2
+    assert "it says head_bits 5, and the line --head_bits 6" in err[-1]
+    plan.write_text('head_bits: 9\n"*": {wbits: 4}')
+    status, _, err = quip("run", model, text, *run)
+    assert status == 2
+    assert "head_bits 9: a number of bits from 4 to 8 is needed" in err[-1]
+
+
 def test_a_streamed_model_is_planned_alike(quip, model, text, tmp_path):
     asked = ("--bits", 6, "--codebook", "int", "--incoh_processing", "--nsamples", 4)
     plans = []

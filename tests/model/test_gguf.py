@@ -9,8 +9,10 @@ import transformers as hf
 from torch import Tensor, nn
 
 from quip.errors import QuipError
+from quip.model.gguf.once import NAMES
 from quip.model.load import LoadedModel, load_model
 from tests.support.gguf_files import write_gguf
+from tests.support.runs import write_text
 from tests.support.tiny import GQA, SLIDING, logits
 
 ROPE = {"rope_theta": 10000.0}
@@ -352,3 +354,28 @@ def test_a_space_goes_in_front_of_the_first_word_where_the_file_says_so(tmp_path
     }
     assert pieces(tmp_path, "ab", **said)[0].startswith("▁")
     assert pieces(tmp_path, "ab", **said, add_space_prefix=False) == ["ab"]
+
+
+def test_a_file_is_parsed_once_and_the_package_is_left_as_it_was(tmp_path, monkeypatch):
+    import gguf
+
+    known = {name: getattr(gguf, name) for name in NAMES}
+    asked: list[str] = []
+
+    def counted(name: str):
+        def ask(*args):
+            asked.append(name)
+            return known[name](*args)
+
+        return ask
+
+    for name in NAMES:
+        monkeypatch.setattr(gguf, name, counted(name))
+    now = {name: getattr(gguf, name) for name in NAMES}
+    read(tmp_path, made(llama()))
+    assert asked.count("GGUFReader") == 1
+    assert asked.count("get_tensor_name_map") <= 2  # by quip and by transformers
+    assert {name: getattr(gguf, name) for name in NAMES} == now
+    with pytest.raises(QuipError):
+        load_model(str(write_text(tmp_path / "text.gguf")))
+    assert {name: getattr(gguf, name) for name in NAMES} == now

@@ -20,6 +20,7 @@ class Planning(Text, Machine):
     by: str = "fisher"
     dataset: str | None = None
     whole_stacks: bool = False
+    head_bits: int | None = None  # of embedding and head, beside the budget; None: they stay
     checkpoints: tuple[str, ...] = ()
     overwrite: bool = False
     line: str = ""  # that asked for it, for the head of the file

@@ -21,6 +21,7 @@ from quip.jobs.planning.rules import by_rules, uniform
 from quip.jobs.planning.words import plan_text
 from quip.model.allocation import Option, allocate
 from quip.model.load import read_config
+from quip.model.tables import check_tables, table_bits, table_weights
 
 ROUNDS = 8  # in which a plan takes up what stacks save
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ class Planned:
     """What a plan came to."""
 
     bits_per_weight: float  # stored, as the plan says
+    with_head: float | None  # with embedding and head, where the plan has a row of them
     uniform: float  # bits per weight of the widest single width within the budget
     widths: Mapping[str, float]  # mean bits of the codes by kind of matrix
     damage: float | None  # what is expected of it, in nats per token; None: nothing was measured
@@ -45,7 +47,11 @@ def make_plan(asked: Planning) -> Planned:
     config = read_config(asked.model)
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(f"{asked.model} is quantized already; give the original")
-    inputs = shape_of(empty_model(config)).inputs
+    model = empty_model(config)
+    if asked.head_bits:
+        check_tables(model)
+    shape = shape_of(model)
+    inputs = shape.inputs
     choices = [Choice.of(width, flags) for width, flags in sorted(asked.choices.items())]
     for choice in choices:
         log.info("%s bits: squared error %.4g of Gaussian weights", choice.width, choice.mse)
@@ -56,8 +62,14 @@ def make_plan(asked: Planning) -> Planned:
     chosen = _within(budget, partial(_choose, asked.by, groups, damages), stored)
     even = _within(budget, partial(uniform, groups), stored)
     weights = sum(group.weights for group in groups)
+    together = None
+    if asked.head_bits:
+        tables = table_weights(model)
+        together = stored(chosen) + table_bits(asked.head_bits, shape.width) * tables
+        together /= weights + tables
     planned = Planned(
         bits_per_weight=stored(chosen) / weights,
+        with_head=together,
         uniform=stored(even) / weights,
         widths=_mean_widths(groups, chosen),
         damage=_sum(damages, chosen),
@@ -65,7 +77,8 @@ def make_plan(asked: Planning) -> Planned:
         seconds=time.perf_counter() - start,
     )
     rows = [(group.patterns, group.choices[i]) for group, i in zip(groups, chosen, strict=True)]
-    words, text = plan_text(rows, asked.line, planned.bits_per_weight)
+    head = (asked.head_bits, together) if asked.head_bits and together else None
+    words, text = plan_text(rows, asked.line, planned.bits_per_weight, head)
     build_plan(words).recipes(name for group in groups for name in group.names)
     with replacing(asked.out) as file:
         file.write_text(text)

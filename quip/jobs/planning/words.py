@@ -7,13 +7,20 @@ from typing import Any
 
 import yaml
 
+from quip.jobs.plan import HEAD
 from quip.jobs.planning.choices import Choice
 
 
 def plan_text(
-    rows: Sequence[tuple[tuple[str, ...], Choice]], line: str, bits: float
+    rows: Sequence[tuple[tuple[str, ...], Choice]],
+    line: str,
+    bits: float,
+    head: tuple[int, float] | None = None,
 ) -> tuple[dict[str, Mapping[str, Any]], str]:
-    """The plan of these patterns and their choices, as `build_plan` takes it, and as YAML."""
+    """The plan of these patterns and their choices, as `build_plan` takes it, and as YAML.
+
+    With a row of embedding and head: their bits, and bits per weight of all together.
+    """
     counts = Counter(choice.width for patterns, choice in rows for _ in patterns)
     usual = max(counts, key=counts.__getitem__)
     words: dict[str, Mapping[str, Any]] = {
@@ -23,9 +30,13 @@ def plan_text(
         if choice.width != usual
     }
     words["*"] = next(choice.flags for _, choice in rows if choice.width == usual)
-    head = [f"# {line}", f"# {bits:.4f} bits per weight are stored of the matrices"]
+    comments = [f"# {line}", f"# {bits:.4f} bits per weight are stored of the matrices"]
+    own = []
+    if head:
+        own = [f"{HEAD}: {head[0]}"]
+        comments.append(f"# {head[1]:.4f} of matrices, embedding and head together")
     lines = [f"{_quoted(pattern)}: {_inline(flags)}" for pattern, flags in words.items()]
-    return words, "\n".join([*head, *lines]) + "\n"
+    return words, "\n".join([*comments, *own, *lines]) + "\n"
 
 
 def _inline(flags: Mapping[str, Any]) -> str:
