@@ -32,7 +32,7 @@ class Shrink:
 
     @property
     def share(self) -> float:
-        """The same of outputs that a block is tuned towards, where windows held out judge it."""
+        """How far towards the original's outputs a block is tuned: all the way without an alpha."""
         return 1.0 if self.alpha is None else self.alpha
 
     @classmethod

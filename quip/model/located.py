@@ -27,7 +27,10 @@ class Source:
 
 
 def locate(name: str) -> Source:
-    """Of a hub id, a folder, a .gguf file or `demo`. Raises Unavailable for what is none."""
+    """Where the weights of a model are: a hub id, a folder, a .gguf file, or `demo`.
+
+    Raises Unavailable for a name that is none of these, and for a file that nothing here reads.
+    """
     path = Path(str(files("quip.model") / "demo")) if name == "demo" else Path(name).expanduser()
     check_regular(path)
     if os.path.isdir(path):  # which takes any name, where Path.is_dir raises for a long one

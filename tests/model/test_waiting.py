@@ -72,7 +72,7 @@ ONCE_A_PASS = {
     "kernels/centroids/reference.py": {"_means"},
     "kernels/lattice_points/operations.py": {"error_by_rounding"},
     "matrix/centroids.py": {"__call__", "solve"},
-    "model/tune/descent.py": {"descend"},
+    "model/tune/descent.py": {"_stream"},
 }
 KNOWN = (WORDS, TABLES_MADE_ONCE, ONCE_A_MATRIX, ONCE_A_PASS)
 INNERMOST = ("matrix", "codebooks", "kernels")  # of which any function may be called in a loop

@@ -102,11 +102,13 @@ def descend(
         if loss < best:
             best, kept = loss, found
             masters.keep(state)
+        if not math.isfinite(loss):  # from where no step leads back
+            break
         if is_better(last[0], loss, _std_error(last[1], found)):
             last, waits = (loss, found), 0
         else:
             waits += 1
-        if waits == tuning.patience or not math.isfinite(loss):  # from where no step leads back
+        if waits == tuning.patience:
             break
     return Descent(before, best, epoch, _std_error(first, kept))
 
