@@ -24,6 +24,8 @@ COLOURS = {
     "lattice": ("#e66100", "on the lattice E8 (QuIP#)"),
     "fine-tuned": ("#b5179e", "on the lattice E8, fine-tuned"),
     "learned": ("#2a9d3a", "learned codebooks (GPTVQ), ours"),
+    "trellis": ("#8a6d00", "trellis codes (QTIP), ours"),
+    "felt": ("#c00000", "the best recipes"),
 }
 MARKERS = {
     "nearest": ("o", "nearest"),
@@ -38,6 +40,7 @@ MARKERS = {
     "1D": ("1", "of single weights"),
     "2D": ("2", "of pairs"),
     "4D": ("p", "of four"),
+    "walk": ("*", "trellis codes"),
 }
 # OPTQ is LDLQ; printed forms of other methods lie beside LDLQ's.
 LEFT_OUT = {("baseline", "ldlq"), ("incoherence", "gptq")} | {

@@ -8,14 +8,12 @@ from measured import Point, load, numbers, points
 from quip.jobs.report.text import table
 
 MODEL = "smollm2"
-WALKS = "learned, 2^12 states"  # of the rows of `quip table trellis`
 
 
 def headline() -> str:
-    """The model in 16 bits, and at 4 and 2 bits on the lattice: megabytes and perplexity."""
+    """The model in 16 bits, and at 4 and 2 bits by the best recipes: megabytes and perplexity."""
     found = _measured()
-    four, two = found["lattice", "ldlq", 4], found["lattice", "ldlq", 2]
-    tuned = found["fine-tuned", "a", 2]
+    four, two, tuned = found["felt", "walk", 4], found["felt", "walk", 2], found["felt", "b", 2]
     return (
         f"**SmolLM2-135M: {_size(16)} → {_size(four.stored)} at 4 bits (perplexity "
         f"{four.original:.2f} → {four.perplexity:.2f}), {_size(two.stored)} at 2 bits "
@@ -50,16 +48,14 @@ def glance() -> str:
         "QuIP with greedy passes (`ldlqRG`)": [("incoherence", "ldlqRG")],
         "QuIP#: lattice E8": [("lattice", "ldlq")],
         "QuIP#, fine-tuned": [("fine-tuned", "ab"), ("fine-tuned", "b")],
+        "QTIP's trellis": [("trellis", "walk")],
+        "`--recipe best-4bit`, `best-3bit`, `best-2bit`": [("felt", "walk")],
+        "the same, fine-tuned": [("felt", "b")],
     }
     lines = ["| SmolLM2-135M | 4 bits | 3 bits | 2 bits |", "|---|---:|---:|---:|"]
     for name, keys in rows.items():
         cells = [_first(found, keys, bits) for bits in (4, 3, 2)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    walks = numbers(load(f"trellis_{MODEL}") or {"entries": []})
-    for name, tuned in (("learned code", ""), ("fine-tuned", ", (a) and (b)")):
-        found_by_bits = [walks.get(f"{bits} bits: {WALKS}{tuned}") for bits in (4, 3, 2)]
-        cells = [f"{one['perplexity']:.2f}" if one else "-" for one in found_by_bits]
-        lines.append(f"| QTIP's trellis, {name} | {' | '.join(cells)} |")
     sizes = [_size(found["lattice", "ldlq", bits].stored) for bits in (4, 3, 2)]
     lines.append(f"| *checkpoint of QuIP#* | {' | '.join(f'*{size}*' for size in sizes)} |")
     original = next(iter(found.values())).original

@@ -1,7 +1,7 @@
 """Every perplexity in results/, as points: model, method, bits as stored, what it is above 16 bits.
 
 A point is taken from the first record that has it: those of `quip table perplexity`, then those of
-`quip table sharp` and `quip table gptvq`. Each is set beside the original on the same text.
+`sharp`, `gptvq`, `trellis` and `frontier`. Each is set beside the original on the same text.
 """
 
 import hashlib
@@ -31,6 +31,11 @@ SHARP_ROWS = {
     ", (b)": ("fine-tuned", "b"),
     ", (a) and (b)": ("fine-tuned", "ab"),
 }
+WALKS = {  # rows of `quip table trellis` and `quip table frontier`
+    "learned, 2^12 states": ("trellis", "walk"),
+    "the best": ("felt", "walk"),
+    "the best, (b)": ("felt", "b"),
+}
 LEARNED = re.compile(r"([\d.]+) bits: ([124]D)")  # rows of `quip table gptvq` that are ours
 
 
@@ -59,7 +64,8 @@ def points(*, tables: bool = True) -> list[Point]:
     """
     found: dict[tuple[str, str, str, float], Point] = {}
     for model in MODELS:
-        names = (f"table_perplexity_{model}", model, f"sharp_{model}", f"gptvq_{model}")
+        tabled = (f"{name}_{model}" for name in ("sharp", "gptvq", "trellis", "frontier"))
+        names = (f"table_perplexity_{model}", model, *tabled)
         for record in filter(None, map(load, names if tables else names[1:])):
             for p in _points(model, record):
                 found.setdefault((p.model, p.processing, p.method, p.bits), p)
@@ -103,6 +109,8 @@ def _how(row: str, column: str) -> tuple[str, str, float] | None:
     """Processing, method and bits by the labels of a cell; None for what is not drawn."""
     if learned := LEARNED.fullmatch(row):
         return "learned", learned[2], float(learned[1])
+    if row.partition(": ")[2] in WALKS:
+        return *WALKS[row.partition(": ")[2]], float(row.split()[0])
     if row.partition(": ")[2].startswith("E8P"):
         variant = row.partition(", Hadamard")[2] if ", Hadamard" in row else None
         return (*SHARP_ROWS[variant], int(row.split()[0])) if variant in SHARP_ROWS else None

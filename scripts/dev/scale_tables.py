@@ -55,4 +55,21 @@ def of_simulations(record: Record) -> str:
             f"| {time_words(row['seconds_per_block'])} "
             f"| {time_words(row['extrapolated_seconds'])} |"
         )
+    held = [row for row in record["rows"] if "in_memory" in row]
+    if held:
+        lines += [
+            "",
+            "| beside the model in memory | blocks | memory beside torch | in memory | time "
+            "| in memory | saved |",
+            "|---|---:|---:|---:|---:|---:|---|",
+        ]
+    for row in held:
+        other, runtime = row["in_memory"], row["runtime_bytes"]
+        lines.append(
+            f"| {row['model']} | {row['config']['num_hidden_layers']} "
+            f"| {size_words(row['anonymous_bytes'] - runtime)} "
+            f"| {size_words(other['anonymous_bytes'] - runtime)} "
+            f"| {time_words(row['wall_seconds'])} | {time_words(other['wall_seconds'])} "
+            f"| {'equal bit for bit' if other['equal'] else 'NOT equal'} |"
+        )
     return "\n".join([*lines, "", f"{record['where']}."]) + "\n"
