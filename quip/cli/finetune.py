@@ -62,8 +62,8 @@ def _tuning_flags(group: argparse._ArgumentGroup) -> None:
         "--every",
         type=int,
         metavar="N",
-        help="compare KL divergences after every N windows that it is tuned on, as where one epoch "
-        "of many is all there is (default: after an epoch)",
+        help="compare KL divergences at the first step after N windows, as where one epoch of many "
+        "is all there is (default: after an epoch)",
     )
     add(
         "--patience",

@@ -240,6 +240,7 @@ def _words(args: Arguments) -> str:
     tuned = ", fine-tuned" if args.ft_epochs else ""
     tuned += ", two-sided" if args.two_sided else ""
     tuned += f", targets shrunk by {args.target_shrink}" if args.target_shrink else ""
-    planned = [f"a plan of {len(args.plan)} patterns"] if args.plan else []
+    patterns = [name for name in args.plan or () if name != "head_bits"]
+    planned = [f"a plan of {len(patterns)} patterns"] if patterns else []
     line = [recipe_words(args)] if has_recipe(args) else []
     return ", else ".join([*planned, *line]) + tuned

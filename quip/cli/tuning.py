@@ -49,7 +49,7 @@ def tuning_flags(group: argparse._ArgumentGroup) -> None:
         "--ft_every",
         type=int,
         metavar="N",
-        help="compare losses after every N windows that it is tuned on (default: after a pass)",
+        help="compare losses at the first step after N windows (default: after a pass)",
     )
     add(
         "--ft_patience",

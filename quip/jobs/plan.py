@@ -50,6 +50,10 @@ def build_plan(words: Mapping[Any, Any], *, default: Recipe | None = None) -> Pl
 
     Raises UsageError, naming the pattern, for flags that mean nothing.
     """
+    if HEAD in words:
+        raise UsageError(
+            f"the plan's {HEAD} is no pattern of matrices: give it as `head_bits` of the experiment"
+        )
     rules = []
     for pattern, flags in words.items():
         try:

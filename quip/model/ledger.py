@@ -10,7 +10,7 @@ types and digests. A streamed model reads it from there again, and is saved by l
 Each file appears when it is complete. Blocks are never changed again; hidden states are
 replaced by those of a later block, so that the disk holds those of one block only; large ones
 may take a tenth of the time. A run that was killed may have more blocks than hidden states lead
-to: replaying these, whose matrices are there, makes up for them.
+to: replaying these, whose matrices are there, makes up for them (or they are made again).
 
 Each file bears a digest of all it holds. One that was damaged since is as good as none: its block
 is quantized again, from the hidden states that replaying all blocks before it gives.
@@ -20,7 +20,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -88,7 +88,8 @@ class Ledger:
                     f"--resume: the run in {self.folder.parent} was another one ({changes}); "
                     "name another folder, or start over with --overwrite"
                 )
-            self._sift()
+            for part in self.parts():
+                self._take(part)  # hidden states are looked at when they are read
             return
         with writing(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -133,6 +134,11 @@ class Ledger:
             with self._fitting(index):
                 layout_of(words).make_room(blocks[index])
             self._hand_over(index, name)
+
+    def make_again(self, blocks: Iterable[int]) -> None:
+        """Let go of these blocks, if they are finished and the model is streamed."""
+        for block in filter(self.has, blocks if self._stream else ()):
+            self._block(block).unlink()
 
     def _hand_over(self, block: int, name: str) -> None:
         """From now on the stream, if there is one, reads a finished block from here."""
@@ -220,11 +226,6 @@ class Ledger:
         self.forget_hidden()
         for path in self.parts():
             path.unlink()
-
-    def _sift(self) -> None:
-        """Remove the blocks that are damaged; hidden states are looked at when they are read."""
-        for path in self.parts():
-            self._take(path)
 
     def _take(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
         """What a file holds; or None, and the file is removed, if it was damaged."""

@@ -7,6 +7,7 @@ one line about the file here, with the original as its cause.
 
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def load_model(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {shown(dtype)}; choose from {', '.join(DTYPES)}")
     source = locate(name)
-    with parsed_once(source.gguf):
+    with parsed_once() if source.gguf else nullcontext():
         return _load(name, source, dtype, seqlen, stream)
 
 

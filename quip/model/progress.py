@@ -40,11 +40,18 @@ class Progress:
         return self._entered(self.ledger.hidden() if self.ledger else (0, None))
 
     def take_up(
-        self, model: nn.Module, count: int
+        self, model: nn.Module, count: int, *, paired: bool = False
     ) -> tuple[int, Float[Tensor, "_own *streams seqlen width"] | None]:
-        """The first of `count` blocks to walk, and this process's share of what enters it."""
+        """The first of `count` blocks to walk, and this process's share of what enters it.
+
+        A paired walk needs the blocks that it passes as they were, and a streamed model has no
+        others than finished ones: so they are made again from the first on that is walked.
+        """
+        start, hidden = self._entered(self._taken_up(count))
+        if paired and self.ledger:
+            self.ledger.make_again(range(start, count))
         self.serve(model)
-        return self._entered(self._taken_up(count))
+        return start, hidden
 
     def _entered(self, found: tuple[int, Tensor | None]) -> tuple[int, Tensor | None]:
         start, hidden = found

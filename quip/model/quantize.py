@@ -86,7 +86,7 @@ def quantize_matrix_by_matrix(
     with bar_of(recipes) as bar:
         felt = share(run.felt, team, batch_size)
         work = Work(run, recipes, bar, progress, felt, shrink)
-        start, hidden = progress.take_up(model, count)
+        start, hidden = progress.take_up(model, count, paired=shrink is not None)
         for index in range(start):
             yield from restore(index, model, work)
         blocks = walk(

@@ -44,7 +44,7 @@ def check_tables(model: PreTrainedModel) -> None:
         if type(module) is not kind:
             raise UnsupportedModel(
                 f"--head_bits: the {what} of a {type(model).__name__} is a "
-                f"{type(module).__name__} and no plain {kind.__name__}; leave out --head_bits"
+                f"{type(module).__name__} and no plain {kind.__name__}; leave out head_bits"
             )
 
 

@@ -84,10 +84,11 @@ class Twin(Block):
         share of the way to those of the original, which has parameters of its own from now on.
         """
         self._original = deepcopy(self._original)
-        wanted = self.outputs(self._run_original)
-        if share < 1:
-            for then, now in zip(wanted, self.outputs(), strict=True):
-                then.copy_(torch.lerp(now.float(), then.float(), share))
+        wanted, done = self.outputs(self._run_original), 0
+        for _, now in self._run_all(self.run) if share < 1 else ():
+            then = wanted[done : done + len(now)]
+            then.copy_(torch.lerp(now.float(), then.to(now.device, torch.float32), share))
+            done += len(now)
         return wanted
 
     def _run_original(self, batches: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -24,6 +24,7 @@ from quip.model.team import ALONE, Team
 from quip.model.tune.blocks import BlockTuning
 from quip.model.twin import Twin
 from quip.packed.digests import bytes_of
+from quip.packed.experts import unfuse
 from tests.support.mixtures import mixture
 from tests.support.processes import in_team
 from tests.support.runs import save_model, write_text
@@ -244,3 +245,61 @@ def test_a_tuned_run_of_two_processes_and_one_taken_up_are_the_same(tmp_path, mo
         with pytest.raises(Broken):
             walked("auto", tuning=TUNING, ledger=opened(tmp_path))
     assert walked("auto", tuning=TUNING, ledger=opened(tmp_path)) == expected
+
+
+@torch.no_grad()
+def test_a_share_lies_between_the_outputs_of_the_block_and_of_its_twin(monkeypatch):
+    """Of the second block, whose inputs differ."""
+    found: dict[float, torch.Tensor] = {}
+    real = Twin.part
+
+    def part(self, share):
+        if self.index == 1:
+            found.update({x: real(self, x).clone() for x in (1.0, 0.25)}, now=self.outputs())
+        return real(self, share)
+
+    monkeypatch.setattr(Twin, "part", part)
+    walked(0.25, tuning=TUNING)
+    expected = torch.lerp(found["now"], found[1.0], 0.25)
+    torch.testing.assert_close(found[0.25], expected)
+    assert float((found[1.0] - found["now"]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("stream", ["off", "on"])
+def test_blocks_beyond_the_hidden_states_end_the_same(asked, tmp_path, monkeypatch, stream):
+    """Those are written less often where they are large; what a block was is read again."""
+    e = replace(asked, stream=stream, out=tmp_path / "out")
+    real, turns = Twin.observe_lacking, count()
+
+    def until_the_third_block(*args, **how):
+        if next(turns) == 9:
+            raise Broken
+        return real(*args, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Twin, "observe_lacking", until_the_third_block)
+        with pytest.raises(Broken):
+            run_experiment(e)
+    (e.out / "blocks" / "hidden.safetensors").unlink()
+    run_experiment(replace(e, resume=True))
+    blocks = [sorted((out / "blocks").glob("block-*")) for out in (asked.out, e.out)]
+    assert len(blocks[0]) == 4
+    for one, other in zip(*blocks, strict=True):
+        assert weights_of(one) == weights_of(other)
+
+
+def test_experts_are_tuned_in_a_paired_walk():
+    run = Run(
+        recipe=RECIPE,
+        seed=0,
+        device="cpu",
+        batch_size=BATCH,
+        target_shrink="auto",
+        tuning=TUNING,
+    )
+    model = mixture("qwen2-moe")
+    unfuse(model)
+    records = [*quantize_matrix_by_matrix(model, tokens(), run)]
+    assert any(".experts." in record.name for record in records)
+    assert run.tuned
+    assert all(record.loss_after <= record.loss_before for record in run.tuned)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from quip.errors import Unavailable, UsageError
 from quip.jobs.evaluate import Evaluation, run_evaluation
 from quip.research.tables import quantized
 from quip.research.tables.cells import Settings, cells
@@ -52,7 +53,8 @@ def test_rows_are_compared_with_the_original_once_and_the_original_is_not(own, m
     compared = [each for each in asked if each[0]]
     assert compared == [(model, False, 3)] * 3  # near, what is tuned, and what came of it
     found = {(e.row, e.measure): e.ours for e in entries(*own)}
-    assert found["original", "KL"] is None
+    states = {(e.row, e.measure): e.state for e in entries(*own)}
+    assert (found["original", "KL"], states["original", "KL"]) == (None, "none")
     assert min(found["near", "KL"], found["tuned", "KL"]) > 0
     assert 0 <= found["near", "same text"] <= 1
     asked.clear()
@@ -78,3 +80,22 @@ def test_the_numbers_are_those_of_quip_evaluate(own, tmp_path):
     assert found["compared"]["kl"] == again["divergence"][text]["kl"]
     assert found["mean_perplexity"] == again["perplexity"][text]
     assert not near.missing()
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    for line, other in (("evaluate: [wikitext2]\n", ""), ("models:", "kind: saved\nmodels:")):
+        (tmp_path / "mine.yaml").write_text(OWN.replace(line, other))
+        with pytest.raises(UsageError, match="compared is of runs and of texts"):
+            read_table(str(tmp_path / "mine.yaml"))
+
+
+def test_what_was_measured_is_kept_where_the_comparison_fails(own, monkeypatch):
+    def fails(evaluation: Evaluation):
+        raise Unavailable("no memory")
+
+    monkeypatch.setattr(quantized, "run_evaluation", fails)
+    near = next(cell for cell in cells(*own) if cell.flags.get("quant") == "nearest")
+    with pytest.raises(Unavailable, match="no memory"):
+        quantized._quantize(near, save=False)
+    assert near.report()["mean_perplexity"] > 0
+    assert {measure.label for measure in near.missing()} == {"KL", "same text"}

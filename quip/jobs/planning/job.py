@@ -12,7 +12,7 @@ from quip.errors import UnsupportedModel, UsageError
 from quip.files import replacing
 from quip.jobs.forecast.shape import Input, empty_model, shape_of
 from quip.jobs.forecast.sizes import packed_size, works
-from quip.jobs.plan import build_plan
+from quip.jobs.plan import HEAD, build_plan, part_head
 from quip.jobs.planning.asked import Planning
 from quip.jobs.planning.choices import Choice, Group, groups_of
 from quip.jobs.planning.fisher import fisher_damages
@@ -49,6 +49,7 @@ def make_plan(asked: Planning) -> Planned:
         raise UnsupportedModel(f"{asked.model} is quantized already; give the original")
     model = empty_model(config)
     if asked.head_bits:
+        part_head({HEAD: asked.head_bits})
         check_tables(model)
     shape = shape_of(model)
     inputs = shape.inputs

@@ -7,24 +7,24 @@ table of all names of tensors: of SmolLM2-135M that is nine tenths of the time t
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import RLock
 from typing import Any
 
+TURN = RLock()  # what one thread puts back another must not take for the package's own
 NAMES = ("GGUFReader", "get_tensor_name_map")  # of the package gguf, whose answers are read only
 
 
 @contextmanager
-def parsed_once(wanted: object = True) -> Iterator[None]:
-    """Inside, the package gguf remembers what it was asked, if that is wanted."""
-    if not wanted:
-        yield
-        return
+def parsed_once() -> Iterator[None]:
+    """Inside, the package gguf remembers what it was asked. One thread at a time."""
     import gguf
 
-    known: dict[str, Callable[..., Any]] = {name: getattr(gguf, name) for name in NAMES}
-    try:
-        for name, function in known.items():
-            setattr(gguf, name, cache(function))
-        yield
-    finally:
-        for name, function in known.items():
-            setattr(gguf, name, function)
+    with TURN:
+        known: dict[str, Callable[..., Any]] = {name: getattr(gguf, name) for name in NAMES}
+        try:
+            for name, function in known.items():
+                setattr(gguf, name, cache(function))
+            yield
+        finally:
+            for name, function in known.items():
+                setattr(gguf, name, function)

@@ -32,7 +32,7 @@ class Descent:
 
     before: float
     after: float
-    epochs: int
+    epochs: int  # begun
     std_error: float | None
 
 
@@ -71,9 +71,10 @@ def descend(
     """Tune, inside the context of the masters, on batches of these sizes (in windows).
 
     The state of the least held-out loss is kept, and none if that is the one before. `tell` hears
-    of each epoch's held-out loss. Where the loss before is not finite, nothing is tuned. In a team
-    every process asks `losses` for those batches alone that `owners` say are its own (by default
-    any batch can be), and all come to the same states, bitwise those of one process.
+    of each held-out loss, with the windows tuned on by then. Where the loss before is not finite,
+    nothing is tuned. In a team every process asks `losses` for those batches alone that `owners`
+    say are its own (by default any batch can be), and all come to the same states, bitwise those of
+    one process.
     """
     work = _Work(losses, sizes, team, owners or by_place(team))
     train, held = tuning.split(sizes)
@@ -85,9 +86,9 @@ def descend(
     optimizer = torch.optim.Adam(rates)
     usual = [group["lr"] for group in optimizer.param_groups]
     windows = sum(sizes[i] for i in train)
-    every, epoch, done, compared = tuning.every or windows, 0, 0, 0
+    every, done, compared = tuning.every or windows, 0, 0
     last, waits = (before, first), 0  # of the last that was better than noise; comparisons since
-    for epoch, step in _stream(train, sizes, tuning, rng):
+    for step in _stream(train, sizes, tuning, rng):
         for group, rate in zip(optimizer.param_groups, usual, strict=True):
             group["lr"] = rate * tuning.share(done / (windows * tuning.epochs))
         _descend_once(optimizer, work, step)
@@ -98,29 +99,29 @@ def descend(
         with masters.as_stored() as state:
             loss, found = _held_out(work, held)
         if tell:
-            tell(epoch, loss)
+            tell(done, loss)
         if loss < best:
             best, kept = loss, found
             masters.keep(state)
         if not math.isfinite(loss):  # from where no step leads back
             break
-        if is_better(last[0], loss, _std_error(last[1], found)):
+        # Of a single window no standard error is known, and any fall counts.
+        if not is_noise(last[0], loss, _std_error(last[1], found) or 0.0):
             last, waits = (loss, found), 0
         else:
             waits += 1
         if waits == tuning.patience:
             break
-    return Descent(before, best, epoch, _std_error(first, kept))
+    return Descent(before, best, math.ceil(done / windows), _std_error(first, kept))
 
 
 def _stream(
     train: Sequence[int], sizes: Sequence[int], tuning: Tuning, rng: torch.Generator
-) -> Iterator[tuple[int, list[int]]]:
-    """The number of the epoch and the batches of each step, in a new order each time."""
-    for epoch in range(1, tuning.epochs + 1):
+) -> Iterator[list[int]]:
+    """The batches of each step of all epochs, in a new order each time."""
+    for _ in range(tuning.epochs):
         order = [train[i] for i in torch.randperm(len(train), generator=rng).tolist()]
-        for step in _steps(order, sizes, tuning.batch_size):
-            yield epoch, step
+        yield from _steps(order, sizes, tuning.batch_size)
 
 
 def _rates(masters: MasterWeights, tuning: Tuning) -> list[dict[str, Any]]:
@@ -191,11 +192,6 @@ def _std_error(before: Sequence[float], after: Sequence[float]) -> float | None:
     if len(before) < 2:
         return None
     return stdev(x - y for x, y in zip(before, after, strict=True)) / math.sqrt(len(before))
-
-
-def is_better(before: float, after: float, std_error: float | None) -> bool:
-    """Whether a loss fell by more than the standard error of its fall, as far as that is known."""
-    return before - after > (std_error or 0)
 
 
 def is_noise(before: float, after: float, std_error: float | None) -> bool:

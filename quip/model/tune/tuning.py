@@ -20,7 +20,7 @@ class Tuning:
     batch_size: int  # windows a step, at least
     patience: int  # comparisons without improvement after which it ends
     held_out: float  # share of the windows, the last ones, that states are compared on
-    every: int | None = None  # windows trained on between comparisons; None: once an epoch
+    every: int | None = None  # windows trained on, at least, between comparisons; None: an epoch
     schedule: str = CONSTANT  # of rates; cosine: they fall to 0 over all epochs
 
     def __post_init__(self) -> None:

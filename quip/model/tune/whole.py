@@ -223,11 +223,13 @@ def _kl_of_chunk(
 
 
 class _Progress:
-    """A bar of windows on a terminal, and a line for each epoch."""
+    """A bar of windows on a terminal, and a line for each comparison."""
 
     def __init__(self, tuning: ModelTuning, count: int, held: int, team: Team) -> None:
         trained = tuning.epochs * (count - held)
-        comparisons = 1 + math.ceil(trained / (tuning.every or count - held))
+        step = tuning.batch_size
+        between = math.ceil(tuning.every / step) * step if tuning.every else count - held
+        comparisons = 1 + math.ceil(trained / between)
         self.bar = tqdm(
             total=(trained + comparisons * held) // team.size,  # of this process
             desc="fine-tuning",
@@ -236,9 +238,9 @@ class _Progress:
             disable=not (team.leads and sys.stderr.isatty()),
         )
 
-    def report(self, epoch: int, kl: float) -> None:
-        log.info("epoch %d: held-out KL divergence %.4g", epoch, kl)
-        self.bar.set_postfix(epoch=epoch, kl=f"{kl:.4g}")
+    def report(self, windows: int, kl: float) -> None:
+        log.info("tuned on %d windows: held-out KL divergence %.4g", windows, kl)
+        self.bar.set_postfix(kl=f"{kl:.4g}")
 
     def __enter__(self) -> "_Progress":
         return self

@@ -23,12 +23,11 @@ from quip.jobs.report.folder import as_json, read_report, read_words
 from quip.jobs.report.words import MeasuredWords
 from quip.jobs.requests import Machine, Text
 from quip.model.records import versions
-from quip.research.tables.description import Line, Measure, Table
+from quip.research.tables.description import COMPARED, Line, Measure, Table
 from quip.research.tables.tuning import FINETUNE
 
 MEASURED = "measured.json"  # beside run.json, which is that of the last run alone
 GROWING = ("perplexity", "tasks", "divergence", "agreement")  # what several runs of a cell add to
-COMPARED = "compared"  # with the original: means over the texts of divergence and agreement
 EVALUATED = ("mean_perplexity", COMPARED, *GROWING)  # first words of the paths of such measures
 MEASURING = ("evaluate", "tasks", "speed")  # stages that make nothing of a model
 
@@ -98,6 +97,10 @@ class Cell:
         """Whether what it makes is compared with the original, which is equal to itself."""
         asked = any(measure.path[0] == COMPARED for measure in self.measures)
         return asked and self.flags.get("wbits") != 16
+
+    def leaves_out(self, measure: Measure) -> bool:
+        """Whether it never has such a number, however it is measured."""
+        return measure.path[0] == COMPARED and not self.compares
 
     @property
     def files(self) -> dict[str, Any]:
@@ -176,7 +179,7 @@ class Cell:
             for measure in self.measures
             if measure.of(report) is None
             and not has_none(measure, report)
-            and (measure.path[0] != COMPARED or self.compares)
+            and not self.leaves_out(measure)
         )
 
 

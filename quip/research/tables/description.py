@@ -29,6 +29,7 @@ from quip.shapes import check_shape
 
 FOLDER = Path(__file__).parent
 LABELS = {"wikitext2": "Wiki", "ptb-new": "PTB", "c4-new": "C4"}  # as the papers call them
+COMPARED = "compared"  # with the original: means over the texts of divergence and agreement
 TEXTS = ("run", "saved")  # kinds that are measured on texts and tasks
 
 
@@ -226,6 +227,10 @@ def _check(table: Table) -> None:
     labels = {row.label for row in table.rows}
     if not table.measures:
         raise UsageError("nothing is measured: name `evaluate` or `measures`")
+    if any(m.path[0] == COMPARED for m in table.measures) and not (
+        table.kind == "run" and table.evaluate
+    ):
+        raise UsageError(f"{COMPARED} is of runs and of texts: say `evaluate`, and no other kind")
     for row in table.rows:
         if row.parts and not (set(row.parts) <= labels and len(row.parts) == 2):
             raise UsageError(f"row {shown(row.label)}: it is made of two rows, by label")

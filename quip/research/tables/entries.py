@@ -63,7 +63,13 @@ def _of_place(
             paper=papers,
             state="none"
             if row.published
-            or (ours is None and any(has_none(measure, report) for report in reports))
+            or (
+                ours is None
+                and any(
+                    has_none(measure, report) or cell.leaves_out(measure)
+                    for cell, report in zip(cells, reports, strict=True)
+                )
+            )
             else state_of(ours, papers, measure.better if judged else "neither", failed=failed),
             seconds=sum(own.get("seconds", {}).values()) or None,
             bits_per_weight=own.get("totals", {}).get("bits_per_weight"),

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from quip.jobs.agreement import PROMPT
 from quip.jobs.evaluate import Evaluation, run_evaluation
@@ -86,7 +85,8 @@ def run_tuning(cell: Cell, cells: Sequence[Cell]) -> None:
             "seconds": {**report["seconds"], "tune": found.seconds},
         }
     )
-    cell.keep(_beside_the_original(cell, tuned))
+    cell.keep()
+    _compare(cell, tuned)
 
 
 def run_speed(cell: Cell, cells: Sequence[Cell]) -> None:
@@ -124,20 +124,22 @@ def _quantize(cell: Cell, *, save: bool) -> None:
             flags=cell.flags,
         )
     )
-    cell.keep(_beside_the_original(cell, cell.checkpoint))
+    cell.keep()
+    _compare(cell, cell.checkpoint)
 
 
-def _beside_the_original(cell: Cell, checkpoint: Path) -> dict[str, Any] | None:
-    """How far its predictions moved, and how long it writes the same; None: nobody asks."""
+def _compare(cell: Cell, checkpoint: Path) -> None:
+    """Add how far its predictions moved and how long it writes the same, where that is asked."""
     if not cell.compares:
-        return None
+        return
     s = cell.settings
     texts = read_report(cell.folder)["evaluation"].values()
     prompts = min(text["windows"] * max(1, text["seqlen"] // PROMPT) for text in texts)
-    return run_evaluation(
+    found = run_evaluation(
         Evaluation(
             model=str(checkpoint),
             reference=cell.model,
+            stream="off",  # greedy texts need both models whole
             perplexity=False,
             agreement=min(PROMPTS, prompts),
             datasets=s.evaluate,
@@ -146,3 +148,4 @@ def _beside_the_original(cell: Cell, checkpoint: Path) -> dict[str, Any] | None:
             device=s.device,
         )
     )
+    cell.keep(found)
