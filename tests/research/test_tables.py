@@ -23,7 +23,7 @@ UNPUBLISHED |= {"gptvq": 81, "gptvq_aqlm": 2, "gptvq_int4": 4, "gptvq_seeds": 8}
 UNPUBLISHED |= {"gptvq_iterations": 8, "gptvq_precision": 10, "gptvq_scaling": 36}
 UNPUBLISHED |= {"gptvq_scaling_equal": 8, "gptvq_tuning": 16, "gptvq_update": 14}
 # QTIP has no bits as stored, losses or minutes, our own perplexity is of another text.
-UNPUBLISHED |= {"trellis": 87, "trellis_states": 49, "frontier": 26}
+UNPUBLISHED |= {"trellis": 87, "trellis_states": 49, "frontier": 62}
 WITHOUT_PAPER = ("sharp", "sharp_throughput", "checkpoints", "gptvq_weighting")
 
 
