@@ -8,7 +8,14 @@ from transformers import PreTrainedTokenizerBase
 
 from quip.data.local import local_part
 from quip.data.sources import SOURCES
-from quip.data.tokens import TokenSet, consecutive_windows, document_windows, encode, random_windows
+from quip.data.tokens import (
+    TokenSet,
+    begun,
+    consecutive_windows,
+    document_windows,
+    encode,
+    random_windows,
+)
 from quip.errors import UsageError, shown
 
 __all__ = ["DATASETS", "TokenSet", "calibration_tokens", "check_dataset", "evaluation_tokens"]
@@ -22,6 +29,7 @@ def calibration_tokens(
     """`nsamples` random windows of a data set's calibration split.
 
     `name` is one of `DATASETS`, a .txt, .json, .jsonl or .parquet file, or a folder of such files.
+    Windows of Gemma begin with BOS, in place of their first token.
     """
     _require_positive(nsamples=nsamples, seqlen=seqlen)
     part = SOURCES[name].calibration if name in SOURCES else local_part(_path(name), "train")
@@ -33,7 +41,7 @@ def calibration_tokens(
     else:
         text = encode(tokenizer, part.join.join(documents))
         ids = random_windows(text, count=nsamples, seqlen=seqlen, rng=rng, name=name)
-    return TokenSet(ids, name, part.split, part.join)
+    return TokenSet(begun(ids, tokenizer), name, part.split, part.join)
 
 
 def evaluation_tokens(
@@ -54,7 +62,7 @@ def evaluation_tokens(
         text = encode(tokenizer, part.join.join(documents[: part.documents]))
         ids = consecutive_windows(text, limit=count, seqlen=seqlen, name=name)
         whole = min(whole, len(text) // seqlen)
-    return TokenSet(ids, name, part.split, part.join, of=whole)
+    return TokenSet(begun(ids, tokenizer), name, part.split, part.join, of=whole)
 
 
 def check_dataset(name: str, use: Literal["calibration", "evaluation"]) -> None:

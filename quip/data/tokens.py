@@ -20,6 +20,9 @@ from quip.errors import UsageError
 # About one C4 document in forty is longer than 2048 tokens; without a bound a corpus
 # that has none would be searched for ever.
 DRAWS = 10_000
+# Kinds of tokenizers whose models are lost on a window that does not begin with BOS: perplexity of
+# Gemma 3 270M is 276 without, 29 with it. No published window of other models begins so.
+BEGUN = ("Gemma",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +61,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Int64[Tensor, " tok
     """The tokens of a whole text, with the special tokens that the tokenizer itself adds."""
     # verbose=False: a text longer than the model's positions is what we want, not a mistake.
     return torch.tensor(tokenizer(text, verbose=False).input_ids, dtype=torch.int64)
+
+
+def begun(
+    ids: Int64[Tensor, "count seqlen"], tokenizer: PreTrainedTokenizerBase
+) -> Int64[Tensor, "count seqlen"]:
+    """The windows, with BOS in place of the first token of each where a model needs that."""
+    bos = tokenizer.bos_token_id
+    if bos is None or not type(tokenizer).__name__.startswith(BEGUN):
+        return ids
+    return torch.cat([torch.full_like(ids[:, :1], int(bos)), ids[:, 1:]], dim=1)
 
 
 def random_windows(

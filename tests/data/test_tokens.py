@@ -439,3 +439,18 @@ def test_the_hash_is_that_of_the_little_endian_ids():
     assert stamp == hashlib.sha256(struct.pack("<6q", 1, 2, 3, 4, 5, 50271)).hexdigest()
     assert stamp == TokenSet(ids.clone(), "c4", "train", None).sha256
     assert stamp != TokenSet(ids.flip(0), "pydoc", "test", "\n\n").sha256
+
+
+def test_windows_of_gemma_begin_with_bos_and_those_of_others_do_not(tokenizer, tmp_path):
+    class GemmaTokenizerFast(type(tokenizer)):
+        pass
+
+    path = tmp_path / "text.txt"
+    path.write_text("ab " * 400)
+    gemma = GemmaTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="a")
+    for draw, how in ((calibration_tokens, {"nsamples": 2, "seed": 0}), (evaluation_tokens, {})):
+        plain, ours = (draw(str(path), one, seqlen=SEQLEN, **how) for one in (tokenizer, gemma))
+        assert (ours.ids[:, 0] == gemma.bos_token_id).all()
+        assert torch.equal(ours.ids[:, 1:], plain.ids[:, 1:])
+    unnamed = GemmaTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert torch.equal(evaluation_tokens(str(path), unnamed, seqlen=SEQLEN).ids, plain.ids)
