@@ -19,13 +19,13 @@ from measured import MODELS, Point, digest, points
 PLOT = Path(__file__).parents[2] / "docs" / "perplexity.svg"
 COLOURS = {
     "baseline": ("#8a8a8a", "as they are"),
-    "as printed": ("#85b8e8", "with incoherence processing, as printed"),
-    "incoherence": ("#1a5fb4", "with incoherence processing, ours"),
-    "lattice": ("#e66100", "on the lattice E8 (QuIP#)"),
-    "fine-tuned": ("#b5179e", "on the lattice E8, fine-tuned"),
-    "learned": ("#2a9d3a", "learned codebooks (GPTVQ), ours"),
-    "trellis": ("#8a6d00", "trellis codes (QTIP), ours"),
-    "felt": ("#c00000", "the best recipes"),
+    "as printed": ("#85b8e8", "incoherence, as printed"),
+    "incoherence": ("#1a5fb4", "incoherence, ours"),
+    "lattice": ("#e66100", "lattice E8 (QuIP#)"),
+    "fine-tuned": ("#b5179e", "lattice E8, fine-tuned"),
+    "learned": ("#2a9d3a", "learned codebooks (GPTVQ)"),
+    "trellis": ("#8a6d00", "trellis codes (QTIP)"),
+    "felt": ("#c00000", "best recipes"),
 }
 MARKERS = {
     "nearest": ("o", "nearest"),
@@ -34,13 +34,13 @@ MARKERS = {
     "ldlqRG": ("^", "LDLQ-RG"),
     "allbal": ("D", "greedy"),
     "ldlbal_admm": ("v", "Algorithm 5"),
-    "a": ("<", "tuned block by block (a)"),
-    "b": (">", "tuned as a whole (b)"),
+    "a": ("<", "tuned by block (a)"),
+    "b": (">", "tuned whole (b)"),
     "ab": ("P", "both"),
-    "1D": ("1", "of single weights"),
-    "2D": ("2", "of pairs"),
+    "1D": ("1", "single weights"),
+    "2D": ("2", "pairs"),
     "4D": ("p", "of four"),
-    "walk": ("*", "trellis codes"),
+    "walk": ("*", "a walk"),
 }
 # OPTQ is LDLQ; printed forms of other methods lie beside LDLQ's.
 LEFT_OUT = {("baseline", "ldlq"), ("incoherence", "gptq")} | {
