@@ -7,6 +7,7 @@ tell without matplotlib whether it is up to date.
 """
 
 import io
+import re
 from pathlib import Path
 
 import matplotlib as mpl
@@ -66,7 +67,8 @@ def svg() -> str:
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, frameon=False)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Title": f"drawn from {digest()}"})
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+    text = re.sub(r"(\d\.\d{3})\d+", r"\1", out.getvalue())  # thousandths of a point will do
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
 def _drawn() -> list[Point]:
