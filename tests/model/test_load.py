@@ -267,5 +267,5 @@ def test_gguf_files_that_cannot_be_read_are_refused_with_the_reason(tmp_path, mo
         assert "not a GGUF file, or a truncated one" in line
     path.write_text("hello")
     assert "not a GGUF file" in refusal(path)
-    monkeypatch.setattr("quip.model.load.find_spec", lambda package: None)
+    monkeypatch.setattr("quip.model.located.find_spec", lambda package: None)
     assert "pip install -e '.[gguf]' (in a checkout of quip)" in refusal(path)
