@@ -1,5 +1,7 @@
 """A whole walk towards W*: nearer to the original, and the same codes however it is walked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from itertools import count
@@ -109,7 +111,8 @@ class Broken(Exception):
     """Ends a walk."""
 
 
-def test_a_run_taken_up_ends_bitwise_as_one_that_was_not_broken_off(tmp_path, monkeypatch):
+@contextmanager
+def broken_off_in_the_third_block(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     real, turns = Twin.observe_lacking, count()
 
     def until_the_third_block(*args, **how):
@@ -120,7 +123,12 @@ def test_a_run_taken_up_ends_bitwise_as_one_that_was_not_broken_off(tmp_path, mo
     with monkeypatch.context() as patched:
         patched.setattr(Twin, "observe_lacking", until_the_third_block)
         with pytest.raises(Broken):
-            walked("auto", ledger=opened(tmp_path))
+            yield
+
+
+def test_a_run_taken_up_ends_bitwise_as_one_that_was_not_broken_off(tmp_path, monkeypatch):
+    with broken_off_in_the_third_block(monkeypatch):
+        walked("auto", ledger=opened(tmp_path))
     kept = load_file(tmp_path / "blocks" / "hidden.safetensors")["hidden"]
     assert kept.shape[:2] == (7, 2)  # windows of both models
     assert walked("auto", ledger=opened(tmp_path)) == alone("auto")
@@ -233,17 +241,8 @@ def test_a_tuned_run_of_two_processes_and_one_taken_up_are_the_same(tmp_path, mo
     expected = walked("auto", tuning=TUNING)
     for found in in_team(2, lambda team: walked("auto", tuning=TUNING, team=team)):
         assert found == expected
-    real, turns = Twin.observe_lacking, count()
-
-    def until_the_third_block(*args, **how):
-        if next(turns) == 9:
-            raise Broken
-        return real(*args, **how)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Twin, "observe_lacking", until_the_third_block)
-        with pytest.raises(Broken):
-            walked("auto", tuning=TUNING, ledger=opened(tmp_path))
+    with broken_off_in_the_third_block(monkeypatch):
+        walked("auto", tuning=TUNING, ledger=opened(tmp_path))
     assert walked("auto", tuning=TUNING, ledger=opened(tmp_path)) == expected
 
 
@@ -269,17 +268,8 @@ def test_a_share_lies_between_the_outputs_of_the_block_and_of_its_twin(monkeypat
 def test_blocks_beyond_the_hidden_states_end_the_same(asked, tmp_path, monkeypatch, stream):
     """Those are written less often where they are large; what a block was is read again."""
     e = replace(asked, stream=stream, out=tmp_path / "out")
-    real, turns = Twin.observe_lacking, count()
-
-    def until_the_third_block(*args, **how):
-        if next(turns) == 9:
-            raise Broken
-        return real(*args, **how)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Twin, "observe_lacking", until_the_third_block)
-        with pytest.raises(Broken):
-            run_experiment(e)
+    with broken_off_in_the_third_block(monkeypatch):
+        run_experiment(e)
     (e.out / "blocks" / "hidden.safetensors").unlink()
     run_experiment(replace(e, resume=True))
     blocks = [sorted((out / "blocks").glob("block-*")) for out in (asked.out, e.out)]

@@ -84,7 +84,6 @@ class BlockTuner:
         """
         self.block, self.tuning, self.seed, self.team = block, tuning, seed, team
         self._wanted = block.part(share) if isinstance(block, Twin) else block.outputs()
-        self._split()
 
     def _split(self) -> None:
         """Targets for the batches that the block takes by now."""
