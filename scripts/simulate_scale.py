@@ -12,7 +12,6 @@ compared tensor by tensor.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from transformers import LlamaConfig, MixtralConfig, PretrainedConfig
 from quip.jobs.report.forecast import time_words
 from quip.jobs.report.text import size_words
 from quip.model.load import load_model
+from quip.packed.digests import digests_of
 
 INDEX = "model.safetensors.index.json"
 PAUSE = 0.05  # seconds between two looks at the process
@@ -143,13 +143,11 @@ def run(place: Path, stream: str, line: list[str]) -> Watched:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each tensor of a checkpoint, by its name, whatever file holds it."""
+    """The digest of each tensor of a checkpoint, by its name, whatever file holds it."""
     found = dict[str, str]()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-                data = file.get_tensor(name).contiguous().view(-1).view(torch.uint8).numpy()
-                found[name] = hashlib.sha256(data).hexdigest()
+            found |= digests_of({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     return found
 
 
