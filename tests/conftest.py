@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +24,7 @@ if importlib.util.find_spec("hypothesis"):
     settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
     settings.load_profile("same every time")
 pytest.register_assert_rewrite("tests.laws")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # also where `&` started this, ignoring it
 torch.set_num_threads(1)  # sums in one order, and no fight for cores
 
 IMPORTED = re.compile(r"^(?:import|from) (\w+)", re.MULTILINE)

@@ -437,6 +437,7 @@ def test_the_methods_of_the_help_are_those_of_the_table():
     assert quant.choices == list(METHODS)
 
 
+@pytest.mark.slow
 def test_the_demo_on_pydoc_loses_little_at_4_bits_and_runs_by_both_names(capsys, tmp_path):
     words = [
         "demo",

@@ -62,6 +62,7 @@ def test_a_tuned_checkpoint_is_nearer_to_the_original(quip, packed, text, tmp_pa
     assert kl[1] < kl[0]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_streamed_teaches_the_same(quip, packed, text, tmp_path):
     for mode in ("on", "off"):
         line = ("finetune", packed, text, "--save", tmp_path / mode, *FAST, "--stream", mode)
@@ -111,6 +112,7 @@ def test_the_centroids_of_a_checkpoint_are_tuned_and_saved(quip, text, tmp_path)
         assert after[key] == before[key]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_run_json_needs_a_teacher_by_name(quip, packed, text, tmp_path):
     bare = Path(shutil.copytree(packed, tmp_path / "bare"))
     (bare / "run.json").unlink()
@@ -122,6 +124,7 @@ def test_a_checkpoint_without_run_json_needs_a_teacher_by_name(quip, packed, tex
     assert (tmp_path / "tuned" / "run.json").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_written_where_nothing_improves(quip, packed, text, tmp_path):
     out = tmp_path / "tuned"
     rates = ["--lr", "0", "--signs_lr", "0"]

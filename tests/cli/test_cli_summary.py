@@ -204,6 +204,7 @@ def test_the_heat_maps_show_the_layer_that_was_asked_for(quip, opt, tmp_path, mo
     assert shown[2] == ["model.decoder.layers.2.fc2"] * 2
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_nothing_of_the_summary_before(quip, opt, tmp_path):
     store, model = opt
     assert quip("summary", store, "--model", model, "--out", tmp_path / "a")[0] == 0

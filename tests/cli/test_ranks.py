@@ -52,6 +52,7 @@ def lines_of(said: list[list[str]]) -> list[str]:
     return [line for each in said for line in each if line.startswith("quip: ")]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_tuned_by_two_to_the_bits_of_one(quip, checkpoint, texts, tmp_path):
     line = ["finetune", checkpoint, texts / "train.txt", "--teacher", f"{checkpoint}-original"]
     assert quip(*line, *TUNE, "--save", tmp_path / "one")[0] == 0

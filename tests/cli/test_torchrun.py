@@ -111,6 +111,7 @@ def killed(given, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_one_process_takes_up_what_two_left_when_one_was_killed(given, alone, killed):
     assert main([*given, *places(killed), "--resume"]) == 0
     assert left_in(killed) == alone

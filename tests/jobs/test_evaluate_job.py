@@ -126,6 +126,7 @@ def test_the_original_is_measured_beside_it(made, tmp_path):
     assert "after 4 prompts agree in the first" in table(report)
 
 
+@pytest.mark.slow
 def test_speed_is_measured_packed_and_dense(made):
     experiment, _ = made
     report = run_evaluation(Evaluation(model=str(experiment.save), speed=True, device="cpu"))

@@ -101,6 +101,7 @@ def test_every_family_is_quantized_by_a_plan_that_names_its_experts(work, name):
         assert min(row["tokens"] for row in of_experts) == experts["fewest_tokens"]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_finds_what_was_saved(work):
     runs = {name: work.finished(name) for name in FAMILIES}
     folders = [experiment.save for experiment, _ in runs.values()]

@@ -170,6 +170,7 @@ def test_two_recipes_from_the_command_line_to_a_dense_export(model, file, tmp_pa
     assert "its matrices are of 3 specifications" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_taken_up_and_comes_out_the_same(asked, tmp_path, monkeypatch):
     whole = asked(out=tmp_path / "whole", save=tmp_path / "expected")
     expected = run_experiment(whole)
@@ -224,6 +225,7 @@ def test_a_plan_that_does_not_fit_the_model_is_refused_before_anything_is_writte
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_store_serves_a_plan(model, asked, tmp_path):
     train, store = write_text(tmp_path / "train.txt"), tmp_path / "store"
     line = ["hessians", model, train, "--nsamples", "8", "--seqlen", "16", "--save", str(store)]

@@ -90,6 +90,7 @@ def test_a_run_that_was_killed_does_not_repeat_the_pass(asked, tmp_path, monkeyp
         run_experiment(replace(e, resume=True, token_weights="labels", save=None))
 
 
+@pytest.mark.slow
 def test_a_file_that_was_damaged_is_made_again(asked, tmp_path, monkeypatch, caplog):
     e = replace(asked, out=tmp_path / "out", save=tmp_path / "saved")
 

@@ -129,7 +129,9 @@ def test_where_links_cannot_be_the_blocks_are_copied(asked, tmp_path, monkeypatc
     assert_same(tmp_path / "saved", asked.save)
 
 
-@pytest.mark.parametrize("turns", [("on", "off"), ("off", "on"), ("on", "on")])
+@pytest.mark.parametrize(
+    "turns", [("on", "off"), ("off", "on"), pytest.param(("on", "on"), marks=pytest.mark.slow)]
+)
 def test_a_run_is_taken_up_either_way(asked, tmp_path, monkeypatch, turns):
     first, second = turns
     e = streamed(asked, tmp_path)

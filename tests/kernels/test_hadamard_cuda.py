@@ -153,6 +153,7 @@ def test_the_operation_is_one_call_with_casts_and_bias(rng):
 # What it compiles to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ptxas.CAPABILITIES)
 def test_no_kernel_spills(tmp_path, capability):
     compiled = ptxas.kernels(cuda.SOURCE, capability, tmp_path)

@@ -199,6 +199,7 @@ def rounded(given, name, group):
 # What it compiles to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ptxas.CAPABILITIES, ids=str)
 def test_nothing_is_spilled(capability, tmp_path):
     found = ptxas.kernels(cuda.SOURCE, capability, tmp_path)

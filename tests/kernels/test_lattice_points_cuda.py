@@ -110,6 +110,7 @@ def test_what_is_no_number_has_a_code_too(emulated):  # noqa: F811
 # What it compiles to
 
 
+@pytest.mark.slow
 def test_nothing_is_spilled(tmp_path):
     found = ptxas.kernels(cuda.SOURCE, (9, 0), tmp_path)
     assert len(found) == 3  # nearest points, those of codes, errors

@@ -370,6 +370,7 @@ def test_one_large_input_costs_no_more_than_its_own_rounding():
     assert float((ours - exact).norm() / exact.norm()) < 2**-9  # bfloat16's, of each number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
 @pytest.mark.parametrize("capability", ptxas.CAPABILITIES)
 def test_the_kernels_spill_nothing_and_leave_room_for_the_next_one(source, capability, tmp_path):

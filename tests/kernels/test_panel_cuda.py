@@ -147,6 +147,7 @@ def test_no_sweep_asks_for_a_number(group, kind, three_processors, monkeypatch):
 # What it compiles to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ptxas.CAPABILITIES, ids=str)
 def test_nothing_is_spilled(capability, tmp_path):
     found = ptxas.kernels(cuda.SOURCE, capability, tmp_path)

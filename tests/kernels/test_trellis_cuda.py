@@ -122,6 +122,7 @@ def test_the_source_decodes_codes_and_words_bit_for_bit(two_processors):
 # What it compiles to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ptxas.CAPABILITIES)
 def test_nothing_is_spilled(capability, tmp_path):
     found = ptxas.kernels(cuda.SOURCE, capability, tmp_path)

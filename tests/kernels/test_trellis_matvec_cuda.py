@@ -203,6 +203,7 @@ def test_a_code_whose_table_is_another_than_its_name_says_is_read_from_the_table
 # What it compiles to
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ptxas.CAPABILITIES)
 def test_the_kernels_spill_nothing_and_two_blocks_have_their_registers(capability, tmp_path):
     kernels = ptxas.kernels(cuda.SOURCE, capability, tmp_path)

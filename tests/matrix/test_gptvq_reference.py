@@ -34,6 +34,7 @@ TABLE = {
     "4D": (16.1, False, FOUR),
     "4D rotated": (16.7, True, FOUR),
 }
+QUICK = ("1D", "2D with the paper's weights", "2D rotated")  # the others take half a minute
 NOISE = 1e-9  # of float64 sums, with digits to spare
 
 
@@ -59,7 +60,14 @@ def score(case: str, seed: int) -> float:
     return ref.decibels(W, swept(case, seed).decode(), H)
 
 
-@pytest.mark.parametrize("case", [case for case in TABLE if "4D" not in case])
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case in QUICK else pytest.param(case, marks=pytest.mark.slow)
+        for case in TABLE
+        if "4D" not in case
+    ],
+)
 def test_the_oracle_gives_every_known_figure_of_the_synthetic_problem(case):
     """Figures are means of 2 to 4 draws of the problem, which other draws miss by up to 0.3 dB."""
     got = [score(case, seed) for seed in (0, 1)]
@@ -89,6 +97,7 @@ def test_thirty_steps_of_the_update_gain_what_is_known(case):
     assert 0.05 < gain < 0.45
 
 
+@pytest.mark.slow
 def test_collapsed_clusters_cost_what_is_said_where_half_of_the_rows_are_zero():
     W, H = problem(0)
     W = W * (torch.arange(len(W)) % 2)[:, None]

@@ -82,8 +82,8 @@ def test_rows_in_blocks_that_are_not_even_keep_the_identity_of_the_loss():
     ("sizes", "decays", "foretold"),
     [
         ((64, 96), (1.0, 1.0), (272.4, 155.7)),
-        ((128, 128), (0.5, 1.0), (690.9, 601.7)),
-        ((128, 128), (1.0, 1.5), (254.2, 128.3)),
+        pytest.param((128, 128), (0.5, 1.0), (690.9, 601.7), marks=pytest.mark.slow),
+        pytest.param((128, 128), (1.0, 1.5), (254.2, 128.3), marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_what_the_diagonals_foretell(sizes, decays, foretold):

@@ -383,6 +383,7 @@ def plan(model, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_its_evaluation_goes_on_there(plan, tmp_path, monkeypatch):
     expected = run_experiment(plan(out=tmp_path / "whole", save=tmp_path / "whole-saved"))
     calls: list[str] = []

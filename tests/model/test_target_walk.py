@@ -191,6 +191,7 @@ def test_what_targets_do_not_go_with_is_refused(asked):
 TUNING = BlockTuning(epochs=2, lr=1e-3, signs_lr=3e-3, batch_size=2, held_out=0.3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_tuned_blocks_are_nearer_to_what_the_original_makes_of_its_own_inputs():
     windows, lost = tokens(40), {}
@@ -216,7 +217,7 @@ def test_tuned_blocks_are_nearer_to_what_the_original_makes_of_its_own_inputs():
     assert lost[TUNING] < 0.9 * lost[None]
 
 
-@pytest.mark.parametrize("shrink", [0.5, "auto"])
+@pytest.mark.parametrize("shrink", ["auto", pytest.param(0.5, marks=pytest.mark.slow)])
 def test_the_original_stays_as_it_is_while_its_twin_is_tuned(monkeypatch, shrink):
     """What the walk passes on of the original are its own hidden states, bit for bit."""
     model, passed = tiny("llama"), []

@@ -210,6 +210,7 @@ def test_centroids_move_codes_stay_and_the_divergence_falls(packed, name):
     assert record.kl_after == pytest.approx(found, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_moving_centroids_too_gains_more_than_moving_signs_and_norms(packed):
     others = {"lr": 1e-3, "signs_lr": 1e-2}
     without, both = (

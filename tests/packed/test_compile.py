@@ -263,6 +263,7 @@ def test_a_mixture_is_one_graph_whichever_experts_run(name):
     assert_near(logits(compiled(alone), 2), changed, NOISE)
 
 
+@pytest.mark.slow
 def test_what_trains_through_experts_is_compiled_too():
     model = packed(mixture("mixtral"), RECIPES["groups, not rotated"])
     model.config.use_cache = False

@@ -78,7 +78,11 @@ print(json.dumps(seen))
 
 @pytest.mark.parametrize(
     "imports",
-    ["import quip, transformers", "import transformers, quip", "import quip.packed.hub, quip"],
+    [
+        "import transformers, quip",
+        pytest.param("import quip, transformers", marks=pytest.mark.slow),
+        pytest.param("import quip.packed.hub, quip", marks=pytest.mark.slow),
+    ],
 )
 def test_a_new_process_gets_the_same_logits(imports, saved, models):
     # Where quip comes first it is told when transformers comes; otherwise it looks.
@@ -160,6 +164,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_the_dense_model_is_plain_and_loads_without_quip(saved, tmp_path):
     expected = {"tokens": tokens(2)}
     for name in NAMES:

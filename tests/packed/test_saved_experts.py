@@ -97,6 +97,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.slow
 def test_without_quip_transformers_refuses_mixtures(checkpoints, tmp_path):
     only = [tmp_path / f"only-{name}" for name in MIXTURES]
     for path, name in zip(only, MIXTURES, strict=True):

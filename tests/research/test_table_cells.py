@@ -92,6 +92,7 @@ def test_another_model_or_text_under_the_same_name_is_another_cell(own, tmp_path
     assert not set(changed) & {cell.folder for cell in cells(*own)}
 
 
+@pytest.mark.slow
 def test_tables_of_other_data_add_to_a_cell_and_take_nothing_from_it(own, tmp_path):
     table, models, settings, root = own
     one = select(table, rows=("QuIP",), columns=("2 bits",))
@@ -116,6 +117,7 @@ def test_tables_of_other_data_add_to_a_cell_and_take_nothing_from_it(own, tmp_pa
     assert [e.ours for e in entries(one, models, settings, root)] == [first]
 
 
+@pytest.mark.slow
 def test_a_difference_or_ratio_is_that_of_its_two_rows(own):
     table, models, settings, root = own
     run_missing(list(cells(table, models, settings, root)))
@@ -197,6 +199,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_like_one_that_was_not(own, monk
     assert again.report()["perplexity"] == stopped
 
 
+@pytest.mark.slow
 def test_losses_of_all_cells_are_measured_in_one_pass_over_one_store(own, monkeypatch):
     _, models, settings, root = own
     table = select(read_table("proxy"), rows=("Near", "LDLQ", "LDLQ + IncP"), columns=("2 bits",))
@@ -212,6 +215,7 @@ def test_losses_of_all_cells_are_measured_in_one_pass_over_one_store(own, monkey
     assert len(passes) == len(list(root.glob("hessians/*/manifest.json"))) == 1
 
 
+@pytest.mark.slow
 def test_any_rows_may_stand_in_a_table_of_losses(own, tmp_path):
     _, models, settings, root = own
     rows = """
@@ -240,6 +244,7 @@ def test_statistics_of_hessians_are_those_of_a_summary(own):
     assert ours["IncP", "incoherence"] >= 1
 
 
+@pytest.mark.slow
 def test_throughput_is_that_of_the_packed_model_and_its_checkpoint_is_not_kept(own):
     _, models, settings, root = own
     table = select(read_table("throughput"), rows=("OPTQ",), columns=("2 bits",))

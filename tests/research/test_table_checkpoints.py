@@ -50,6 +50,7 @@ def ran(monkeypatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_quantized_once_for_all_that_is_tuned_of_it(own, ran):
     run_missing(list(cells(*own)))
     run_missing(list(cells(*own)))  # what a cell cannot have is not missing

@@ -3,16 +3,18 @@
 import multiprocessing
 import os
 import pickle
+import time
 import warnings
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from torch.distributed import TCPStore
 
 from quip.model.team import Team, joined
 
-PATIENCE = 240.0  # seconds, for a machine with other work
+PATIENCE = 180.0  # seconds for a team, on a machine with other work
+ALONE = 30.0  # seconds for the others, once one has failed
 
 
 def in_team(size: int, job: Callable[[Team], Any], *, exact: bool = True) -> list[Any]:
@@ -41,17 +43,27 @@ def in_processes(size: int, job: Callable[[], Any]) -> list[Any]:
         theirs.close()
         members.append((process, ours))
     try:
-        found = [_result(ours) for _, ours in members]
+        return _results([ours for _, ours in members])
     finally:
         for process, _ in members:
             process.kill()
             process.join()
-    return found
 
 
-def _result(ours: Connection) -> Any:
+def _results(pipes: Sequence[Connection]) -> list[Any]:
+    """What each process has to say, or the exception that says why it says nothing."""
+    found, end = dict[Connection, Any](), time.monotonic() + PATIENCE
+    while silent := [pipe for pipe in pipes if pipe not in found]:
+        for pipe in wait(silent, max(0.0, end - time.monotonic())) or silent:
+            found[pipe] = _result(pipe)
+            if isinstance(found[pipe], BaseException):
+                end = min(end, time.monotonic() + ALONE)
+    return [found[pipe] for pipe in pipes]
+
+
+def _result(pipe: Connection) -> Any:
     try:
-        return pickle.loads(ours.recv_bytes()) if ours.poll(PATIENCE) else TimeoutError()
+        return pickle.loads(pipe.recv_bytes()) if pipe.poll() else TimeoutError()
     except EOFError as error:
         return error
 
