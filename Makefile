@@ -8,13 +8,14 @@ READY := .venv/ready
 demo: $(READY)
 	$(BIN)/python -m quip.run demo pydoc --wbits 2 --quant ldlq --incoh_processing --compare
 
-# Style, types, the direction of imports, and all tests.
+# Style, types, the direction of imports, and all tests. A process of tests that dies is not
+# started anew: xdist would wait for ever.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart=0
 
 # On a CUDA GPU: what the kernels do, into results/gpu.json, then the tests that need one. Any Python
 # with torch, transformers, jaxtyping and pytest will do, where there is no .venv.

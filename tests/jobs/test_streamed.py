@@ -177,7 +177,7 @@ def test_a_temporary_folder_goes_whole_also_where_a_signal_comes_meanwhile(tmp_p
         time.sleep(0.05)
         real(folder, **options)
 
-    before = signal.signal(signal.SIGUSR1, ended)
+    before, threads = signal.signal(signal.SIGUSR1, ended), {*threading.enumerate()}
     ledger = streaming.TemporaryLedger(tmp_path, {}, None)
     monkeypatch.setattr(streaming.shutil, "rmtree", interrupted)
     ledger.remove.detach()
@@ -185,9 +185,8 @@ def test_a_temporary_folder_goes_whole_also_where_a_signal_comes_meanwhile(tmp_p
     with pytest.raises(Killed), streaming.no_longer_than_this(ledger):
         pass
     signal.signal(signal.SIGUSR1, before)
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread() and not thread.daemon:
-            thread.join()
+    for thread in {*threading.enumerate()} - threads:
+        thread.join(60)
     assert [*tmp_path.iterdir()] == []
 
 

@@ -30,8 +30,9 @@ def served(demo):
     return Served("demo", loaded.model, loaded.tokenizer)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def door(served):
+    """A server, whose threads end with the file's tests: others fork, and count threads."""
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package)
     from tests.support.serving import serving
@@ -40,7 +41,7 @@ def door(served):
         yield door
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def client(door):
     return door.client()
 
