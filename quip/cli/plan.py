@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from quip.cli.flags import model_and_dataset, recipe_flags, window_flags
-from quip.cli.machine import device_flags, stream_flag
+from quip.cli.machine import device_flags, stream_flag, team_flags
 from quip.cli.output import aligned, names
 from quip.cli.parse import Arguments, refuse_small
 from quip.cli.streams import say
@@ -83,6 +83,7 @@ def build(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("machine")
     stream_flag(group)
     device_flags(group)
+    team_flags(group)
     parser.set_defaults(call=call)
 
 

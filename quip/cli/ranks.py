@@ -7,7 +7,8 @@ from typing import NoReturn
 
 from quip.errors import UsageError
 
-SHARED = ("run", "hessians", "evaluate", "finetune")  # commands whose processes work together
+# Commands whose processes work together
+SHARED = ("run", "hessians", "plan", "evaluate", "finetune")
 
 
 def size() -> int:

@@ -76,7 +76,7 @@ def check_alike(team: Team, found: Mapping[str, Any]) -> None:
         )
 
 
-def _flat(words: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(words: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted names, and values as text."""
     for key, value in words.items():
         if isinstance(value, Mapping):

@@ -21,6 +21,7 @@ from quip.matrix.quantize import quantize_matrix
 from quip.matrix.seeds import rng_for
 from quip.model.load import load_model
 from quip.packed.checkpoint import to_dense
+from tests.support.processes import in_processes
 from tests.support.runs import save_model, write_text
 from tests.support.tiny import CONFIGS
 
@@ -296,3 +297,20 @@ def test_a_quantized_model_is_refused(quip, checkpoints, tmp_path):
     status, _, err = quip(*line, "--out", tmp_path / "plan.yaml")
     assert status == 1
     assert "is quantized already; give the original" in err[-1]
+
+
+@pytest.mark.parametrize("by", ["fisher", "measured"])
+def test_processes_together_make_the_plan_of_one(model, checkpoints, tmp_path, by):
+    text, windows = write_text(tmp_path / "train.txt", 10_000), 600 if by == "fisher" else 3
+    line = ["plan", model, text, "--by", by, "--bits", 5.5, "--nsamples", windows, "--seqlen", 16]
+    line += ["--codebook", "int", "--incoh_processing", "--device", "cpu"]  # three batches each
+    if by == "measured":
+        line += ["--checkpoints", ",".join(checkpoints.values())]
+
+    def made(name: str) -> int:
+        return main([str(word) for word in (*line, "--out", tmp_path / name)])
+
+    size = 3 if by == "fisher" else 2
+    assert made("alone.yaml") == 0
+    assert in_processes(size, lambda: made("together.yaml")) == [0] * size
+    assert (tmp_path / "together.yaml").read_bytes() == (tmp_path / "alone.yaml").read_bytes()

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from quip.jobs.alike import check_inputs
 from quip.jobs.calibration import calibration_of
 from quip.jobs.planning.asked import Planning
 from quip.jobs.planning.choices import Group
@@ -23,36 +24,43 @@ from quip.matrix.hessian import sharing
 from quip.matrix.prepare import Factorisations
 from quip.matrix.recipe import Recipe
 from quip.matrix.seeds import rng_for
-from quip.model.device import choose_device
+from quip.model.deal import Deal, rounds
 from quip.model.load import LoadedModel, load_model
 from quip.model.matrices import find_blocks
 from quip.model.sensitivity.found import Sensitivity
-from quip.model.sensitivity.gather import measure_sensitivity
+from quip.model.sensitivity.gather import measure_sensitivity, share
 from quip.model.sensitivity.measure import Passing
 from quip.model.states import batch_size_for
+from quip.model.team import Team
 from quip.model.walk import walk
 from quip.transforms import Chain, Hadamard, OutputRescale
 
 
-def fisher_damages(asked: Planning, groups: Sequence[Group]) -> list[list[float]]:
+def fisher_damages(
+    asked: Planning, groups: Sequence[Group], device: torch.device, team: Team
+) -> list[list[float]]:
     """The expected KL of each choice of each group, in nats per token."""
     assert asked.dataset is not None
-    device = torch.device(choose_device(asked.device))
     loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen, stream=asked.stream)
     tokens = calibration_of(
         loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
     )
+    check_inputs(team, {"model": loaded}, calibration=tokens.stamp)
+    batch_size = batch_size_for(tokens.seqlen, loaded.model, device)
+    team.check(len(tokens.ids), batch_size)
     how = Passing(
         kind="fisher",
         seed=asked.seed,
         device=device,
-        batch_size=batch_size_for(tokens.seqlen, loaded.model, device),
+        batch_size=batch_size,
+        team=team,
         stream=loaded.stream,
     )
-    felt = measure_sensitivity(loaded.model, tokens.ids, how)
+    felt = share(measure_sensitivity(loaded.model, tokens.ids, how), team, batch_size)
     assert felt is not None
     recipes = {name: group.choices[0].recipe for group in groups for name in group.names}
-    costs = dict(_costs(loaded, tokens.ids, recipes, felt, how))
+    own = dict(_costs(loaded, tokens.ids, recipes, felt, how))
+    costs = {name: cost for each in team.hear(own) for name, cost in each.items()}
     return [
         [choice.mse * sum(costs[name] for name in group.names) for choice in group.choices]
         for group in groups
@@ -66,24 +74,29 @@ def _costs(
     felt: Sensitivity,
     how: Passing,
 ) -> Iterator[tuple[str, float]]:
-    """Each matrix, and the nats that it costs per unit of squared error of Gaussian weights."""
+    """The matrices dealt to this process: nats per unit of squared error of Gaussian weights."""
     blocks = walk(
         loaded.model,
-        tokens,
+        how.team.share(tokens, how.batch_size),
         device=how.device,
         batch_size=how.batch_size,
+        team=how.team,
         stream=loaded.stream,
     )
     # disable=None: a bar on a terminal only.
     bar = tqdm(blocks, total=len(find_blocks(loaded.model)[1]), unit="block", disable=None)
     for block in bar:
         (hessians,), matrices = block.observe_each([felt]), block.matrices()
-        for names in sharing(hessians):
-            H = hessians[names[0]].summed().take()
-            for name in names:
-                W = matrices[name].weight.detach()
-                f = felt.sums[f"outputs {name}"].to(W.device)
-                yield name, expected_cost(W, H, f, recipes[name], name=name, seed=how.seed)
+        for together in rounds(list(sharing(hessians)), hessians, how.team, one_by_one=False):
+            sums = Deal.of(block, together, recipes, how.team).totals(hessians)
+            for names in together:
+                if names[0] not in sums:
+                    continue
+                H = sums.pop(names[0]).take()
+                for name in names:
+                    W = matrices[name].weight.detach()
+                    f = felt.sums[f"outputs {name}"].to(W.device)
+                    yield name, expected_cost(W, H, f, recipes[name], name=name, seed=how.seed)
 
 
 def expected_cost(

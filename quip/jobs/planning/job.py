@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from quip.errors import UnsupportedModel, UsageError
 from quip.files import replacing
+from quip.jobs.alike import check_request
 from quip.jobs.forecast.shape import Input, empty_model, shape_of
 from quip.jobs.forecast.sizes import packed_size, works
 from quip.jobs.plan import HEAD, build_plan, part_head
@@ -20,8 +23,10 @@ from quip.jobs.planning.measured import measured_damages
 from quip.jobs.planning.rules import by_rules, uniform
 from quip.jobs.planning.words import plan_text
 from quip.model.allocation import Option, allocate
+from quip.model.device import choose_device
 from quip.model.load import read_config
 from quip.model.tables import check_tables, table_bits, table_weights
+from quip.model.team import Team, joined
 
 ROUNDS = 8  # in which a plan takes up what stacks save
 log = logging.getLogger(__name__)
@@ -41,9 +46,20 @@ class Planned:
 
 
 def make_plan(asked: Planning) -> Planned:
-    """Choose the width of every matrix, and write the file. Raises UsageError."""
+    """Choose the width of every matrix, and write the file. Raises UsageError.
+
+    The processes that torchrun started do it together, to the plan of one.
+    """
+    with joined(asked.device, exact=not asked.fast_reduce) as team:
+        return _make(asked, team)
+
+
+def _make(asked: Planning, team: Team) -> Planned:
     start = time.perf_counter()
-    _check_out(asked.out, overwrite=asked.overwrite)
+    if team.leads:
+        _check_out(asked.out, overwrite=asked.overwrite)
+    device = torch.device(choose_device(asked.device))
+    check_request(team, asked, str(device))
     config = read_config(asked.model)
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(f"{asked.model} is quantized already; give the original")
@@ -58,7 +74,7 @@ def make_plan(asked: Planning) -> Planned:
         log.info("%s bits: squared error %.4g of Gaussian weights", choice.width, choice.mse)
     groups = groups_of(inputs, choices, whole_stacks=asked.whole_stacks)
     budget = _budget(groups, asked.bits)
-    damages = _damages(asked, groups)
+    damages = _damages(asked, groups, device, team)
     stored = partial(_stored, inputs, groups)
     chosen = _within(budget, partial(_choose, asked.by, groups, damages), stored)
     even = _within(budget, partial(uniform, groups), stored)
@@ -81,8 +97,9 @@ def make_plan(asked: Planning) -> Planned:
     head = (asked.head_bits, together) if asked.head_bits and together else None
     words, text = plan_text(rows, asked.line, planned.bits_per_weight, head)
     build_plan(words).recipes(name for group in groups for name in group.names)
-    with replacing(asked.out) as file:
-        file.write_text(text)
+    if team.leads:
+        with replacing(asked.out) as file:
+            file.write_text(text)
     return planned
 
 
@@ -107,12 +124,14 @@ def _budget(groups: Sequence[Group], bits: float) -> int:
     return max(sum(ends[0]), int(bits * weights))
 
 
-def _damages(asked: Planning, groups: Sequence[Group]) -> list[list[float]] | None:
+def _damages(
+    asked: Planning, groups: Sequence[Group], device: torch.device, team: Team
+) -> list[list[float]] | None:
     """What each choice of each group does to the predictions, in nats; None: not measured."""
     if asked.by == "fisher":
-        return fisher_damages(asked, groups)
+        return fisher_damages(asked, groups, device, team)
     if asked.by == "measured":
-        return measured_damages(asked, groups)
+        return measured_damages(asked, groups, device, team)
     return None
 
 

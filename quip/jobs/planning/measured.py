@@ -7,6 +7,7 @@ no second moment does, and costs one evaluation a group.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 
 import torch
 from jaxtyping import Int
@@ -15,12 +16,15 @@ from tqdm import tqdm
 
 from quip.errors import UsageError
 from quip.evaluate.divergence import kl_of_positions
+from quip.jobs.alike import check_inputs
 from quip.jobs.calibration import calibration_of
 from quip.jobs.planning.asked import Planning
 from quip.jobs.planning.choices import Group
-from quip.model.device import choose_device, placed
+from quip.model.device import placed
 from quip.model.finite import finite_predictions
 from quip.model.load import load_model
+from quip.model.team import ALONE, Team
+from quip.model.turns import in_turn
 from quip.packed.checkpoint import to_dense
 from quip.packed.linear import QuantizedLinear
 from quip.packed.stack import StackedLinear
@@ -28,7 +32,9 @@ from quip.packed.stack import StackedLinear
 log = logging.getLogger(__name__)
 
 
-def measured_damages(asked: Planning, groups: Sequence[Group]) -> list[list[float]]:
+def measured_damages(
+    asked: Planning, groups: Sequence[Group], device: torch.device, team: Team
+) -> list[list[float]]:
     """a_g D(b) of each group and choice, in nats per token.
 
     a_g = (KL of the narrow checkpoint - KL with the group from the wide one) / (D(narrow) -
@@ -36,7 +42,6 @@ def measured_damages(asked: Planning, groups: Sequence[Group]) -> list[list[floa
     three models are in memory, and dense.
     """
     assert asked.dataset is not None
-    device = torch.device(choose_device(asked.device))
     loaded = load_model(asked.model, dtype=asked.dtype, seqlen=asked.seqlen)
     narrow, wide = (_quantized(name, loaded.dtype_name, groups) for name in asked.checkpoints)
     errors = list(zip(narrow[1], wide[1], strict=True))
@@ -48,7 +53,10 @@ def measured_damages(asked: Planning, groups: Sequence[Group]) -> list[list[floa
     tokens = calibration_of(
         loaded, asked.dataset, nsamples=asked.nsamples, seqlen=asked.seqlen, seed=asked.seed
     )
-    start, gains = swapped_gains(loaded.model, narrow[0], wide[0], groups, tokens.ids, device)
+    check_inputs(team, {"model": loaded}, calibration=tokens.stamp)
+    team.check(len(tokens.ids), 1)
+    models = loaded.model, narrow[0], wide[0]
+    start, gains = swapped_gains(*models, groups, tokens.ids, device, team)
     log.info("KL %.4f nats per token of %s", start, asked.checkpoints[0])
     found = []
     for group, gain, (before, after) in zip(groups, gains, errors, strict=True):
@@ -65,11 +73,15 @@ def swapped_gains(
     groups: Sequence[Group],
     tokens: Int[Tensor, "count seqlen"],
     device: torch.device,
+    team: Team = ALONE,
 ) -> tuple[float, list[float]]:
-    """The mean KL of a dense model, and by how much each group lowers it when it is another's."""
-    before, after = 0.0, [0.0] * len(groups)
+    """The mean KL of a dense model, and by how much each group lowers it when it is another's.
+
+    Windows are dealt to the processes of a team; the means are of all.
+    """
+    own, kls = team.share(tokens, 1), list[list[float]]()
     # disable=None: a bar on a terminal only.
-    bar = tqdm(total=len(tokens) * len(groups), desc="swaps", unit="group", disable=None)
+    bar = tqdm(total=len(own) * len(groups), desc="swaps", unit="group", disable=None)
     with (
         bar,
         placed(reference, device),
@@ -77,19 +89,20 @@ def swapped_gains(
         placed(wide, device),
         finite_predictions(narrow, "a swap"),
     ):
-        for window in tokens:
+        for window in own:
             ids = window[None].to(device)
             p = reference(input_ids=ids, use_cache=False).logits[:, :-1]
 
             def moved() -> float:
                 q = narrow(input_ids=ids, use_cache=False).logits[:, :-1]  # noqa: B023
-                return float(kl_of_positions(p, q).mean()) / len(tokens)  # noqa: B023
+                return float(kl_of_positions(p, q).mean())  # noqa: B023
 
-            before += moved()
-            for index, group in enumerate(groups):
+            kls.append([moved()])
+            for group in groups:
                 with _swapped(narrow, wide, group.names):
-                    after[index] += moved()
+                    kls[-1].append(moved())
                 bar.update()
+    before, *after = map(fmean, zip(*in_turn(kls, team), strict=True))
     return before, [before - kl for kl in after]
 
 
