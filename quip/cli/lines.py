@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from quip.cli.meeting import COME, kept_alive, listen, meet
@@ -168,13 +168,13 @@ class Lines:
         _, name, end = self._heard[0]
         ours = any(other.why == end.why for one, _, other in self._heard if one == 0)
         why = end.why if ours or end.status == INTERRUPTED else f"{name}: {end.why}"
-        # Before this process goes on, and may be gone.
-        self._tell(**asdict(End(why, end.status, said=True)))
         self._finish(End(why, end.status, end.said))
 
     def _finish(self, end: End) -> None:
         self.end = end
         if not end.said:
             self._say(end.why)
+        if self._rank == 0:  # once it is said, and before this process goes on, and may be gone
+            self._tell(**asdict(replace(end, said=True)))
         self._over.set()
         self._ended()
