@@ -44,6 +44,7 @@ def ranked(run: Callable[[Tell], int]) -> int:
         say(f"the processes cannot meet ({one_line(error)}); let no firewall be between them")
         return 1
     try:
+        process.begin()
         status = run(process.fail)
     except Ended:
         status = process.leave()
@@ -76,6 +77,10 @@ class Process:
         signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, self._terminate)
         threading.Thread(target=self._expect, args=(signals,), daemon=True).start()
+
+    def begin(self) -> None:
+        """From now on `Ended` is raised where the team is to end, be it at once."""
+        self._lines.watch()
 
     def fail(self, why: str, status: int) -> None:
         """End the team, for a reason that is said once."""

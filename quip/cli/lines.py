@@ -58,7 +58,10 @@ class _Line:
 
 
 class Lines:
-    """The lines of one process. Once the team is to end, `end` says why, and `ended` is called."""
+    """The lines of one process, once they are watched.
+
+    When the team is to end, `end` says why, and `ended` is called.
+    """
 
     def __init__(
         self,
@@ -84,6 +87,9 @@ class Lines:
             connection, secret = meet()
             self._add(_Line(connection, rank=0, name="process 0"))
             self._tell(secret=secret, rank=rank, name=self._name)
+
+    def watch(self) -> None:
+        """From now on, learn of the others' ends, and call `ended` once."""
         threading.Thread(target=self._watch, daemon=True, name="lines").start()
 
     def fail(self, end: End) -> None:

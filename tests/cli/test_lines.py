@@ -25,12 +25,14 @@ class Members:
         self.lines = [self._member(rank, size) for rank in range(here)]
 
     def _member(self, rank: int, size: int) -> Lines:
-        return Lines(
+        found = Lines(
             rank,
             size,
             say=lambda why: self.said.append((rank, why)),
             ended=lambda: self.ended.append(rank),
         )
+        found.watch()
+        return found
 
     def hang_up(self, rank: int) -> None:
         """What the kernel does to the lines of a process that is killed."""

@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quip.cli import ends
+from quip.cli.lines import MOMENT
 from quip.model import load_streamed
 from quip.run import main
 from tests.support.processes import in_processes
@@ -157,6 +160,21 @@ def test_a_line_that_cannot_be_read_is_refused_once(capfd):
     assert said.splitlines() == [
         "quip: the following arguments are required: dataset (--help explains every flag)"
     ]
+
+
+def test_a_process_that_still_starts_when_others_fail_ends_as_they_do(capfd):
+    def door(line: list[str], real=ends.signal.set_wakeup_fd) -> int:
+        def slow(*args, **options) -> None:
+            time.sleep(3 * MOMENT)  # by then the first process has told why all end
+            real(*args, **options)
+
+        if os.environ["RANK"] == "1":
+            ends.signal.set_wakeup_fd = slow
+        return main(line)
+
+    statuses, said = refusal(capfd, 2, ["model"], door)
+    assert statuses == [2, 2]
+    assert said.count("quip: ") == 1
 
 
 def test_what_one_process_does_is_not_started_as_two(capfd):
