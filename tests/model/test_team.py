@@ -1,5 +1,6 @@
 """Several processes: what they quantize together is bitwise what one does, for any number."""
 
+import gc
 import os
 from dataclasses import asdict
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import TCPStore
 
 from quip.data.hessians import HessianStore
 from quip.errors import NonFinite, UsageError
@@ -218,3 +220,12 @@ def test_all_processes_go_by_the_memory_of_the_one_with_the_least(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(teams, "free_host_bytes", own)
     assert in_team(2, lambda _: free_host_bytes()) == [400, 400]  # each half of a machine's
+
+
+def test_a_forked_process_leaves_the_garbage_of_its_parent_alone():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    garbage = [store]  # whose end waits for a thread, which the forked process has not
+    garbage.append(garbage)
+    del store, garbage
+    (found,) = in_processes(1, gc.collect)
+    assert isinstance(found, int)  # where it waited, a TimeoutError
