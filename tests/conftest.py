@@ -25,8 +25,8 @@ if importlib.util.find_spec("hypothesis"):
     settings.register_profile("same every time", deadline=None, derandomize=True, database=None)
     settings.load_profile("same every time")
 pytest.register_assert_rewrite("tests.laws")
-# A forked process leaves its parent's garbage alone: to end a TCPStore it would wait for a thread
-# that only the parent has.
+# A forked process leaves its parent's garbage alone: the end of a TCPStore waits for its thread,
+# which is gone there, and whose place another may have taken.
 os.register_at_fork(before=gc.freeze, after_in_parent=gc.unfreeze)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # also where `&` started this, ignoring it
 torch.set_num_threads(1)  # sums in one order, and no fight for cores
