@@ -200,7 +200,7 @@ def _plan(found: "Sequence[Cell]") -> str:
         done = not cell.missing()
         words = ("-", "-")
         if isinstance(estimate, Estimate):
-            words = (_time(estimate.seconds), size_words(round(estimate.bytes)))
+            words = (_time(estimate.seconds), size_words(estimate.bytes))
             total += 0 if done else estimate.seconds
         else:
             unknown.add(estimate)

@@ -1,14 +1,30 @@
 """`quip table`: listed, estimated, run and shown, on a tiny model."""
 
 import re
+from dataclasses import fields, replace
 
 import pytest
 
+from quip.jobs.forecast.rates import Left, Rates, Rounding
+from quip.matrix.recipe import Recipe
 from quip.research.tables import estimate
 from quip.research.tables.cells import Settings, cells
 from quip.research.tables.description import read_table
 from quip.research.tables.selection import select
 from tests.support.runs import save_model, write_text
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """One that does a thousand million of anything a second, whatever the recipe."""
+    rates = Rates(**dict.fromkeys((field.name for field in fields(Rates)), 1e9))
+
+    def measured(recipe: Recipe, *machine: object, real=estimate.measured_rounding) -> Rounding:
+        same = Left(column=1e-4, weight=1e-8)
+        return replace(real(recipe, *machine), quantize=same, forward=same)
+
+    monkeypatch.setattr(estimate, "measured_rates", lambda *machine: rates)
+    monkeypatch.setattr(estimate, "measured_rounding", measured)
 
 
 @pytest.fixture
@@ -30,7 +46,7 @@ def test_tables_are_listed_with_what_stands_in_them(quip):
     assert "facebook/opt-66b" in out
 
 
-def test_a_table_is_estimated_run_and_shown(quip, asked, tmp_path):
+def test_a_table_is_estimated_run_and_shown(quip, machine, asked, tmp_path):
     line = ("table", "perplexity", *asked, "--rows", "original; QuIP")
     status, out, _ = quip(*line, "--dry_run")
     assert status == 0
@@ -61,6 +77,13 @@ def test_what_is_not_run_is_shown_as_a_dash(quip, asked):
     assert "A dash was not run." in out
 
 
+def test_a_table_of_hessians_is_estimated_too(quip, machine, asked):
+    words = [*asked[:4], *asked[6:10], "--columns", "all"]
+    status, out, _ = quip("table", "hessians", *words, "--dry_run")
+    assert status == 0
+    assert out.count("not run") == 2
+
+
 def test_a_model_that_cannot_be_had_has_no_estimate_and_says_why(quip, asked):
     asked[1] = "./nowhere/model"
     status, out, _ = quip("table", "perplexity", *asked, "--dry_run")
@@ -86,9 +109,9 @@ def test_what_cannot_be_done_is_one_line(quip, asked):
         assert match in line
 
 
-def test_an_estimate_grows_with_what_is_asked_for(monkeypatch, asked, tmp_path):
-    monkeypatch.setattr(estimate, "product_rate", lambda device, dtype: 1e9)
-    table = select(read_table("perplexity"), columns=("2 bits",))
+def test_an_estimate_grows_with_what_is_asked_for(machine, asked, tmp_path):
+    rows = ("original", "Greedy", "Near")
+    table = select(read_table("perplexity"), rows=rows, columns=("2 bits",))
 
     def seconds(**changes: object) -> dict[str, float]:
         settings = Settings(**{"dataset": "c4", "evaluate": ("a",), "seqlen": 16, **changes})
@@ -108,27 +131,12 @@ def test_an_estimate_grows_with_what_is_asked_for(monkeypatch, asked, tmp_path):
     assert nearest < greedy
 
 
-def test_an_estimate_counts_what_learning_codebooks_takes(monkeypatch, asked, tmp_path):
-    monkeypatch.setattr(estimate, "product_rate", lambda device, dtype: 1e9)
-    settings = Settings(dataset="c4", evaluate=("a",), seqlen=16)
-    seconds = {}
-    for name in ("gptvq_update", "gptvq_iterations"):
-        found = list(cells(read_table(name), [asked[1]], settings, tmp_path))
-        for cell, one in zip(found, estimate.estimates(found), strict=True):
-            words = (cell.flags[k] for k in ("wbits", "vq_dim"))
-            learning = cell.flags.get("codebook_update"), cell.flags.get("em_iters")
-            seconds[(*words, *learning)] = one.seconds
-    assert seconds[2, 2, "none", None] < seconds[2, 2, None, None]  # updated
-    assert seconds[3, 1, None, None] < seconds[3, 2, None, None]  # 64 centroids
-    assert seconds[3, 2, None, 10] < seconds[3, 2, None, 30]
-
-
-def test_an_estimate_counts_the_states_of_a_trellis(monkeypatch, asked, tmp_path):
-    monkeypatch.setattr(estimate, "product_rate", lambda device, dtype: 1e9)
-    settings = Settings(dataset="c4", evaluate=("a",), seqlen=16)
-    found = list(cells(read_table("trellis_states"), [asked[1]], settings, tmp_path))
-    seconds = {
-        cell.flags.get("trellis_states"): one.seconds
-        for cell, one in zip(found, estimate.estimates(found), strict=True)
-    }
-    assert 0 < seconds[8] < seconds[10] < seconds[12]
+def test_an_estimate_counts_what_is_done_beside_rounding(machine, asked, tmp_path):
+    table = read_table("frontier")
+    rows = ("2 bits: E8P", "2 bits: E8P, token weights", "2 bits: E8P, target")
+    rows += ("2 bits: E8P, two-sided", "original")
+    settings = Settings(dataset="c4", evaluate=("a",), seqlen=16, nsamples=64)
+    found = list(cells(select(table, rows=rows), [asked[1]], settings, tmp_path))
+    original, plain, weighted, aimed, sided = (one.seconds for one in estimate.estimates(found))
+    assert original < plain < weighted < aimed
+    assert weighted < sided

@@ -6,18 +6,18 @@ With N calibration tokens, a matrix of m outputs and n inputs costs
     observe       2 n^2 N for each distinct input, of which panels skip three eighths
     quantize      m n^2 for the sweep, 2 m n^2 for each greedy pass, 5 n^3 to factorise; Algorithm 5
                   solves twice 2 n^3 in each of up to 100 iterations
-    learn         codebooks of k centroids: 3 k m n for each iteration of EM, 2 m n^2 for each of
-                  up to 30 steps of their update
-    search        a trellis of s states: 3 s m n, twice, for each scale that is tried and each pass
+    update        centroids: 2 m n^2 for each of up to 30 steps
     evaluate      2 (m n) for each token, and the vocabulary
     tune          6 m n for each token and epoch, of a block after each of its inputs, of a
                   whole model with the vocabulary
+
+What a recipe takes for the weights by themselves (searches, fits) is measured: rates.py.
 """
 
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from quip.codebooks import Learned, Trellis
+from quip.codebooks import Learned
 from quip.jobs.forecast.shape import Shape
 from quip.matrix.centroids import UpdateCentroids
 from quip.matrix.polish import Greedy
@@ -58,16 +58,3 @@ def sweeping(recipe: Recipe | None, m: int, n: int) -> float:
     if recipe is not None and isinstance(recipe.codebook, Learned):
         steps = sum(one.steps for one in recipe.polish if isinstance(one, UpdateCentroids))
     return (1.0 + 2.0 * passes(recipe) + 2.0 * steps) * m * n * n
-
-
-def rounding(recipe: Recipe | None, m: int, n: int) -> float:
-    """Operations of a matrix's weights by themselves: learning its codebooks, finding its walks."""
-    if recipe is None:
-        return 0.0
-    book = recipe.codebook
-    if isinstance(book, Learned):
-        return 3.0 * 2**book.index_bits * book.iterations * m * n
-    if isinstance(book, Trellis):
-        tried = max(1, len(recipe.trials))
-        return (1.0 + passes(recipe)) * 6.0 * 2**book.states * m * n * tried
-    return 0.0
