@@ -25,6 +25,7 @@ from quip.model.ledger import Ledger
 from quip.model.quantize import quantize_from_store, quantize_matrix_by_matrix
 from quip.model.run import Run
 from quip.model.team import ALONE, Team
+from tests.support import processes
 from tests.support.checkpoints import VECTORS
 from tests.support.processes import in_processes, in_team
 from tests.support.runs import save_model, write_text
@@ -236,3 +237,18 @@ def test_a_forked_process_leaves_the_garbage_of_its_parent_alone():
     (found,) = in_processes(1, member)
     gc.enable()
     assert isinstance(found, int)  # or a TimeoutError
+
+
+def test_a_team_that_stands_still_is_started_once_more_and_says_where_it_stood(
+    tmp_path, monkeypatch
+):
+    def member() -> int:
+        been = tmp_path / os.environ["RANK"]
+        if not been.exists():
+            been.touch()
+            threading.Event().wait()
+        return 1
+
+    monkeypatch.setattr(processes, "PATIENCE", 2.0)
+    with pytest.warns(UserWarning, match=r"all 2 processes stood still:\n(.*\n)+.* in member"):
+        assert in_processes(2, member) == [1, 1]

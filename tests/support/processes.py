@@ -1,19 +1,22 @@
 """A team of processes that torch.distributed joins: copies of this one, which import nothing."""
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from torch.distributed import TCPStore
 
 from quip.model.team import Team, joined
 
-PATIENCE = 180.0  # seconds for a team, on a machine with other work
+PATIENCE = 90.0  # seconds for a team, on a machine with other work
 ALONE = 30.0  # seconds for the others, once one has failed
 
 
@@ -31,12 +34,27 @@ def in_team(size: int, job: Callable[[Team], Any], *, exact: bool = True) -> lis
 
 
 def in_processes(size: int, job: Callable[[], Any]) -> list[Any]:
-    """What a job that joins its team itself returns to each of so many processes."""
+    """What a job that joins its team itself returns to each of so many processes.
+
+    A copy of a process with threads may stand still, for what they held when it was made. Where no
+    one of a team has said anything in time, a warning says where they stand, and there is another.
+    """
+    with TemporaryFile("w+") as stacks:
+        found = _started(size, job, stacks)
+        if all(isinstance(one, TimeoutError) for one in found):
+            stacks.seek(0)
+            warnings.warn(f"all {size} processes stood still:\n{stacks.read()}", stacklevel=2)
+            found = _started(size, job, stacks)
+        return found
+
+
+def _started(size: int, job: Callable[[], Any], stacks: IO[str]) -> list[Any]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's
     fork, members = multiprocessing.get_context("fork"), []
     for rank in range(size):
         ours, theirs = fork.Pipe(duplex=False)
-        process = fork.Process(target=_member, args=(rank, size, store.port, job, theirs))
+        own = rank, size, store.port, job, theirs, stacks
+        process = fork.Process(target=_member, args=own)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside idle threads
             process.start()
@@ -45,7 +63,10 @@ def in_processes(size: int, job: Callable[[], Any]) -> list[Any]:
     try:
         return _results([ours for _, ours in members])
     finally:
-        for process, _ in members:
+        for process, ours in members:
+            if process.is_alive() and not ours.poll():
+                os.kill(process.pid or 0, signal.SIGUSR1)  # writes down where it stands
+                process.join(1)
             process.kill()
             process.join()
 
@@ -68,7 +89,15 @@ def _result(pipe: Connection) -> Any:
         return error
 
 
-def _member(rank: int, size: int, port: int, job: Callable[[], Any], theirs: Connection) -> None:
+def _member(
+    rank: int,
+    size: int,
+    port: int,
+    job: Callable[[], Any],
+    theirs: Connection,
+    stacks: IO[str],
+) -> None:
+    faulthandler.register(signal.SIGUSR1, stacks)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
