@@ -174,7 +174,7 @@ class Lines:
         _, name, end = self._heard[0]
         ours = any(other.why == end.why for one, _, other in self._heard if one == 0)
         why = end.why if ours or end.status == INTERRUPTED else f"{name}: {end.why}"
-        self._finish(End(why, end.status, end.said))
+        self._finish(replace(end, why=why))
 
     def _finish(self, end: End) -> None:
         self.end = end

@@ -4,14 +4,14 @@ With N calibration tokens, a matrix of m outputs and n inputs costs
 
     forward       2 m n N, twice: to observe a block, and to pass on what it has become
     observe       2 n^2 N for each distinct input, of which panels skip three eighths
-    quantize      m n^2 for the sweep, 2 m n^2 for each greedy pass, 5 n^3 to factorise; Algorithm 5
-                  solves twice 2 n^3 in each of up to 100 iterations
+    quantize      m n^2 for the sweep, 2 m n^2 for each greedy pass
     update        centroids: 2 m n^2 for each of up to 30 steps
     evaluate      2 (m n) for each token, and the vocabulary
     tune          6 m n for each token and epoch, of a block after each of its inputs, of a
                   whole model with the vocabulary
 
-What a recipe takes for the weights by themselves (searches, fits) is measured: rates.py.
+Factorisations, and what a recipe takes for the weights by themselves (searches, fits), are told by
+rates.py.
 """
 
 from collections.abc import Sequence
@@ -47,14 +47,14 @@ def tuning(weights: Number, tokens: Number, epochs: int) -> float:
     return 6.0 * epochs * tokens * weights
 
 
-def passes(recipe: Recipe | None) -> int:
+def passes(recipe: Recipe) -> int:
     """Greedy passes after the sweep."""
-    return sum(x.passes for x in recipe.polish if isinstance(x, Greedy)) if recipe else 0
+    return sum(x.passes for x in recipe.polish if isinstance(x, Greedy))
 
 
-def sweeping(recipe: Recipe | None, m: int, n: int) -> float:
+def sweeping(recipe: Recipe, m: int, n: int) -> float:
     """Operations of feedback and greedy passes, and of the update of centroids."""
     steps = 0
-    if recipe is not None and isinstance(recipe.codebook, Learned):
+    if isinstance(recipe.codebook, Learned):
         steps = sum(one.steps for one in recipe.polish if isinstance(one, UpdateCentroids))
     return (1.0 + 2.0 * passes(recipe) + 2.0 * steps) * m * n * n
